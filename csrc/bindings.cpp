@@ -1,0 +1,42 @@
+// raco_fast._C: the extension's one entry. Users' mistakes are caught in raco_fast/dual.py; what is
+// checked here only keeps memory safe.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include "dual.hpp"
+#include "problem.hpp"
+
+namespace py = pybind11;
+using Array = py::array_t<double, py::array::c_style | py::array::forcecast>;
+
+static py::array_t<double> solve(const Array& gram, const Array& weights, double c, int rule) {
+  const py::ssize_t dims = gram.ndim();
+  if (dims != 2 && dims != 3) throw py::value_error("gram must be [m, m] or [n, m, m]");
+  const py::ssize_t m = gram.shape(dims - 1), n = dims == 3 ? gram.shape(0) : 1;
+  if (m < 1 || m > raco::kMaxObjectives || gram.shape(dims - 2) != m)
+    throw py::value_error("gram must be square with 1 <= m <= 32");
+  if (weights.ndim() != 1 || weights.shape(0) != m) throw py::value_error("weights must be [m]");
+  if (rule < 0 || rule > 3) throw py::value_error("rule must be 0, 1, 2 or 3");
+  const py::ssize_t size = raco::packed_size(static_cast<int>(m));
+  py::array_t<double> packed =
+      dims == 3 ? py::array_t<double>({n, size}) : py::array_t<double>(size);
+  const double* in = gram.data();
+  const double* w = weights.data();
+  double* out = packed.mutable_data();
+  {
+    py::gil_scoped_release release;
+    for (py::ssize_t k = 0; k < n; ++k)
+      raco::solve(in + k * m * m, w, static_cast<int>(m), c, static_cast<raco::Rule>(rule),
+                  out + k * size);
+  }
+  return packed;
+}
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "C++ parts of raco_fast: the exact solver of the dual problem.";
+  module.attr("MAX_OBJECTIVES") = raco::kMaxObjectives;
+  module.attr("SCALARS") = static_cast<int>(raco::kScalars);
+  module.def("solve", &solve, py::arg("gram"), py::arg("weights"), py::arg("c"), py::arg("rule"),
+             "gram [m, m] or [n, m, m], weights [m] -> [3m + SCALARS] or [n, 3m + SCALARS]; the row "
+             "layout is documented in csrc/dual.hpp.");
+}

@@ -1,0 +1,1 @@
+"""raco_fast: several conflicting preferences at the price of one."""

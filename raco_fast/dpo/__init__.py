@@ -1,0 +1,1 @@
+"""Compact multi-objective DPO: data, log-probabilities, losses, trainer, evaluation."""

@@ -1,0 +1,149 @@
+"""The configuration of a training run: one dataclass, one YAML file, one CLI."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from raco_fast.dpo.data import DataSource
+from raco_fast.dpo.losses import LossOptions, check_loss
+from raco_fast.dpo.models import ModelOptions
+from raco_fast.dpo.tokenization import TokenOptions
+from raco_fast.dual import check_c, check_rule, check_weights
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Multi-objective DPO on preference pairs.
+
+    Args:
+        model: the policy and how it is loaded.
+        data: files of preference pairs to train on.
+        eval_data: files of held-out pairs; none skips evaluation.
+        weights: objective name -> weight; at least 0, summing to 1.
+        c: radius of the correction, in [0, 1); 0 is the weighted sum.
+        rule: how the gradients are combined.
+        loss: preference loss: sigmoid (DPO), hinge, ipo or simpo.
+        loss_options: beta, label smoothing and the like.
+        tokens: chat template, lengths and truncation.
+        concise: objective whose labels are derived from length (the shorter response is
+            preferred); None derives none.
+        lr: peak learning rate.
+        betas: AdamW's averaging coefficients.
+        eps: AdamW's epsilon.
+        weight_decay: decoupled weight decay.
+        max_grad_norm: clip the norm of the combined gradient; None does not clip.
+        schedule: learning-rate schedule after the warm-up.
+        warmup_ratio: share of the steps spent warming up linearly.
+        epochs: passes over the data.
+        max_steps: stop after so many optimizer steps; None runs all epochs.
+        pairs_per_step: pairs in one optimizer step.
+        pairs_per_micro_batch: pairs held in memory at once; divides a step into micro-batches.
+        chunk_tokens: rows of logits that exist at any time.
+        seed: of the data order, the adapter's initialisation and dropout.
+        eval_every: steps between evaluations; None evaluates at the start and the end only.
+        save_every: steps between checkpoints; None saves when interrupted only.
+        log_every: steps between records in metrics.jsonl.
+        output_dir: where checkpoints, metrics and the trained model go.
+        cache_dir: where reference log-probabilities are kept between runs.
+        tensorboard: also write the metrics for TensorBoard.
+    """
+
+    model: ModelOptions
+    data: list[DataSource]
+    weights: dict[str, float]
+    eval_data: list[DataSource] = field(default_factory=list)
+    c: float = 0.4
+    rule: str = "cagrad-clip"
+    loss: str = "sigmoid"
+    loss_options: LossOptions = field(default_factory=LossOptions)
+    tokens: TokenOptions = field(default_factory=TokenOptions)
+    concise: str | None = None
+    lr: float = 5e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = 0.1
+    epochs: int = 1
+    max_steps: int | None = None
+    pairs_per_step: int = 16
+    pairs_per_micro_batch: int = 4
+    chunk_tokens: int = 256
+    seed: int = 0
+    eval_every: int | None = None
+    save_every: int | None = None
+    log_every: int = 1
+    output_dir: str = "runs/dpo"
+    cache_dir: str = "runs/cache"
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        """Check everything that can be checked before a model is loaded."""
+        check_weights(self.weights)
+        check_c(self.c)
+        check_rule(self.rule)
+        check_loss(self.loss)
+        if not self.data:
+            raise ValueError("`data` must name at least one file of preference pairs, got none")
+        if self.concise is not None and self.concise not in self.weights:
+            raise ValueError(
+                f"`concise` must be one of the objectives in `weights`, got {self.concise!r} for "
+                f"{sorted(self.weights)}; add it there or leave `concise` out"
+            )
+        counts = ("epochs", "pairs_per_step", "pairs_per_micro_batch", "chunk_tokens", "log_every")
+        for name in (*counts, "max_steps", "eval_every", "save_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"`warmup_ratio` must be in [0, 1], got {self.warmup_ratio}")
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Objective names in the order of the weights."""
+        return tuple(self.weights)
+
+    @property
+    def folder(self) -> Path:
+        """`output_dir` as a path."""
+        return Path(self.output_dir)
+
+
+_FREE_TO_CHANGE = frozenset(
+    {
+        "eval_data",
+        "eval_every",
+        "save_every",
+        "log_every",
+        "output_dir",
+        "cache_dir",
+        "tensorboard",
+    }
+)
+"""Settings that may differ on `--resume`: none of them changes what is learnt."""
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """The settings that define a run, as plain JSON values."""
+    settings = dataclasses.asdict(config)
+    settings["betas"] = list(config.betas)
+    return {name: value for name, value in settings.items() if name not in _FREE_TO_CHANGE}
+
+
+def check_same_run(config: TrainConfig, saved: dict[str, Any], checkpoint: Path) -> None:
+    """Raise ValueError, naming every differing setting, unless `saved` is this run's identity."""
+    current = identity(config)
+    differing = [
+        f"{name}: {saved.get(name)!r} in the checkpoint, {current.get(name)!r} now"
+        for name in sorted(current.keys() | saved.keys())
+        if saved.get(name) != current.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"checkpoint {checkpoint} belongs to another configuration ({'; '.join(differing)}); "
+            "restore these settings or choose another `output_dir`"
+        )

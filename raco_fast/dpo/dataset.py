@@ -1,0 +1,56 @@
+"""The pairs of a run: files -> labelled pairs -> token ids."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from raco_fast.dpo.config import TrainConfig
+from raco_fast.dpo.data import ConciseRule, DataSource, read_sources
+from raco_fast.dpo.tokenization import EncodedPair, encode_pairs, token_counter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+def load_pairs(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[EncodedPair], list[EncodedPair]]:
+    """Encoded training pairs and held-out pairs (empty without `eval_data`).
+
+    Raises:
+        ValueError, FileNotFoundError: unreadable files, bad rows (file and line named), or an
+            objective for which no training pair is labelled.
+    """
+    training = _encoded(config, tokenizer, config.data, "data")
+    for name in config.objectives:
+        if not any(pair.labels[name] for pair in training):
+            raise ValueError(
+                f"`weights` names {name!r}, but no training pair is labelled for it; "
+                "check the data's label fields or take the objective out"
+            )
+    if not config.eval_data:
+        return training, []
+    return training, _encoded(config, tokenizer, config.eval_data, "eval_data")
+
+
+def _encoded(
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[DataSource],
+    argument: str,
+) -> list[EncodedPair]:
+    concise = None
+    if config.concise is not None:
+        concise = ConciseRule(token_counter(tokenizer), config.concise)
+    pairs = read_sources(sources, config.objectives, concise=concise)
+    encoded, report = encode_pairs(tokenizer, pairs, config.tokens)
+    logger.info("%s: %s", argument, report)
+    if not encoded:
+        raise ValueError(
+            f"`{argument}` holds no usable pair ({report}); raise `tokens.max_length` or mend it"
+        )
+    return encoded

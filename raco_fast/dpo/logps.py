@@ -1,0 +1,142 @@
+"""Sequence log-probabilities through a chunked head.
+
+A causal LM's logits are [batch, length, vocab]: for 8 sequences of 1024 tokens and a vocabulary of
+128k, 4 GiB in fp32, several times that with its log-softmax and gradient. Only the positions whose
+next token belongs to the response are scored, so their hidden states are gathered into [N, d] and
+the head runs on `chunk_tokens` rows at a time; each chunk is recomputed in the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def sequence_logps(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    completion_mask: Tensor,
+    chunk_tokens: int = 256,
+) -> Tensor:
+    """Summed log-probability of each row's completion given what stands before it.
+
+    Args:
+        model: a Hugging Face causal LM, also wrapped by PEFT.
+        input_ids: int64 [B, T], right-padded.
+        attention_mask: [B, T], 1 on tokens, 0 on padding.
+        completion_mask: [B, T], true where the token is scored; column 0 cannot be (nothing
+            predicts it).
+        chunk_tokens: rows of logits that exist at any time.
+    Returns:
+        float32 [B]: sum over scored t of log p(input_ids[b, t] | input_ids[b, :t]).
+    Raises:
+        ValueError: a scored token in column 0, or masks of another shape than `input_ids`.
+    """
+    if not input_ids.shape == attention_mask.shape == completion_mask.shape:
+        raise ValueError(
+            "`input_ids`, `attention_mask` and `completion_mask` must share one [B, T] shape, got "
+            f"{tuple(input_ids.shape)}, {tuple(attention_mask.shape)}, "
+            f"{tuple(completion_mask.shape)}"
+        )
+    scored = completion_mask.bool()
+    if bool(scored[:, 0].any()):
+        raise ValueError(
+            "`completion_mask` marks the first token of a row, which nothing predicts; "
+            "start the row with at least one prompt or BOS token"
+        )
+    causal_lm = unwrap(model)
+    hidden = causal_lm.get_decoder()(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+    ).last_hidden_state
+    rows, columns = scored.nonzero(as_tuple=True)
+    token_logps = _chunked_token_logps(
+        causal_lm, hidden[rows, columns - 1], input_ids[rows, columns], chunk_tokens
+    )
+    # Placed, then summed by row: a scattered add would run in no fixed order on a GPU.
+    placed = token_logps.new_zeros(input_ids.shape).index_put((rows, columns), token_logps)
+    return placed.sum(-1)
+
+
+def unwrap(model: Any) -> PreTrainedModel:
+    """The transformers model itself, with PEFT's wrapper taken off (its layers stay)."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()
+
+
+def _chunked_token_logps(
+    causal_lm: PreTrainedModel, hidden: Tensor, targets: Tensor, chunk_tokens: int
+) -> Tensor:
+    """float32 [N] log-probabilities of `targets` [N] after `hidden` [N, d]."""
+    head = causal_lm.get_output_embeddings()
+    scaling = _LogitScaling.of(causal_lm.config)
+
+    def chunk(hidden: Tensor, targets: Tensor) -> Tensor:
+        return -F.cross_entropy(scaling(head(hidden).float()), targets, reduction="none")
+
+    pieces = zip(torch.split(hidden, chunk_tokens), torch.split(targets, chunk_tokens), strict=True)
+    if torch.is_grad_enabled():
+        return torch.cat([checkpoint(chunk, h, t, use_reentrant=False) for h, t in pieces])
+    return torch.cat([chunk(h, t) for h, t in pieces])
+
+
+class _LogitScaling:
+    """What some architectures do to the head's output before the softmax.
+
+    Gemma caps logits (`final_logit_softcapping`), Granite divides (`logits_scaling`), Cohere
+    multiplies (`logit_scale`). `check_head` finds any further one before it can do harm.
+    """
+
+    def __init__(self, factor: float, cap: float | None) -> None:
+        self.factor, self.cap = factor, cap
+
+    @classmethod
+    def of(cls, config: Any) -> _LogitScaling:
+        config = config.get_text_config()
+        factor = (getattr(config, "logit_scale", None) or 1.0) / (
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        return cls(factor, getattr(config, "final_logit_softcapping", None))
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.factor != 1.0:
+            logits = logits * self.factor
+        if self.cap is not None:
+            logits = torch.tanh(logits / self.cap) * self.cap
+        return logits
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, input_ids: Tensor, completion_mask: Tensor) -> None:
+    """Hold the chunked head against the model's own logits on one row.
+
+    Args:
+        model: as in `sequence_logps`.
+        input_ids: int64 [T], one sequence without padding.
+        completion_mask: bool [T].
+    Raises:
+        ValueError: the two disagree, i.e. the architecture changes its logits in a way this file
+            does not know.
+    """
+    was_training = model.training
+    model.eval()
+    row = input_ids[None]
+    ours = sequence_logps(model, row, torch.ones_like(row), completion_mask[None])
+    token_logps = model(input_ids=row, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    theirs = token_logps.gather(-1, input_ids[1:, None]).squeeze(-1)[completion_mask[1:]].sum()
+    model.train(was_training)
+    # Two summation orders at the model's own precision; a missing scale is off by far more.
+    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    if not torch.allclose(ours[0], theirs, rtol=tolerance, atol=tolerance):
+        raise ValueError(
+            f"`model` ({type(unwrap(model)).__name__}) transforms its logits in a way the chunked "
+            f"head does not know: log-probability {float(ours[0]):.4f} against the model's own "
+            f"{float(theirs):.4f}; add the transform to raco_fast/dpo/logps.py"
+        )

@@ -1,0 +1,152 @@
+"""Metrics under TRL's names, and the JSONL file they go to.
+
+`rewards/*` and `logps/*` describe labelled (pair, objective) entries; a suffix `/<objective>`
+restricts them to one objective. `raco/*` describe the combination of the gradients.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raco_fast.dpo.files import atomic_file
+from raco_fast.dpo.losses import PairScores, preference_margins
+from raco_fast.dual import DualSolution
+
+
+class PreferenceMetrics:
+    """Accumulates preference statistics over batches without leaving the device.
+
+    A margin of exactly zero (policy = reference, as at step 0) counts as half a correct ranking,
+    which is what tossing a coin would give. TRL counts it as wrong.
+    """
+
+    _NAMES = (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+        "logps/accuracies",
+    )
+
+    def __init__(self, beta: float) -> None:
+        self.beta = beta
+        self._sums: dict[str, Tensor] = {}
+        self._pairs: dict[str, int] = {}
+
+    def add(self, scores: PairScores, labels: Mapping[str, Tensor]) -> None:
+        """Count the labelled pairs of one batch."""
+        for name, label in labels.items():
+            labelled = label != 0
+            if bool(labelled.any()):
+                rows = self._statistics(scores[labelled], label[labelled])
+                self._sums[name] = self._sums.get(name, 0) + rows.double().sum(dim=1)
+                self._pairs[name] = self._pairs.get(name, 0) + rows.shape[1]
+
+    def _statistics(self, scores: PairScores, label: Tensor) -> Tensor:
+        """[len(_NAMES), n] statistics of n labelled pairs."""
+        chosen, rejected = preference_margins(scores, label, self.beta)
+        first = label > 0
+        a, b = scores.logps_a.detach(), scores.logps_b.detach()
+        logps_chosen, logps_rejected = torch.where(first, a, b), torch.where(first, b, a)
+        return torch.stack(
+            [
+                chosen,
+                rejected,
+                chosen - rejected,
+                _ranked_right(chosen - rejected),
+                logps_chosen,
+                logps_rejected,
+                _ranked_right(logps_chosen - logps_rejected),
+            ]
+        )
+
+    def result(self) -> dict[str, float]:
+        """Means over all labelled entries, and per objective with its number of pairs."""
+        if not self._pairs:
+            return {}
+        total = torch.stack(list(self._sums.values())).sum(dim=0) / sum(self._pairs.values())
+        result = dict(zip(self._NAMES, total.tolist(), strict=True))
+        for name, sums in self._sums.items():
+            means = (sums / self._pairs[name]).tolist()
+            result |= {f"{key}/{name}": v for key, v in zip(self._NAMES, means, strict=True)}
+            result[f"pairs/{name}"] = self._pairs[name]
+        return result
+
+
+def _ranked_right(margin: Tensor) -> Tensor:
+    """1 where the margin is positive, 0 where negative, one half at exactly zero."""
+    return (margin.sign() + 1) / 2
+
+
+def solution_metrics(solution: DualSolution, objectives: tuple[str, ...]) -> dict[str, float]:
+    """`raco/*`: how the gradients were combined in one step."""
+    result: dict[str, float] = {
+        "raco/gap": float(solution.gap),
+        "raco/clip_active": float(solution.clip_active),
+        "raco/g0_norm": float(solution.g0_norm),
+        "raco/update_norm": float(solution.update_norm),
+    }
+    for i, name in enumerate(objectives):
+        result[f"raco/p/{name}"] = float(solution.p[i])
+        result[f"raco/coefficient/{name}"] = float(solution.coefficients[i])
+        result[f"raco/grad_norm/{name}"] = float(solution.gram[i, i]) ** 0.5
+        for j in range(i + 1, len(objectives)):
+            result[f"raco/cosine/{name}:{objectives[j]}"] = float(solution.cosines[i, j])
+    return result
+
+
+class MetricsFile:
+    """One JSON object a line; non-finite numbers become null, as JSON has none."""
+
+    def __init__(self, path: Path, tensorboard: bool = False) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._board = _tensorboard(path.parent / "tensorboard") if tensorboard else None
+
+    def keep_until(self, step: int) -> None:
+        """Drop records later than `step`: a resumed run writes them again."""
+        if not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        with atomic_file(self.path) as partial:
+            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record; `record["step"]` counts completed optimizer steps."""
+        clean = {k: _json_number(v) for k, v in record.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(clean, allow_nan=False) + "\n")
+        if self._board is not None:
+            for name, value in clean.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, clean["step"])
+
+    def close(self) -> None:
+        """Flush what TensorBoard still holds."""
+        if self._board is not None:
+            self._board.close()
+
+
+def _json_number(value: Any) -> Any:
+    if isinstance(value, float) and value - value != 0:
+        return None
+    return value
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "`tensorboard=True` needs the package tensorboard: pip install 'raco-fast[tensorboard]'"
+        ) from error
+    return SummaryWriter(str(folder))

@@ -1,0 +1,127 @@
+"""Pair scores: policy log-probabilities of a batch, reference ones precomputed and cached.
+
+The reference model is the policy before training, so its log-probabilities are computed once, at
+the start, and no second model stays in memory. They are cached on disk under a hash of everything
+they depend on: the weights, and the token ids of every pair (which hold the data, the tokenizer,
+the chat template and the truncation).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from raco_fast.dpo.batches import micro_batches
+from raco_fast.dpo.files import atomic_file
+from raco_fast.dpo.logps import sequence_logps
+from raco_fast.dpo.losses import PairScores
+from raco_fast.dpo.tokenization import EncodedPair, PairBatch, collate
+
+
+@dataclass(frozen=True)
+class ReferenceLogps:
+    """Reference log-probabilities by pair id: (response a, response b)."""
+
+    by_id: dict[str, tuple[float, float]]
+
+    def of(self, ids: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Two float32 [B] tensors, for responses a and b of the pairs `ids`."""
+        values = torch.tensor([self.by_id[id] for id in ids], dtype=torch.float32).to(device)
+        return values[:, 0], values[:, 1]
+
+
+def pair_logps(model: nn.Module, batch: PairBatch, chunk_tokens: int) -> tuple[Tensor, Tensor]:
+    """Summed log-probabilities of responses a and b, float32 [B] each."""
+    logps = sequence_logps(
+        model, batch.input_ids, batch.attention_mask, batch.completion_mask, chunk_tokens
+    )
+    return logps.chunk(2)  # type: ignore[return-value]
+
+
+def score_pairs(
+    model: nn.Module, batch: PairBatch, reference: ReferenceLogps, chunk_tokens: int
+) -> PairScores:
+    """Scores of a batch under the policy (with graph) and the reference."""
+    logps_a, logps_b = pair_logps(model, batch, chunk_tokens)
+    ref_a, ref_b = reference.of(batch.ids, logps_a.device)
+    return PairScores(logps_a, logps_b, ref_a, ref_b, batch.tokens_a, batch.tokens_b)
+
+
+def data_hash(pairs: Sequence[EncodedPair]) -> str:
+    """Hash of the token ids and labels of every pair, in order."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        labels = sorted(pair.labels.items())
+        digest.update(repr((pair.id, pair.prompt_ids, pair.a_ids, pair.b_ids, labels)).encode())
+    return digest.hexdigest()
+
+
+def reference_logps(
+    model: nn.Module,
+    pairs: Sequence[EncodedPair],
+    *,
+    model_hash: str,
+    pad_id: int,
+    cache_dir: Path,
+    batch_pairs: int,
+    chunk_tokens: int,
+) -> ReferenceLogps:
+    """Reference log-probabilities of `pairs`, from the cache or computed and cached.
+
+    Args:
+        model: the model before training; of a PEFT model, the adapter is switched off.
+        pairs: encoded pairs with unique ids.
+        model_hash: `models.fingerprint` of the model.
+        pad_id: padding token.
+        cache_dir: folder of the cache; created where missing.
+        batch_pairs: pairs scored at once.
+        chunk_tokens: as in `sequence_logps`.
+    """
+    key = hashlib.sha256(f"{model_hash}{data_hash(pairs)}".encode()).hexdigest()[:32]
+    file = cache_dir / f"reference-{key}.safetensors"
+    if not file.is_file():
+        values = _compute(model, pairs, pad_id, batch_pairs, chunk_tokens)
+        with atomic_file(file) as partial:
+            save_file({"logps": values}, partial)
+    values = load_file(file)["logps"]
+    return ReferenceLogps(
+        {pair.id: (a, b) for pair, (a, b) in zip(pairs, values.tolist(), strict=True)}
+    )
+
+
+@torch.no_grad()
+def _compute(
+    model: nn.Module,
+    pairs: Sequence[EncodedPair],
+    pad_id: int,
+    batch_pairs: int,
+    chunk_tokens: int,
+) -> Tensor:
+    """float32 [n, 2] reference log-probabilities in the order of `pairs`."""
+    device = next(model.parameters()).device
+    by_id: dict[str, tuple[float, float]] = {}
+    was_training = model.training
+    model.eval()
+    with adapter_off(model), tqdm(total=len(pairs), desc="reference", unit="pair") as progress:
+        for group in micro_batches(pairs, batch_pairs):
+            batch = collate(group, pad_id).to(device)
+            logps_a, logps_b = pair_logps(model, batch, chunk_tokens)
+            both = zip(logps_a.tolist(), logps_b.tolist(), strict=True)
+            by_id |= dict(zip(batch.ids, both, strict=True))
+            progress.update(len(group))
+    model.train(was_training)
+    return torch.tensor([by_id[pair.id] for pair in pairs], dtype=torch.float32)
+
+
+def adapter_off(model: nn.Module) -> AbstractContextManager[None]:
+    """A context in which a PEFT model computes what its base model does."""
+    disable = getattr(model, "disable_adapter", None)
+    return nullcontext() if disable is None else disable()

@@ -1,0 +1,356 @@
+"""Gram matrix -> `DualSolution`: how much of each objective's gradient goes into the update.
+
+    p             = argmin over the simplex of f(p) = b'p + s sqrt(p'Mp),  b = Mw, s = c ||g0||
+    p_clipped     = min(p, w), never renormalised
+    coefficients  = w + (s / ||G p_clipped||) p_clipped, or w where ||G p_clipped|| is 0
+
+The arithmetic is in csrc/ (dual.hpp states the certificate, corral.hpp the method). This
+file checks what users pass and gives the numbers names. Source: arXiv 2602.02495, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from raco_fast import _C
+
+RULES = ("linear", "cagrad", "cagrad-clip", "mgda")
+
+Array: TypeAlias = "NDArray[np.float64] | torch.Tensor"
+Weights: TypeAlias = "Mapping[str, float] | Sequence[float] | NDArray[Any] | torch.Tensor"
+Checked: TypeAlias = "tuple[tuple[str, ...], tuple[float, ...], NDArray[np.float64]]"
+
+_RULE_NUMBER = {rule: number for number, rule in enumerate(RULES)}
+# The scalars behind p, p_clipped and coefficients in a packed row: enum Scalar of csrc/dual.hpp.
+_GAP, _VALUE, _G0_NORM, _GP_NORM, _UPDATE_NORM, _CLIP_ACTIVE, _STATUS, _ROW, _COLUMN, _STEPS = (
+    range(_C.SCALARS)
+)
+_NON_FINITE, _NEGATIVE_DIAGONAL, _ASYMMETRIC, _NOT_GRAM, _UNCONVERGED = range(1, 6)
+
+
+def check_weights(weights: Weights) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Names and values of the objectives' weights, checked.
+
+    Args:
+        weights: a mapping from objective name to weight, or a sequence, array or tensor of m
+            weights (named "0", "1", ...). Non-negative, finite, 1 to 32 of them, sum 1 within 1e-6.
+    Returns:
+        (names, values), both of length m, in the order given. The values are not renormalised.
+    Raises:
+        TypeError: not a mapping or a sequence of numbers, or a name that is not a string.
+        ValueError: a rule above is broken; the message shows the weights and the cure.
+    """
+    names, values, _ = _checked_weights(weights)
+    return names, values
+
+
+def check_c(c: float) -> float:
+    """The radius c as a float; ValueError unless 0 <= c < 1, TypeError unless a number."""
+    try:
+        value = math.fsum((c,))  # refuses strings, which float() would read
+    except (TypeError, ValueError):
+        raise TypeError(f"`c` must be a number, got {c!r}; c = 0.4 is the usual choice") from None
+    if not 0.0 <= value < 1.0:
+        raise ValueError(
+            f"`c` must be in [0, 1), got {value}; c = 0 is plain weighting, 0.4 the usual choice"
+        )
+    return value
+
+
+def check_rule(rule: str) -> str:
+    """The rule's name; ValueError unless it is one of `RULES`."""
+    if not isinstance(rule, str) or rule not in _RULE_NUMBER:
+        raise ValueError(f"`rule` must be one of {', '.join(RULES)}, got {rule!r}")
+    return rule
+
+
+def _checked_weights(weights: Weights) -> Checked:
+    if isinstance(weights, Mapping):
+        return _check_items(tuple(weights), _hashable(tuple(weights.values()), weights))
+    if isinstance(weights, (np.ndarray, torch.Tensor)):
+        if weights.ndim != 1:
+            raise ValueError(
+                f"`weights` must have one dimension, got shape {tuple(weights.shape)}; pass [m]"
+            )
+        return _check_items(None, tuple(weights.tolist()))
+    if isinstance(weights, Sequence) and not isinstance(weights, (str, bytes)):
+        return _check_items(None, _hashable(tuple(weights), weights))
+    raise TypeError(
+        "`weights` must be a mapping from name to number or a sequence of numbers, "
+        f"got {weights!r}; for example "
+        "{'helpful': 0.5, 'harmless': 0.5}"
+    )
+
+
+def _hashable(values: tuple[Any, ...], shown: object) -> tuple[float, ...]:
+    try:
+        math.fsum(values)  # refuses strings, which float() would read
+        return tuple(map(float, values))
+    except (TypeError, ValueError):
+        raise TypeError(f"`weights` must be numbers, got {shown!r}; pass one float each") from None
+
+
+@lru_cache(maxsize=256)
+def _check_items(names: tuple[str, ...] | None, values: tuple[float, ...]) -> Checked:
+    m = len(values)
+    shown = list(values) if names is None else dict(zip(names, values, strict=True))
+    if not 1 <= m <= _C.MAX_OBJECTIVES:
+        raise ValueError(
+            f"`weights` must hold 1 to {_C.MAX_OBJECTIVES} objectives, got {m}; "
+            "merge or leave out objectives"
+        )
+    for name in names or ():
+        if not isinstance(name, str):
+            raise TypeError(f"`weights` must have strings as names, got {name!r}; write str(name)")
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"`weights` must be finite, got {shown}; replace NaN and infinity")
+    if min(values) < 0.0:
+        raise ValueError(
+            f"`weights` must not be negative, got {shown}; a weight of 0 leaves an objective out"
+        )
+    total = math.fsum(values)
+    if abs(total - 1.0) > 1e-6:
+        raise ValueError(f"`weights` must sum to 1, got {total:g} for {shown}; divide by the sum")
+    array = np.array(values, dtype=np.float64)
+    array.flags.writeable = False
+    return names or tuple(map(str, range(m))), values, array
+
+
+class DualSolution:
+    """What `solve_dual` found, for one problem or a batch of n (then every value has a leading n).
+
+    Arrays are float64, torch tensors on the CPU if the Gram was a tensor, numpy arrays otherwise.
+    Scalars are Python numbers for one problem, arrays [n] for a batch.
+
+    Attributes:
+        names, weights, c, rule: what was asked; weights is [m].
+        gram: [m, m], the input as float64.
+        p: [m], the minimiser of f on the simplex that is closest to the weights.
+        p_clipped: [m], min(p, weights) under "cagrad-clip"; p under the other rules.
+        coefficients: [m], the update is sum_i coefficients_i g_i.
+        gap: certificate of optimality, f(p) - min_i y_i >= 0, in the unit of `value`.
+        value: f(p) (under "mgda" the norm ||Gp||).
+        g0_norm, gp_norm, update_norm: ||g0||, ||G p_clipped||, ||sum_i coefficients_i g_i||; a norm
+            that is rounding error of its own terms is 0.
+        clip_active: clipping changed the direction of Gp, and so the update. (Where p is not the
+            weights some p_i exceeds w_i, but at a vertex of the simplex only the length changes.)
+        finite: False when the Gram holds NaN or infinity; every other result is NaN then.
+        converged: False if the solver stopped at its cap on steps (`gap` is valid all the same).
+        cosines: [m, m] between gradients, 0 where a gradient is zero.
+    """
+
+    __slots__ = ("_gram", "_packed", "_tensor", "_weights", "c", "names", "rule")
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        weights: NDArray[np.float64],
+        c: float,
+        rule: str,
+        gram: NDArray[np.float64],
+        packed: NDArray[np.float64],
+        tensor: bool,
+    ) -> None:
+        """Names the parts of packed [.., 3m + SCALARS]; `solve_dual` is the one that calls this."""
+        self.names = names
+        self.c = c
+        self.rule = rule
+        self._weights = weights
+        self._gram = gram
+        self._packed = packed
+        self._tensor = tensor
+
+    def _array(self, values: NDArray[np.float64]) -> Any:
+        return torch.from_numpy(values.copy()) if self._tensor else values.copy()
+
+    def _part(self, index: int) -> Any:
+        m = len(self.names)
+        return self._array(self._packed[..., index * m : (index + 1) * m])
+
+    def _scalar(self, index: int) -> Any:
+        values = self._packed[..., 3 * len(self.names) + index]
+        return float(values) if values.ndim == 0 else self._array(values)
+
+    def _flag(self, flags: NDArray[np.bool_]) -> Any:
+        if self._packed.ndim == 1:
+            return bool(flags)
+        return torch.from_numpy(flags) if self._tensor else flags
+
+    def _status(self) -> NDArray[np.float64]:
+        status: NDArray[np.float64] = self._packed[..., 3 * len(self.names) + _STATUS]
+        return status
+
+    @property
+    def gram(self) -> Any:
+        """[.., m, m] the Gram matrix."""
+        return self._array(self._gram)
+
+    @property
+    def weights(self) -> Any:
+        """[m] the weights."""
+        return self._array(self._weights)
+
+    @property
+    def p(self) -> Any:
+        """[.., m] the minimiser of f on the simplex that is closest to the weights."""
+        return self._part(0)
+
+    @property
+    def p_clipped(self) -> Any:
+        """[.., m] min(p, weights) under "cagrad-clip", p otherwise."""
+        return self._part(1)
+
+    @property
+    def coefficients(self) -> Any:
+        """[.., m] the coefficients of the gradients in the update."""
+        return self._part(2)
+
+    @property
+    def gap(self) -> Any:
+        """f(p) - min_i y_i >= 0."""
+        return self._scalar(_GAP)
+
+    @property
+    def value(self) -> Any:
+        """f(p)."""
+        return self._scalar(_VALUE)
+
+    @property
+    def g0_norm(self) -> Any:
+        """||g0|| = sqrt(w'Mw)."""
+        return self._scalar(_G0_NORM)
+
+    @property
+    def gp_norm(self) -> Any:
+        """||G p_clipped||."""
+        return self._scalar(_GP_NORM)
+
+    @property
+    def update_norm(self) -> Any:
+        """Norm of the update, from the Gram."""
+        return self._scalar(_UPDATE_NORM)
+
+    @property
+    def clip_active(self) -> Any:
+        """Whether clipping changed the coefficients."""
+        return self._flag(self._packed[..., 3 * len(self.names) + _CLIP_ACTIVE] != 0.0)
+
+    @property
+    def finite(self) -> Any:
+        """Whether the Gram was finite."""
+        return self._flag(self._status() != _NON_FINITE)
+
+    @property
+    def converged(self) -> Any:
+        """Whether the solver finished below its cap on steps."""
+        return self._flag(self._status() == 0.0)
+
+    @property
+    def cosines(self) -> Any:
+        """[.., m, m] cosines between the gradients; 0 where a gradient is zero."""
+        norms = np.sqrt(np.maximum(np.diagonal(self._gram, axis1=-2, axis2=-1), 0.0))
+        inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms != 0.0)
+        with np.errstate(invalid="ignore"):  # a Gram that is not finite gives NaN
+            cosines = self._gram * inverse[..., :, None] * inverse[..., None, :]
+        return self._array(np.clip(cosines, -1.0, 1.0))
+
+    def __repr__(self) -> str:
+        """One line a part for one problem, one line in all for a batch."""
+        head = f"DualSolution(rule={self.rule!r}, c={self.c:g}"
+        if self._packed.ndim == 2:
+            active = int(np.count_nonzero(np.asarray(self.clip_active)))
+            return f"{head}, n={len(self._packed)}, m={len(self.names)}, clip_active in {active})"
+        if not self.finite:
+            return f"{head}, finite=False)"
+        m = len(self.names)
+        lines = [f"{head}, gap={self.gap:.1e}, clip_active={self.clip_active},"]
+        rows = {"weights": self._weights} | {
+            name: self._packed[k * m : (k + 1) * m]
+            for k, name in enumerate(("p", "p_clipped", "coefficients"))
+        }
+        for label, values in rows.items():
+            parts = ", ".join(f"{n}: {v:.6g}" for n, v in zip(self.names, values, strict=True))
+            lines.append(f"  {label}={{{parts}}},")
+        norms = f"g0_norm={self.g0_norm:.6g}, gp_norm={self.gp_norm:.6g}"
+        return "\n".join([*lines, f"  {norms}, update_norm={self.update_norm:.6g})"])
+
+
+def solve_dual(
+    gram: Array | Sequence[Any], weights: Weights, c: float, rule: str = "cagrad-clip"
+) -> DualSolution:
+    """Solve the dual problem of one Gram matrix, or of a batch of them in one call.
+
+    Args:
+        gram: [m, m] or [n, m, m], M_ij = <g_i, g_j>, 1 <= m <= 32; tensor (any device), array or
+            nested lists. Any scale. A Gram that is not finite is not an error (`finite` is False).
+        weights: [m], on the simplex; see `check_weights`.
+        c: radius in [0, 1). "linear" and "mgda" do not use it.
+        rule: "cagrad-clip" (RACO), "cagrad", "linear" (coefficients = weights) or "mgda"
+            (coefficients = argmin over the simplex of ||Gp||).
+    Returns:
+        `DualSolution`, exact to rounding. Of several minimisers it holds the one closest to the
+        weights. g0 = 0 gives p = weights and no correction.
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above, or the matrix is no Gram matrix
+            (asymmetric, negative on the diagonal, |M_ij| > ||g_i|| ||g_j||).
+    Source: arXiv 2602.02495, Algorithm 1, lines 6-8.
+    """
+    names, _, array = _checked_weights(weights)
+    c = check_c(c)
+    check_rule(rule)
+    m = len(names)
+    tensor = isinstance(gram, torch.Tensor)
+    matrix = _as_float64(gram)
+    if matrix.ndim not in (2, 3) or matrix.shape[-2:] != (m, m):
+        raise ValueError(
+            f"`gram` must be [m, m] or [n, m, m] with m = {m} (one row a weight), "
+            f"got shape {matrix.shape}; pass one weight an objective"
+        )
+    packed = _C.solve(matrix, array, c, _RULE_NUMBER[rule])
+    solution = DualSolution(names, array, c, rule, matrix, packed, tensor)
+    if packed.ndim == 2 or packed[3 * m + _STATUS] != 0.0:
+        _raise_for_status(matrix, packed, m)
+    return solution
+
+
+def _as_float64(gram: Array | Sequence[Any]) -> NDArray[np.float64]:
+    """A float64 copy in row-major order, so that a solution does not change with its input."""
+    if isinstance(gram, torch.Tensor):
+        if gram.is_complex():
+            raise TypeError("`gram` must be real, got a complex tensor; pass gram.real")
+        if gram.dtype is not torch.float64 or gram.device.type != "cpu":
+            gram = gram.detach().to("cpu", torch.float64)
+        return np.array(gram.detach().numpy(), order="C")
+    try:
+        return np.array(gram, dtype=np.float64, order="C")
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`gram` must be a matrix of real numbers ({error}); pass [m, m]") from None
+
+
+def _raise_for_status(matrix: NDArray[np.float64], packed: NDArray[np.float64], m: int) -> None:
+    statuses = packed[..., 3 * m + _STATUS].reshape(-1)
+    broken = np.flatnonzero((statuses >= _NEGATIVE_DIAGONAL) & (statuses <= _NOT_GRAM))
+    if broken.size == 0:
+        return
+    k = int(broken[0])
+    scalars = packed.reshape(-1, packed.shape[-1])[k, 3 * m :]
+    i, j = int(scalars[_ROW]), int(scalars[_COLUMN])
+    M = matrix.reshape(-1, m, m)[k]
+    where = f"gram[{k}, {{}}, {{}}]" if matrix.ndim == 3 else "gram[{}, {}]"
+    a = f"{where.format(i, j)} = {M[i, j]:g}"
+    if scalars[_STATUS] == _NEGATIVE_DIAGONAL:
+        rule, cure = "have a non-negative diagonal", "a squared norm cannot be negative"
+    elif scalars[_STATUS] == _ASYMMETRIC:
+        a += f" and {where.format(j, i)} = {M[j, i]:g}"
+        rule, cure = "be symmetric", "pass G @ G.T, or the average with its transpose"
+    else:
+        a += f" with diagonal entries {M[i, i]:g} and {M[j, j]:g}"
+        rule, cure = "satisfy |M_ij| <= sqrt(M_ii M_jj)", "use the same gradients for all"
+    raise ValueError(f"`gram` must {rule}, got {a}; {cure}")

@@ -1,0 +1,333 @@
+"""Per-objective gradients, accumulated over micro-batches, and `combine` for any optimizer.
+
+With one objective p.grad is its gradient, as always in torch. With m objectives p.grad holds an
+`ObjectiveGrad`, a stand-in that owns one buffer per objective (its file says why).
+`objective(name)` lends that objective's buffers to p.grad, so autograd accumulates in place and
+hooks, DDP and micro-batches work as they do for a single loss; afterwards the stand-in is back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from raco_fast import ops
+from raco_fast.dual import DualSolution, check_weights, solve_dual
+from raco_fast.objective_grad import ObjectiveGrad
+
+
+class ObjectiveGradients:
+    """The gradients of m objectives with respect to the same parameters.
+
+    Args:
+        params: the parameters, or a function that returns them. A function is asked anew at every
+            backward pass, so parameters may be added or swapped in between.
+        weights: objective name -> weight, or a sequence of weights (names "0", "1", ...).
+    Raises:
+        ValueError: wrong weights, or no parameter.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Callable[[], Iterable[Tensor]],
+        weights: Mapping[str, float] | Sequence[float] | Tensor,
+    ) -> None:
+        self.names, values = check_weights(weights)
+        self.weights = dict(zip(self.names, values, strict=True))
+        if isinstance(params, Tensor | torch.nn.Module):
+            raise TypeError(
+                f"`params` must be an iterable of tensors, got a {type(params).__name__}; "
+                f"pass model.parameters(), or a list"
+            )
+        self._source = params if callable(params) else list(params)
+        if not callable(params) and not self._source:
+            raise ValueError("`params` must hold at least one parameter, got none")
+        self._ran: set[str] = set()
+        self._held = False
+        self._open: str | None = None
+
+    def parameters(self) -> list[Tensor]:
+        """The parameters as they are now, each once."""
+        source = self._source() if callable(self._source) else self._source
+        return list(dict.fromkeys(source))
+
+    def backward(self, losses: Mapping[str, Tensor] | Sequence[Tensor]) -> None:
+        """Backpropagate every objective's loss into that objective's gradients.
+
+        m backward passes in weight order; the graph is kept for all but the last, so the losses
+        may share a forward pass. Gradients add to what earlier calls left (micro-batches).
+
+        Args:
+            losses: objective name -> scalar, or m scalars in weight order.
+        Raises:
+            ValueError: objectives missing or unknown, wrong number, not a scalar, or a loss that
+                depends on nothing that requires grad. Nothing has been backpropagated then.
+            TypeError: `losses` is neither a mapping nor a sequence, or a loss is not a tensor.
+        """
+        ordered = self._checked_losses(losses)
+        for i, (name, loss) in enumerate(zip(self.names, ordered, strict=True)):
+            with self.objective(name):
+                loss.backward(retain_graph=i + 1 < len(ordered))  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def objective(self, name: str) -> Iterator[None]:
+        """Everything that backward passes add to p.grad inside the block belongs to `name`.
+
+        p.grad is handed back when the block ends, also by an exception; what a failed backward
+        pass had already added stays until the gradients are zeroed.
+
+        Raises:
+            ValueError: unknown objective.
+            RuntimeError: inside another objective's block, or with more than one objective when
+                p.grad was filled outside of any.
+            TypeError: the block left a sparse gradient.
+        """
+        if name not in self.names:
+            raise ValueError(f"`name` must be one of the objectives {self.names}, got {name!r}")
+        if self._open is not None:
+            raise RuntimeError(
+                f"objective({name!r}) was entered inside objective({self._open!r}); close it first"
+            )
+        lent = [] if len(self.names) == 1 else self._lend(self.names.index(name))
+        self._open = name
+        try:
+            yield
+        finally:
+            self._open = None
+            if lent:
+                self._take_back(self.names.index(name), lent)
+        self._ran.add(name)
+
+    def of(self, p: Tensor) -> dict[str, Tensor | None]:
+        """The accumulated gradient of each objective at `p`; None where it did not touch p."""
+        if len(self.names) == 1:
+            return {self.names[0]: p.grad}
+        held = _stand_in(p, self.names)
+        buffers = [None] * len(self.names) if held is None else held.buffers
+        return dict(zip(self.names, buffers, strict=True))
+
+    def lists(self, params: Iterable[Tensor]) -> list[list[Tensor | None]]:
+        """m lists of n gradients for n parameters, as `ops.gram` takes them."""
+        columns = [list(self.of(p).values()) for p in params]
+        return [[column[i] for column in columns] for i in range(len(self.names))]
+
+    def touched(self) -> list[Tensor]:
+        """The parameters that at least one objective has a gradient for."""
+        return [p for p in self.parameters() if p.grad is not None]
+
+    def check_complete(self) -> None:
+        """Raise unless every objective has had a backward pass since the gradients were zeroed.
+
+        Raises:
+            RuntimeError: no backward, an objective left out, or p.grad filled (other than with
+                zeros) outside of any objective. One objective: never, p.grad is its gradient.
+        """
+        if len(self.names) == 1:
+            return
+        params = self.parameters()
+        by_hand = any(type(p.grad) not in (type(None), ObjectiveGrad) for p in params)
+        for p in params:
+            _stand_in(p, self.names)
+        self._notice_cleared(params)
+        if by_hand and not self._ran:
+            return  # zeros: how torch.distributed.checkpoint makes an optimizer create its state
+        if not self._ran:
+            raise RuntimeError(
+                f"step without backward: the objectives {self.names} have no gradients; call "
+                f"backward(losses) or loss.backward() inside `with objective(name):` first"
+            )
+        missing = [name for name in self.names if name not in self._ran]
+        if missing:
+            raise RuntimeError(
+                f"the objectives {missing} have had no backward pass since the last zero_grad(); "
+                f"give each one a loss (a zero that keeps the graph, e.g. `0.0 * scores.sum()`, "
+                f"where a batch has nothing for it), or leave it out of `weights`"
+            )
+
+    def zero(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of all objectives.
+
+        Args:
+            set_to_none: False fills them with zeros and keeps their memory, as in torch.
+        """
+        for p in self.parameters():
+            if set_to_none:
+                p.grad = None
+            elif p.grad is not None:
+                p.grad.detach_().zero_() if p.grad.requires_grad else p.grad.zero_()
+        self.forget()
+
+    def forget(self) -> None:
+        """Note that somebody else cleared p.grad: every objective needs a new backward pass."""
+        self._ran.clear()
+        self._held = False
+
+    def _lend(self, index: int) -> list[tuple[Tensor, ObjectiveGrad | None, Tensor | None]]:
+        params = self.parameters()
+        self._notice_cleared(params)
+        lent = []
+        for p in params:
+            held = _stand_in(p, self.names)
+            buffer = None if held is None else held.buffers[index]
+            lent.append((p, held, buffer))
+        for p, _, buffer in lent:
+            p.grad = buffer
+        return lent
+
+    def _take_back(
+        self, index: int, lent: list[tuple[Tensor, ObjectiveGrad | None, Tensor | None]]
+    ) -> None:
+        sparse = None
+        for p, stand_in, buffer in lent:
+            held, grad = stand_in, p.grad
+            if grad is not None and grad.layout != torch.strided:
+                sparse, grad = grad, buffer
+            if grad is not None and grad is not buffer:
+                grad = _with_own_storage(grad)
+            if held is None and grad is not None:
+                held = ObjectiveGrad(p, self.names)
+            if held is not None:
+                held.buffers[index] = grad
+            p.grad = held if held is not None and held.present else None
+            self._held = self._held or p.grad is not None
+        if sparse is not None:
+            ops.check_dense(sparse, f"the gradient of objective {self.names[index]!r}")
+
+    def _notice_cleared(self, params: Sequence[Tensor]) -> None:
+        """model.zero_grad() empties p.grad without telling us: then no objective has run."""
+        if self._held and all(p.grad is None for p in params):
+            self.forget()
+
+    def _checked_losses(self, losses: Mapping[str, Tensor] | Sequence[Tensor]) -> list[Tensor]:
+        if isinstance(losses, Mapping):
+            missing = [name for name in self.names if name not in losses]
+            unknown = [name for name in losses if name not in self.names]
+            if missing or unknown:
+                raise ValueError(
+                    f"`losses` must have exactly the objectives {self.names}, "
+                    f"missing {missing}, unknown {unknown}; correct the keys or `weights`"
+                )
+            ordered = [losses[name] for name in self.names]
+        elif isinstance(losses, Sequence):
+            if len(losses) != len(self.names):
+                raise ValueError(
+                    f"`losses` must hold one loss for each of {self.names}, got {len(losses)}"
+                )
+            ordered = list(losses)
+        else:
+            raise TypeError(
+                f"`losses` must be a mapping from objective to loss or a list of losses, "
+                f"got {type(losses).__name__}; write {{{self.names[0]!r}: loss, ...}}"
+            )
+        for name, loss in zip(self.names, ordered, strict=True):
+            _check_loss(name, loss)
+        return ordered
+
+
+def clip_factor(norm: float, max_grad_norm: float | None) -> float:
+    """The factor of `torch.nn.utils.clip_grad_norm_` for a gradient whose norm is known."""
+    return 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))
+
+
+def check_max_grad_norm(max_grad_norm: float | None) -> None:
+    """Raise ValueError unless `max_grad_norm` is None or a positive number."""
+    if max_grad_norm is not None and not max_grad_norm > 0.0:
+        raise ValueError(
+            f"`max_grad_norm` must be a positive number, got {max_grad_norm}; "
+            f"None switches clipping off"
+        )
+
+
+def combine(
+    gradients: ObjectiveGradients,
+    *,
+    c: float = 0.4,
+    rule: str = "cagrad-clip",
+    max_grad_norm: float | None = None,
+) -> DualSolution:
+    """Write the common update direction G0 = Σ α_i g_i into p.grad, for any torch optimizer.
+
+    The per-objective gradients are used up: G0 takes their place, so zero the gradients before
+    the next backward pass as usual (`optimizer.zero_grad()` or `gradients.zero()`).
+    If a gradient is not finite, every p.grad becomes None, so that the optimizer's next step
+    changes nothing, and the solution says `finite=False`.
+
+    Args:
+        gradients: accumulated gradients of every objective.
+        c: radius, 0 <= c < 1.
+        rule: "linear", "cagrad", "cagrad-clip" or "mgda".
+        max_grad_norm: clip ‖G0‖ to this, as `torch.nn.utils.clip_grad_norm_` does; its factor is
+            not part of the solution's coefficients.
+    Raises:
+        ValueError: wrong `c`, `rule` or `max_grad_norm`.
+        RuntimeError: an objective has had no backward pass.
+    Source: arXiv 2602.02495, Algorithm 1.
+    """
+    check_max_grad_norm(max_grad_norm)
+    gradients.check_complete()
+    params = gradients.touched()
+    grads = gradients.lists(params)
+    solution = solve_dual(ops.gram(grads), gradients.weights, c, rule)
+    if not solution.finite:
+        gradients.zero()
+        return solution
+    out = [next(g for g in column if g is not None) for column in zip(*grads, strict=True)]
+    factor = clip_factor(float(solution.update_norm), max_grad_norm)
+    with torch.no_grad():
+        ops.combine(grads, torch.as_tensor(solution.coefficients) * factor, out)
+    for p, g in zip(params, out, strict=True):
+        p.grad = g
+    gradients.forget()
+    return solution
+
+
+def _stand_in(p: Tensor, names: tuple[str, ...]) -> ObjectiveGrad | None:
+    """p's gradients of the objectives `names`, or None where p has no gradient."""
+    grad = p.grad
+    if grad is None:
+        return None
+    if type(grad) is Tensor and grad.layout == torch.strided and not grad.any():
+        # Zeros are the same gradient whichever objective they belong to.
+        p.grad = held = ObjectiveGrad(p, names)
+        held.buffers[0] = grad
+        return held
+    if not isinstance(grad, ObjectiveGrad):
+        raise RuntimeError(
+            f"p.grad of a parameter of shape {list(p.shape)} was filled outside of an objective, "
+            f"so it is not known which of {names} it belongs to; use backward(losses) or "
+            f"`with objective(name): loss.backward()`, and zero_grad() before the next step"
+        )
+    if grad.names != names:
+        raise RuntimeError(
+            f"p.grad of a parameter of shape {list(p.shape)} holds gradients of the objectives "
+            f"{grad.names}, not of {names}; call zero_grad() of their owner first"
+        )
+    return grad
+
+
+def _with_own_storage(grad: Tensor) -> Tensor:
+    """A gradient that is a view of a larger buffer (DDP's buckets) is overwritten by the next
+    objective's backward pass, so it is copied out.
+    """
+    if type(grad) is not Tensor or grad.requires_grad:
+        return grad
+    nbytes = grad.numel() * grad.element_size()
+    return grad if grad.untyped_storage().nbytes() == nbytes else grad.clone()
+
+
+def _check_loss(name: str, loss: Tensor) -> None:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"`losses`[{name!r}] must be a tensor, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"`losses`[{name!r}] must be a scalar, got shape {list(loss.shape)}; take its mean"
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            f"`losses`[{name!r}] depends on nothing that requires grad, so it has no gradient; if "
+            f"this batch has nothing for {name!r}, give a zero that keeps the graph, "
+            f"e.g. `0.0 * scores.sum()`"
+        )

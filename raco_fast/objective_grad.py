@@ -1,0 +1,84 @@
+"""`ObjectiveGrad`: what p.grad holds between backward passes when there are several objectives.
+
+Why a stand-in in p.grad rather than a dictionary in the optimizer: whoever clears p.grad
+(`model.zero_grad()`, a trainer, `opt.zero_grad()`) clears every objective's gradient, `GradScaler`
+finds and unscales all m buffers, and code that reads p.grad as if there were only one gradient
+(`clip_grad_norm_`, a forgotten plain `loss.backward()`) gets an error instead of a wrong number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+_IN_PLACE_ON_LISTS = (
+    _aten._amp_foreach_non_finite_check_and_unscale_.default,
+    _aten._foreach_zero_.default,
+)
+
+
+class ObjectiveGrad(torch.Tensor):
+    """The gradients of several objectives at one parameter.
+
+    A tensor of p's shape, dtype and device without storage; `buffers` are the m real gradients
+    (None: that objective did not touch p). Zeroing and GradScaler's unscaling reach every buffer;
+    any other operation raises RuntimeError.
+    """
+
+    names: tuple[str, ...]
+    buffers: list[Tensor | None]
+
+    # Attribute reads (shape, device, is_sparse) need no override and stay fast.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, p: Tensor, names: tuple[str, ...]) -> ObjectiveGrad:
+        """A stand-in for gradients at p that nobody has touched yet."""
+        grad: ObjectiveGrad = torch.Tensor._make_wrapper_subclass(
+            cls, p.shape, dtype=p.dtype, device=p.device
+        )
+        grad.names = names
+        grad.buffers = [None] * len(names)
+        return grad
+
+    @property
+    def present(self) -> list[Tensor]:
+        """The buffers of the objectives that touched p."""
+        return [g for g in self.buffers if g is not None]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is _aten.zero_.default:
+            for buffer in args[0].present:
+                buffer.zero_()
+            return args[0]
+        if func in _IN_PLACE_ON_LISTS:
+            nested = [g.present if isinstance(g, ObjectiveGrad) else [g] for g in args[0]]
+            flat = [buffer for buffers in nested for buffer in buffers]
+            return func(flat, *args[1:], **(kwargs or {})) if flat else None
+        names = next((a.names for a in args if isinstance(a, ObjectiveGrad)), ())
+        raise RuntimeError(
+            f"p.grad holds one gradient per objective {names}, so {func} is not defined on it; "
+            f"call loss.backward() inside `with opt.objective(name):`, clip with max_grad_norm=, "
+            f"and read the gradients with opt.gradients.of(p)"
+        )
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
+        touched = [n for n, g in zip(self.names, self.buffers, strict=True) if g is not None]
+        return f"ObjectiveGrad(shape={list(self.shape)}, objectives={touched})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ObjectiveGrad:
+        copy = ObjectiveGrad(self, self.names)
+        copy.buffers = [None if g is None else g.clone() for g in self.buffers]
+        memo[id(self)] = copy
+        return copy

@@ -1,0 +1,194 @@
+"""The plain-torch backend: the twin that every fast kernel is compared with, and its fallback.
+
+Three operations over lists of tensors, without a flattened copy of the model:
+
+    gram           M_ij = ⟨g_i, g_j⟩, summed over the tensors of a model
+    combine        G0 = Σ α_i g_i, written to one tensor per parameter
+    combine_adamw  the same G0, formed bucket by bucket and handed to torch's own AdamW
+
+Products are float32 (float64 for float64 gradients) whatever the gradient dtype; sums across
+blocks and tensors are float64 and run in a fixed order, so equal inputs give equal bits.
+A missing gradient (None) counts as zeros.  Source: arXiv 2602.02495, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, TypedDict
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Gradients = Sequence[Sequence[Tensor | None]]
+"""m lists of n gradients; None stands for a gradient of zeros."""
+
+# Elements per dot product: m blocks stay in a core's cache, so each gradient is read from memory
+# once although it takes part in m products, and the float32 part of a sum stays short.
+_BLOCK = 1 << 17
+# Bytes of G0 that exist at one time in combine_adamw; a whole G0 would be an (m + 1)-th gradient.
+_BUCKET_BYTES = 64 << 20
+
+
+class AdamWOptions(TypedDict):
+    """The hyper-parameters of one parameter group, as `torch.optim.AdamW` names them."""
+
+    lr: float | Tensor
+    beta1: float | Tensor
+    beta2: float | Tensor
+    eps: float
+    weight_decay: float
+    amsgrad: bool
+    maximize: bool
+    foreach: bool | None
+    capturable: bool
+    differentiable: bool
+    fused: bool | None
+
+
+def gram(grads: Gradients) -> Tensor:
+    """Gram matrix of m per-objective gradients.
+
+    Args:
+        grads: m lists of n tensors; tensor k has the same shape, dtype and device in every list
+            where it is not None. Complex tensors count as pairs of real numbers.
+    Returns:
+        [m, m] float64 on the CPU, exactly symmetric.
+    Source: arXiv 2602.02495, Algorithm 1, line 5.
+    """
+    m = len(grads)
+    pairs = [(i, j) for i in range(m) for j in range(i, m)]
+    dots: dict[torch.device, dict[tuple[int, int], list[Tensor]]] = {}
+    for column in zip(*grads, strict=True):
+        for device, block in _blocks(column):
+            on_device = dots.setdefault(device, {pair: [] for pair in pairs})
+            for i, j in pairs:
+                a, b = block[i], block[j]
+                if a is not None and b is not None:
+                    on_device[i, j].append(torch.dot(a, b))
+    total = torch.zeros(len(pairs), dtype=torch.float64)
+    for of_pair in dots.values():
+        lengths = [len(of_pair[pair]) for pair in pairs]
+        joined = torch.stack([dot for pair in pairs for dot in of_pair[pair]])
+        on_cpu = joined.cpu().double()  # one transfer per device; float64 before any sum
+        total += torch.stack([part.sum() for part in torch.split(on_cpu, lengths)])
+    M = torch.empty(m, m, dtype=torch.float64)
+    for (i, j), value in zip(pairs, total.tolist(), strict=True):
+        M[i, j] = M[j, i] = value
+    return M
+
+
+def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> None:
+    """Write G0 = Σ α_i g_i.
+
+    Args:
+        grads: m lists of n tensors or None.
+        coefficients: [m] float64 on the CPU, α.
+        out: n tensors, overwritten; out[k] may be one of the gradients of tensor k. Zeros are
+            written where every gradient is None.
+    """
+    alpha = coefficients.tolist()
+    for column, target in zip(zip(*grads, strict=True), out, strict=True):
+        total = _weighted_sum(column, alpha)
+        if total is None:
+            target.zero_()
+        elif total is not target:
+            target.copy_(total)
+
+
+def combine_adamw(
+    params: Sequence[Tensor],
+    grads: Gradients,
+    coefficients: Tensor,
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    state_steps: Sequence[Tensor],
+    **options: Unpack[AdamWOptions],
+) -> None:
+    """One AdamW step along G0 = Σ α_i g_i; parameters and states change in place.
+
+    With one objective and α = 1 the gradient itself goes to torch's `adamw`, so the result is
+    that of `torch.optim.AdamW` to the last bit.
+
+    Args:
+        params: n tensors.
+        grads: m lists of n tensors or None; every parameter has at least one that is not None.
+        coefficients: [m] float64 on the CPU, α (with gradient clipping and unscaling folded in).
+        exp_avgs, exp_avg_sqs: n states of the parameters' shapes and dtypes.
+        max_exp_avg_sqs: n states for amsgrad, else empty.
+        state_steps: n scalar tensors.
+        **options: see `AdamWOptions`.
+    """
+    alpha = coefficients.tolist()
+    columns = list(zip(*grads, strict=True))
+    for bucket in _buckets(params):
+        combined = []
+        for k in bucket:
+            total = _weighted_sum(columns[k], alpha)
+            assert total is not None, "a parameter without any gradient reached combine_adamw"
+            combined.append(total.to(params[k].dtype))
+        of_bucket = [params[k] for k in bucket]
+        adamw(
+            of_bucket,
+            combined,
+            [exp_avgs[k] for k in bucket],
+            [exp_avg_sqs[k] for k in bucket],
+            [max_exp_avg_sqs[k] for k in bucket] if options["amsgrad"] else [],
+            [state_steps[k] for k in bucket],
+            has_complex=any(p.is_complex() for p in of_bucket),
+            **options,
+        )
+
+
+def _blocks(
+    column: Sequence[Tensor | None],
+) -> Iterator[tuple[torch.device, list[Tensor | None]]]:
+    """Cut the m gradients of one parameter alike into flat blocks of product precision."""
+    flat = [None if g is None else _as_real(g.detach()).reshape(-1) for g in column]
+    present = [f for f in flat if f is not None]
+    if not present:
+        return
+    for start in range(0, present[0].numel(), _BLOCK):
+        block = [None if f is None else _widened(f[start : start + _BLOCK]) for f in flat]
+        yield present[0].device, block
+
+
+def _weighted_sum(column: Sequence[Tensor | None], alpha: Sequence[float]) -> Tensor | None:
+    """Σ α_i g_i in at least float32; the gradient itself where it is alone with α = 1."""
+    terms = [(a, g) for a, g in zip(alpha, column, strict=True) if g is not None]
+    if not terms:
+        return None
+    (a, g), *rest = terms
+    if not rest and a == 1.0:
+        return g
+    total = _widened(g) * a
+    for a, g in rest:
+        total.add_(g, alpha=a)
+    return total
+
+
+def _buckets(params: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Consecutive indices whose tensors together stay near `_BUCKET_BYTES`."""
+    bucket: list[int] = []
+    size = 0
+    for k, p in enumerate(params):
+        bucket.append(k)
+        size += p.numel() * p.element_size()
+        if size >= _BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
+
+
+def _as_real(g: Tensor) -> Tensor:
+    return torch.view_as_real(g.resolve_conj()) if g.is_complex() else g
+
+
+def _widened(g: Tensor) -> Tensor:
+    """The dtype of the arithmetic: float32 for half precision, otherwise the tensor's own."""
+    return g.float() if g.dtype in (torch.bfloat16, torch.float16) else g

@@ -1,0 +1,23 @@
+"""Statistics of measured shares."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+
+def wilson_interval(share: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Binomial score interval of a share measured on n trials.
+
+    Args:
+        share: successes / n, in [0, 1].
+        n: trials, at least 1.
+        confidence: coverage aimed at.
+    Returns:
+        (low, high), within [0, 1].
+    Source: Wilson, J. Am. Stat. Assoc. 22 (1927).
+    """
+    z2 = NormalDist().inv_cdf(0.5 + confidence / 2) ** 2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -1,0 +1,190 @@
+"""The demo's table and sentences for constructed numbers."""
+
+import json
+import math
+import random
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raco_fast.demo.claims import claims
+from raco_fast.demo.judges import OBJECTIVES
+from raco_fast.demo.plot import plot_scores
+from raco_fast.demo.report import markdown, metric_records, text_table, write_reports
+from raco_fast.demo.results import Aligned, WarmStart
+from raco_fast.demo.study import DemoConfig
+from raco_fast.demo.summary import Spread, dominates, summarize
+
+HIGH = {"coverage": 0.65, "brevity": 0.15, "faithfulness": 0.2}
+LOW = {"coverage": 0.15, "brevity": 0.65, "faithfulness": 0.2}
+JITTER = (-0.01, 0.0, 0.01)
+
+
+def start(seed: int, scores: tuple[float, float, float]) -> WarmStart:
+    named = dict(zip(OBJECTIVES, scores, strict=True))
+    return WarmStart(seed, {}, [4.5, 0.9], np.zeros((2, 1), np.float32), named, 1.0)
+
+
+def aligned(seed, rule, weights, scores, clip=(0.0, 1.0), skipped=0) -> Aligned:
+    step = {f"raco/cosine/{pair}": -0.4 for pair in PAIRS}
+    steps = [{"step": i, "raco/clip_active": active} | step for i, active in enumerate(clip, 1)]
+    return Aligned(
+        seed, rule, weights, dict(zip(OBJECTIVES, scores, strict=True)), steps, skipped, 2.0
+    )
+
+
+PAIRS = ("coverage:brevity", "coverage:faithfulness", "brevity:faithfulness")
+
+
+def study(cells: dict, seeds: int = 3, noise: float = 0.0, **options):
+    """Starts and runs with the given mean scores; noise tells the runs of a seed apart."""
+    starts = [start(seed, (0.4 + JITTER[seed], 0.5, 0.6)) for seed in range(seeds)]
+    runs = []
+    for seed in range(seeds):
+        for i, ((rule, weights), scores) in enumerate(cells.items()):
+            shift = JITTER[seed] + noise * random.Random(100 * i + seed).uniform(-0.01, 0.01)
+            weight_map = {None: None, "high": HIGH, "low": LOW}[weights]
+            shifted = tuple(score + shift for score in scores)
+            runs.append(aligned(seed, rule, weight_map, shifted, **options))
+    return starts, runs
+
+
+CLEAR = {
+    ("linear", "high"): (0.7, 0.2, 0.6),
+    ("linear", "low"): (0.3, 0.7, 0.6),
+    ("cagrad-clip", "high"): (0.75, 0.2, 0.6),
+    ("cagrad-clip", "low"): (0.3, 0.7, 0.6),
+    ("mgda", None): (0.28, 0.6, 0.5),
+}
+
+
+def sentences(cells: dict, **options) -> str:
+    return "\n".join(claims(summarize(*study(cells, **options))))
+
+
+def test_spread_is_the_mean_the_deviation_and_students_interval() -> None:
+    spread = Spread((0.1, 0.4, 0.7))
+    assert spread.mean == pytest.approx(0.4)
+    assert spread.deviation == pytest.approx(0.3)
+    assert spread.interval() == pytest.approx(4.303 * 0.3 / math.sqrt(3))
+    assert not spread.is_clear()
+    assert Spread((0.39, 0.4, 0.41)).is_clear()
+    assert not Spread((-0.1, 0.0, 0.1)).is_clear()
+    assert (spread - Spread((0.0, 0.1, 0.4))).values == pytest.approx((0.1, 0.3, 0.3))
+
+
+def test_one_seed_never_gives_a_clear_difference() -> None:
+    assert Spread((0.9,)).deviation == 0.0
+    assert not Spread((0.9,)).is_clear()
+    text = sentences(CLEAR, seeds=1)
+    assert "none of 6 differences is clear" in text
+    assert "(one seed)" in text
+    assert "trade one for the other" not in text
+
+
+def test_clear_numbers_are_called_clear() -> None:
+    text = sentences(CLEAR, noise=0.02)
+    assert "1 of 6 differences are clear" in text
+    assert re.search(
+        r"linear at 0.65/0.15/0.2 scores -0.050 ± 0\.\d+ in coverage against cagrad", text
+    )
+    assert text.count("the weights trade one for the other") == 2
+    assert "coverage changed by +0.400" in text
+    assert "From the start's 0.400, coverage went to between 0.280" in text
+    assert "clearly up in 2, clearly down in 3 of 5 rows" in text
+    assert "Clipping changed the update in 50% of cagrad-clip's steps." in text
+
+
+def test_the_same_means_under_noise_lie_within_the_spread() -> None:
+    text = sentences(CLEAR, noise=20.0)
+    assert "none of 6 differences is clear: all lie within the spread over seeds" in text
+    assert "scores" not in text.replace("mean scores", "")
+    assert "not a clear trade-off" in text
+
+
+def test_domination_is_told_with_the_right_names_and_only_when_clear() -> None:
+    text = sentences(CLEAR, noise=0.02)
+    dominated = re.search(r"(\d) of 6 rows are dominated by no other one; dominated: (.*)\.", text)
+    assert dominated is not None
+    assert "mgda" in dominated[2]
+    assert "cagrad-clip at 0.65/0.15/0.2" not in dominated[2]
+    assert int(dominated[1]) == 6 - len(re.split(", | and ", dominated[2]))
+    assert re.search(r"mgda is dominated by .*linear at 0.15/0.65/0.2.*with a clear", text)
+    assert "by mean scores and with a clear" not in sentences(CLEAR, noise=20.0)
+    rows = {row.name: row for row in summarize(*study(CLEAR))}
+    assert dominates(rows["cagrad-clip at 0.65/0.15/0.2"], rows["linear at 0.65/0.15/0.2"])
+    assert not dominates(rows["mgda"], rows["mgda"])
+
+
+def test_swapping_the_rules_swaps_the_verdict() -> None:
+    swapped = {
+        ({"linear": "cagrad-clip", "cagrad-clip": "linear"}.get(rule, rule), weights): scores
+        for (rule, weights), scores in CLEAR.items()
+    }
+    assert "cagrad-clip at 0.65/0.15/0.2 scores -0.050" in sentences(swapped, noise=0.02)
+
+
+def test_clipping_that_never_happened_and_skipped_steps_are_told() -> None:
+    text = sentences(CLEAR, clip=(0.0, 0.0), skipped=2)
+    assert "Clipping never changed an update" in text
+    assert "mgda skipped 6 steps because a gradient was not finite." in text
+    assert "skipped" not in sentences(CLEAR)
+
+
+def test_table_has_a_row_for_the_start_and_every_point() -> None:
+    rows = summarize(*study(CLEAR))
+    lines = text_table(rows).splitlines()
+    assert len(lines) == 1 + 1 + len(CLEAR)
+    assert re.fullmatch(r"start +- +0.400 ± 0.010 +0.500 ± 0.000 +0.600 ± 0.000 +- +-", lines[1])
+    assert lines[4].startswith("cagrad-clip  0.65/0.15/0.2  0.750 ± 0.010  0.200 ± 0.010")
+    assert lines[-1].split()[-2:] == ["50%", "-0.40"]
+
+
+def test_quick_report_warns_and_the_full_one_does_not() -> None:
+    rows = summarize(*study(CLEAR))
+    warning = "too little trained to conclude from"
+    assert warning in markdown(DemoConfig(quick=True), rows, "", 9.0)
+    assert warning not in markdown(DemoConfig(), rows, "", 9.0)
+
+
+def test_numbers_that_are_not_finite_become_null_and_stay_out_of_means() -> None:
+    starts, runs = study({("cagrad-clip", "high"): (0.5, 0.5, 0.5)}, clip=(1.0, math.nan))
+    rows = summarize(starts, runs)
+    assert rows[1].clip_active is not None
+    assert rows[1].clip_active.mean == 1.0
+    records = list(metric_records(starts, runs))
+    json.dumps(records, allow_nan=False)
+    steps = [record for record in records if record["phase"] == "alignment"]
+    assert [record["raco/clip_active"] for record in steps[:2]] == [1.0, None]
+
+
+def test_without_matplotlib_the_report_says_how_to_get_the_plot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    write_reports(tmp_path, DemoConfig(), *study(CLEAR), seconds=1.0)
+    note = "pip install 'raco-fast[plot]'"
+    assert note in capsys.readouterr().out
+    assert note in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.jsonl", "report.md"]
+
+
+def test_a_failed_write_keeps_the_previous_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    plot = tmp_path / "pareto.png"
+    plot.write_bytes(b"previous")
+
+    def full_disk(self, file, **options) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(figure.Figure, "savefig", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        plot_scores(summarize(*study(CLEAR)), plot)
+    assert plot.read_bytes() == b"previous"
+    assert list(tmp_path.iterdir()) == [plot]

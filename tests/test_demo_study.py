@@ -1,0 +1,174 @@
+"""The demo from end to end in its quick form, and its configuration."""
+
+import json
+import math
+import re
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from raco_fast.demo.judges import OBJECTIVES
+from raco_fast.demo.study import DemoConfig, run
+
+RULES = ("linear", "cagrad", "cagrad-clip", "mgda")
+PAIRS = ("coverage:brevity", "coverage:faithfulness", "brevity:faithfulness")
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(DemoConfig(output_dir=str(tmp_path_factory.mktemp("demo") / "new"), quick=True))
+
+
+def of(records: list[dict], **wanted) -> list[dict]:
+    return [r for r in records if all(r.get(key) == value for key, value in wanted.items())]
+
+
+def test_all_files_are_there_and_whole(quick: Path) -> None:
+    assert {file.name for file in quick.iterdir()} == {"metrics.jsonl", "report.md", "pareto.png"}
+    assert (quick / "pareto.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_metrics_are_finite_and_complete(quick: Path) -> None:
+    records = read_metrics(quick)
+    config = DemoConfig(quick=True).sized()
+    for seed in (0, 1):
+        assert len(of(records, phase="warm-up", seed=seed)) == config.warm_up_steps
+    steps = of(records, phase="alignment")
+    points = 3 * len(config.weight_vectors) + 1
+    assert len(steps) == 2 * points * config.steps
+    assert len(of(records, phase="judged")) == 2 * (points + 1)
+    for record in records:
+        assert all(math.isfinite(v) for v in record.values() if isinstance(v, (int, float)))
+    for record in steps:
+        names = [f"loss/{o}" for o in OBJECTIVES] + [f"raco/p/{o}" for o in OBJECTIVES]
+        names += [f"raco/cosine/{pair}" for pair in PAIRS] + ["raco/gap", "raco/clip_active"]
+        assert set(names) <= set(record)
+        assert sum(record[f"raco/p/{o}"] for o in OBJECTIVES) == pytest.approx(1)
+    assert all(f"rewards/accuracies/{o}" in step for step in steps[:1] for o in OBJECTIVES)
+
+
+def test_each_rule_did_what_its_name_says(quick: Path) -> None:
+    steps = of(read_metrics(quick), phase="alignment")
+    for record in steps:
+        weights = record["weights"] or dict.fromkeys(OBJECTIVES, 1 / 3)
+        alpha = [record[f"raco/coefficient/{o}"] for o in OBJECTIVES]
+        if record["rule"] == "linear":
+            assert alpha == pytest.approx(list(weights.values()))
+        elif record["rule"] == "mgda":
+            assert record["weights"] is None
+            assert sum(alpha) == pytest.approx(1)
+        else:
+            assert all(a >= w - 1e-12 for a, w in zip(alpha, weights.values(), strict=True))
+            assert sum(alpha) > 1
+        if record["rule"] != "cagrad-clip":
+            assert record["raco/clip_active"] == 0
+    assert any(record["raco/clip_active"] == 1 for record in of(steps, rule="cagrad-clip"))
+
+
+def test_rules_share_start_and_pairs_and_then_part(quick: Path) -> None:
+    steps = of(read_metrics(quick), phase="alignment", seed=1)
+    first, last = of(steps, step=1), of(steps, step=4)
+    for name in OBJECTIVES:
+        assert {record[f"loss/{name}"] for record in first} in (
+            {math.log(2)},
+            {first[0][f"loss/{name}"]},
+        )
+        assert len({record[f"raco/grad_norm/{name}"] for record in first}) == 1
+    assert len({record["raco/grad_norm/coverage"] for record in last}) == len(last)
+
+
+def test_table_agrees_with_the_metrics(quick: Path) -> None:
+    records, report = read_metrics(quick), (quick / "report.md").read_text(encoding="utf-8")
+    table = [line for line in report.splitlines() if line.startswith("|")][2:10]
+    assert len(table) == 1 + 3 * 2 + 1
+    for line in table:
+        rule, weights, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        judged = [
+            record
+            for record in of(records, phase="judged", rule=rule)
+            if weights in ("-", "/".join(f"{w:g}" for w in (record.get("weights") or {}).values()))
+        ]
+        assert len(judged) == 2
+        for name, cell in zip(OBJECTIVES, cells, strict=False):
+            values = [record[f"judge/{name}"] for record in judged]
+            mean, deviation = map(float, cell.split("±"))
+            assert mean == pytest.approx(statistics.fmean(values), abs=6e-4)
+            assert deviation == pytest.approx(statistics.stdev(values), abs=6e-4)
+
+
+def test_claims_agree_with_the_metrics(quick: Path) -> None:
+    records, report = read_metrics(quick), (quick / "report.md").read_text(encoding="utf-8")
+    judged = of(records, phase="judged")
+    for name in OBJECTIVES:
+        start = statistics.fmean(r[f"judge/{name}"] for r in of(judged, rule="start"))
+        means: dict[str, list[float]] = {}
+        for record in judged:
+            if record["rule"] != "start":
+                key = f"{record['rule']} {record['weights']}"
+                means.setdefault(key, []).append(record[f"judge/{name}"])
+        low, *_, high = sorted(map(statistics.fmean, means.values()))
+        assert re.search(
+            rf"start's {start:.3f}, {name} went to between {low:.3f} \(.*\) and {high:.3f} \(",
+            report,
+        )
+
+
+def test_a_result_depends_on_its_seed_and_not_on_what_else_runs(quick: Path, tmp_path) -> None:
+    again = run(DemoConfig(str(tmp_path), quick=True, rules=("mgda", "cagrad-clip")))
+    for rule in ("start", "mgda", "cagrad-clip"):
+        expected, got = of(read_metrics(quick), rule=rule), of(read_metrics(again), rule=rule)
+        assert expected == got != []
+
+
+def test_worker_processes_give_the_same_numbers(tmp_path: Path) -> None:
+    config = replace(
+        DemoConfig(str(tmp_path / "one"), quick=True).sized(),
+        quick=False,
+        seed=7,
+        rules=("linear", "cagrad-clip"),
+        coverage_weights=(0.5,),
+        warm_up_steps=4,
+        steps=3,
+        documents=4,
+    )
+    one = run(config)
+    two = run(replace(config, output_dir=str(tmp_path / "two"), workers=2))
+    assert read_metrics(one) == read_metrics(two)
+    assert {record["seed"] for record in read_metrics(two)} == {7, 8}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"seeds": 0}, "`seeds` must be at least 1, got 0"),
+        ({"documents": -3}, "`documents` must be at least 1, got -3"),
+        ({"beta": 0.0}, "`beta` must be positive, got 0.0"),
+        ({"lr": float("nan")}, "`lr` must be positive, got nan"),
+        ({"workers": -1}, "`workers` must be 0"),
+        ({"hidden_size": 100}, "`hidden_size` must be a multiple of 8, got 100"),
+        ({"rules": ("linear", "cagrad", "linear")}, "`rules` must hold different values"),
+        ({"rules": ("pcgrad",)}, "pcgrad"),
+        ({"c": 1.0}, "`c`"),
+        ({"faithfulness_weight": 1.2}, r"`faithfulness_weight` must be in \[0, 1\], got 1.2"),
+        ({"coverage_weights": ()}, "`coverage_weights` must hold"),
+        ({"coverage_weights": (0.9,)}, r"`coverage_weights` must lie in \[0, 0.8\].* got 0.9"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(setting: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DemoConfig(**setting)
+
+
+def test_weight_vectors_sum_to_one() -> None:
+    vectors = DemoConfig(coverage_weights=(0.8, 0.0), faithfulness_weight=0.2).weight_vectors
+    assert vectors == (
+        {"coverage": 0.8, "brevity": 0.0, "faithfulness": 0.2},
+        {"coverage": 0.0, "brevity": 0.8, "faithfulness": 0.2},
+    )
