@@ -7,11 +7,12 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "raco_fast._C",
-            ["csrc/bindings.cpp", "csrc/dual.cpp", "csrc/projection.cpp"],
+            ["csrc/bindings.cpp", "csrc/dual.cpp", "csrc/minimise.cpp", "csrc/projection.cpp"],
             depends=[
                 "csrc/corral.hpp",
                 "csrc/double_double.hpp",
                 "csrc/dual.hpp",
+                "csrc/minimise.hpp",
                 "csrc/problem.hpp",
                 "csrc/projection.hpp",
             ],

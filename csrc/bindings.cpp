@@ -37,6 +37,6 @@ PYBIND11_MODULE(_C, module) {
   module.attr("MAX_OBJECTIVES") = raco::kMaxObjectives;
   module.attr("SCALARS") = static_cast<int>(raco::kScalars);
   module.def("solve", &solve, py::arg("gram"), py::arg("weights"), py::arg("c"), py::arg("rule"),
-             "gram [m, m] or [n, m, m], weights [m] -> [3m + SCALARS] or [n, 3m + SCALARS]; the row "
-             "layout is documented in csrc/dual.hpp.");
+             "gram [m, m] or [n, m, m], weights [m] -> [3m + SCALARS] or [n, 3m + SCALARS]; "
+             "csrc/dual.hpp documents the layout of a row.");
 }

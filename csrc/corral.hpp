@@ -1,8 +1,8 @@
 // Active set on f itself, after Wolfe's "Finding the nearest point in a polytope" (1976).
 //
 // A corral is a set S of affinely independent objectives with a feasible p > 0 on it. On the affine
-// hull {1'p = 1, support S} the minimiser of f is closed form. With M' = M_S + sigma 11' (which adds
-// the constant sigma on the hull, and is positive definite where M_S need not be):
+// hull {1'p = 1, support S} the minimiser of f is closed form. With M' = M_S + sigma 11' (which
+// adds the constant sigma on the hull, and is positive definite where M_S need not be):
 //
 //   (1)  p0 = M'^-1 1 / (1'M'^-1 1)                       the shortest Gp on the hull
 //   (2)  v  = mu M'^-1 1 - M'^-1 b,  mu: 1'v = 0          so that Mv + b = mu 1
@@ -10,19 +10,21 @@
 //   (4)  stationary where tau = ||Gp|| / s:   tau = sqrt(mu0 / (s^2 - ||Gv||^2))
 //   (5)  if ||Gv|| >= s, f decreases along v for ever
 //
-// Minor cycle: go to p(tau), or as far as the simplex allows; an objective that reaches zero leaves.
-// Major step: y = b + Mq, q = p0 / tau + v (which is s p / ||Gp||, free of its cancellation); an
-// objective with y_j below the common level of the corral enters. f falls each time, so no corral
-// returns and no face is ever enumerated. The factorisation is LDL' by rows: one entering objective
-// costs O(|S|^2).
+// Minor cycle: go to p(tau), or as far as the simplex allows; an objective that reaches zero
+// leaves. Major step: y = b + Mq, q = p0 / tau + v (which is s p / ||Gp||, free of its
+// cancellation); an objective with y_j below the common level of the corral enters. f falls each
+// time, so no corral returns and no face is ever enumerated. The factorisation is LDL' by rows: one
+// entering objective costs O(|S|^2).
 //
-// Gp = 0 can be optimal (opposite gradients), and f has a kink there. At the kink f = 0 and (4) gives
-// tau = 0, so an objective with p0 = 0 belongs to the corral exactly while v > 0: p0 below rounding is
-// set to 0, tau to a value below which Gp is rounding, and the certificate is the subgradient q = v,
-// ||Gv|| <= s. ||Gv|| grows from corral to corral until no objective is violated, or until (5).
+// Gp = 0 can be optimal (opposite gradients), and f has a kink there. At the kink f = 0 and (4)
+// gives tau = 0, so an objective with p0 = 0 belongs to the corral exactly while v > 0: p0 below
+// rounding is set to 0, tau to a value below which Gp is rounding, and the certificate is the
+// subgradient q = v, ||Gv|| <= s. ||Gv|| grows from corral to corral until no objective is
+// violated, or until (5).
 //
 // The same template runs twice: in float64 to find the corral, then in double-double from that
-// corral, usually one factorisation and one look at y, to state p and the certificate to the last bit.
+// corral, usually one factorisation and one look at y, to state p and the certificate to the last
+// bit.
 #pragma once
 
 #include <algorithm>
@@ -102,6 +104,15 @@ class Corral {
   bool at_origin = false;  // Gp = 0 up to the rounding of M
   int steps = 0;
 
+  const Real* shortest() const { return p0; }  // p0 of the final corral, p itself where Gp = 0
+  bool shortest_is_feasible(double terms) const {
+    for (int k = 0; k < n; ++k)
+      if (p0[k] < Real(0.0) && !is_rounding(k, terms)) return false;
+    return true;
+  }
+  double slack_magnitude() const { return y_magnitude; }
+  double point_magnitude() const { return p_magnitude; }
+
  private:
   double vertex_value(int i) const {
     return static_cast<double>(P.b[i]) + static_cast<double>(P.s) * P.norm[i];
@@ -173,6 +184,11 @@ class Corral {
     }
     if (n == 1) v[0] = gv2 = Real(0.0);
     mu0 = shifted - Real(sigma);
+    locate();
+  }
+
+  // tau, from mu0 and ||Gv||: equations (4), (5), or the kink.
+  void locate() {
     const Real room = Real(P.s) * Real(P.s) - gv2;
     unbounded = static_cast<double>(room) <= 0.0;  // (5)
     double terms = 0.0;
@@ -280,16 +296,6 @@ class Corral {
   Real p0[N], v[N], mu, mu0, gv2, tau;
   bool unbounded = false;
   double p_magnitude = 0.0, y_magnitude = 0.0;
-
- public:
-  const Real* shortest() const { return p0; }  // p0 of the final corral, p itself where Gp = 0
-  bool shortest_is_feasible(double terms) const {
-    for (int k = 0; k < n; ++k)
-      if (p0[k] < Real(0.0) && !is_rounding(k, terms)) return false;
-    return true;
-  }
-  double slack_magnitude() const { return y_magnitude; }
-  double point_magnitude() const { return p_magnitude; }
 };
 
 }  // namespace raco

@@ -5,8 +5,8 @@
 //   coefficients  = w + (s / ||Gp_clipped||) p_clipped   (w where ||Gp_clipped|| is 0; p for mgda)
 //   gap           = f(p) - min_i y_i,  y = b + Mq, ||Gq|| <= s
 //
-// For any such q and any p': f(p') >= b'p' + p'Mq = p'y >= min_i y_i, so the gap bounds how far p is
-// from optimal. q = s p / ||Gp|| is the usual choice; where Gp = 0 it is any subgradient.
+// For any such q and any p': f(p') >= b'p' + p'Mq = p'y >= min_i y_i, so the gap bounds how far p
+// is from optimal. q = s p / ||Gp|| is the usual choice; where Gp = 0 it is any subgradient.
 #pragma once
 
 namespace raco {
@@ -39,8 +39,8 @@ enum Scalar {
 
 constexpr int packed_size(int m) { return 3 * m + kScalars; }
 
-// gram [m][m] row-major, weights [m] on the simplex, 1 <= m <= 32, 0 <= c < 1; packed [packed_size(m)].
-// Allocates nothing and touches no global state.
+// gram [m][m] row-major, weights [m] on the simplex, 1 <= m <= 32, 0 <= c < 1; packed
+// [packed_size(m)]. Allocates nothing and touches no global state.
 void solve(const double* gram, const double* weights, int m, double c, Rule rule, double* packed);
 
 }  // namespace raco

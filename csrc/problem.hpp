@@ -3,9 +3,9 @@
 //   cagrad, cagrad-clip   b = Mw, s = c ||g0||, ||g0|| = sqrt(w'Mw)      (arXiv 2602.02495)
 //   mgda                  b = 0,  s = 1
 //
-// Weights sum to 1 up to rounding only. f is homogeneous, so the problem is solved on the unit simplex
-// with w / total, and p = total * p is the answer on the simplex of w itself: identical gradients give
-// p = w to the last bit.
+// Weights sum to 1 up to rounding only. f is homogeneous, so the problem is solved on the unit
+// simplex with w / total, and p = total * p is the answer on the simplex of w itself: identical
+// gradients give p = w to the last bit.
 //
 // M is normalised by an exact power of four, so scaling a Gram by a power of four changes no bit of
 // p. Tolerances are relative, and relative to the objective they judge: ||g_j|| is sqrt(M_jj).

@@ -72,7 +72,7 @@ def check_rule(rule: str) -> str:
 
 
 def _checked_weights(weights: Weights) -> Checked:
-    if isinstance(weights, Mapping):
+    if type(weights) is dict or isinstance(weights, Mapping):  # `type` spares a microsecond
         return _check_items(tuple(weights), _hashable(tuple(weights.values()), weights))
     if isinstance(weights, (np.ndarray, torch.Tensor)):
         if weights.ndim != 1:
@@ -323,11 +323,11 @@ def solve_dual(
 def _as_float64(gram: Array | Sequence[Any]) -> NDArray[np.float64]:
     """A float64 copy in row-major order, so that a solution does not change with its input."""
     if isinstance(gram, torch.Tensor):
-        if gram.is_complex():
-            raise TypeError("`gram` must be real, got a complex tensor; pass gram.real")
-        if gram.dtype is not torch.float64 or gram.device.type != "cpu":
+        if gram.dtype is not torch.float64 or gram.requires_grad or not gram.is_cpu:
+            if gram.is_complex():
+                raise TypeError("`gram` must be real, got a complex tensor; pass gram.real")
             gram = gram.detach().to("cpu", torch.float64)
-        return np.array(gram.detach().numpy(), order="C")
+        return np.array(gram.numpy(), order="C")
     try:
         return np.array(gram, dtype=np.float64, order="C")
     except (TypeError, ValueError) as error:

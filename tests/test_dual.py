@@ -1,4 +1,4 @@
-"""`solve_dual` as users call it: exact vectors, an independent oracle, input kinds, batches, errors."""
+"""`solve_dual` as users call it: exact vectors, an independent oracle, inputs, batches, errors."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_one_objective() -> None:
 def test_all_zero_gradients() -> None:
     solution = solve_dual(np.zeros((3, 3)), [0.2, 0.3, 0.5], 0.4)
     assert solution.coefficients.tolist() == [0.2, 0.3, 0.5]
-    assert solution.cosines.tolist() == np.eye(3).tolist() or not solution.cosines.any()
+    assert not solution.cosines.any()
 
 
 @pytest.mark.parametrize(

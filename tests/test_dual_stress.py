@@ -5,8 +5,8 @@ The relative gap of these tests is
     gap / (||g0|| max_i ||g_i||)      (mgda: gap / max_i ||g_i||),
 
 because f(p) = <g0, Gp> + s ||Gp|| moves by at most (1 + c) ||g0|| ||g_i|| when weight moves to i.
-The solver's own gap is not taken on trust: `gap_from_gradients` rebuilds it from p and the gradients
-themselves, and `test_certificate_in_50_digits` from p and the Gram.
+The solver's own gap is not taken on trust: `gap_from_gradients` rebuilds it from p and the
+gradients themselves, `test_certificate_in_50_digits` from p and the Gram.
 """
 
 from __future__ import annotations

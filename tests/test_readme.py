@@ -1,0 +1,69 @@
+"""The README is true: its loops run, its config parses, its tree is the tree."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of one language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_training_loop_is_short_and_trains() -> None:
+    loop = blocks("python")[0]
+    assert len([line for line in loop.splitlines() if line.strip()]) <= 15
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    exec(loop, names)
+    losses = names["losses"]
+    assert isinstance(losses, dict)
+    assert losses["fit"] < 0.5  # the targets' variance is 8; an untrained layer is above it
+
+
+@pytest.mark.parametrize("code", blocks("python")[1:])
+def test_every_other_example_runs(code: str) -> None:
+    exec(code, {})
+
+
+def test_the_config_example_is_a_config(tmp_path: Path) -> None:
+    from raco_fast.cli import _parser
+
+    (config,) = blocks("yaml")
+    file = tmp_path / "config.yaml"
+    file.write_text(config)
+    parser = _parser()
+    values = parser.parse_args(["train", "--config", str(file), "--lr", "2e-5"])
+    assert parser.instantiate(values).train.lr == 2e-5
+
+
+def test_the_file_tree_is_the_tree() -> None:
+    (tree,) = blocks("text")
+    listed = {line.split()[0].rstrip("/") for line in tree.splitlines() if line[:1].strip()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode != 0:
+        pytest.skip("not a git checkout")
+    assert listed == {line.split("/")[0] for line in tracked.stdout.splitlines()}
+    folder = ""
+    for line in tree.splitlines():
+        name = line.split()[0].rstrip("/")
+        folder = folder if line.startswith(" ") else name
+        path = f"{folder}/{name}" if line.startswith(" ") else name
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("command", ["demo", "test", "test-slow", "check", "bench", "real-run"])
+def test_every_make_target_exists(command: str) -> None:
+    assert f"make {command}" in README
+    assert re.search(rf"^{command}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)", README))
+def test_links_lead_somewhere(link: str) -> None:
+    assert (ROOT / link).exists()
