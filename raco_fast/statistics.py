@@ -15,9 +15,18 @@ def wilson_interval(share: float, n: int, confidence: float = 0.95) -> tuple[flo
         confidence: coverage aimed at.
     Returns:
         (low, high), within [0, 1].
+    Raises:
+        ValueError: an argument outside its range.
     Source: Wilson, J. Am. Stat. Assoc. 22 (1927).
     """
+    if n < 1:
+        raise ValueError(f"`n` must be at least 1, got {n}; there is no share of no trials")
+    if not (0 <= share <= 1 and 0 < confidence < 1):
+        raise ValueError(
+            f"`share` must be in [0, 1] and `confidence` in (0, 1), got {share} and {confidence}"
+        )
     z2 = NormalDist().inv_cdf(0.5 + confidence / 2) ** 2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At a share of 0 or 1 rounding would leave the share itself outside.
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
