@@ -11,7 +11,7 @@ from torch import nn
 
 from raco_fast.dpo.config import TrainConfig
 from raco_fast.dpo.files import atomic_folder
-from raco_fast.statistics import wilson_interval
+from raco_fast.report import markdown_table, share_with_interval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,7 +86,7 @@ def _body(summary: TrainingSummary) -> str:
         f"Gradients of the objectives were combined by `{config.rule}`"
         + (f" with c = {config.c}" if config.rule.startswith("cagrad") else "")
         + " (RACO, arXiv:2602.02495).",
-        "## Objectives\n\n" + _table(["objective", "weight", "labelled pairs"], objectives),
+        "## Objectives\n\n" + markdown_table(["objective", "weight", "labelled pairs"], objectives),
         f"## Data\n\n{summary.pairs} training pairs.\n\n" + "\n".join(files),
         f"## Training\n\nloss `{config.loss}`, beta {config.loss_options.beta}, "
         f"{summary.steps} steps{skipped} of up to {config.pairs_per_step} pairs, "
@@ -116,21 +116,8 @@ def result_table(config: TrainConfig, evaluations: Sequence[Mapping[str, Any]]) 
             before = first[f"eval_logps/accuracies/{name}"]
             after = last[f"eval_logps/accuracies/{name}"]
             reward = last[f"eval_rewards/accuracies/{name}"]
-            cells = [_share(value, pairs) for value in (before, after, reward)]
+            cells = [share_with_interval(value, pairs) for value in (before, after, reward)]
             margin = last[f"eval_rewards/margins/{name}"]
             rows.append([name, str(pairs), *cells, "-" if margin is None else f"{margin:.3f}"])
     titles = ["objective", "pairs", "likelihood, before", "likelihood, after"]
-    return _table([*titles, "reward, after", "reward margin, after"], rows)
-
-
-def _share(value: float | None, pairs: int) -> str:
-    """A share and its interval; "-" for one that is not a number (a model that diverged)."""
-    if value is None:
-        return "-"
-    low, high = wilson_interval(value, pairs)
-    return f"{value:.1%} ({low:.1%} to {high:.1%})"
-
-
-def _table(titles: list[str], rows: list[list[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table([*titles, "reward, after", "reward margin, after"], rows)

@@ -50,6 +50,8 @@ class ModelOptions:
         dtype: dtype of the weights.
         device: "auto" takes CUDA where there is one.
         gradient_checkpointing: recompute activations in the backward pass.
+        dropout: train with the model's own dropout; off by default, as in TRL, so that policy and
+            reference are compared without noise. An adapter's dropout is `lora.dropout`.
         lora: train an adapter; None trains every weight.
     """
 
@@ -58,6 +60,7 @@ class ModelOptions:
     dtype: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
     gradient_checkpointing: bool = False
+    dropout: bool = False
     lora: LoraOptions | None = None
 
     def __post_init__(self) -> None:
@@ -143,9 +146,21 @@ def load_base_model(options: ModelOptions) -> PreTrainedModel:
         quantizer = getattr(model, "hf_quantizer", None)
         if quantizer is not None:
             quantizer.remove_quantization_config(model)
+    if not options.dropout:
+        switch_off_dropout(model)
     if options.gradient_checkpointing:
         enable_checkpointing(model)
     return model.to(pick_device(options.device))
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of a model to zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        # Attention layers keep theirs as a number and hand it to the attention function.
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:

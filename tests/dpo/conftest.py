@@ -137,7 +137,7 @@ def settings(tiny, preference_files, tmp_path) -> dict[str, Any]:
     """Settings of a short run, as a YAML file would hold them."""
     train, test = preference_files
     return {
-        "model": {"name": str(tiny), "device": "cpu"},
+        "model": {"name": str(tiny), "device": "cpu", "dropout": True},
         "data": [{"path": str(train)}],
         "eval_data": [{"path": str(test)}],
         "weights": {"sure": 0.7, "kind": 0.3},

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raco_fast.statistics import wilson_interval
+from raco_fast.report import markdown_table, share_with_interval, wilson_interval
 
 
 # Newcombe, Statistics in Medicine 17 (1998), Table I, method 3: published to four places.
@@ -50,3 +50,13 @@ def test_half_counts_of_ties_are_allowed():
 def test_arguments_out_of_range(arguments, message):
     with pytest.raises(ValueError, match=message):
         wilson_interval(*arguments)
+
+
+def test_a_share_is_shown_with_its_interval() -> None:
+    low, high = wilson_interval(0.625, 40)
+    assert share_with_interval(0.625, 40) == f"62.5% ({low:.1%} to {high:.1%})"
+    assert share_with_interval(None, 40) == "-"
+
+
+def test_a_table_has_a_rule_under_its_titles() -> None:
+    assert markdown_table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"

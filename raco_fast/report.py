@@ -1,8 +1,9 @@
-"""Statistics of measured shares."""
+"""What every report is made of: Markdown tables, and shares with their uncertainty."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from statistics import NormalDist
 
 
@@ -30,3 +31,17 @@ def wilson_interval(share: float, n: int, confidence: float = 0.95) -> tuple[flo
     half = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
     # At a share of 0 or 1 rounding would leave the share itself outside.
     return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+
+
+def share_with_interval(share: float | None, n: int) -> str:
+    """A share on n trials and its 95 % Wilson interval; "-" for None (a model that diverged)."""
+    if share is None:
+        return "-"
+    low, high = wilson_interval(share, n)
+    return f"{share:.1%} ({low:.1%} to {high:.1%})"
+
+
+def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table without a final newline."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
