@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cpu_kernels.hpp"
+#include "cpu_target.hpp"
 
 namespace py = pybind11;
 
@@ -114,6 +115,8 @@ void combine_adamw(const Addresses& grads, const Addresses& lengths, const Dtype
 
 void bind_cpu(py::module_& module) {
   module.attr("DTYPES") = py::make_tuple("float32", "bfloat16", "float16", "float64");
+  module.attr("BLOCK") = raco::kBlock;
+  module.attr("CHUNK") = raco::kChunk;
   py::list names;
   for (const raco::Target* target : raco::targets()) names.append(raco::name_of(target));
   module.attr("CPU_TARGETS") = py::tuple(names);

@@ -6,6 +6,8 @@ MAX_OBJECTIVES: int
 SCALARS: int
 DTYPES: tuple[str, ...]
 CPU_TARGETS: tuple[str, ...]
+BLOCK: int
+CHUNK: int
 
 def solve(
     gram: NDArray[np.float64], weights: NDArray[np.float64], c: float, rule: int

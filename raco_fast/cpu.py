@@ -51,14 +51,15 @@ def obstacle(columns: Iterable[Sequence[Tensor | None]]) -> str | None:
 
 def adamw_obstacle(options: AdamWOptions) -> str | None:
     """Why the kernel cannot take an AdamW step with these options, or None if it can."""
+    values = dict(options)
     for name in ("amsgrad", "capturable", "differentiable"):
-        if options[name]:  # type: ignore[literal-required]
+        if values[name]:
             return f"{name}=True"
     for name in ("foreach", "fused"):
-        if options[name] is not None:  # type: ignore[literal-required]
+        if values[name] is not None:
             return f"{name} is set, which asks for one of torch's own implementations"
     for name in ("lr", "beta1", "beta2"):
-        value = options[name]  # type: ignore[literal-required]
+        value = values[name]
         if isinstance(value, Tensor) and (value.requires_grad or not value.is_cpu):
             return f"{name} is a tensor that requires grad or is not on the CPU"
     return None

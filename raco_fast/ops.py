@@ -167,7 +167,7 @@ def _module(
     if obstacle is None:
         return _BUILT["cpu"]
     if forced is None:
-        return reference
+        return _BUILT["reference"]
     raise RuntimeError(
         f"backend 'cpu' cannot run this {operation}: {obstacle}; do not force a backend, or use "
         f"backend('reference')"
