@@ -1,13 +1,24 @@
 """One function per operation: checks the arguments and picks the backend, in this one place.
 
 Every backend is a module with the functions `gram`, `combine` and `combine_adamw` of
-`reference.py`, under the same signatures. Nothing falls back silently: a forced backend that this
-installation does not have raises.
+`reference.py`, under the same signatures. The choice is made for each call, by one rule:
+
+    "cpu"        if every tensor of the call is a plain torch tensor on the CPU, float32, bfloat16,
+                 float16 or float64 (float64 not mixed with others at one parameter), without gaps
+                 or overlaps, and the tensors of one parameter share shape and memory layout; for
+                 `combine_adamw` also without amsgrad, capturable, differentiable, a forced
+                 `foreach` or `fused`, and hyper-parameters that require grad; never where autograd
+                 would record the operation
+    "reference"  otherwise, for the whole call
+
+One tensor that does not qualify hands its call to the reference, not the others: a parameter group
+is one call of `combine_adamw`, and `gram` is one call over all groups. `update_backend` says what
+will run (and repr(optimizer) shows it); a forced backend that cannot run the call raises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
@@ -16,20 +27,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from raco_fast import reference
+from raco_fast import cpu, reference
 from raco_fast.reference import AdamWOptions, Gradients
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 BACKENDS = ("triton", "cpu", "reference")
-_BUILT: dict[str, ModuleType] = {"reference": reference}
+_BUILT: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
 _forced: ContextVar[str | None] = ContextVar("raco_fast_backend", default=None)
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Force one backend inside a `with` block (this thread or task only).
+
+    An operation inside the block that the backend cannot run raises RuntimeError with the reason.
 
     Args:
         name: "triton", "cpu" or "reference".
@@ -51,9 +64,10 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def active_backend() -> str:
-    """The backend that the next operation uses."""
-    return _forced.get() or "reference"
+def update_backend(params: Sequence[Tensor], options: AdamWOptions) -> str:
+    """The backend of `combine_adamw` for gradients and states laid out like `params`."""
+    obstacle = cpu.adamw_obstacle(options) or cpu.obstacle((p,) for p in params)
+    return _forced.get() or ("cpu" if obstacle is None else "reference")
 
 
 def gram(grads: Gradients) -> Tensor:
@@ -73,7 +87,8 @@ def gram(grads: Gradients) -> Tensor:
     Source: arXiv 2602.02495, Algorithm 1, line 5.
     """
     _check_gradients(grads)
-    return _within_cauchy_schwarz(_module().gram(grads))
+    module = _module("gram", zip(*grads, strict=True), recorded=())
+    return _within_cauchy_schwarz(module.gram(grads))
 
 
 def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> None:
@@ -90,7 +105,8 @@ def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> No
     _check_gradients(grads)
     _check_coefficients(grads, coefficients)
     _check_length("out", out, grads)
-    _module().combine(grads, coefficients, out)
+    columns = zip(out, *grads, strict=True)
+    _module("combine", columns, recorded=out).combine(grads, coefficients, out)
 
 
 def combine_adamw(
@@ -114,11 +130,15 @@ def combine_adamw(
         state_steps: n scalar tensors.
         **options: the group's AdamW hyper-parameters, see `reference.AdamWOptions`.
     Raises:
-        ValueError: `coefficients` or `params` do not fit `grads`.
+        ValueError: `coefficients`, `params` or the states do not fit `grads`.
     """
     _check_coefficients(grads, coefficients)
-    _check_length("params", params, grads)
-    _module().combine_adamw(
+    of_each_parameter = {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    for name, tensors in {**of_each_parameter, "state_steps": state_steps}.items():
+        _check_length(name, tensors, grads)
+    columns = zip(params, exp_avgs, exp_avg_sqs, *grads, strict=True)
+    module = _module("combine_adamw", columns, recorded=params, options=options)
+    module.combine_adamw(
         params,
         grads,
         coefficients,
@@ -130,8 +150,28 @@ def combine_adamw(
     )
 
 
-def _module() -> ModuleType:
-    return _BUILT[active_backend()]
+def _module(
+    operation: str,
+    columns: Iterable[Sequence[Tensor | None]],
+    recorded: Sequence[Tensor],
+    options: AdamWOptions | None = None,
+) -> ModuleType:
+    """The backend that is forced, else "cpu" where it can run, else "reference"."""
+    forced = _forced.get()
+    if forced not in (None, "cpu"):
+        return _BUILT[forced]
+    obstacle = None if options is None else cpu.adamw_obstacle(options)
+    if obstacle is None and torch.is_grad_enabled() and any(t.requires_grad for t in recorded):
+        obstacle = "autograd would record it (use torch.no_grad())"
+    obstacle = obstacle or cpu.obstacle(columns)
+    if obstacle is None:
+        return _BUILT["cpu"]
+    if forced is None:
+        return _BUILT["reference"]
+    raise RuntimeError(
+        f"backend 'cpu' cannot run this {operation}: {obstacle}; do not force a backend, or use "
+        f"backend('reference')"
+    )
 
 
 def _within_cauchy_schwarz(M: Tensor) -> Tensor:

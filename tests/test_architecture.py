@@ -17,6 +17,7 @@ PACKAGE = ROOT / "raco_fast"
 # of the list is the order of the road that data takes.
 LAYERS = [
     ["_C", "kernels", "reference", "objective_grad", "report"],
+    ["cpu"],
     ["ops", "dual"],
     ["gradients"],
     ["optimizer"],
