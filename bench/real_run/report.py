@@ -84,7 +84,9 @@ def combination_table(data_set: str) -> str:
 
 
 def verdict(data_set: str) -> str:
-    """One sentence per objective: whether the rules' reward accuracies differ beyond chance."""
+    """One sentence per objective: whether the rules' reward accuracies differ, from each other
+    and from a coin.
+    """
     final = {rule: split(read(data_set, rule))[1][-1] for rule in RULES}
     sentences = []
     for name in objectives(split(read(data_set, RULES[0]))[0]):
@@ -95,11 +97,12 @@ def verdict(data_set: str) -> str:
         (a, (low_a, high_a)), (b, (low_b, high_b)) = intervals.items()
         apart = low_a > high_b or low_b > high_a
         relation = "lie apart" if apart else "overlap"
-        above = [rule for rule, (low, _) in intervals.items() if low > 0.5]
-        learnt = " and ".join(f"`{rule}`" for rule in above) or "neither rule"
+        above = [f"`{rule}`" for rule, (low, _) in intervals.items() if low > 0.5]
+        below = [f"`{rule}`" for rule, (_, high) in intervals.items() if high < 0.5]
         sentences.append(
-            f"- {name}: the intervals of `{a}` and `{b}` {relation}; "
-            f"above chance (50 % outside the interval): {learnt}."
+            f"- {name}: the intervals of `{a}` and `{b}` {relation}; with 50 % outside the "
+            f"interval, above chance: {' and '.join(above) or 'neither'}, "
+            f"below chance: {' and '.join(below) or 'neither'}."
         )
     return "\n".join(sentences)
 
@@ -129,6 +132,8 @@ def page() -> str:
         "These runs are short: they show that the whole road works on real input, not which rule "
         "is better."
     )
+    machine = (RESULTS / "machine.txt").read_text(encoding="utf-8").strip()
+    parts.append(f"Machine: {machine}.")
     return "\n\n".join(parts) + "\n"
 
 

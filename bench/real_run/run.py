@@ -47,7 +47,15 @@ def main() -> None:
     """Fetch the model, then run every data set with every rule."""
     fetch_model(Path("models/SmolLM2-135M-Instruct"))
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "machine.txt").write_text(f"{platform.machine()}, {os.cpu_count()} cores\n")
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=HERE,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, code of commit {commit}\n"
+    (RESULTS / "machine.txt").write_text(machine, encoding="utf-8")
     with ThreadPoolExecutor(len(DATA_SETS)) as lanes:
         list(lanes.map(align, DATA_SETS))
 
