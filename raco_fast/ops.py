@@ -1,15 +1,19 @@
 """One function per operation: checks the arguments and picks the backend, in this one place.
 
 Every backend is a module with the functions `gram`, `combine` and `combine_adamw` of
-`reference.py`, under the same signatures. Nothing falls back silently: a forced backend that this
-installation does not have raises.
+`reference.py`, under the same signatures. Left alone, CUDA tensors that the Triton kernels can
+take go to them and everything else goes to the reference. Nothing falls back silently: a forced
+backend that this installation does not have, or that cannot do the operation, raises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
+from itertools import chain
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -39,7 +43,12 @@ def backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"`name` must be one of {BACKENDS}, got {name!r}; correct the spelling")
-    if name not in _BUILT:
+    if name == "triton" and _missing_for_triton():
+        raise RuntimeError(
+            f"backend 'triton' cannot run here: {_missing_for_triton()}; "
+            f"or use backend('reference')"
+        )
+    if name != "triton" and name not in _BUILT:
         raise RuntimeError(
             f"backend {name!r} is not built in this installation (it has {tuple(_BUILT)}); "
             f"use backend('reference'), or leave the choice to raco_fast by not forcing one"
@@ -51,9 +60,18 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def active_backend() -> str:
-    """The backend that the next operation uses."""
-    return _forced.get() or "reference"
+def active_backend(tensors: Iterable[Tensor | None] = (), m: int = 1, **options: object) -> str:
+    """The backend that the next operation uses on `tensors`.
+
+    Args:
+        tensors: gradients, parameters and states; without any, the answer is for CPU tensors.
+        m: the number of objectives.
+        **options: those of `combine_adamw`, where it is the operation.
+    """
+    forced = _forced.get()
+    if forced is not None:
+        return forced
+    return "triton" if _takes_triton(m, list(tensors), options) else "reference"
 
 
 def gram(grads: Gradients) -> Tensor:
@@ -73,7 +91,7 @@ def gram(grads: Gradients) -> Tensor:
     Source: arXiv 2602.02495, Algorithm 1, line 5.
     """
     _check_gradients(grads)
-    return _within_cauchy_schwarz(_module().gram(grads))
+    return _within_cauchy_schwarz(_module(grads).gram(grads))
 
 
 def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> None:
@@ -90,7 +108,7 @@ def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> No
     _check_gradients(grads)
     _check_coefficients(grads, coefficients)
     _check_length("out", out, grads)
-    _module().combine(grads, coefficients, out)
+    _module(grads, out).combine(grads, coefficients, out)
 
 
 def combine_adamw(
@@ -118,7 +136,8 @@ def combine_adamw(
     """
     _check_coefficients(grads, coefficients)
     _check_length("params", params, grads)
-    _module().combine_adamw(
+    module = _module(grads, params, exp_avgs, exp_avg_sqs, **options)
+    module.combine_adamw(
         params,
         grads,
         coefficients,
@@ -130,8 +149,46 @@ def combine_adamw(
     )
 
 
-def _module() -> ModuleType:
-    return _BUILT[active_backend()]
+def _module(grads: Gradients, *others: Sequence[Tensor], **options: object) -> ModuleType:
+    """The backend for one operation on these tensors."""
+    tensors = list(chain(*grads, *others))
+    forced = _forced.get()
+    if forced == "triton":
+        reason = _triton().unsupported(len(grads), tensors, **options)
+        if reason is None and any(t.device.type != "cuda" for t in tensors if t is not None):
+            reason = "its kernels take CUDA tensors; move the model with .to('cuda')"
+        if reason is not None:
+            raise RuntimeError(
+                f"backend 'triton' cannot do this: {reason}; or use backend('reference')"
+            )
+        return _triton()
+    if forced is not None:
+        return _BUILT[forced]
+    return _triton() if _takes_triton(len(grads), tensors, options) else reference
+
+
+def _takes_triton(m: int, tensors: Sequence[Tensor | None], options: dict[str, object]) -> bool:
+    first = next((t for t in tensors if t is not None), None)
+    if first is None or first.device.type != "cuda" or _missing_for_triton():
+        return False
+    return _triton().unsupported(m, tensors, **options) is None
+
+
+@cache
+def _missing_for_triton() -> str | None:
+    """What this machine lacks for the Triton kernels, with the cure."""
+    if find_spec("triton") is None:
+        return "the package triton is missing; pip install 'raco-fast[triton]'"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device; install a CUDA build of torch on a machine with one"
+    return None
+
+
+def _triton() -> ModuleType:
+    """Imported at the first use: `import raco_fast` does not need triton."""
+    from raco_fast import triton_backend
+
+    return triton_backend
 
 
 def _within_cauchy_schwarz(M: Tensor) -> Tensor:

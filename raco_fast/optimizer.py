@@ -261,7 +261,7 @@ class ClippedCAGradAdamW(AdamW):
             "c": self.c,
             "rule": self.rule,
             "max_grad_norm": self.max_grad_norm,
-            "backend": ops.active_backend(),
+            "backend": ops.active_backend(self._parameters(), len(self.weights), **self.defaults),
         }
         lines = "".join(f"{name}: {value}\n" for name, value in own.items())
         return super().__repr__().removesuffix(")") + lines + ")"
