@@ -194,7 +194,10 @@ def _update(
     tl.store(states[1] + at, v.to(states[1].dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["n_chunks"],
+    do_not_specialize_on_alignment=["hyper", "alpha", "clip", "grad_scale", "found_inf", "seed"],
+)
 def combine_adamw_step(
     addresses,
     numels,
@@ -262,7 +265,7 @@ def combine_adamw_step(
             _update(gs, p, states, residuals, alphas, h, at, ends, end, keys, M, ROUNDING)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_chunks"], do_not_specialize_on_alignment=["alpha"])
 def combine_out(
     addresses,
     numels,

@@ -28,9 +28,10 @@ _OWN_STATE = "raco"  # key of our part of a state_dict; torch.optim.AdamW reads 
 class ClippedCAGradAdamW(AdamW):
     """AdamW on the CAGrad-Clip combination of several objectives' gradients.
 
-    With one objective and c = 0 it is `torch.optim.AdamW` to the last bit (a plain
-    `loss.backward()` then counts as that objective's), except that a step whose gradient is not
-    finite is skipped. With several, each backward pass belongs to an objective:
+    With one objective and c = 0 it is `torch.optim.AdamW`, to the last bit on the reference backend
+    and to rounding in the Triton kernels (a plain `loss.backward()` then counts as that
+    objective's), except that a step whose gradient is not finite is skipped. With several, each
+    backward pass belongs to an objective:
 
         opt.backward({"helpful": loss_h, "harmless": loss_s}); opt.step(); opt.zero_grad()
 

@@ -53,12 +53,61 @@ def test_an_exception_ends_the_forcing(monkeypatch):
 
 
 def test_forcing_a_backend_that_is_not_built_raises():
-    missing = [name for name in ops.BACKENDS if name not in ops._BUILT]
+    missing = [name for name in ops.BACKENDS if name not in ops._BUILT and name != "triton"]
     for name in missing:
         cure = rf"backend '{name}' is not built .* use backend\('reference'\)"
         with pytest.raises(RuntimeError, match=cure), ops.backend(name):
             pass
     assert "reference" not in missing
+
+
+@pytest.mark.parametrize(
+    ("installed", "device", "cure"),
+    [
+        (False, True, r"package triton is missing; pip install 'raco-fast\[triton\]'"),
+        (True, False, "no CUDA device; install a CUDA build of torch .* use backend"),
+    ],
+)
+def test_forcing_triton_where_it_cannot_run_raises(installed, device, cure, monkeypatch):
+    monkeypatch.setattr(ops, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
+    monkeypatch.setattr(ops, "_missing_for_triton", ops._missing_for_triton.__wrapped__)
+    refused = pytest.raises(RuntimeError, match="backend 'triton' cannot run here: .*" + cure)
+    with refused, ops.backend("triton"):
+        pass
+
+
+def test_forced_triton_refuses_what_it_cannot_do(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr(ops, "_missing_for_triton", lambda: None)
+    with ops.backend("triton"):
+        with pytest.raises(RuntimeError, match=r"take CUDA tensors; move the model with \.to"):
+            ops.gram(two_lists())
+        with pytest.raises(RuntimeError, match=r"got torch.float64; or use backend\('reference'\)"):
+            ops.gram([[torch.ones(2, dtype=torch.float64)]])
+
+
+def test_cuda_tensors_go_to_triton_by_default_and_others_to_the_reference(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from raco_fast import triton_backend
+
+    def like_cuda(t):
+        return SimpleNamespace(device=torch.device("cuda"), dtype=t.dtype)
+
+    monkeypatch.setattr(ops, "_missing_for_triton", lambda: None)
+    monkeypatch.setattr(
+        triton_backend,
+        "unsupported",
+        lambda m, tensors, **options: "float64" if tensors[0].dtype == torch.float64 else None,
+    )
+    on_cuda = like_cuda(torch.ones(1))
+    assert ops.active_backend([on_cuda]) == "triton"
+    assert ops._module([[None, on_cuda]]) is triton_backend
+    assert ops._module([[like_cuda(torch.ones(1).double())]]) is reference
+    assert ops._module([[torch.ones(1)]]) is reference
+    assert ops.active_backend() == "reference"
+    monkeypatch.setattr(ops, "_missing_for_triton", lambda: "a device")
+    assert ops._module([[on_cuda]]) is reference
 
 
 def test_unknown_backend_raises():
