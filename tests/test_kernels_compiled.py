@@ -286,7 +286,7 @@ def test_combine(m, dtypes, architecture):
     assert_no_spills(code)
     assert_deterministic_and_64_bit(code)
     widths = per_thread(*[dtypes[0]] * m, dtypes[1])
-    assert_main_loop(code, widths, widths[m:])
+    assert_main_loop(code, widths[:m], widths[m:])
     assert resident(code.registers) >= combine_adamw.PROGRAMS["nearest"]
 
 

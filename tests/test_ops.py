@@ -98,7 +98,7 @@ def test_cuda_tensors_go_to_triton_by_default_and_others_to_the_reference(monkey
     monkeypatch.setattr(
         triton_backend,
         "unsupported",
-        lambda m, tensors, **options: "float64" if tensors[0].dtype == torch.float64 else None,
+        lambda m, tensors, **options: "float64" if tensors[-1].dtype == torch.float64 else None,
     )
     on_cuda = like_cuda(torch.ones(1))
     assert ops.active_backend([on_cuda]) == "triton"
