@@ -62,7 +62,7 @@ HYPER = ("step_size", "decay", "one_minus_beta1", "one_minus_beta2", "root_bias"
 
 NUM_WARPS = 4
 # Resident programs per multiprocessor, from the register counts of the compiled kernels.
-PROGRAMS = {"nearest": 10, "stochastic": 7, "split": 8, "kahan": 8}
+PROGRAMS = {"nearest": 10, "stochastic": 6, "split": 8, "kahan": 8}
 
 
 @triton.jit

@@ -105,7 +105,7 @@ def build(
                 addresses=upload(addresses[members], device),
                 numels=upload(np.array(numels, dtype=np.int64), device),
                 ids=upload(np.array(members, dtype=np.int64), device),
-                chunks=upload(chunk_map(numels, chunk), device),
+                chunks=upload(chunk_map(numels, chunk), device, (numels, chunk)),
                 chunk=chunk,
                 dtypes=dtypes[names],
                 aligned=not misaligned,
@@ -130,15 +130,17 @@ def chunk_map(numels: tuple[int, ...], chunk: int) -> np.ndarray:
     return (tensors << 32) | (np.arange(int(counts.sum()), dtype=np.int64) - starts)
 
 
-def upload(table: np.ndarray, device: torch.device) -> Tensor:
+def upload(table: np.ndarray, device: torch.device, content: object = None) -> Tensor:
     """An immutable copy of `table` on the device, shared by all calls with equal content.
 
+    `content` is a short key that determines the table, where there is one; else its bytes are.
     The copy is asynchronous, through pinned memory that torch's host allocator keeps until the
     copy has run. The current stream is part of the key: on another stream the copy might not have
     arrived yet.
     """
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (device, stream, table.shape, table.dtype.str, table.tobytes())
+    content = (table.shape, table.dtype.str, table.tobytes()) if content is None else content
+    key = (device, stream, content)
     found = _uploads.get(key)
     if found is None:
         found = _uploads[key] = to_device(torch.from_numpy(table.copy()), device)
