@@ -1,8 +1,9 @@
-// raco_fast._C: the extension's one entry. Users' mistakes are caught in raco_fast/dual.py; what is
-// checked here only keeps memory safe.
+// raco_fast._C: the extension's one entry, and the solver's Python side. Users' mistakes are caught
+// in raco_fast/dual.py; what is checked here only keeps memory safe.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include "bind_cpu.hpp"
 #include "dual.hpp"
 #include "problem.hpp"
 
@@ -33,10 +34,11 @@ static py::array_t<double> solve(const Array& gram, const Array& weights, double
 }
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "C++ parts of raco_fast: the exact solver of the dual problem.";
+  module.doc() = "C++ parts of raco_fast: the exact dual solver, the Gram and the update on a CPU.";
   module.attr("MAX_OBJECTIVES") = raco::kMaxObjectives;
   module.attr("SCALARS") = static_cast<int>(raco::kScalars);
   module.def("solve", &solve, py::arg("gram"), py::arg("weights"), py::arg("c"), py::arg("rule"),
              "gram [m, m] or [n, m, m], weights [m] -> [3m + SCALARS] or [n, 3m + SCALARS]; "
              "csrc/dual.hpp documents the layout of a row.");
+  bind_cpu(module);
 }

@@ -4,7 +4,48 @@ from numpy.typing import NDArray
 
 MAX_OBJECTIVES: int
 SCALARS: int
+DTYPES: tuple[str, ...]
+CPU_TARGETS: tuple[str, ...]
+BLOCK: int
+CHUNK: int
 
 def solve(
     gram: NDArray[np.float64], weights: NDArray[np.float64], c: float, rule: int
 ) -> NDArray[np.float64]: ...
+def gram(
+    grads: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    dtypes: NDArray[np.uint8],
+    threads: int,
+    target: int = 0,
+) -> NDArray[np.float64]: ...
+def combine(
+    grads: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    dtypes: NDArray[np.uint8],
+    alpha: NDArray[np.float64],
+    out: NDArray[np.int64],
+    out_dtypes: NDArray[np.uint8],
+    threads: int,
+    target: int = 0,
+) -> None: ...
+def combine_adamw(
+    grads: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    dtypes: NDArray[np.uint8],
+    alpha: NDArray[np.float64],
+    params: NDArray[np.int64],
+    param_dtypes: NDArray[np.uint8],
+    exp_avgs: NDArray[np.int64],
+    exp_avg_dtypes: NDArray[np.uint8],
+    exp_avg_sqs: NDArray[np.int64],
+    exp_avg_sq_dtypes: NDArray[np.uint8],
+    decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step_sizes: NDArray[np.float64],
+    root_corrections: NDArray[np.float64],
+    threads: int,
+    target: int = 0,
+) -> None: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,23 +11,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+    from raco_fast.dpo.config import TrainConfig
+
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+_COMMANDS = ("train", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the process's exit status.
 
-    0 done, 2 bad input (one line on stderr says what and how to mend it), 130 stopped by Ctrl-C.
+    0 done, 2 bad input (a message on stderr says what and how to mend it), 130 stopped by Ctrl-C.
     """
+    from jsonargparse import ArgumentError
+
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if len(arguments) > 1 and arguments[0] == "train" and not arguments[1].startswith("-"):
+    command = arguments[0] if arguments else None
+    if command == "train" and len(arguments) > 1 and not arguments[1].startswith("-"):
         arguments.insert(1, "--config")  # the config file may stand without its flag
-    parser = _parser()
-    values = parser.parse_args(arguments)
     try:
+        parser = _parser(command)
+        values = parser.parse_args(arguments)
         run = _run_train if values.subcommand == "train" else _run_demo
         return run(parser, values)
+    except ArgumentError as error:
+        about = f"raco-fast {command}" if command in _COMMANDS else "raco-fast"
+        print(f"raco-fast: {error}\nsee {about} --help", file=sys.stderr)
+        return EXIT_BAD_INPUT
     except (ValueError, OSError) as error:
         print(f"raco-fast: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -35,17 +46,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _parser() -> ArgumentParser:
+def _parser(command: str | None) -> ArgumentParser:
+    """The parser, with the options of `command` alone: reading the others' types takes seconds."""
     from jsonargparse import ActionYesNo, ArgumentParser
 
-    from raco_fast.demo.study import DemoConfig
-    from raco_fast.dpo.config import TrainConfig
-
     parser = ArgumentParser(
-        prog="raco-fast", description="Align language models to several conflicting preferences."
+        prog="raco-fast",
+        description="Align language models to several conflicting preferences.",
+        exit_on_error=False,
     )
     commands = parser.add_subcommands(required=True)
-    train = ArgumentParser(description="Multi-objective DPO: raco-fast train config.yaml --lr 2e-5")
+    train = ArgumentParser(
+        usage="raco-fast train config.yaml [--resume] [--lr 2e-5] [any setting of the file]",
+        description="Multi-objective DPO on preference pairs.",
+        exit_on_error=False,
+    )
     train.add_argument("--config", action="config", help="YAML file of settings")
     train.add_argument(
         "--resume",
@@ -53,11 +68,19 @@ def _parser() -> ArgumentParser:
         default=False,
         help="go on from the newest checkpoint in output_dir",
     )
-    train.add_class_arguments(TrainConfig)
+    if command == "train":
+        from raco_fast.dpo.config import TrainConfig
+
+        train.add_class_arguments(TrainConfig)
     commands.add_subcommand("train", train, help="align a model on preference data")
-    demo = ArgumentParser(description="A miniature of the paper's study; needs no download.")
+    demo = ArgumentParser(
+        description="A miniature of the paper's study; needs no download.", exit_on_error=False
+    )
     demo.add_argument("--quick", action=ActionYesNo, default=False, help="a few seconds' version")
-    demo.add_class_arguments(DemoConfig, skip={"quick"})
+    if command == "demo":
+        from raco_fast.demo.study import DemoConfig
+
+        demo.add_class_arguments(DemoConfig, skip={"quick"})
     commands.add_subcommand("demo", demo, help="compare the rules on an embedded toy task")
     return parser
 
@@ -66,6 +89,8 @@ def _run_train(parser: ArgumentParser, values: Any) -> int:
     from raco_fast.dpo.config import TrainConfig
     from raco_fast.dpo.trainer import Interrupted, train
 
+    logging.basicConfig(format="raco-fast: %(message)s")
+    logging.getLogger("raco_fast").setLevel(logging.INFO)
     options = parser.instantiate(values).train
     config = TrainConfig(**_fields_of(TrainConfig, options))
     try:
@@ -73,11 +98,24 @@ def _run_train(parser: ArgumentParser, values: Any) -> int:
     except Interrupted as stop:
         print(f"raco-fast: {stop}", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        print(f"raco-fast: {_stopped_at_once(config)}", file=sys.stderr)
+        return EXIT_INTERRUPTED
     for name, value in results.items():
         if name.startswith("eval_rewards/accuracies/"):
             print(f"{name}  {value:.3f}")
     print(f"saved {config.folder / 'model'}; metrics in {config.folder / 'metrics.jsonl'}")
     return 0
+
+
+def _stopped_at_once(config: TrainConfig) -> str:
+    """What is left of a run that Ctrl-C stopped outside of the training steps, or twice."""
+    from raco_fast.dpo.checkpoint import latest
+
+    found = latest(config.folder / "checkpoints")
+    if found is None:
+        return "stopped before any checkpoint was written; run the same command again"
+    return f"stopped; {found} is the last checkpoint. Run the same command with --resume to go on"
 
 
 def _run_demo(parser: ArgumentParser, values: Any) -> int:

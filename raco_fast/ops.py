@@ -1,33 +1,44 @@
 """One function per operation: checks the arguments and picks the backend, in this one place.
 
 Every backend is a module with the functions `gram`, `combine` and `combine_adamw` of
-`reference.py`, under the same signatures. Left alone, CUDA tensors that the Triton kernels can
-take go to them and everything else goes to the reference. Nothing falls back silently: a forced
-backend that this installation does not have, or that cannot do the operation, raises.
+`reference.py`, under the same signatures. The choice is made for each call, by one rule:
+
+    "cpu"        if every tensor of the call is a plain torch tensor on the CPU, float32, bfloat16,
+                 float16 or float64 (float64 not mixed with others at one parameter), without gaps
+                 or overlaps, and the tensors of one parameter share shape and memory layout; for
+                 `combine_adamw` also without amsgrad, capturable, differentiable, a forced
+                 `foreach` or `fused`, and hyper-parameters that require grad; never where autograd
+                 would record the operation
+    "reference"  otherwise, for the whole call
+    "triton"     never by itself: its kernels for CUDA tensors have been compiled and interpreted,
+                 not yet run on a device, so they are used inside `backend("triton")` only
+
+One tensor that does not qualify hands its call to the reference, not the others: a parameter group
+is one call of `combine_adamw`, and `gram` is one call over all groups. `update_backend` says what
+will run (and repr(optimizer) shows it); a forced backend that cannot run the call raises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
-from itertools import chain
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from raco_fast import reference
+from raco_fast import cpu, reference
 from raco_fast.reference import AdamWOptions, Gradients
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 BACKENDS = ("triton", "cpu", "reference")
-_BUILT: dict[str, ModuleType] = {"reference": reference}
+_BUILT: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
 _forced: ContextVar[str | None] = ContextVar("raco_fast_backend", default=None)
 
 
@@ -35,24 +46,18 @@ _forced: ContextVar[str | None] = ContextVar("raco_fast_backend", default=None)
 def backend(name: str) -> Iterator[None]:
     """Force one backend inside a `with` block (this thread or task only).
 
+    An operation inside the block that the backend cannot run raises RuntimeError with the reason.
+
     Args:
         name: "triton", "cpu" or "reference".
     Raises:
         ValueError: the name is unknown.
-        RuntimeError: this installation does not have that backend.
+        RuntimeError: this machine cannot run that backend.
     """
     if name not in BACKENDS:
         raise ValueError(f"`name` must be one of {BACKENDS}, got {name!r}; correct the spelling")
-    if name == "triton" and _missing_for_triton():
-        raise RuntimeError(
-            f"backend 'triton' cannot run here: {_missing_for_triton()}; "
-            f"or use backend('reference')"
-        )
-    if name != "triton" and name not in _BUILT:
-        raise RuntimeError(
-            f"backend {name!r} is not built in this installation (it has {tuple(_BUILT)}); "
-            f"use backend('reference'), or leave the choice to raco_fast by not forcing one"
-        )
+    if name == "triton" and (missing := _missing_for_triton()) is not None:
+        raise RuntimeError(f"backend 'triton' cannot run here: {missing}; or use backend('cpu')")
     token = _forced.set(name)
     try:
         yield
@@ -60,18 +65,10 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def active_backend(tensors: Iterable[Tensor | None] = (), m: int = 1, **options: object) -> str:
-    """The backend that the next operation uses on `tensors`.
-
-    Args:
-        tensors: gradients, parameters and states; without any, the answer is for CPU tensors.
-        m: the number of objectives.
-        **options: those of `combine_adamw`, where it is the operation.
-    """
-    forced = _forced.get()
-    if forced is not None:
-        return forced
-    return "triton" if _takes_triton(m, list(tensors), options) else "reference"
+def update_backend(params: Sequence[Tensor], options: AdamWOptions) -> str:
+    """The backend of `combine_adamw` for gradients and states laid out like `params`."""
+    obstacle = cpu.adamw_obstacle(options) or cpu.obstacle((p,) for p in params)
+    return _forced.get() or ("cpu" if obstacle is None else "reference")
 
 
 def gram(grads: Gradients) -> Tensor:
@@ -91,7 +88,8 @@ def gram(grads: Gradients) -> Tensor:
     Source: arXiv 2602.02495, Algorithm 1, line 5.
     """
     _check_gradients(grads)
-    return _within_cauchy_schwarz(_module(grads).gram(grads))
+    module = _module("gram", grads)
+    return _within_cauchy_schwarz(module.gram(grads))
 
 
 def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> None:
@@ -108,7 +106,7 @@ def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> No
     _check_gradients(grads)
     _check_coefficients(grads, coefficients)
     _check_length("out", out, grads)
-    _module(grads, out).combine(grads, coefficients, out)
+    _module("combine", grads, out).combine(grads, coefficients, out)
 
 
 def combine_adamw(
@@ -132,11 +130,13 @@ def combine_adamw(
         state_steps: n scalar tensors.
         **options: the group's AdamW hyper-parameters, see `reference.AdamWOptions`.
     Raises:
-        ValueError: `coefficients` or `params` do not fit `grads`.
+        ValueError: `coefficients`, `params` or the states do not fit `grads`.
     """
     _check_coefficients(grads, coefficients)
-    _check_length("params", params, grads)
-    module = _module(grads, params, exp_avgs, exp_avg_sqs, **options)
+    of_each_parameter = {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    for name, tensors in {**of_each_parameter, "state_steps": state_steps}.items():
+        _check_length(name, tensors, grads)
+    module = _module("combine_adamw", grads, params, exp_avgs, exp_avg_sqs, options=options)
     module.combine_adamw(
         params,
         grads,
@@ -149,29 +149,53 @@ def combine_adamw(
     )
 
 
-def _module(grads: Gradients, *others: Sequence[Tensor], **options: object) -> ModuleType:
-    """The backend for one operation on these tensors."""
-    tensors = list(chain(*grads, *others))
+def _module(
+    operation: str,
+    grads: Gradients,
+    *others: Sequence[Tensor],
+    options: AdamWOptions | None = None,
+) -> ModuleType:
+    """The backend that is forced, else "cpu" where it can run, else "reference".
+
+    Args:
+        operation: its name, for the error.
+        grads: m lists of gradients.
+        *others: further tensors of each parameter; the first list is written to.
+        options: those of `combine_adamw`, where it is the operation.
+    """
     forced = _forced.get()
+    if forced == "reference":
+        return _BUILT["reference"]
+    obstacle = None
+    written = others[0] if others else ()
+    if torch.is_grad_enabled() and any(t.requires_grad for t in written):
+        obstacle = "autograd would record it (use torch.no_grad())"
     if forced == "triton":
-        reason = _triton().unsupported(len(grads), tensors, **options)
-        if reason is None and any(t.device.type != "cuda" for t in tensors if t is not None):
-            reason = "its kernels take CUDA tensors; move the model with .to('cuda')"
-        if reason is not None:
-            raise RuntimeError(
-                f"backend 'triton' cannot do this: {reason}; or use backend('reference')"
-            )
-        return _triton()
-    if forced is not None:
-        return _BUILT[forced]
-    return _triton() if _takes_triton(len(grads), tensors, options) else reference
+        obstacle = obstacle or _triton_obstacle(grads, others, options)
+        module = None if obstacle else _triton()
+    else:
+        obstacle = obstacle or (None if options is None else cpu.adamw_obstacle(options))
+        obstacle = obstacle or cpu.obstacle(zip(*others, *grads, strict=True))
+        module = _BUILT["cpu"] if obstacle is None else None
+    if module is not None:
+        return module
+    if forced is None:
+        return _BUILT["reference"]
+    raise RuntimeError(
+        f"backend {forced!r} cannot run this {operation}: {obstacle}; do not force a backend, or "
+        f"use backend('reference')"
+    )
 
 
-def _takes_triton(m: int, tensors: Sequence[Tensor | None], options: dict[str, object]) -> bool:
-    first = next((t for t in tensors if t is not None), None)
-    if first is None or first.device.type != "cuda" or _missing_for_triton():
-        return False
-    return _triton().unsupported(m, tensors, **options) is None
+def _triton_obstacle(
+    grads: Gradients, others: Sequence[Sequence[Tensor]], options: AdamWOptions | None
+) -> str | None:
+    tensors = [t for some in (*others, *grads) for t in some if t is not None]
+    if any(not t.is_cuda for t in tensors):
+        return "its kernels take CUDA tensors; move the model with .to('cuda')"
+    named = {} if options is None else dict(options)
+    reason: str | None = _triton().unsupported(len(grads), tensors, **named)
+    return reason
 
 
 @cache

@@ -21,6 +21,7 @@ from torch.optim import AdamW
 from raco_fast import ops
 from raco_fast.dual import DualSolution, check_c, check_rule, solve_dual
 from raco_fast.gradients import ObjectiveGradients, check_max_grad_norm, clip_factor
+from raco_fast.reference import AdamWOptions
 
 _OWN_STATE = "raco"  # key of our part of a state_dict; torch.optim.AdamW reads past it
 
@@ -28,10 +29,10 @@ _OWN_STATE = "raco"  # key of our part of a state_dict; torch.optim.AdamW reads 
 class ClippedCAGradAdamW(AdamW):
     """AdamW on the CAGrad-Clip combination of several objectives' gradients.
 
-    With one objective and c = 0 it is `torch.optim.AdamW`, to the last bit on the reference backend
-    and to rounding in the Triton kernels (a plain `loss.backward()` then counts as that
-    objective's), except that a step whose gradient is not finite is skipped. With several, each
-    backward pass belongs to an objective:
+    With one objective and c = 0 it is `torch.optim.AdamW` (a plain `loss.backward()` then counts
+    as that objective's), except that a step whose gradient is not finite is skipped: to the last
+    bit on the "reference" backend, to rounding on the faster "cpu" backend, which repr names and
+    `raco_fast.backend` forces. With several, each backward pass belongs to an objective:
 
         opt.backward({"helpful": loss_h, "harmless": loss_s}); opt.step(); opt.zero_grad()
 
@@ -166,7 +167,6 @@ class ClippedCAGradAdamW(AdamW):
 
     def _update(self, group: dict[str, Any], params: list[Tensor], coefficients: Tensor) -> None:
         states = [self._state_of(p, group) for p in params]
-        beta1, beta2 = group["betas"]
         ops.combine_adamw(
             params,
             self.gradients.lists(params),
@@ -175,17 +175,7 @@ class ClippedCAGradAdamW(AdamW):
             [state["exp_avg_sq"] for state in states],
             [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
             [state["step"] for state in states],
-            lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            amsgrad=group["amsgrad"],
-            maximize=group["maximize"],
-            foreach=group["foreach"],
-            capturable=group["capturable"],
-            differentiable=group["differentiable"],
-            fused=group["fused"],
+            **_options_of(group),
         )
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
@@ -257,12 +247,32 @@ class ClippedCAGradAdamW(AdamW):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __repr__(self) -> str:
+        backends = [
+            ops.update_backend(group["params"], _options_of(group)) for group in self.param_groups
+        ]
         own = {
             "weights": self.weights,
             "c": self.c,
             "rule": self.rule,
             "max_grad_norm": self.max_grad_norm,
-            "backend": ops.active_backend(self._parameters(), len(self.weights), **self.defaults),
+            "backend": ", ".join(dict.fromkeys(backends)),
         }
         lines = "".join(f"{name}: {value}\n" for name, value in own.items())
         return super().__repr__().removesuffix(")") + lines + ")"
+
+
+def _options_of(group: dict[str, Any]) -> AdamWOptions:
+    beta1, beta2 = group["betas"]
+    return {
+        "lr": group["lr"],
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": group["eps"],
+        "weight_decay": group["weight_decay"],
+        "amsgrad": group["amsgrad"],
+        "maximize": group["maximize"],
+        "foreach": group["foreach"],
+        "capturable": group["capturable"],
+        "differentiable": group["differentiable"],
+        "fused": group["fused"],
+    }

@@ -16,8 +16,8 @@ PACKAGE = ROOT / "raco_fast"
 # From the ground up; a module may import from lower layers only. Inside `dpo` and `demo` the order
 # of the list is the order of the road that data takes.
 LAYERS = [
-    ["_C", "kernels", "reference", "objective_grad", "statistics"],
-    ["triton_backend"],
+    ["_C", "kernels", "reference", "objective_grad", "report"],
+    ["cpu", "triton_backend"],
     ["ops", "dual"],
     ["gradients"],
     ["optimizer"],

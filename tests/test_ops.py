@@ -13,52 +13,165 @@ def two_lists() -> list[list[torch.Tensor | None]]:
     return [[torch.ones(3), torch.ones(2, 2)], [torch.ones(3) * 2, None]]
 
 
-def test_reference_runs_by_default_and_when_forced(monkeypatch):
-    calls = []
-    monkeypatch.setattr(reference, "gram", lambda grads: calls.append("gram") or torch.eye(2))
-    ops.gram(two_lists())
-    with ops.backend("reference"):
-        ops.gram(two_lists())
-    assert calls == ["gram", "gram"]
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[str, str]]:
+    """(backend, operation) of every operation that runs; nothing is computed."""
+    made: list[tuple[str, str]] = []
+    for name in ("cpu", "reference"):
+
+        def record(operation, name=name):
+            return lambda *a, **k: made.append((name, operation)) or torch.eye(2)
+
+        fake = SimpleNamespace(**{f: record(f) for f in ("gram", "combine", "combine_adamw")})
+        monkeypatch.setitem(ops._BUILT, name, fake)
+    return made
 
 
-def test_the_forced_backend_is_the_one_that_runs(monkeypatch):
-    calls = []
-    fake = SimpleNamespace(
-        gram=lambda *a: calls.append("gram") or torch.eye(2),
-        combine=lambda *a: calls.append("combine"),
-        combine_adamw=lambda *a, **k: calls.append("combine_adamw"),
-    )
-    monkeypatch.setitem(ops._BUILT, "cpu", fake)
+OPTIONS = {
+    "lr": 0.01,
+    "beta1": 0.8,
+    "beta2": 0.95,
+    "eps": 1e-7,
+    "weight_decay": 0.05,
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+}
+
+
+def run_all(
+    grads: list[list[torch.Tensor | None]] | None = None,
+    tensors: list[torch.Tensor] | None = None,
+    **options,
+) -> None:
+    grads = two_lists() if grads is None else grads
+    like = [torch.empty(3), torch.empty(2, 2)] if tensors is None else tensors
     alpha = torch.ones(2, dtype=torch.float64)
-    out = [torch.empty(3), torch.empty(2, 2)]
-    with ops.backend("cpu"):
-        assert ops.active_backend() == "cpu"
+    ops.gram(grads)
+    ops.combine(grads, alpha, like)
+    steps = [torch.zeros(()) for _ in like]
+    ops.combine_adamw(like, grads, alpha, like, like, [], steps, **{**OPTIONS, **options})
+
+
+def ran(*backends: str) -> list[tuple[str, str]]:
+    return list(zip(backends, ("gram", "combine", "combine_adamw"), strict=True))
+
+
+def test_cpu_tensors_take_the_cpu_backend(calls):
+    run_all()
+    assert calls == ran("cpu", "cpu", "cpu")
+
+
+def test_the_forced_backend_is_the_one_that_runs(calls):
+    with ops.backend("reference"):
+        run_all()
+        with ops.backend("cpu"):
+            run_all()
         ops.gram(two_lists())
-        ops.combine(two_lists(), alpha, out)
-        ops.combine_adamw(out, two_lists(), alpha, [], [], [], [])
-        with ops.backend("reference"):
-            assert ops.active_backend() == "reference"
-            ops.gram(two_lists())
-        assert ops.active_backend() == "cpu"
-    assert calls == ["gram", "combine", "combine_adamw"]
-    assert ops.active_backend() == "reference"
+    ops.gram(two_lists())
+    once = [("reference", "gram"), ("cpu", "gram")]
+    assert calls == [*ran(*["reference"] * 3), *ran(*["cpu"] * 3), *once]
 
 
-def test_an_exception_ends_the_forcing(monkeypatch):
-    monkeypatch.setitem(ops._BUILT, "cpu", reference)
-    with pytest.raises(KeyError), ops.backend("cpu"):
+def test_an_exception_ends_the_forcing(calls):
+    with pytest.raises(KeyError), ops.backend("reference"):
         raise KeyError
-    assert ops.active_backend() == "reference"
+    run_all()
+    assert calls == ran("cpu", "cpu", "cpu")
 
 
-def test_forcing_a_backend_that_is_not_built_raises():
-    missing = [name for name in ops.BACKENDS if name not in ops._BUILT and name != "triton"]
-    for name in missing:
-        cure = rf"backend '{name}' is not built .* use backend\('reference'\)"
-        with pytest.raises(RuntimeError, match=cure), ops.backend(name):
-            pass
-    assert "reference" not in missing
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"amsgrad": True}, "amsgrad=True"),
+        ({"capturable": True}, "capturable=True"),
+        ({"differentiable": True}, "differentiable=True"),
+        ({"foreach": False}, "foreach is set"),
+        ({"fused": True}, "fused is set"),
+        ({"lr": torch.tensor(0.1, requires_grad=True)}, "lr is a tensor that requires grad"),
+        ({"beta2": torch.tensor(0.9, device="meta")}, "beta2 is a tensor .* not on the CPU"),
+    ],
+    ids=str,
+)
+def test_options_of_the_reference(calls, options, reason):
+    run_all(**options)
+    assert calls == ran("cpu", "cpu", "reference")
+    assert ops.update_backend([torch.ones(2)], {**OPTIONS, **options}) == "reference"
+    forced = pytest.raises(
+        RuntimeError,
+        match=rf"'cpu' cannot run this combine_adamw: {reason}.*backend\('reference'\)",
+    )
+    with forced, ops.backend("cpu"):
+        run_all(**options)
+
+
+def test_options_of_the_cpu_backend(calls):
+    run_all(maximize=True, lr=torch.tensor(0.1), beta1=torch.tensor(0.9))
+    assert calls == ran("cpu", "cpu", "cpu")
+
+
+def like_two(make) -> list[torch.Tensor]:
+    return [make(torch.ones(3, 4)), torch.ones(2)]
+
+
+LAYOUTS = {
+    "expanded": (lambda x: x[:, :1].expand(3, 4), "expanded, sparse, or a view with gaps"),
+    "gaps": (lambda x: torch.ones(3, 8)[:, ::2], "expanded, sparse, or a view with gaps"),
+    "complex": (lambda x: x.to(torch.complex64), "a tensor is torch.complex64 .float32, bfl"),
+    "negation": (lambda x: torch._neg_view(x), "a pending negation"),
+    "subclass": (lambda x: x.as_subclass(type("Mine", (torch.Tensor,), {})), "a tensor is a Mine"),
+    "meta": (lambda x: x.to("meta"), "a tensor is on meta"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_tensors_of_the_reference(calls, name):
+    make, reason = LAYOUTS[name]
+    grads, tensors = [like_two(make), like_two(make)], like_two(make)
+    run_all(grads, tensors)
+    assert calls == ran("reference", "reference", "reference")
+    with pytest.raises(RuntimeError, match=f"cannot run this gram: .*{reason}"), ops.backend("cpu"):
+        ops.gram(grads)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda x: x.t().contiguous().t(), "differ in memory layout"),
+        (lambda x: x.double(), "are torch.float64 and torch.float32"),
+        (lambda x: x.flatten(), r"have the shapes \[12\] and \[3, 4\]"),
+    ],
+)
+def test_tensors_that_do_not_match_go_to_the_reference(calls, make, reason):
+    grads = [like_two(torch.clone), like_two(torch.clone)]
+    run_all(grads, like_two(make))
+    assert calls == ran("cpu", "reference", "reference")
+    with pytest.raises(RuntimeError, match=reason), ops.backend("cpu"):
+        run_all(grads, like_two(make))
+
+
+def test_tensors_of_the_cpu_backend(calls):
+    for make in (
+        lambda x: x.t().contiguous().t(),  # dense in another order
+        lambda x: torch.ones(13, dtype=torch.bfloat16)[1:].view(3, 4),  # misaligned
+        lambda x: torch.ones(2, 3, 4)[1],
+        lambda x: torch.ones(3, 1, 4).transpose(0, 1),
+        lambda x: x.double(),
+    ):
+        run_all([like_two(make), like_two(make)], like_two(make))
+    assert set(calls) == set(ran("cpu", "cpu", "cpu"))
+
+
+def test_what_autograd_would_record_goes_to_the_reference(calls):
+    tensors = [t.requires_grad_() for t in (torch.ones(3), torch.ones(2, 2))]
+    run_all(tensors=tensors)
+    assert calls == ran("cpu", "reference", "reference")
+    with torch.no_grad():
+        run_all(tensors=tensors)
+    assert calls[3:] == ran("cpu", "cpu", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -80,34 +193,18 @@ def test_forcing_triton_where_it_cannot_run_raises(installed, device, cure, monk
 def test_forced_triton_refuses_what_it_cannot_do(monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.setattr(ops, "_missing_for_triton", lambda: None)
-    with ops.backend("triton"):
-        with pytest.raises(RuntimeError, match=r"take CUDA tensors; move the model with \.to"):
-            ops.gram(two_lists())
-        with pytest.raises(RuntimeError, match=r"got torch.float64; or use backend\('reference'\)"):
-            ops.gram([[torch.ones(2, dtype=torch.float64)]])
-
-
-def test_cuda_tensors_go_to_triton_by_default_and_others_to_the_reference(monkeypatch):
-    pytest.importorskip("triton", reason="triton is not installed")
-    from raco_fast import triton_backend
-
-    def like_cuda(t):
-        return SimpleNamespace(device=torch.device("cuda"), dtype=t.dtype)
-
-    monkeypatch.setattr(ops, "_missing_for_triton", lambda: None)
-    monkeypatch.setattr(
-        triton_backend,
-        "unsupported",
-        lambda m, tensors, **options: "float64" if tensors[-1].dtype == torch.float64 else None,
+    refused = pytest.raises(
+        RuntimeError,
+        match=r"backend 'triton' cannot run this gram: .* take CUDA tensors",
     )
-    on_cuda = like_cuda(torch.ones(1))
-    assert ops.active_backend([on_cuda]) == "triton"
-    assert ops._module([[None, on_cuda]]) is triton_backend
-    assert ops._module([[like_cuda(torch.ones(1).double())]]) is reference
-    assert ops._module([[torch.ones(1)]]) is reference
-    assert ops.active_backend() == "reference"
-    monkeypatch.setattr(ops, "_missing_for_triton", lambda: "a device")
-    assert ops._module([[on_cuda]]) is reference
+    with refused, ops.backend("triton"):
+        ops.gram([[torch.ones(2)], [torch.ones(2)]])
+
+
+def test_cuda_tensors_stay_on_the_reference_until_triton_is_asked_for(monkeypatch):
+    monkeypatch.setattr(ops, "_missing_for_triton", lambda: None)
+    on_device = torch.ones(2, device="meta")
+    assert ops._module("gram", [[on_device]]) is reference
 
 
 def test_unknown_backend_raises():
@@ -182,5 +279,10 @@ def test_coefficients_and_outputs_must_fit():
         ops.combine(two_lists(), alpha, out)
     with pytest.raises(ValueError, match="`out` must have one tensor per gradient, got 1 for 2"):
         ops.combine(two_lists(), alpha[:2], out[:1])
-    with pytest.raises(ValueError, match="`params` must have one tensor per gradient, got 1 for 2"):
-        ops.combine_adamw(out[:1], two_lists(), alpha[:2], [], [], [], [])
+    for name in ("params", "exp_avgs", "exp_avg_sqs", "state_steps"):
+        of = dict.fromkeys(("params", "exp_avgs", "exp_avg_sqs", "state_steps"), out)
+        of[name] = out[:1]
+        with pytest.raises(ValueError, match=f"`{name}` must have one tensor .* got 1 for 2"):
+            ops.combine_adamw(
+                grads=two_lists(), coefficients=alpha[:2], max_exp_avg_sqs=[], **of, **OPTIONS
+            )

@@ -452,12 +452,13 @@ def test_added_group_and_swapped_parameters_are_seen():
     assert not torch.equal(swapped, torch.ones(2))
 
 
-def test_it_is_a_torch_optimizer_and_says_what_it_does(monkeypatch):
+def test_it_is_a_torch_optimizer_and_says_what_it_does():
     opt = optimizer_of(network(), max_grad_norm=0.5)
     assert isinstance(opt, torch.optim.Optimizer)
     for part in ("Parameter Group 0", "lr: 0.02", "weights: {'helpful': 0.5", "c: 0.4"):
         assert part in repr(opt)
-    assert "backend: reference\n" in repr(opt)
-    monkeypatch.setitem(ops._BUILT, "cpu", ops.reference)
-    with ops.backend("cpu"):
-        assert "backend: cpu\n" in repr(opt)
+    assert "backend: cpu\n" in repr(opt)
+    with ops.backend("reference"):
+        assert "backend: reference\n" in repr(opt)
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(2))], "amsgrad": True})
+    assert "backend: cpu, reference\n" in repr(opt)

@@ -2,6 +2,8 @@
 
 The inputs, the wrong inputs and the schedulers are torch's own, from the OptimizerInfo for AdamW
 in `torch.testing._internal.common_optimizers`; equality is to the last bit unless said otherwise.
+That is promised of the reference backend, which hands G0 to torch's own `adamw`; the C++ backend
+rounds less often, and tests/test_optimizer_cpu.py holds it to float64.
 Left out: configurations for several devices, and CUDA-only ones on a machine without CUDA.
 """
 
@@ -25,11 +27,18 @@ from torch.optim.lr_scheduler import (
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
+from raco_fast import ops
 from raco_fast.optimizer import ClippedCAGradAdamW
 
 INFO = next(info for info in optim_db if info.optim_cls is AdamW)
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 Ours = functools.partial(ClippedCAGradAdamW, weights=[1.0], c=0.0)
+
+
+@pytest.fixture(autouse=True)
+def reference_backend():
+    with ops.backend("reference"):
+        yield
 
 
 def inputs(device: str = "cpu", dtype: torch.dtype | None = None) -> list:

@@ -38,7 +38,7 @@ def test_the_config_example_is_a_config(tmp_path: Path) -> None:
     (config,) = blocks("yaml")
     file = tmp_path / "config.yaml"
     file.write_text(config)
-    parser = _parser()
+    parser = _parser("train")
     values = parser.parse_args(["train", "--config", str(file), "--lr", "2e-5"])
     assert parser.instantiate(values).train.lr == 2e-5
 

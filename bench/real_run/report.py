@@ -6,14 +6,13 @@ Every number in that page comes from bench/results/real_run/*.jsonl, which is co
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from run import DATA_SETS, RESULTS, RULES
 
-from raco_fast.statistics import wilson_interval
+from raco_fast.report import markdown_table, share_with_interval, wilson_interval
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "results.md"
 
@@ -24,18 +23,6 @@ def read(data_set: str, rule: str) -> list[Record]:
     """The metrics of one run, in order."""
     file = RESULTS / f"{data_set}-{rule}.jsonl"
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-def table(titles: list[str], rows: Iterable[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def share(value: float, pairs: int) -> str:
-    """A share with its 95 % Wilson interval."""
-    low, high = wilson_interval(value, pairs)
-    return f"{value:.1%} ({low:.1%} to {high:.1%})"
 
 
 def split(records: list[Record]) -> tuple[list[Record], list[Record]]:
@@ -58,15 +45,17 @@ def accuracy_table(data_set: str) -> str:
         for name in objectives(training):
             pairs = int(after[f"eval_pairs/{name}"])
             cells = [
-                share(before[f"eval_logps/accuracies/{name}"], pairs),
-                share(after[f"eval_logps/accuracies/{name}"], pairs),
-                share(after[f"eval_rewards/accuracies/{name}"], pairs),
+                share_with_interval(before[f"eval_logps/accuracies/{name}"], pairs),
+                share_with_interval(after[f"eval_logps/accuracies/{name}"], pairs),
+                share_with_interval(after[f"eval_rewards/accuracies/{name}"], pairs),
             ]
             margin = after[f"eval_rewards/margins/{name}"]
             losses = f"{before[f'eval_loss/{name}']:.4f} → {after[f'eval_loss/{name}']:.4f}"
             rows.append([name, f"`{rule}`", str(pairs), *cells, f"{margin:+.3f}", losses])
     titles = ["objective", "rule", "pairs", "likelihood before", "likelihood after"]
-    return table([*titles, "reward after", "reward margin after", "loss before → after"], rows)
+    return markdown_table(
+        [*titles, "reward after", "reward margin after", "loss before → after"], rows
+    )
 
 
 def combination_table(data_set: str) -> str:
@@ -76,24 +65,22 @@ def combination_table(data_set: str) -> str:
         training, _ = split(read(data_set, rule))
         names = objectives(training)
         cosines = [name for name in training[0] if name.startswith("raco/cosine/")]
-        lowest = {
+        conflict = {
             name.removeprefix("raco/cosine/"): mean(r[name] for r in training) for name in cosines
         }
         rows.append(
             [
                 f"`{rule}`",
                 str(len(training)),
-                "; ".join(f"{pair} {value:+.2f}" for pair, value in lowest.items()),
+                "; ".join(f"{pair} {value:+.2f}" for pair, value in conflict.items()),
                 "; ".join(
                     f"{n} {mean(r[f'raco/coefficient/{n}'] for r in training):.2f}" for n in names
                 ),
                 f"{mean(r['raco/clip_active'] for r in training):.0%}",
-                f"{mean(r['tokens_per_second'] for r in training):.0f}",
-                f"{sum(r['seconds'] for r in training) / 60:.1f}",
             ]
         )
     titles = ["rule", "steps", "mean cosine", "mean coefficient", "clip active"]
-    return table([*titles, "tokens / s", "training minutes"], rows)
+    return markdown_table(titles, rows)
 
 
 def verdict(data_set: str) -> str:
@@ -117,8 +104,8 @@ def verdict(data_set: str) -> str:
     return "\n".join(sentences)
 
 
-def main() -> None:
-    """Write the page."""
+def page() -> str:
+    """The text of docs/results.md."""
     parts = [
         "# Results: a real model on real preferences",
         "Written by `bench/real_run/report.py` from `bench/results/real_run/`; the protocol is "
@@ -139,11 +126,11 @@ def main() -> None:
             verdict(data_set),
         ]
     parts.append(
-        "These runs are short: they show that the whole road works on real input and what it "
-        "costs on two CPU cores, not which rule is better."
+        "These runs are short: they show that the whole road works on real input, not which rule "
+        "is better."
     )
-    PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":
-    main()
+    PAGE.write_text(page(), encoding="utf-8")

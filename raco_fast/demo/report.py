@@ -15,6 +15,7 @@ from raco_fast.demo.plot import plot_scores
 from raco_fast.demo.results import Aligned, WarmStart
 from raco_fast.demo.summary import Row, Spread, summarize, weights_name
 from raco_fast.dpo.files import atomic_file
+from raco_fast.report import markdown_table
 
 if TYPE_CHECKING:
     from raco_fast.demo.study import DemoConfig
@@ -99,7 +100,7 @@ def markdown(config: DemoConfig, rows: Sequence[Row], plot_note: str, seconds: f
             "between the gradients of two objectives.",
             "",
             *_quick_warning(config),
-            _markdown_table([_HEADER, *(_cells(row) for row in rows)]),
+            markdown_table(_HEADER, (_cells(row) for row in rows)),
             "",
             plot_note or "![judged scores](pareto.png)",
             "",
@@ -134,15 +135,11 @@ def _quick_warning(config: DemoConfig) -> list[str]:
 def _cosine_table(rows: Sequence[Row]) -> str:
     aligned = rows[1:]
     pairs = tuple(aligned[0].cosines)
-    lines = [("rule", "weights", *pairs)]
-    for row in aligned:
-        lines.append((row.rule, weights_name(row.weights), *(_pm(row.cosines[p]) for p in pairs)))
-    return _markdown_table(lines)
-
-
-def _markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    ruled = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in ruled)
+    lines = [
+        (row.rule, weights_name(row.weights), *(_pm(row.cosines[p]) for p in pairs))
+        for row in aligned
+    ]
+    return markdown_table(("rule", "weights", *pairs), lines)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

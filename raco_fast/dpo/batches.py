@@ -33,8 +33,10 @@ class BatchSchedule:
         """Indices of the pairs of `step` (counted from 0)."""
         epoch, place = divmod(step, self.steps_per_epoch)
         generator = torch.Generator().manual_seed(self.seed + epoch)
-        order: list[int] = torch.randperm(self.n_pairs, generator=generator).tolist()
-        return order[place * self.pairs_per_step : (place + 1) * self.pairs_per_step]
+        order = torch.randperm(self.n_pairs, generator=generator)
+        start = place * self.pairs_per_step
+        indices: list[int] = order[start : start + self.pairs_per_step].tolist()
+        return indices
 
 
 def micro_batches(pairs: Sequence[EncodedPair], size: int) -> list[list[EncodedPair]]:

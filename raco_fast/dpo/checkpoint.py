@@ -5,7 +5,7 @@ A checkpoint is a folder `checkpoints/step-<n>`:
     model.safetensors   trained parameters (the adapter's alone with LoRA)
     optimizer.pt        optimizer and learning-rate schedule
     rng.pt              random generators
-    state.json          step, run identity, hash of the training data
+    state.json          step (which is the position in the data) and run identity
 
 It is written under another name and renamed, and the previous one is removed only afterwards.
 """
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -57,13 +56,10 @@ class TrainingState:
         try:
             with atomic_folder(destination) as partial:
                 self._write(partial)
-        # A full disk is an OSError, a SafetensorError or torch.save's RuntimeError.
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise OSError(
-                f"checkpoint {destination} could not be written ({error}); "
-                f"{latest(folder) or 'no earlier checkpoint'} is untouched: "
-                "free some space, then run the same command with --resume"
-            ) from error
+        except OSError as error:
+            earlier = latest(folder)
+            cure = f"then add --resume to go on from {earlier}" if earlier else "then start again"
+            raise OSError(f"checkpoint {error}, {cure}") from error
         for older in _checkpoints(folder):
             if older != destination:
                 shutil.rmtree(older)
@@ -72,32 +68,41 @@ class TrainingState:
     def _write(self, folder: Path) -> None:
         tensors = {n: p.detach().contiguous() for n, p in trainable(self.model).items()}
         save_file(tensors, folder / "model.safetensors")
-        torch.save(
+        _torch_save(
             {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()},
             folder / "optimizer.pt",
         )
-        torch.save(_random_state(), folder / "rng.pt")
-        state = {"step": self.step, "skipped_steps": self.optimizer.skipped_steps, "run": self.run}
+        _torch_save(_random_state(), folder / "rng.pt")
+        state = {"step": self.step, "run": self.run}
         (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
 
     def load(self, checkpoint: Path) -> None:
-        """Restore everything from a folder written by `save`."""
+        """Restore everything from a folder written by `save`.
+
+        Raises:
+            ValueError: its parameters or objectives are not this run's.
+        """
         tensors = load_file(checkpoint / "model.safetensors")
         parameters = trainable(self.model)
+        if tensors.keys() != parameters.keys():
+            odd = sorted(tensors.keys() ^ parameters.keys())
+            raise ValueError(
+                f"checkpoint {checkpoint} must hold the trained parameters of this model, but "
+                f"{len(odd)} are in one only, the first {odd[0]!r}; use the versions of "
+                "transformers and peft that wrote it"
+            )
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[name])
-        saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+        saved = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
-        state = read_state(checkpoint)
-        self.step = state["step"]
-        self.optimizer.skipped_steps = state["skipped_steps"]
+        self.step = read_state(checkpoint)["step"]
         _set_random_state(torch.load(checkpoint / "rng.pt", weights_only=True))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint: step, skipped_steps and run identity."""
+    """`state.json` of a checkpoint: step and run identity."""
     state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     return state
 
@@ -110,6 +115,13 @@ def latest(folder: Path) -> Path | None:
 
 def _checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*")) if folder.is_dir() else []
+
+
+def _torch_save(content: dict[str, Any], file: Path) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:  # a write that failed, as torch's archive writer puts it
+        raise OSError(str(error)) from error
 
 
 def _random_state() -> dict[str, Any]:

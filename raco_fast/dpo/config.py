@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from raco_fast.dpo.data import DataSource
 from raco_fast.dpo.losses import LossOptions, check_loss
 from raco_fast.dpo.models import ModelOptions
 from raco_fast.dpo.tokenization import TokenOptions
-from raco_fast.dual import check_c, check_rule, check_weights
+from raco_fast.optimizer import ClippedCAGradAdamW
+
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+"""Learning-rate schedules and their names in transformers; each begins with the warm-up."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +90,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check everything that can be checked before a model is loaded."""
-        check_weights(self.weights)
-        check_c(self.c)
-        check_rule(self.rule)
-        check_loss(self.loss)
+        # The optimizer knows what weights, c, rule, lr, ... may be: let it look at them.
+        ClippedCAGradAdamW([torch.zeros(1)], **self.optimizer_arguments)
+        check_loss(self.loss, self.loss_options)
         if not self.data:
             raise ValueError("`data` must name at least one file of preference pairs, got none")
         if self.concise is not None and self.concise not in self.weights:
@@ -101,6 +107,21 @@ class TrainConfig:
                 raise ValueError(f"`{name}` must be at least 1, got {value}")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"`warmup_ratio` must be in [0, 1], got {self.warmup_ratio}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"`schedule` must be one of {sorted(SCHEDULES)}, got {self.schedule!r}"
+            )
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise ValueError(
+                "`tensorboard: true` needs the package tensorboard; "
+                "pip install 'raco-fast[tensorboard]'"
+            )
+
+    @property
+    def optimizer_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `ClippedCAGradAdamW`."""
+        names = ("lr", "betas", "eps", "weight_decay", "weights", "c", "rule", "max_grad_norm")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -129,8 +150,7 @@ _FREE_TO_CHANGE = frozenset(
 
 def identity(config: TrainConfig) -> dict[str, Any]:
     """The settings that define a run, as plain JSON values."""
-    settings = dataclasses.asdict(config)
-    settings["betas"] = list(config.betas)
+    settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return {name: value for name, value in settings.items() if name not in _FREE_TO_CHANGE}
 
 

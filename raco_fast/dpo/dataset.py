@@ -6,12 +6,13 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from raco_fast.dpo.batches import pair_length
 from raco_fast.dpo.config import TrainConfig
 from raco_fast.dpo.data import ConciseRule, DataSource, read_sources
 from raco_fast.dpo.tokenization import EncodedPair, encode_pairs, token_counter
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -54,3 +55,24 @@ def _encoded(
             f"`{argument}` holds no usable pair ({report}); raise `tokens.max_length` or mend it"
         )
     return encoded
+
+
+def check_pairs_fit(model: PreTrainedModel, pairs: Sequence[EncodedPair]) -> None:
+    """Raise ValueError if a pair is longer than the model can read or uses tokens it lacks.
+
+    Without this the embedding would fail with an index out of range, in the middle of the run.
+    """
+    known = model.get_input_embeddings().weight.shape[0]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for pair in pairs:
+        length, largest = pair_length(pair), max(pair.prompt_ids + pair.a_ids + pair.b_ids)
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"`tokens.max_length` must be at most the model's {limit} positions, got a pair of "
+                f"{length} tokens ({pair.id!r}); lower `tokens.max_length`"
+            )
+        if largest >= known:
+            raise ValueError(
+                f"`model.tokenizer` must give token ids below the model's {known}, got {largest} "
+                f"for pair {pair.id!r}; use the tokenizer that belongs to the model"
+            )

@@ -26,7 +26,6 @@ class HeldOut:
         objectives: names to report.
         loss, options: as in `preference_losses`; losses are means over all labelled pairs.
         pad_id: padding token.
-        device: where the model is.
         batch_pairs: pairs scored at once.
         chunk_tokens: as in `sequence_logps`.
     """
@@ -37,13 +36,12 @@ class HeldOut:
     loss: str
     options: LossOptions
     pad_id: int
-    device: torch.device
     batch_pairs: int
     chunk_tokens: int
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Preference metrics of `model`, each name prefixed with `eval_`."""
+        """Preference metrics and losses of `model` without dropout, each name after `eval_`."""
         was_training = model.training
         model.eval()
         result = self._evaluate(
@@ -67,16 +65,16 @@ class HeldOut:
     def _evaluate(self, score: Callable[[PairBatch], PairScores]) -> dict[str, float]:
         counts = labelled_counts(self.pairs, self.objectives)
         metrics = PreferenceMetrics(self.options.beta)
-        losses = dict.fromkeys(self.objectives, 0.0)
+        losses = {name: torch.zeros(()) for name in self.objectives}
         groups = micro_batches(self.pairs, self.batch_pairs)
         for group in tqdm(groups, desc="evaluate", leave=False):
-            batch = collate(group, self.pad_id).to(self.device)
+            batch = collate(group, self.pad_id)
             scores = score(batch)
             parts = preference_losses(
                 scores, batch.labels, loss=self.loss, options=self.options, counts=counts
             )
-            losses = {name: losses[name] + float(parts[name]) for name in self.objectives}
+            losses = {name: parts[name] + losses[name] for name in self.objectives}
             metrics.add(scores, batch.labels)
         result = metrics.result()
-        result |= {f"loss/{name}": losses[name] for name in self.objectives if counts[name]}
+        result |= {f"loss/{name}": float(losses[name]) for name in self.objectives if counts[name]}
         return {f"eval_{name}": value for name, value in result.items()}

@@ -12,39 +12,67 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 @contextmanager
 def atomic_folder(destination: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes `destination` when the block ends without an error."""
+    """Yield an empty folder that becomes `destination` when the block ends without an error.
+
+    Raises:
+        OSError: it could not be written whole; what `destination` held before is there as it was.
+    """
     partial = destination.with_name(f".partial-{destination.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                _flush(file)
-        replaced = destination.with_name(f".replaced-{destination.name}")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if destination.exists():
-            destination.rename(replaced)
-        partial.rename(destination)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    replaced = destination.with_name(f".replaced-{destination.name}")
+    with _reported(destination):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    _flush(file)
+            shutil.rmtree(replaced, ignore_errors=True)
+            if destination.exists():
+                destination.rename(replaced)
+            partial.rename(destination)
+        finally:
+            if replaced.exists() and not destination.exists():
+                replaced.rename(destination)
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager
 def atomic_file(destination: Path) -> Iterator[Path]:
-    """Yield a path that becomes `destination` when the block ends without an error."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = destination.with_name(f".partial-{destination.name}")
+    """Yield a path that becomes `destination` when the block ends without an error.
+
+    Two processes may write the same file: each writes its own, and the last to end stays.
+
+    Raises:
+        OSError: as `atomic_folder`.
+    """
+    partial = destination.with_name(f".partial-{os.getpid()}-{destination.name}")
+    with _reported(destination):
+        try:
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            _flush(partial)
+            os.replace(partial, destination)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _reported(destination: Path) -> Iterator[None]:
+    """Name the file in what went wrong; safetensors has an error of its own for a full disk."""
     try:
-        yield partial
-        _flush(partial)
-        os.replace(partial, destination)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{destination} could not be written ({error}); "
+            "nothing that was there before is lost: free some space or check the folder's rights"
+        ) from error
 
 
 def _flush(file: Path) -> None:

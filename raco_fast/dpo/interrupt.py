@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -38,4 +39,5 @@ class Interrupt:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("\nfinishing this step, then saving; Ctrl-C again stops without saving", flush=True)
+        # Straight to stderr's descriptor: the interrupted code may be inside a print of its own.
+        os.write(2, b"\nfinishing this step, then saving; Ctrl-C again stops without saving\n")

@@ -4,6 +4,9 @@ A causal LM's logits are [batch, length, vocab]: for 8 sequences of 1024 tokens 
 128k, 4 GiB in fp32, several times that with its log-softmax and gradient. Only the positions whose
 next token belongs to the response are scored, so their hidden states are gathered into [N, d] and
 the head runs on `chunk_tokens` rows at a time; each chunk is recomputed in the backward pass.
+
+The gradient of a bf16 head that is itself trained is a sum over chunks rounded to bf16: 8 chunks
+make its error 1.4 times that of one matrix product, 64 chunks 2.6 times. Larger chunks mend it.
 """
 
 from __future__ import annotations
@@ -30,24 +33,27 @@ def sequence_logps(
 
     Args:
         model: a Hugging Face causal LM, also wrapped by PEFT.
-        input_ids: int64 [B, T], right-padded.
-        attention_mask: [B, T], 1 on tokens, 0 on padding.
+        input_ids: int64 [B, T] on the model's device, right-padded.
+        attention_mask: [B, T] beside it, 1 on tokens, 0 on padding.
         completion_mask: [B, T], true where the token is scored; column 0 cannot be (nothing
-            predicts it).
+            predicts it). On the CPU, choosing the rows of the head waits for no GPU.
         chunk_tokens: rows of logits that exist at any time.
     Returns:
         float32 [B]: sum over scored t of log p(input_ids[b, t] | input_ids[b, :t]).
     Raises:
-        ValueError: a scored token in column 0, or masks of another shape than `input_ids`.
+        ValueError: a scored token in column 0, masks of another shape than `input_ids`, or
+            `chunk_tokens` below 1.
     """
+    if chunk_tokens < 1:
+        raise ValueError(f"`chunk_tokens` must be at least 1, got {chunk_tokens}; 256 is usual")
     if not input_ids.shape == attention_mask.shape == completion_mask.shape:
         raise ValueError(
             "`input_ids`, `attention_mask` and `completion_mask` must share one [B, T] shape, got "
             f"{tuple(input_ids.shape)}, {tuple(attention_mask.shape)}, "
             f"{tuple(completion_mask.shape)}"
         )
-    scored = completion_mask.bool()
-    if bool(scored[:, 0].any()):
+    rows, columns = completion_mask.nonzero(as_tuple=True)
+    if bool((columns == 0).any()):
         raise ValueError(
             "`completion_mask` marks the first token of a row, which nothing predicts; "
             "start the row with at least one prompt or BOS token"
@@ -56,7 +62,7 @@ def sequence_logps(
     hidden = causal_lm.get_decoder()(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False
     ).last_hidden_state
-    rows, columns = scored.nonzero(as_tuple=True)
+    rows, columns = rows.to(hidden.device), columns.to(hidden.device)
     token_logps = _chunked_token_logps(
         causal_lm, hidden[rows, columns - 1], input_ids[rows, columns], chunk_tokens
     )
@@ -114,23 +120,25 @@ class _LogitScaling:
 
 
 @torch.no_grad()
-def check_head(model: nn.Module, input_ids: Tensor, completion_mask: Tensor) -> None:
+def check_head(model: nn.Module, input_ids: Tensor) -> None:
     """Hold the chunked head against the model's own logits on one row.
 
     Args:
         model: as in `sequence_logps`.
-        input_ids: int64 [T], one sequence without padding.
-        completion_mask: bool [T].
+        input_ids: int64 [T] on its device, a sequence without padding; 64 tokens are used, for the
+            model's own logits come unchunked.
     Raises:
         ValueError: the two disagree, i.e. the architecture changes its logits in a way this file
             does not know.
     """
     was_training = model.training
     model.eval()
-    row = input_ids[None]
-    ours = sequence_logps(model, row, torch.ones_like(row), completion_mask[None])
+    row = input_ids[None, :64]
+    every_token, scored = torch.ones_like(row), torch.ones_like(row)
+    scored[:, 0] = 0
+    ours = sequence_logps(model, row, every_token, scored)
     token_logps = model(input_ids=row, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-    theirs = token_logps.gather(-1, input_ids[1:, None]).squeeze(-1)[completion_mask[1:]].sum()
+    theirs = token_logps.gather(-1, row[0, 1:, None]).sum()
     model.train(was_training)
     # Two summation orders at the model's own precision; a missing scale is off by far more.
     tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2

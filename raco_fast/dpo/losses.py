@@ -11,6 +11,7 @@ for all objectives, so nothing here may look at a model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -37,7 +38,7 @@ class PairScores:
     tokens_b: Tensor
 
     def __getitem__(self, index: Tensor) -> PairScores:
-        """The pairs selected by a boolean [B] mask."""
+        """The pairs at an int64 [n] index."""
         return PairScores(
             self.logps_a[index],
             self.logps_b[index],
@@ -51,6 +52,15 @@ class PairScores:
         """log(policy / reference) of responses a and b: the implicit rewards divided by beta."""
         return self.logps_a - self.ref_logps_a, self.logps_b - self.ref_logps_b
 
+    def labelled(self, label: Tensor) -> tuple[PairScores, Tensor]:
+        """The n pairs of a [B] label that is not 0, and their labels [n] beside the scores.
+
+        Selected, not multiplied by zero: a NaN in a pair without a label stays out. With `label`
+        on the CPU nothing waits for the GPU.
+        """
+        rows = label.nonzero().squeeze(-1)
+        return self[rows.to(self.logps_a.device)], label[rows].to(self.logps_a)
+
 
 @dataclass(frozen=True)
 class LossOptions:
@@ -58,8 +68,8 @@ class LossOptions:
 
     Args:
         beta: strength of the pull towards the reference; scales the implicit reward.
-        label_smoothing: assumed share of flipped labels, in [0, 0.5). Used by `sigmoid`.
-        simpo_gamma: reward margin SimPO asks for.
+        label_smoothing: assumed share of flipped labels, in [0, 0.5); for `sigmoid` only.
+        simpo_gamma: reward margin SimPO asks for; for `simpo` only.
     """
 
     beta: float = 0.1
@@ -68,13 +78,17 @@ class LossOptions:
 
     def __post_init__(self) -> None:
         """Reject values no loss is defined for."""
-        if not self.beta > 0:
-            raise ValueError(f"`beta` must be positive, got {self.beta}; 0.1 is a common value")
+        if not 0 < self.beta < math.inf:
+            raise ValueError(
+                f"`beta` must be positive and finite, got {self.beta}; 0.1 is a common value"
+            )
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(
                 f"`label_smoothing` must be in [0, 0.5), got {self.label_smoothing}; "
                 "at 0.5 a label says nothing"
             )
+        if not math.isfinite(self.simpo_gamma):
+            raise ValueError(f"`simpo_gamma` must be finite, got {self.simpo_gamma}; 0.5 is common")
 
 
 PreferenceLoss = Callable[[PairScores, Tensor, LossOptions], Tensor]
@@ -117,11 +131,16 @@ LOSSES: dict[str, PreferenceLoss] = {
 """The losses by name; add a function here and it can be named in a config."""
 
 
-def check_loss(name: str) -> str:
-    """Return `name` if it is a known loss, else raise ValueError."""
+def check_loss(name: str, options: LossOptions) -> PreferenceLoss:
+    """The loss of that name; ValueError if there is none or it would ignore an option."""
     if name not in LOSSES:
         raise ValueError(f"`loss` must be one of {sorted(LOSSES)}, got {name!r}")
-    return name
+    if options.label_smoothing and name != "sigmoid":
+        raise ValueError(
+            f"`label_smoothing` is defined for the loss 'sigmoid' only, got "
+            f"{options.label_smoothing} with {name!r}; set it to 0"
+        )
+    return LOSSES[name]
 
 
 def preference_losses(
@@ -137,7 +156,7 @@ def preference_losses(
     Args:
         scores: of the B pairs of this (micro-)batch.
         labels: objective name -> [B] tensor: +1 response a is preferred, -1 response b,
-            0 not labelled for this objective.
+            0 not labelled for this objective. Best on the CPU, see `PairScores.labelled`.
         loss: a key of `LOSSES`.
         options: beta, label smoothing and the like.
         counts: objective name -> number of labelled pairs to divide by. Give the counts of the
@@ -147,10 +166,14 @@ def preference_losses(
         Objective name -> float32 scalar. An objective without a labelled pair in this batch has
         the constant 0 without a graph (`requires_grad` is False): nothing to backpropagate.
     Raises:
-        ValueError: unknown loss; labels of another length than the scores.
+        ValueError: unknown loss, or one that ignores an option; labels of another length than the
+            scores; `counts` without one of the objectives.
     """
-    pair_loss = LOSSES[check_loss(loss)]
     options = options or LossOptions()
+    pair_loss = check_loss(loss, options)
+    missing = [] if counts is None else [name for name in labels if name not in counts]
+    if missing:
+        raise ValueError(f"`counts` must hold every objective in `labels`, got none for {missing}")
     result = {}
     for name, label in labels.items():
         if label.shape != scores.logps_a.shape:
@@ -158,13 +181,12 @@ def preference_losses(
                 f"labels[{name!r}] must have one entry a pair, shape {tuple(scores.logps_a.shape)},"
                 f" got {tuple(label.shape)}"
             )
-        labelled = label != 0
-        if not bool(labelled.any()):
+        chosen, sign = scores.labelled(label)
+        if not sign.numel():
             result[name] = scores.logps_a.new_zeros(())
             continue
-        per_pair = pair_loss(scores[labelled], label[labelled].to(scores.logps_a.dtype), options)
-        count = per_pair.numel() if counts is None else counts[name]
-        result[name] = per_pair.sum() / count
+        count = sign.numel() if counts is None else counts[name]
+        result[name] = pair_loss(chosen, sign, options).sum() / count
     return result
 
 

@@ -7,7 +7,7 @@ restricts them to one objective. `raco/*` describe the combination of the gradie
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from raco_fast.dual import DualSolution
 
 class PreferenceMetrics:
     """Accumulates preference statistics over batches without leaving the device.
+
+    Rewards are beta times the log-ratio to the reference whatever the loss is (also for SimPO,
+    which does without a reference), so that losses can be compared.
 
     A margin of exactly zero (policy = reference, as at step 0) counts as half a correct ranking,
     which is what tossing a coin would give. TRL counts it as wrong.
@@ -44,9 +47,9 @@ class PreferenceMetrics:
     def add(self, scores: PairScores, labels: Mapping[str, Tensor]) -> None:
         """Count the labelled pairs of one batch."""
         for name, label in labels.items():
-            labelled = label != 0
-            if bool(labelled.any()):
-                rows = self._statistics(scores[labelled], label[labelled])
+            chosen, sign = scores.labelled(label)
+            if sign.numel():
+                rows = self._statistics(chosen, sign)
                 self._sums[name] = self._sums.get(name, 0) + rows.double().sum(dim=1)
                 self._pairs[name] = self._pairs.get(name, 0) + rows.shape[1]
 
@@ -86,7 +89,7 @@ def _ranked_right(margin: Tensor) -> Tensor:
     return (margin.sign() + 1) / 2
 
 
-def solution_metrics(solution: DualSolution, objectives: tuple[str, ...]) -> dict[str, float]:
+def solution_metrics(solution: DualSolution, objectives: Sequence[str]) -> dict[str, float]:
     """`raco/*`: how the gradients were combined in one step."""
     result: dict[str, float] = {
         "raco/gap": float(solution.gap),
@@ -103,22 +106,44 @@ def solution_metrics(solution: DualSolution, objectives: tuple[str, ...]) -> dic
     return result
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file, in order; none where there is no file.
+
+    A last line cut off by a crash or a full disk is left out.
+
+    Raises:
+        ValueError: any other line is not JSON (file and line named).
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}:{number}: not a JSON record; remove the line") from error
+    return records
+
+
 class MetricsFile:
-    """One JSON object a line; non-finite numbers become null, as JSON has none."""
+    """One JSON object a line; non-finite numbers become null, as JSON has none.
 
-    def __init__(self, path: Path, tensorboard: bool = False) -> None:
+    Args:
+        path: the file.
+        resumed_at: steps completed before a resumed run goes on: later records are dropped, for
+            they are written again. None starts a new file.
+        tensorboard: also write event files to `tensorboard/` beside it.
+    """
+
+    def __init__(
+        self, path: Path, *, resumed_at: int | None = None, tensorboard: bool = False
+    ) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._board = _tensorboard(path.parent / "tensorboard") if tensorboard else None
-
-    def keep_until(self, step: int) -> None:
-        """Drop records later than `step`: a resumed run writes them again."""
-        if not self.path.exists():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        with atomic_file(self.path) as partial:
-            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        first = 0 if resumed_at is None else resumed_at + 1
+        kept = [] if resumed_at is None else [r for r in read_records(path) if r["step"] < first]
+        with atomic_file(path) as partial:
+            partial.write_text("".join(f"{json.dumps(r)}\n" for r in kept), encoding="utf-8")
+        self._board = _tensorboard(path.parent / "tensorboard", first) if tensorboard else None
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record; `record["step"]` counts completed optimizer steps."""
@@ -142,11 +167,7 @@ def _json_number(value: Any) -> Any:
     return value
 
 
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "`tensorboard=True` needs the package tensorboard: pip install 'raco-fast[tensorboard]'"
-        ) from error
-    return SummaryWriter(str(folder))
+def _tensorboard(folder: Path, first_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=first_step)

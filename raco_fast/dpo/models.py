@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from raco_fast.dpo.logps import unwrap
@@ -47,6 +50,8 @@ class ModelOptions:
         dtype: dtype of the weights.
         device: "auto" takes CUDA where there is one.
         gradient_checkpointing: recompute activations in the backward pass.
+        dropout: train with the model's own dropout; off by default, as in TRL, so that policy and
+            reference are compared without noise. An adapter's dropout is `lora.dropout`.
         lora: train an adapter; None trains every weight.
     """
 
@@ -55,13 +60,27 @@ class ModelOptions:
     dtype: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
     gradient_checkpointing: bool = False
+    dropout: bool = False
     lora: LoraOptions | None = None
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        if self.dtype not in DTYPES:
+            raise ValueError(f"`dtype` must be one of {sorted(DTYPES)}, got {self.dtype!r}")
+        pick_device(self.device)
 
 
 def pick_device(device: str) -> torch.device:
-    """The torch device for a config's `device`."""
+    """The torch device for a config's `device`; ValueError if this machine has no such one."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # unknown name; torch built without CUDA
+        raise ValueError(
+            f"`device` must be 'auto', 'cpu' or a GPU of this machine such as 'cuda:0', "
+            f"got {device!r}: {str(error).splitlines()[0]}"
+        ) from error
     return torch.device(device)
 
 
@@ -71,6 +90,10 @@ def _source(name: str) -> tuple[str, dict[str, str]]:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ValueError(f"`model`: no GGUF file at {name!r}; check the path")
+        if find_spec("gguf") is None:
+            raise ValueError(
+                f"`model`: reading {name!r} needs the package gguf; pip install 'raco-fast[gguf]'"
+            )
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         return str(path), {}
@@ -92,7 +115,11 @@ def _unpacked(extra: dict[str, str]) -> dict[str, Any]:
 
 
 def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
-    """The tokenizer of `options`; its padding token defaults to its EOS token."""
+    """The tokenizer of `options`; its padding token defaults to its EOS token.
+
+    Raises:
+        ValueError: as `load_base_model`.
+    """
     from transformers import AutoTokenizer
 
     source, extra = _source(options.tokenizer or options.name)
@@ -106,7 +133,8 @@ def load_base_model(options: ModelOptions) -> PreTrainedModel:
     """The causal LM of `options` on its device, before any adapter.
 
     Raises:
-        ValueError: the path does not exist, or the hub has no such model.
+        ValueError: the path does not exist, the hub has no such model, it cannot be read, or it is
+            a GGUF file and the package gguf is missing.
     """
     from transformers import AutoModelForCausalLM
 
@@ -118,15 +146,35 @@ def load_base_model(options: ModelOptions) -> PreTrainedModel:
         quantizer = getattr(model, "hf_quantizer", None)
         if quantizer is not None:
             quantizer.remove_quantization_config(model)
+    if not options.dropout:
+        switch_off_dropout(model)
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     return model.to(pick_device(options.device))
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of a model to zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        # Attention layers keep theirs as a number and hand it to the attention function.
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass; several backward passes may share a graph."""
+    # transformers 5.23 renamed the method and its argument.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _from_pretrained(auto_class: Any, name: str, source: str, extra: dict[str, Any]) -> Any:
     try:
         return auto_class.from_pretrained(source, **extra)
-    except OSError as error:  # transformers' way of saying: not there, or no such file in it
+    # OSError is transformers' way of saying: not there, or no such file in it.
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"`model`: {name!r} cannot be loaded: {error}") from error
 
 
@@ -155,18 +203,16 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hash of a model's weights: names, shapes, dtypes and 64 evenly spaced values a tensor.
+    """Hash of what a model computes: its configuration and every byte of its weights.
 
-    Reading every byte of an 8B model would cost more than the cache it keys saves; two different
-    checkpoints that agree on all these values do not occur by training.
+    Gigabytes a second (CRC-32 a tensor, SHA-256 over those), little beside loading them.
     """
     config = unwrap(model).config.to_diff_dict()
-    config.pop("_name_or_path", None)  # where it lies says nothing about what it computes
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)  # where it lies and who wrote it say nothing about what it computes
     digest = hashlib.sha256(repr(sorted(config.items())).encode())
-    for name, tensor in model.state_dict().items():
-        flat = tensor.reshape(-1)
-        places = torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64)
-        sample = flat[places.long().to(flat.device)]
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(sample.double().cpu().numpy().tobytes())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        shape = tuple(tensor.shape)
+        digest.update(f"{name}{shape}{tensor.dtype}{zlib.crc32(content)}".encode())
     return digest.hexdigest()

@@ -9,6 +9,7 @@ the chat template and the truncation).
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from raco_fast.dpo.logps import sequence_logps
 from raco_fast.dpo.losses import PairScores
 from raco_fast.dpo.tokenization import EncodedPair, PairBatch, collate
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class ReferenceLogps:
@@ -39,9 +42,10 @@ class ReferenceLogps:
 
 
 def pair_logps(model: nn.Module, batch: PairBatch, chunk_tokens: int) -> tuple[Tensor, Tensor]:
-    """Summed log-probabilities of responses a and b, float32 [B] each."""
+    """Summed log-probabilities of responses a and b, float32 [B] each, of a batch on the CPU."""
+    moved = batch.to(next(model.parameters()).device)
     logps = sequence_logps(
-        model, batch.input_ids, batch.attention_mask, batch.completion_mask, chunk_tokens
+        model, moved.input_ids, moved.attention_mask, batch.completion_mask, chunk_tokens
     )
     return logps.chunk(2)  # type: ignore[return-value]
 
@@ -49,18 +53,26 @@ def pair_logps(model: nn.Module, batch: PairBatch, chunk_tokens: int) -> tuple[T
 def score_pairs(
     model: nn.Module, batch: PairBatch, reference: ReferenceLogps, chunk_tokens: int
 ) -> PairScores:
-    """Scores of a batch under the policy (with graph) and the reference."""
+    """Scores of a batch on the CPU under the policy (with graph) and the reference.
+
+    They are on the model's device. The batch's masks and labels only select, so they stay on the
+    CPU, and nothing waits for the GPU.
+    """
     logps_a, logps_b = pair_logps(model, batch, chunk_tokens)
-    ref_a, ref_b = reference.of(batch.ids, logps_a.device)
-    return PairScores(logps_a, logps_b, ref_a, ref_b, batch.tokens_a, batch.tokens_b)
+    device = logps_a.device
+    ref_a, ref_b = reference.of(batch.ids, device)
+    tokens_a, tokens_b = batch.tokens_a.to(device), batch.tokens_b.to(device)
+    return PairScores(logps_a, logps_b, ref_a, ref_b, tokens_a, tokens_b)
 
 
-def data_hash(pairs: Sequence[EncodedPair]) -> str:
-    """Hash of the token ids and labels of every pair, in order."""
+def data_hash(pairs: Sequence[EncodedPair], *, with_labels: bool = True) -> str:
+    """Hash of the ids, token ids and labels of every pair, in order."""
     digest = hashlib.sha256()
     for pair in pairs:
-        labels = sorted(pair.labels.items())
-        digest.update(repr((pair.id, pair.prompt_ids, pair.a_ids, pair.b_ids, labels)).encode())
+        content: tuple[object, ...] = (pair.id, pair.prompt_ids, pair.a_ids, pair.b_ids)
+        if with_labels:
+            content += (sorted(pair.labels.items()),)
+        digest.update(repr(content).encode())
     return digest.hexdigest()
 
 
@@ -84,11 +96,24 @@ def reference_logps(
         cache_dir: folder of the cache; created where missing.
         batch_pairs: pairs scored at once.
         chunk_tokens: as in `sequence_logps`.
+    Raises:
+        ValueError: one of them is not finite.
+        OSError: the cache cannot be written.
     """
-    key = hashlib.sha256(f"{model_hash}{data_hash(pairs)}".encode()).hexdigest()[:32]
+    data = data_hash(pairs, with_labels=False)
+    key = hashlib.sha256(f"{model_hash}{data}".encode()).hexdigest()[:32]
     file = cache_dir / f"reference-{key}.safetensors"
-    if not file.is_file():
+    if file.is_file():
+        logger.info("reference log-probabilities of %d pairs: from %s", len(pairs), file)
+    else:
         values = _compute(model, pairs, pad_id, batch_pairs, chunk_tokens)
+        wrong = [p.id for p, ok in zip(pairs, values.isfinite().all(dim=1), strict=True) if not ok]
+        if wrong:
+            raise ValueError(
+                f"`model` gives log-probabilities that are not finite for {len(wrong)} of "
+                f"{len(pairs)} pairs, the first {wrong[0]!r}; check its weights, or try "
+                "`model.dtype: fp32`"
+            )
         with atomic_file(file) as partial:
             save_file({"logps": values}, partial)
     values = load_file(file)["logps"]
@@ -106,13 +131,12 @@ def _compute(
     chunk_tokens: int,
 ) -> Tensor:
     """float32 [n, 2] reference log-probabilities in the order of `pairs`."""
-    device = next(model.parameters()).device
     by_id: dict[str, tuple[float, float]] = {}
     was_training = model.training
     model.eval()
     with adapter_off(model), tqdm(total=len(pairs), desc="reference", unit="pair") as progress:
         for group in micro_batches(pairs, batch_pairs):
-            batch = collate(group, pad_id).to(device)
+            batch = collate(group, pad_id)
             logps_a, logps_b = pair_logps(model, batch, chunk_tokens)
             both = zip(logps_a.tolist(), logps_b.tolist(), strict=True)
             by_id |= dict(zip(batch.ids, both, strict=True))

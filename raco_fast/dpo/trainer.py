@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +15,19 @@ from tqdm import tqdm
 
 from raco_fast.dpo.batches import BatchSchedule, labelled_counts, micro_batches
 from raco_fast.dpo.checkpoint import TrainingState, latest, read_state
-from raco_fast.dpo.config import TrainConfig, check_same_run, identity
-from raco_fast.dpo.dataset import load_pairs
+from raco_fast.dpo.config import SCHEDULES, TrainConfig, check_same_run, identity
+from raco_fast.dpo.dataset import check_pairs_fit, load_pairs
 from raco_fast.dpo.evaluation import HeldOut
 from raco_fast.dpo.interrupt import Interrupt
 from raco_fast.dpo.logps import check_head
 from raco_fast.dpo.losses import preference_losses
-from raco_fast.dpo.metrics import MetricsFile, PreferenceMetrics, solution_metrics
-from raco_fast.dpo.model_card import save_trained_model
+from raco_fast.dpo.metrics import (
+    MetricsFile,
+    PreferenceMetrics,
+    read_records,
+    solution_metrics,
+)
+from raco_fast.dpo.model_card import TrainingSummary, save_trained_model
 from raco_fast.dpo.models import (
     add_adapter,
     fingerprint,
@@ -36,6 +42,8 @@ from raco_fast.optimizer import ClippedCAGradAdamW
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 
 class Interrupted(Exception):  # noqa: N818 - not an error
     """The run was stopped by Ctrl-C after saving a checkpoint."""
@@ -48,16 +56,17 @@ class Interrupted(Exception):  # noqa: N818 - not an error
         )
 
 
-def train(config: TrainConfig, resume: bool = False) -> dict[str, float]:
+def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     """Run a whole training: load, score the reference, train, evaluate, save.
 
     Args:
         config: the run.
         resume: go on from the newest checkpoint in `config.output_dir`.
     Returns:
-        The last evaluation's metrics (empty without `eval_data`).
+        The last evaluation's record in metrics.jsonl (empty without `eval_data`).
     Raises:
         ValueError: bad configuration, data, model path or checkpoint.
+        OSError: something could not be written; the last checkpoint is whole.
         Interrupted: Ctrl-C, after a checkpoint was written.
     """
     return Trainer(config, resume=resume).run()
@@ -69,32 +78,37 @@ class Trainer:
     def __init__(self, config: TrainConfig, resume: bool = False) -> None:
         self.config = config
         self._checkpoints = config.folder / "checkpoints"
-        self._found = _checkpoint_to_resume(self._checkpoints, resume)
-        if self._found is not None:
-            check_same_run(config, read_state(self._found)["run"]["settings"], self._found)
+        found = _checkpoint_to_resume(config.folder, resume)
+        if found is not None:
+            check_same_run(config, read_state(found)["run"]["settings"], found)
         torch.manual_seed(config.seed)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.model)
         train_pairs, eval_pairs = load_pairs(config, self.tokenizer)
         base = load_base_model(config.model)
+        check_pairs_fit(base, [*train_pairs, *eval_pairs])
         model_hash = fingerprint(base)
         self.model: nn.Module = add_adapter(base, config.model.lora)
         self.device = next(self.model.parameters()).device
-        self._check_head(train_pairs[0])
+        probe = train_pairs[0].prompt_ids + train_pairs[0].a_ids
+        check_head(self.model, torch.tensor(probe, device=self.device))
         self.pairs = train_pairs
         self.reference = self._reference(train_pairs, model_hash)
         self.held_out = self._held_out(eval_pairs, model_hash) if eval_pairs else None
         self.batches = BatchSchedule(len(train_pairs), config.pairs_per_step, config.seed)
         self.total_steps = _total_steps(config, self.batches)
         self.state = self._new_state(train_pairs, model_hash)
-        self.metrics = MetricsFile(config.folder / "metrics.jsonl", config.tensorboard)
-        self.evaluations: list[dict[str, float]] = []
+        if found is not None:
+            self._resume(found)
+        self.metrics = MetricsFile(
+            config.folder / "metrics.jsonl",
+            resumed_at=None if found is None else self.state.step,
+            tensorboard=config.tensorboard,
+        )
 
-    def run(self) -> dict[str, float]:
+    def run(self) -> dict[str, Any]:
         """Train to the end, evaluate before and after, save the model and its card."""
         config = self.config
-        if self._found is not None:
-            self._resume(self._found)
-        elif self.held_out is not None:
+        if self.held_out is not None and self.state.step == 0:
             self._record(self.held_out.evaluate_reference())
         self.model.train()
         progress = tqdm(total=self.total_steps, initial=self.state.step, desc="train", unit="step")
@@ -109,8 +123,9 @@ class Trainer:
                 if last or _due(self.state.step, config.save_every):
                     self.state.save(self._checkpoints)
         self.metrics.close()
-        save_trained_model(self.model, self.tokenizer, config, self.metrics.path)
-        return self.evaluations[-1] if self.evaluations else {}
+        summary = self._summary()
+        save_trained_model(self.model, self.tokenizer, summary)
+        return dict(summary.evaluations[-1]) if summary.evaluations else {}
 
     def _step(self, progress: tqdm[Any]) -> None:
         """One optimizer step over the pairs of this step, in micro-batches."""
@@ -123,13 +138,14 @@ class Trainer:
         state.scheduler.step()
         state.optimizer.zero_grad()
         state.step += 1
+        self._report_skip()
         progress.update()
         if _due(state.step, config.log_every):
             seconds = time.perf_counter() - began
             record = {
                 "step": state.step,
                 "epoch": self.batches.epoch(state.step),
-                "lr": lr,
+                "learning_rate": lr,
                 **{f"loss/{name}": float(loss) for name, loss in losses.items()},
                 **preference.result(),
                 **self._combination(),
@@ -149,7 +165,7 @@ class Trainer:
         totals = {name: torch.zeros((), device=self.device) for name in config.objectives}
         tokens = 0
         for group in micro_batches(pairs, config.pairs_per_micro_batch):
-            batch = collate(group, self._pad_id).to(self.device)
+            batch = collate(group, self._pad_id)
             scores = score_pairs(self.model, batch, self.reference, config.chunk_tokens)
             losses = preference_losses(
                 scores, batch.labels, loss=config.loss, options=config.loss_options, counts=counts
@@ -161,27 +177,36 @@ class Trainer:
         return preference, totals, tokens
 
     def _backward(self, losses: dict[str, Tensor]) -> None:
-        """One backward pass for each objective that has a labelled pair in this micro-batch."""
+        """One backward pass for each objective that has a labelled pair in this micro-batch.
+
+        A loss that is not finite makes its gradient so too, which skips the step: clamped losses
+        (hinge) can be NaN with a finite gradient.
+        """
         labelled = [name for name, loss in losses.items() if loss.requires_grad]
         for name, loss in losses.items():
             with self.state.optimizer.objective(name):
                 if name in labelled:
-                    loss.backward(retain_graph=name != labelled[-1])  # type: ignore[no-untyped-call]
+                    one_or_nan = 1 + 0 * loss.detach()
+                    loss.backward(one_or_nan, retain_graph=name != labelled[-1])  # type: ignore[no-untyped-call]
+
+    def _report_skip(self) -> None:
+        optimizer = self.state.optimizer
+        if optimizer.solution is not None and not optimizer.solution.finite:
+            logger.warning(
+                "step %d: a loss or gradient is not finite; the step was skipped (%d so far), "
+                "weights and optimizer state are unchanged",
+                self.state.step,
+                optimizer.skipped_steps,
+            )
 
     def _combination(self) -> dict[str, float]:
         """How the last step combined the objectives; skipped steps are counted, not hidden."""
         optimizer = self.state.optimizer
-        skipped = {"raco/skipped_steps": float(optimizer.skipped_steps)}
         assert optimizer.solution is not None
-        if not optimizer.solution.finite:
-            tqdm.write(
-                f"step {self.state.step}: a gradient is not finite; the step was skipped "
-                f"({optimizer.skipped_steps} so far), weights and optimizer state are unchanged"
-            )
-        return solution_metrics(optimizer.solution, self.config.objectives) | skipped
+        combination = solution_metrics(optimizer.solution, self.config.objectives)
+        return combination | {"raco/skipped_steps": float(optimizer.skipped_steps)}
 
     def _record(self, evaluation: dict[str, float]) -> None:
-        self.evaluations.append(evaluation)
         self.metrics.write({"step": self.state.step, **evaluation})
 
     def _held_out(self, pairs: list[EncodedPair], model_hash: str) -> HeldOut:
@@ -193,7 +218,6 @@ class Trainer:
             config.loss,
             config.loss_options,
             pad_id=self._pad_id,
-            device=self.device,
             batch_pairs=2 * config.pairs_per_micro_batch,
             chunk_tokens=config.chunk_tokens,
         )
@@ -202,20 +226,11 @@ class Trainer:
         from transformers import get_scheduler
 
         config = self.config
-        optimizer = ClippedCAGradAdamW(
-            trainable(self.model).values(),
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            weights=config.weights,
-            c=config.c,
-            rule=config.rule,
-            max_grad_norm=config.max_grad_norm,
-        )
-        schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+        optimizer = ClippedCAGradAdamW(trainable(self.model).values(), **config.optimizer_arguments)
         warmup = round(config.warmup_ratio * self.total_steps)
-        scheduler: LRScheduler = get_scheduler(schedule, optimizer, warmup, self.total_steps)
+        scheduler: LRScheduler = get_scheduler(
+            SCHEDULES[config.schedule], optimizer, warmup, self.total_steps
+        )
         run = {"settings": identity(config), "data": data_hash(pairs), "model": model_hash}
         return TrainingState(self.model, optimizer, scheduler, run)
 
@@ -228,12 +243,17 @@ class Trainer:
                     f"its content changed; restore it or choose another `output_dir`"
                 )
         self.state.load(checkpoint)
-        self.metrics.keep_until(self.state.step)
 
-    def _check_head(self, pair: EncodedPair) -> None:
-        batch = collate([pair], self._pad_id).to(self.device)
-        length = int(batch.attention_mask[0].sum())
-        check_head(self.model, batch.input_ids[0, :length], batch.completion_mask[0, :length])
+    def _summary(self) -> TrainingSummary:
+        records = read_records(self.metrics.path)
+        return TrainingSummary(
+            self.config,
+            steps=self.state.step,
+            skipped_steps=self.state.optimizer.skipped_steps,
+            pairs=len(self.pairs),
+            labelled=labelled_counts(self.pairs, self.config.objectives),
+            evaluations=[r for r in records if any(name.startswith("eval_") for name in r)],
+        )
 
     def _reference(self, pairs: list[EncodedPair], model_hash: str) -> ReferenceLogps:
         config = self.config
@@ -249,22 +269,28 @@ class Trainer:
 
     @property
     def _pad_id(self) -> int:
+        """Padding is masked, so any id will do for a tokenizer that has none."""
         pad_id = self.tokenizer.pad_token_id
-        assert isinstance(pad_id, int)
-        return pad_id
+        return pad_id if isinstance(pad_id, int) else 0
 
 
-def _checkpoint_to_resume(folder: Path, resume: bool) -> Path | None:
+def _checkpoint_to_resume(output_dir: Path, resume: bool) -> Path | None:
     """The checkpoint to go on from; refuses to mix two runs in one folder."""
-    found = latest(folder)
+    found = latest(output_dir / "checkpoints")
     if resume and found is None:
         raise ValueError(
-            f"`resume`: there is no checkpoint under {folder}; leave `--resume` out to start"
+            f"`resume`: there is no checkpoint under {output_dir / 'checkpoints'}; "
+            "leave `--resume` out to start"
         )
     if not resume and found is not None:
         raise ValueError(
             f"`output_dir` already holds {found}; add --resume to go on from it, "
             "or choose another `output_dir`"
+        )
+    if not resume and (output_dir / "model").exists():
+        raise ValueError(
+            f"`output_dir` already holds a trained model, {output_dir / 'model'}; "
+            "choose another `output_dir`"
         )
     return found
 

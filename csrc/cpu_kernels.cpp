@@ -1,0 +1,150 @@
+#include "cpu_kernels.hpp"
+
+#include <algorithm>
+
+#include "cpu_target.hpp"
+#include "parallel.hpp"
+
+namespace raco {
+
+namespace {
+
+// Below this many elements a thread costs more than it saves.
+constexpr std::int64_t kPerThread = 1 << 17;
+// Chunks are dealt out in at most this many spans, which bounds the memory for partial sums.
+constexpr std::int64_t kSpans = 1024;
+
+struct Chunk {
+  std::int64_t column, start, count;
+};
+
+// The work as a function of the lengths alone.
+class Plan {
+ public:
+  explicit Plan(const Lists& grads) {
+    for (std::int64_t k = 0; k < grads.n; ++k) {
+      for (std::int64_t start = 0; start < grads.length[k]; start += kChunk)
+        chunks_.push_back({k, start, std::min<std::int64_t>(kChunk, grads.length[k] - start)});
+      elements_ += grads.length[k];
+    }
+    const auto count = static_cast<std::int64_t>(chunks_.size());
+    per_span_ = std::max<std::int64_t>(1, (count + kSpans - 1) / kSpans);
+    spans_ = (count + per_span_ - 1) / per_span_;
+  }
+
+  std::int64_t spans() const { return spans_; }
+
+  template <class Body>  // body(span, chunk)
+  void run(int threads, const Body& body) const {
+    const auto useful = static_cast<int>(std::min<std::int64_t>(elements_ / kPerThread + 1, threads));
+    const auto count = static_cast<std::int64_t>(chunks_.size());
+    parallel_for(spans_, useful, [&](std::int64_t span) {
+      const std::int64_t end = std::min(count, (span + 1) * per_span_);
+      for (std::int64_t c = span * per_span_; c < end; ++c)
+        body(span, chunks_[static_cast<std::size_t>(c)]);
+    });
+  }
+
+ private:
+  std::vector<Chunk> chunks_;
+  std::int64_t elements_ = 0, per_span_ = 1, spans_ = 0;
+};
+
+std::int64_t size_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float32: return 4;
+    case Dtype::float64: return 8;
+    default: return 2;
+  }
+}
+
+Slice slice(const Tensors& tensors, const Chunk& chunk) {
+  const auto dtype = static_cast<Dtype>(tensors.dtype[chunk.column]);
+  return {reinterpret_cast<char*>(tensors.address[chunk.column]) + chunk.start * size_of(dtype),
+          dtype};
+}
+
+// alpha: null for the Gram, which is of the gradients themselves.
+Present present(const Lists& grads, const Chunk& chunk, const double* alpha) {
+  Present found;
+  found.count = 0;
+  found.dtype = static_cast<Dtype>(grads.dtype[chunk.column]);
+  for (int i = 0; i < grads.m; ++i) {
+    const std::int64_t address = grads.address[i * grads.n + chunk.column];
+    if (address == 0) continue;
+    found.index[found.count] = i;
+    found.data[found.count] =
+        reinterpret_cast<const char*>(address) + chunk.start * size_of(found.dtype);
+    found.alpha[found.count] = alpha == nullptr ? 1.0 : alpha[i];
+    ++found.count;
+  }
+  return found;
+}
+
+bool runs_here(const Target& target) {
+#if defined(RACO_X86_TARGETS)
+  __builtin_cpu_init();
+  if (&target == &kAvx2) return __builtin_cpu_supports("avx2");
+  if (&target == &kAvx512)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+#endif
+  return &target == &kBaseline;
+}
+
+}  // namespace
+
+const std::vector<const Target*>& targets() {
+  static const std::vector<const Target*> found = [] {
+    std::vector<const Target*> usable;
+    for (const Target* target : {
+#if defined(RACO_X86_TARGETS)
+             &kAvx512, &kAvx2,
+#endif
+             &kBaseline})
+      if (runs_here(*target)) usable.push_back(target);
+    return usable;
+  }();
+  return found;
+}
+
+const char* name_of(const Target* target) { return target->name; }
+
+void gram(const Lists& grads, const Execution& how, double* M) {
+  const Plan plan(grads);
+  const int m = grads.m;
+  const std::int64_t size = static_cast<std::int64_t>(m) * m * kLanes;
+  std::vector<double> sums(static_cast<std::size_t>(plan.spans() * size), 0.0);
+  plan.run(how.threads, [&](std::int64_t span, const Chunk& chunk) {
+    const Present grads_of_chunk = present(grads, chunk, nullptr);
+    how.target->gram(grads_of_chunk, m, chunk.count, sums.data() + span * size);
+  });
+  for (int i = 0; i < m; ++i) {
+    for (int j = i; j < m; ++j) {
+      double total = 0.0;
+      for (std::int64_t span = 0; span < plan.spans(); ++span)
+        for (int l = 0; l < kLanes; ++l)
+          total += sums[static_cast<std::size_t>(span * size + (i * m + j) * kLanes + l)];
+      M[i * m + j] = M[j * m + i] = total;
+    }
+  }
+}
+
+void combine(const Lists& grads, const double* alpha, const Tensors& out, const Execution& how) {
+  Plan(grads).run(how.threads, [&](std::int64_t, const Chunk& chunk) {
+    how.target->combine(present(grads, chunk, alpha), chunk.count, slice(out, chunk));
+  });
+}
+
+void combine_adamw(const Lists& grads, const double* alpha, const Tensors& params,
+                   const Tensors& exp_avgs, const Tensors& exp_avg_sqs, const AdamW& adamw,
+                   const Execution& how) {
+  Plan(grads).run(how.threads, [&](std::int64_t, const Chunk& chunk) {
+    const Step step = {adamw.decay, adamw.beta1, adamw.beta2, adamw.eps,
+                       adamw.step_size[chunk.column], adamw.root_correction[chunk.column]};
+    how.target->adamw(present(grads, chunk, alpha), chunk.count, slice(params, chunk),
+                      slice(exp_avgs, chunk), slice(exp_avg_sqs, chunk), step);
+  });
+}
+
+}  // namespace raco

@@ -1,0 +1,67 @@
+// The Gram matrix and the update for lists of tensors in CPU memory, each in one pass over it.
+//
+//   gram           M_ij = sum over tensors of <g_i, g_j>          reads m gradients once
+//   combine        out  = sum_i alpha_i g_i                       reads m, writes 1
+//   combine_adamw  the same sum and a decoupled AdamW step        reads m + 3, writes 3
+//
+// Tensors are addresses and lengths: an m x n table of gradients (address 0: no gradient, i.e.
+// zeros) and one length and dtype for each of the n columns. Work is cut into chunks that depend
+// on the lengths only and every chunk's sums are formed in a fixed order, so the results are the
+// same bits for any number of threads, and on every target: lanes are written out, contraction to
+// FMA is off (setup.py), and division and square root are correctly rounded by IEEE.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace raco {
+
+enum class Dtype : std::uint8_t { float32, bfloat16, float16, float64 };
+constexpr int kDtypes = 4;
+constexpr int kMaxLists = 32;
+
+// n columns of m gradients. Gradients of one column share their length and dtype.
+struct Lists {
+  int m;
+  std::int64_t n;
+  const std::int64_t* address;  // [m, n], 0 where there is no gradient
+  const std::int64_t* length;   // [n], elements
+  const std::uint8_t* dtype;    // [n], Dtype
+};
+
+// What gram and the updates need beside the data: how many threads may run and on which target.
+struct Target;
+struct Execution {
+  int threads;
+  const Target* target;
+};
+
+// The targets that this processor can run, best first; the last is the plain build.
+const std::vector<const Target*>& targets();
+const char* name_of(const Target* target);
+
+// M, m x m, symmetric. Float32 products (float64 for float64 gradients), summed in float32 over
+// at most kBlock / kLanes elements, then in float64.
+void gram(const Lists& grads, const Execution& how, double* M);
+
+// out[k] = sum_i alpha_i g_ik in float32 (float64 for float64 gradients), rounded once to out's
+// dtype; zeros where column k has no gradient. out[k] may be one of the gradients of column k.
+struct Tensors {
+  const std::int64_t* address;  // [n]
+  const std::uint8_t* dtype;    // [n]
+};
+void combine(const Lists& grads, const double* alpha, const Tensors& out, const Execution& how);
+
+// torch.optim.AdamW's step. step_size and root_correction belong to a column because parameters
+// may have taken different numbers of steps.
+struct AdamW {
+  double decay;                   // 1 - lr * weight_decay
+  double beta1, beta2, eps;
+  const double* step_size;        // [n], lr / (1 - beta1^t)
+  const double* root_correction;  // [n], 1 / sqrt(1 - beta2^t)
+};
+void combine_adamw(const Lists& grads, const double* alpha, const Tensors& params,
+                   const Tensors& exp_avgs, const Tensors& exp_avg_sqs, const AdamW& adamw,
+                   const Execution& how);
+
+}  // namespace raco

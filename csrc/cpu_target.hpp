@@ -1,0 +1,51 @@
+// One target = the three inner functions compiled for one instruction set. gram_kernel.hpp and
+// update_kernel.hpp are included once per target (cpu_baseline.cpp, cpu_avx2.cpp, cpu_avx512.cpp),
+// each time inside a namespace of its own.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu_kernels.hpp"
+
+namespace raco {
+
+constexpr int kLanes = 8;      // partial sums of a dot product; the same on every target
+constexpr int kBlock = 512;    // elements of one gradient at a time: 8 gradients fill half of an L1
+constexpr int kChunk = 65536;  // elements of one column that a thread takes at a time
+
+// The gradients that one column has, from some element on.
+struct Present {
+  int count;
+  int index[kMaxLists];  // which objective
+  const void* data[kMaxLists];
+  double alpha[kMaxLists];
+  Dtype dtype;
+};
+
+struct Slice {
+  void* data;
+  Dtype dtype;
+};
+
+struct Step {
+  double decay, beta1, beta2, eps, step_size, root_correction;
+};
+
+struct Target {
+  const char* name;
+  // sums[(i * m + j) * kLanes + lane] += products of n elements, for i <= j
+  void (*gram)(const Present& grads, int m, std::int64_t n, double* sums);
+  void (*combine)(const Present& grads, std::int64_t n, Slice out);
+  void (*adamw)(const Present& grads, std::int64_t n, Slice param, Slice exp_avg,
+                Slice exp_avg_sq, const Step& step);
+};
+
+extern const Target kBaseline;
+#if defined(__x86_64__) && defined(__GNUC__)
+#define RACO_X86_TARGETS 1
+extern const Target kAvx2;
+extern const Target kAvx512;
+#endif
+
+}  // namespace raco

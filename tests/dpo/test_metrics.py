@@ -1,0 +1,138 @@
+import json
+import math
+
+import pytest
+import torch
+
+from raco_fast import solve_dual
+from raco_fast.dpo.losses import PairScores
+from raco_fast.dpo.metrics import MetricsFile, PreferenceMetrics, read_records, solution_metrics
+
+
+def scores_of(rows) -> PairScores:
+    return PairScores(
+        *(torch.tensor(column, dtype=torch.float32) for column in zip(*rows, strict=True))
+    )
+
+
+#      pi a   pi b   ref a  ref b  tokens
+ROWS = [
+    (-10.0, -20.0, -12.0, -19.0, 3, 4),
+    (-30.0, -25.0, -30.0, -27.0, 5, 6),
+    (-8.0, -9.0, -8.0, -9.0, 2, 2),
+    (math.nan, -1.0, -1.0, -1.0, 2, 2),  # labelled for nothing
+]
+LABELS = {"x": torch.tensor([1, -1, 1, 0]), "y": torch.tensor([-1, 0, 0, 0])}
+
+
+def test_preference_metrics_against_numbers_worked_out_by_hand():
+    metrics = PreferenceMetrics(beta=0.5)
+    scores = scores_of(ROWS)
+    for chosen in ([0, 3], [1, 2]):  # in two batches
+        rows = torch.tensor(chosen)
+        metrics.add(scores[rows], {name: label[rows] for name, label in LABELS.items()})
+    result = metrics.result()
+    # x: rewards a - b: pair 0 (1, -0.5), pair 1 (chosen b: 1, a: 0), pair 2 (0, 0): half right
+    expected = {
+        "rewards/chosen/x": (1 + 1 + 0) / 3,
+        "rewards/rejected/x": (-0.5 + 0 + 0) / 3,
+        "rewards/margins/x": (1.5 + 1 + 0) / 3,
+        "rewards/accuracies/x": 2.5 / 3,
+        "logps/chosen/x": (-10 - 25 - 8) / 3,
+        "logps/rejected/x": (-20 - 30 - 9) / 3,
+        "logps/accuracies/x": 1.0,
+        "pairs/x": 3,
+        "rewards/chosen/y": -0.5,
+        "rewards/rejected/y": 1.0,
+        "rewards/margins/y": -1.5,
+        "rewards/accuracies/y": 0.0,
+        "logps/chosen/y": -20.0,
+        "logps/rejected/y": -10.0,
+        "logps/accuracies/y": 0.0,
+        "pairs/y": 1,
+        "rewards/chosen": (2 - 0.5) / 4,
+        "rewards/rejected": (-0.5 + 1) / 4,
+        "rewards/margins": (2.5 - 1.5) / 4,
+        "rewards/accuracies": 2.5 / 4,
+        "logps/chosen": (-43 - 20) / 4,
+        "logps/rejected": (-59 - 10) / 4,
+        "logps/accuracies": 3 / 4,
+    }
+    assert result == pytest.approx(expected)
+
+
+def test_nothing_labelled_gives_no_metrics():
+    metrics = PreferenceMetrics(beta=0.5)
+    metrics.add(scores_of(ROWS), {"x": torch.zeros(4)})
+    assert metrics.result() == {}
+
+
+def test_solution_metrics_have_the_names_of_the_design():
+    gram = torch.tensor([[17.0, -5.0, 1.0], [-5.0, 2.0, 0.5], [1.0, 0.5, 4.0]])
+    solution = solve_dual(gram, {"a": 0.2, "b": 0.5, "c": 0.3}, 0.5)
+    metrics = solution_metrics(solution, ("a", "b", "c"))
+    per_objective = ("p", "coefficient", "grad_norm")
+    assert set(metrics) == {
+        *(f"raco/{name}" for name in ("gap", "clip_active", "g0_norm", "update_norm")),
+        *(f"raco/{name}/{objective}" for name in per_objective for objective in "abc"),
+        "raco/cosine/a:b",
+        "raco/cosine/a:c",
+        "raco/cosine/b:c",
+    }
+    assert metrics["raco/cosine/a:b"] == pytest.approx(-5 / math.sqrt(34))
+    assert metrics["raco/cosine/b:c"] == pytest.approx(0.5 / math.sqrt(8))
+    assert metrics["raco/grad_norm/c"] == pytest.approx(2.0)
+    assert sum(metrics[f"raco/p/{name}"] for name in "abc") == pytest.approx(1.0)
+    assert all(type(value) is float for value in metrics.values())
+
+
+def test_records_are_json_lines_with_null_for_what_is_not_a_number(tmp_path):
+    file = MetricsFile(tmp_path / "new" / "metrics.jsonl")
+    file.write({"step": 1, "loss/x": math.nan, "loss/y": 0.1 + 0.2, "raco/gap": -math.inf})
+    file.write({"step": 2, "loss/x": 1.5})
+    file.close()
+    lines = file.path.read_text().splitlines()
+    assert (
+        lines[0] == '{"step": 1, "loss/x": null, "loss/y": 0.30000000000000004, "raco/gap": null}'
+    )
+    assert read_records(file.path)[1] == {"step": 2, "loss/x": 1.5}
+
+
+def test_a_resumed_run_drops_later_records_and_a_line_cut_in_half(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 1 / 3 / step}) for step in (1, 2, 2, 3, 4)]
+    path.write_text("\n".join(lines) + '\n{"step": 5, "lo')
+    MetricsFile(path, resumed_at=2).write({"step": 3, "loss": 7.0})
+    assert path.read_text().splitlines() == [*lines[:3], '{"step": 3, "loss": 7.0}']
+
+
+def test_a_new_run_starts_a_new_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    MetricsFile(path)
+    assert read_records(path) == []
+    assert read_records(tmp_path / "none.jsonl") == []
+
+
+def test_a_broken_line_before_the_last_is_an_error(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2: not a JSON record; remove the line"):
+        read_records(path)
+
+
+def test_tensorboard_gets_the_numbers_and_forgets_what_a_resumed_run_repeats(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, tensorboard=True)
+    for step in (1, 2, 3):
+        first.write({"step": step, "loss/x": float(step), "note": "text", "gone": math.nan})
+    first.close()
+    second = MetricsFile(path, resumed_at=2, tensorboard=True)
+    second.write({"step": 3, "loss/x": 30.0})
+    second.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["scalars"] == ["loss/x"]
+    assert [(e.step, e.value) for e in events.Scalars("loss/x")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
