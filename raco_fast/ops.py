@@ -10,6 +10,8 @@ Every backend is a module with the functions `gram`, `combine` and `combine_adam
                  `foreach` or `fused`, and hyper-parameters that require grad; never where autograd
                  would record the operation
     "reference"  otherwise, for the whole call
+    "triton"     never by itself: its kernels for CUDA tensors have been compiled and interpreted,
+                 not yet run on a device, so they are used inside `backend("triton")` only
 
 One tensor that does not qualify hands its call to the reference, not the others: a parameter group
 is one call of `combine_adamw`, and `gram` is one call over all groups. `update_backend` says what
@@ -18,9 +20,11 @@ will run (and repr(optimizer) shows it); a forced backend that cannot run the ca
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -48,15 +52,12 @@ def backend(name: str) -> Iterator[None]:
         name: "triton", "cpu" or "reference".
     Raises:
         ValueError: the name is unknown.
-        RuntimeError: this installation does not have that backend.
+        RuntimeError: this machine cannot run that backend.
     """
     if name not in BACKENDS:
         raise ValueError(f"`name` must be one of {BACKENDS}, got {name!r}; correct the spelling")
-    if name not in _BUILT:
-        raise RuntimeError(
-            f"backend {name!r} is not built in this installation (it has {tuple(_BUILT)}); "
-            f"use backend('reference'), or leave the choice to raco_fast by not forcing one"
-        )
+    if name == "triton" and (missing := _missing_for_triton()) is not None:
+        raise RuntimeError(f"backend 'triton' cannot run here: {missing}; or use backend('cpu')")
     token = _forced.set(name)
     try:
         yield
@@ -87,7 +88,7 @@ def gram(grads: Gradients) -> Tensor:
     Source: arXiv 2602.02495, Algorithm 1, line 5.
     """
     _check_gradients(grads)
-    module = _module("gram", zip(*grads, strict=True), recorded=())
+    module = _module("gram", grads)
     return _within_cauchy_schwarz(module.gram(grads))
 
 
@@ -105,8 +106,7 @@ def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> No
     _check_gradients(grads)
     _check_coefficients(grads, coefficients)
     _check_length("out", out, grads)
-    columns = zip(out, *grads, strict=True)
-    _module("combine", columns, recorded=out).combine(grads, coefficients, out)
+    _module("combine", grads, out).combine(grads, coefficients, out)
 
 
 def combine_adamw(
@@ -136,8 +136,7 @@ def combine_adamw(
     of_each_parameter = {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     for name, tensors in {**of_each_parameter, "state_steps": state_steps}.items():
         _check_length(name, tensors, grads)
-    columns = zip(params, exp_avgs, exp_avg_sqs, *grads, strict=True)
-    module = _module("combine_adamw", columns, recorded=params, options=options)
+    module = _module("combine_adamw", grads, params, exp_avgs, exp_avg_sqs, options=options)
     module.combine_adamw(
         params,
         grads,
@@ -152,26 +151,68 @@ def combine_adamw(
 
 def _module(
     operation: str,
-    columns: Iterable[Sequence[Tensor | None]],
-    recorded: Sequence[Tensor],
+    grads: Gradients,
+    *others: Sequence[Tensor],
     options: AdamWOptions | None = None,
 ) -> ModuleType:
-    """The backend that is forced, else "cpu" where it can run, else "reference"."""
+    """The backend that is forced, else "cpu" where it can run, else "reference".
+
+    Args:
+        operation: its name, for the error.
+        grads: m lists of gradients.
+        *others: further tensors of each parameter; the first list is written to.
+        options: those of `combine_adamw`, where it is the operation.
+    """
     forced = _forced.get()
-    if forced not in (None, "cpu"):
-        return _BUILT[forced]
-    obstacle = None if options is None else cpu.adamw_obstacle(options)
-    if obstacle is None and torch.is_grad_enabled() and any(t.requires_grad for t in recorded):
+    if forced == "reference":
+        return _BUILT["reference"]
+    obstacle = None
+    written = others[0] if others else ()
+    if torch.is_grad_enabled() and any(t.requires_grad for t in written):
         obstacle = "autograd would record it (use torch.no_grad())"
-    obstacle = obstacle or cpu.obstacle(columns)
-    if obstacle is None:
-        return _BUILT["cpu"]
+    if forced == "triton":
+        obstacle = obstacle or _triton_obstacle(grads, others, options)
+        module = None if obstacle else _triton()
+    else:
+        obstacle = obstacle or (None if options is None else cpu.adamw_obstacle(options))
+        obstacle = obstacle or cpu.obstacle(zip(*others, *grads, strict=True))
+        module = _BUILT["cpu"] if obstacle is None else None
+    if module is not None:
+        return module
     if forced is None:
         return _BUILT["reference"]
     raise RuntimeError(
-        f"backend 'cpu' cannot run this {operation}: {obstacle}; do not force a backend, or use "
-        f"backend('reference')"
+        f"backend {forced!r} cannot run this {operation}: {obstacle}; do not force a backend, or "
+        f"use backend('reference')"
     )
+
+
+def _triton_obstacle(
+    grads: Gradients, others: Sequence[Sequence[Tensor]], options: AdamWOptions | None
+) -> str | None:
+    tensors = [t for some in (*others, *grads) for t in some if t is not None]
+    if any(not t.is_cuda for t in tensors):
+        return "its kernels take CUDA tensors; move the model with .to('cuda')"
+    named = {} if options is None else dict(options)
+    reason: str | None = _triton().unsupported(len(grads), tensors, **named)
+    return reason
+
+
+@cache
+def _missing_for_triton() -> str | None:
+    """What this machine lacks for the Triton kernels, with the cure."""
+    if find_spec("triton") is None:
+        return "the package triton is missing; pip install 'raco-fast[triton]'"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device; install a CUDA build of torch on a machine with one"
+    return None
+
+
+def _triton() -> ModuleType:
+    """Imported at the first use: `import raco_fast` does not need triton."""
+    from raco_fast import triton_backend
+
+    return triton_backend
 
 
 def _within_cauchy_schwarz(M: Tensor) -> Tensor:

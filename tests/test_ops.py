@@ -174,13 +174,37 @@ def test_what_autograd_would_record_goes_to_the_reference(calls):
     assert calls[3:] == ran("cpu", "cpu", "cpu")
 
 
-def test_forcing_a_backend_that_is_not_built_raises():
-    missing = [name for name in ops.BACKENDS if name not in ops._BUILT]
-    for name in missing:
-        cure = rf"backend '{name}' is not built .* use backend\('reference'\)"
-        with pytest.raises(RuntimeError, match=cure), ops.backend(name):
-            pass
-    assert "reference" not in missing
+@pytest.mark.parametrize(
+    ("installed", "device", "cure"),
+    [
+        (False, True, r"package triton is missing; pip install 'raco-fast\[triton\]'"),
+        (True, False, "no CUDA device; install a CUDA build of torch .* use backend"),
+    ],
+)
+def test_forcing_triton_where_it_cannot_run_raises(installed, device, cure, monkeypatch):
+    monkeypatch.setattr(ops, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
+    monkeypatch.setattr(ops, "_missing_for_triton", ops._missing_for_triton.__wrapped__)
+    refused = pytest.raises(RuntimeError, match="backend 'triton' cannot run here: .*" + cure)
+    with refused, ops.backend("triton"):
+        pass
+
+
+def test_forced_triton_refuses_what_it_cannot_do(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr(ops, "_missing_for_triton", lambda: None)
+    refused = pytest.raises(
+        RuntimeError,
+        match=r"backend 'triton' cannot run this gram: .* take CUDA tensors",
+    )
+    with refused, ops.backend("triton"):
+        ops.gram([[torch.ones(2)], [torch.ones(2)]])
+
+
+def test_cuda_tensors_stay_on_the_reference_until_triton_is_asked_for(monkeypatch):
+    monkeypatch.setattr(ops, "_missing_for_triton", lambda: None)
+    on_device = torch.ones(2, device="meta")
+    assert ops._module("gram", [[on_device]]) is reference
 
 
 def test_unknown_backend_raises():

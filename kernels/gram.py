@@ -1,0 +1,234 @@
+"""The Gram matrix of m gradients over all tensors of a model, in one pass over memory.
+
+    M_ij = Σ_e g_i[e] g_j[e]                    arXiv 2602.02495, Algorithm 1, line 5
+
+Bytes per element: m x sizeof(gradient), each read exactly once (bf16, m = 2: 4 bytes), for m <= 8.
+The rival, m(m+1)/2 dot products per tensor, reads every gradient m + 1 times. A larger m is cut
+into blocks of at most 4 objectives and one launch per pair of blocks, so each element is read
+ceil(m/4) - 1 times (m = 12: twice; m = 32: seven times) by the kernels for m <= 8.
+
+Why this design:
+- One persistent launch. Program p takes chunks p, p + P, p + 2P ...; its sums stay in registers and
+  leave them once, as m(m+1)/2 numbers. A second launch adds the P partial results in float64 in a
+  fixed order. No float atomics: equal inputs on an equal grid give equal bits. The grid must
+  therefore never be autotuned, and is set explicitly where two cards have to agree.
+- Products and sums within a program are float32. Every thread keeps sums of its own, so a chain of
+  additions is about 1e4 long for 8e9 elements (relative error 1e-7, 4e-6 for log-normal scales).
+  A running sum in bf16, the usual code, is off by percents.
+- Each thread holds VEC = 16 bytes of neighbouring elements of each gradient, as one row of a
+  [BLOCK / VEC, VEC] tile; `tl.sum(axis=1)` then stays inside the thread. One accumulator per pair
+  and thread is what keeps m = 8 (36 pairs) free of spills.
+- 16-byte loads through addresses from a table need two things, or bf16 is read 2 bytes at a time:
+  `tl.multiple_of` on the pointer, and a mask bound that is a multiple of VEC. So the bound is
+  rounded down, and the at most VEC - 1 elements behind it are a scalar tail, once per tensor.
+- A missing gradient has address 0, and its bound is 0: it is never read and counts as zeros.
+  Models without one (MISSING = False) share one bound, and so one predicate, for all loads.
+- Offsets into a tensor are 64 bits wide: the start of a chunk is added to the pointer as int64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tables import TensorTable, build, current, programs
+
+MAX_UNROLLED = 8
+DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+NUM_WARPS = 4
+# Registers per thread, by m: what the compiler reaches without spilling on sm_80, sm_90 and sm_100.
+# The compiler is held to them, and the grid is what they allow to be resident at one time.
+REGISTERS = {1: 32, 2: 32, 3: 48, 4: 72, 5: 96, 6: 128, 7: 168, 8: 168}
+PROGRAMS = {m: min(16, 65536 // (32 * NUM_WARPS * r)) for m, r in REGISTERS.items()}
+
+
+@triton.jit
+def _add_products(sums, xs, M: tl.constexpr, ROWWISE: tl.constexpr):
+    added = ()
+    for i in tl.static_range(M):
+        for j in tl.static_range(i, M):
+            product = xs[i] * xs[j]
+            if ROWWISE:
+                product = tl.sum(product, axis=1)
+            else:
+                product = tl.sum(product)
+            added = added + (sums[len(added)] + product,)
+    return added
+
+
+@triton.jit(do_not_specialize=["n_chunks"], do_not_specialize_on_alignment=["partials"])
+def gram_partials(
+    addresses,
+    numels,
+    chunks,
+    n_chunks,
+    partials,
+    M: tl.constexpr,
+    CHUNK: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    MISSING: tl.constexpr,
+):
+    """Row p of `partials` [P, M(M+1)/2] float32: program p's share of M_ij, i <= j."""
+    PAIRS: tl.constexpr = M * (M + 1) // 2
+    program = tl.program_id(0)
+    column = tl.arange(0, VEC)
+    lane = tl.arange(0, BLOCK // VEC)[:, None] * VEC + column[None, :]
+    sums = ()
+    tails = ()
+    for _ in tl.static_range(PAIRS):
+        sums = sums + (tl.zeros((BLOCK // VEC,), tl.float32),)
+        tails = tails + (tl.zeros((), tl.float32),)
+    for c in tl.range(program, n_chunks, tl.num_programs(0)):
+        entry = tl.load(chunks + c)
+        tensor = entry >> 32
+        start = (entry & 0xFFFFFFFF) * CHUNK
+        n = tl.load(numels + tensor)
+        whole = (n // VEC) * VEC
+        left = tl.minimum(whole - start, CHUNK).to(tl.int32)
+        gs = ()
+        lefts = ()
+        for i in tl.static_range(M):
+            address = tl.load(addresses + tensor * M + i)
+            g = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), ALIGN)
+            gs = gs + (g + start,)
+            if MISSING:
+                lefts = lefts + (tl.where(address != 0, left, 0),)
+            else:
+                lefts = lefts + (left,)
+        for k in tl.range(0, left, BLOCK):
+            xs = ()
+            for i in tl.static_range(M):
+                x = tl.load(gs[i] + (k + lane), mask=k + lane < lefts[i], other=0.0)
+                xs = xs + (x.to(tl.float32),)
+            sums = _add_products(sums, xs, M, True)
+        if (whole < n) & (start + CHUNK >= n):
+            rest = (n - whole).to(tl.int32)
+            xs = ()
+            for i in tl.static_range(M):
+                # Loaded again: m bounds kept for the tail would be registers of the main loop.
+                bound = tl.where(tl.load(addresses + tensor * M + i) != 0, rest, 0)
+                x = tl.load(gs[i] + (left + column), mask=column < bound, other=0.0)
+                xs = xs + (x.to(tl.float32),)
+            tails = _add_products(tails, xs, M, False)
+    for q in tl.static_range(PAIRS):
+        tl.store(partials + program * PAIRS + q, tl.sum(sums[q]) + tails[q])
+
+
+@triton.jit(do_not_specialize=["n_partials"])
+def gram_total(partials, n_partials, total, M: tl.constexpr, BLOCK: tl.constexpr):
+    """`total` [M, M] float64: the sums of the columns of `partials`, in a fixed order."""
+    PAIRS: tl.constexpr = M * (M + 1) // 2
+    row = tl.arange(0, BLOCK)
+    for i in tl.static_range(M):
+        for j in tl.static_range(i, M):
+            pair = partials + i * M - (i * (i - 1)) // 2 + (j - i)
+            lanes = tl.zeros((BLOCK,), tl.float64)
+            for p in tl.range(0, n_partials, BLOCK):
+                at = (p + row) * PAIRS
+                lanes += tl.load(pair + at, mask=p + row < n_partials, other=0.0).to(tl.float64)
+            entry = tl.sum(lanes)
+            tl.store(total + i * M + j, entry)
+            tl.store(total + j * M + i, entry)
+
+
+def gram(
+    grads: Sequence[Sequence[Tensor | None]],
+    device: torch.device,
+    programs_per_multiprocessor: int | None = None,
+) -> Tensor:
+    """Gram matrix of m lists of n gradients.
+
+    Args:
+        grads: m <= 32 lists of n tensors or None (zeros) on `device`; bfloat16, float16 or float32;
+            tensor k has the same dtype, shape and element order in every list.
+        device: of the gradients and of the result.
+        programs_per_multiprocessor: size of the grid; it fixes the order of the sums.
+    Returns:
+        [m, m] float64 on `device`, exactly symmetric. Nothing waits for the device.
+    Raises:
+        ValueError: tensors whose elements overlap or have gaps.
+    """
+    with current(device):
+        return _gram(grads, device, programs_per_multiprocessor)
+
+
+def objective_blocks(m: int) -> list[range]:
+    """m > 8 objectives in blocks of nearly equal size, any two of which fit one launch."""
+    count = -(-m // (MAX_UNROLLED // 2))
+    edges = [m * b // count for b in range(count + 1)]
+    return [range(a, b) for a, b in pairwise(edges)]
+
+
+def _gram(
+    grads: Sequence[Sequence[Tensor | None]], device: torch.device, per_multiprocessor: int | None
+) -> Tensor:
+    m = len(grads)
+    if m <= MAX_UNROLLED:
+        return _gram_of_few(grads, device, per_multiprocessor)
+    total = torch.empty(m, m, dtype=torch.float64, device=device)
+    blocks = objective_blocks(m)
+    for a, first in enumerate(blocks):
+        for second in blocks[a + 1 :]:
+            members = [*first, *second]
+            part = _gram_of_few([grads[i] for i in members], device, per_multiprocessor)
+            for of_part, i in enumerate(members):
+                # Slices, not an index tensor: that would be copied from pageable memory.
+                total[i, first.start : first.stop] = part[of_part, : len(first)]
+                total[i, second.start : second.stop] = part[of_part, len(first) :]
+    return total
+
+
+def _gram_of_few(
+    grads: Sequence[Sequence[Tensor | None]], device: torch.device, per_multiprocessor: int | None
+) -> Tensor:
+    m = len(grads)
+    tables = build(grads, m, device)
+    resident = programs(device, per_multiprocessor or PROGRAMS[m])
+    grids = [min(resident, len(table.chunks)) for table in tables]
+    partials = torch.empty(sum(grids), m * (m + 1) // 2, dtype=torch.float32, device=device)
+    total = torch.empty(m, m, dtype=torch.float64, device=device)
+    row = 0
+    for table, grid in zip(tables, grids, strict=True):
+        gram_partials[(grid,)](
+            table.addresses,
+            table.numels,
+            table.chunks,
+            len(table.chunks),
+            partials[row:],
+            **partials_constants(m, table),
+            **partials_options(m, table),
+        )
+        row += grid
+    gram_total[(1,)](
+        partials, row, total, M=m, BLOCK=128, num_warps=NUM_WARPS, enable_fp_fusion=True
+    )
+    return total
+
+
+def partials_constants(m: int, table: TensorTable) -> dict[str, object]:
+    """What `gram_partials` is specialized on: 16 bytes per thread and gradient."""
+    size = table.dtypes[0].itemsize
+    vec = 16 // size
+    return {
+        "M": m,
+        "CHUNK": table.chunk,
+        "VEC": vec,
+        "BLOCK": vec * 32 * NUM_WARPS,
+        "DTYPE": DTYPES[table.dtypes[0]],
+        "ALIGN": 16 if table.aligned else size,
+        "MISSING": table.missing,
+    }
+
+
+def partials_options(m: int, table: TensorTable) -> dict[str, object]:
+    """How `gram_partials` is compiled; element by element, it needs more registers."""
+    limit = REGISTERS[m] if table.aligned else None
+    return {"num_warps": NUM_WARPS, "enable_fp_fusion": True, "maxnreg": limit}

@@ -1,0 +1,36 @@
+"""Runs `tests/triton_kernels` in Triton's interpreter, in a process of its own.
+
+TRITON_INTERPRET decides at the import of triton what every kernel of the process is, so this
+process, in which kernels are compiled, cannot interpret them as well.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNEL_TESTS = ROOT / "tests" / "triton_kernels"
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("file", sorted(path.name for path in KERNEL_TESTS.glob("test_*.py")))
+def test_in_the_interpreter(file: str, which: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", which, "-p", "no:cacheprovider"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(KERNEL_TESTS / file)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert "skipped" not in done.stdout
