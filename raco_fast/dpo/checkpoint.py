@@ -1,4 +1,4 @@
-"""Checkpoints from which a run continues bit for bit.
+"""Checkpoints from which a run continues bit for bit, on a CPU with the same number of threads.
 
 A checkpoint is a folder `checkpoints/step-<n>`:
 
