@@ -10,7 +10,18 @@
 namespace py = pybind11;
 using Array = py::array_t<double, py::array::c_style | py::array::forcecast>;
 
-static py::array_t<double> solve(const Array& gram, const Array& weights, double c, int rule) {
+// The array itself where it is float64 and contiguous, which dual.py sees to: letting pybind11
+// convert the arguments costs more than the solver at m = 2.
+static Array rows(const py::array& values) {
+  if (Array::check_(values)) return py::reinterpret_borrow<Array>(values);
+  Array converted = Array::ensure(values);
+  if (!converted) throw py::type_error("gram and weights must hold real numbers");
+  return converted;
+}
+
+static py::array_t<double> solve(const py::array& gram_values, const py::array& weight_values,
+                                 double c, int rule) {
+  const Array gram = rows(gram_values), weights = rows(weight_values);
   const py::ssize_t dims = gram.ndim();
   if (dims != 2 && dims != 3) throw py::value_error("gram must be [m, m] or [n, m, m]");
   const py::ssize_t m = gram.shape(dims - 1), n = dims == 3 ? gram.shape(0) : 1;
