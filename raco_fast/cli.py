@@ -78,7 +78,7 @@ def _parser(command: str | None) -> ArgumentParser:
     )
     demo.add_argument("--quick", action=ActionYesNo, default=False, help="a few seconds' version")
     if command == "demo":
-        from raco_fast.demo.study import DemoConfig
+        from raco_fast.demo.config import DemoConfig
 
         demo.add_class_arguments(DemoConfig, skip={"quick"})
     commands.add_subcommand("demo", demo, help="compare the rules on an embedded toy task")
@@ -119,7 +119,8 @@ def _stopped_at_once(config: TrainConfig) -> str:
 
 
 def _run_demo(parser: ArgumentParser, values: Any) -> int:
-    from raco_fast.demo.study import DemoConfig, run
+    from raco_fast.demo.config import DemoConfig
+    from raco_fast.demo.study import run
 
     run(DemoConfig(**_fields_of(DemoConfig, parser.instantiate(values).demo)))
     return 0

@@ -30,7 +30,7 @@ LAYERS = [
     ["dpo.dataset", "dpo.scoring", "dpo.metrics", "dpo.checkpoint", "dpo.model_card"],
     ["dpo.evaluation"],
     ["dpo.trainer"],
-    ["demo.documents", "demo.results"],
+    ["demo.config", "demo.documents", "demo.results"],
     ["demo.judges"],
     ["demo.model", "demo.summary"],
     ["demo.claims", "demo.plot"],

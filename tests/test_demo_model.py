@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raco_fast.demo.config import DemoConfig
 from raco_fast.demo.documents import make_document, make_summary
 from raco_fast.demo.model import (
     BOS,
@@ -22,7 +23,6 @@ from raco_fast.demo.model import (
     generate,
     warm_up,
 )
-from raco_fast.demo.study import DemoConfig
 
 TOKENIZER = build_tokenizer()
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from raco_fast.demo.claims import claims
+from raco_fast.demo.config import DemoConfig
 from raco_fast.demo.judges import OBJECTIVES
 from raco_fast.demo.plot import plot_scores
 from raco_fast.demo.report import markdown, metric_records, text_table, write_reports
 from raco_fast.demo.results import Aligned, WarmStart
-from raco_fast.demo.study import DemoConfig
 from raco_fast.demo.summary import Spread, dominates, summarize
 
 HIGH = {"coverage": 0.65, "brevity": 0.15, "faithfulness": 0.2}

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from raco_fast.demo.config import DemoConfig
 from raco_fast.demo.judges import OBJECTIVES
-from raco_fast.demo.study import DemoConfig, run
+from raco_fast.demo.study import run
 
 RULES = ("linear", "cagrad", "cagrad-clip", "mgda")
 PAIRS = ("coverage:brevity", "coverage:faithfulness", "brevity:faithfulness")

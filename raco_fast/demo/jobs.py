@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from raco_fast.demo.config import DemoConfig
 from raco_fast.demo.documents import make_document
 from raco_fast.demo.judges import OBJECTIVES, judge, make_pair
 from raco_fast.demo.model import (
@@ -38,9 +38,6 @@ from raco_fast.dpo.logps import sequence_logps
 from raco_fast.dpo.losses import LossOptions, PairScores, preference_losses
 from raco_fast.dpo.metrics import PreferenceMetrics, solution_metrics
 from raco_fast.optimizer import ClippedCAGradAdamW
-
-if TYPE_CHECKING:
-    from raco_fast.demo.study import DemoConfig
 
 # Six facts in full sentences and two fillers, the longest candidate, are 39 tokens with <eos>.
 _MAX_SUMMARY_TOKENS = 44

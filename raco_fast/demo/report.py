@@ -7,18 +7,16 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from raco_fast.demo.claims import claims
+from raco_fast.demo.config import DemoConfig
 from raco_fast.demo.judges import OBJECTIVES
 from raco_fast.demo.plot import plot_scores
 from raco_fast.demo.results import Aligned, WarmStart
 from raco_fast.demo.summary import Row, Spread, summarize, weights_name
 from raco_fast.dpo.files import atomic_file
 from raco_fast.report import markdown_table
-
-if TYPE_CHECKING:
-    from raco_fast.demo.study import DemoConfig
 
 _HEADER = ("rule", "weights", *OBJECTIVES, "clipped", "cosine")
 
