@@ -1,4 +1,4 @@
-"""Preference pairs from files: reading, strict labels, labels derived from length, content hash.
+"""Preference pairs from files: reading, strict labels, and labels derived from length.
 
 A pair carries one label per objective: +1 (response a preferred), -1 (response b) or 0 (a tie, or
 not labelled for this objective). Several files may be mixed, each labelling its own objectives:
@@ -25,21 +25,13 @@ from pathlib import Path
 from typing import Literal
 
 from raco_fast.dpo.formats import Format, detect_format, format_named
-from raco_fast.dpo.pairs import (
-    ConciseRule,
-    PreferencePair,
-    check_content,
-    content_hash,
-    label_counts,
-)
+from raco_fast.dpo.pairs import ConciseRule, PreferencePair, check_content
 from raco_fast.dpo.rows import Row, RowError, read_rows, show
 
 __all__ = [
     "ConciseRule",
     "DataSource",
     "PreferencePair",
-    "content_hash",
-    "label_counts",
     "read_pairs",
     "read_sources",
 ]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from raco_fast.dpo.rows import Row, show
 
-__all__ = ["ConciseRule", "PreferencePair", "check_content", "content_hash", "label_counts"]
+__all__ = ["ConciseRule", "PreferencePair", "check_content"]
 
 _ROLES = ("system", "user", "assistant")
 
@@ -70,29 +68,6 @@ class ConciseRule:
         if abs(a - b) < self.absolute or abs(a - b) < self.relative * max(a, b):
             return 0
         return (b > a) - (a > b)
-
-
-def label_counts(pairs: Sequence[PreferencePair]) -> dict[str, dict[int, int]]:
-    """How many pairs carry +1, -1 and 0, per objective: {"helpful": {1: 730, -1: 742, 0: 1569}}."""
-    counts: dict[str, dict[int, int]] = {}
-    for pair in pairs:
-        for name, label in pair.preferences.items():
-            counts.setdefault(name, {1: 0, -1: 0, 0: 0})[label] += 1
-    return counts
-
-
-def content_hash(pairs: Sequence[PreferencePair], *, with_labels: bool = False) -> str:
-    """SHA-256 (hex) over ids, prompts and responses in order: the data part of a cache key.
-
-    Labels are left out unless asked: reference log-probabilities do not depend on them.
-    """
-    digest = hashlib.sha256()
-    for pair in pairs:
-        row: list[object] = [pair.id, pair.prompt, pair.response_a, pair.response_b]
-        if with_labels:
-            row.append(pair.preferences)
-        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
-    return digest.hexdigest()
 
 
 def check_content(
