@@ -5,8 +5,8 @@ as `torch.get_num_threads()` says. The functions are those of `reference.py`, un
 signatures; `obstacle` and `adamw_obstacle` say why a call is not for them, and `ops.py`, which
 asks, hands it to the reference then.
 
-The tables of addresses are built anew at every call: about 0.1 us a tensor, little beside reading
-its gradient, and a cache would have to notice every swapped or freed tensor.
+The tables of addresses are built anew at every call: little work beside reading the gradients of a
+large model, and a cache would have to notice every swapped or freed tensor.
 """
 
 from __future__ import annotations

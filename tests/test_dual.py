@@ -351,3 +351,12 @@ def test_the_extension_refuses_what_would_break_memory(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         _C.solve(gram, weights, 0.4, rule)
+
+
+def test_the_extension_converts_other_arrays_and_refuses_text() -> None:
+    gram, weights = np.array([[17.0, -5.0], [-5.0, 2.0]]), np.array([0.2, 0.8])
+    expected = _C.solve(gram, weights, 0.5, 2)
+    for other in (gram.astype(np.float32), np.asfortranarray(gram), gram.astype(">f8")):
+        np.testing.assert_array_equal(_C.solve(other, weights, 0.5, 2), expected)
+    with pytest.raises(TypeError, match="must hold real numbers"):
+        _C.solve(np.array([["a", "b"], ["c", "d"]]), weights, 0.5, 2)

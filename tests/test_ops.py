@@ -202,9 +202,13 @@ def test_forced_triton_refuses_what_it_cannot_do(monkeypatch):
 
 
 def test_cuda_tensors_stay_on_the_reference_until_triton_is_asked_for(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.setattr(ops, "_missing_for_triton", lambda: None)
-    on_device = torch.ones(2, device="meta")
+    monkeypatch.setattr(ops, "_triton_obstacle", lambda *call: None)  # it could run this
+    on_device = SimpleNamespace(is_cuda=True, is_cpu=False, device=torch.device("cuda"))
     assert ops._module("gram", [[on_device]]) is reference
+    with ops.backend("triton"):
+        assert ops._module("gram", [[on_device]]) is ops._triton()
 
 
 def test_unknown_backend_raises():

@@ -5,8 +5,8 @@ A causal LM's logits are [batch, length, vocab]: for 8 sequences of 1024 tokens 
 next token belongs to the response are scored, so their hidden states are gathered into [N, d] and
 the head runs on `chunk_tokens` rows at a time; each chunk is recomputed in the backward pass.
 
-The gradient of a bf16 head that is itself trained is a sum over chunks rounded to bf16: 8 chunks
-make its error 1.4 times that of one matrix product, 64 chunks 2.6 times. Larger chunks mend it.
+The gradient of a bf16 head that is itself trained is a sum over chunks, rounded to bf16 after each:
+its error grows with the number of chunks, and larger chunks mend it.
 """
 
 from __future__ import annotations
