@@ -1,6 +1,6 @@
 # make demo   run the embedded study        make check      lint and types
 # make test   run the tests                 make test-slow  run the slow tests as well
-# make bench  run the micro-benchmarks      make clean      remove what was built
+# make bench  run the benchmarks            make clean      remove what was built
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,6 +26,8 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest -q bench --benchmark-enable --benchmark-group-by=group
+	$(BIN)/python -m bench tests ceilings gram combine_adamw step --device cpu --out runs/bench
+	$(BIN)/python -m bench.records runs/bench
 
 real-run: $(STAMP)
 	$(BIN)/python bench/real_run/run.py

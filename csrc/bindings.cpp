@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bind_cpu.hpp"
+#include "bind_layout.hpp"
 #include "dual.hpp"
 #include "problem.hpp"
 
@@ -52,4 +53,5 @@ PYBIND11_MODULE(_C, module) {
              "gram [m, m] or [n, m, m], weights [m] -> [3m + SCALARS] or [n, 3m + SCALARS]; "
              "csrc/dual.hpp documents the layout of a row.");
   bind_cpu(module);
+  bind_layout(module);
 }

@@ -36,15 +36,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tables import TensorTable, build, current, programs
+from .tables import TensorTable, architecture, build, current, programs
 
 MAX_UNROLLED = 8
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 NUM_WARPS = 4
-# Registers per thread, by m: what the compiler reaches without spilling on sm_80, sm_90 and sm_100.
-# The compiler is held to them, and the grid is what they allow to be resident at one time.
-REGISTERS = {1: 32, 2: 32, 3: 48, 4: 72, 5: 96, 6: 128, 7: 168, 8: 168}
-PROGRAMS = {m: min(16, 65536 // (32 * NUM_WARPS * r)) for m, r in REGISTERS.items()}
+# Resident programs per multiprocessor, by m: as many as the compiler leaves room for without
+# spilling. It needs more registers on sm_100 and later, and where gradients are missing.
+PROGRAMS = {1: 16, 2: 16, 3: 10, 4: 7, 5: 5, 6: 4, 7: 3, 8: 3}
+PROGRAMS_SM_100 = {**PROGRAMS, 4: 5, 5: 4, 6: 3, 8: 2}
+PROGRAMS_IF_MISSING = {2: 12, 3: 9}
+
+
+def resident_programs(m: int, architecture: int, missing: bool) -> int:
+    """Programs of `gram_partials` per multiprocessor of sm_XY; they fix the order of the sums."""
+    of_m = (PROGRAMS_SM_100 if architecture >= 100 else PROGRAMS)[m]
+    return PROGRAMS_IF_MISSING.get(m, of_m) if missing else of_m
+
+
+def registers(resident: int) -> int:
+    """The most registers per thread with which so many programs are resident at one time."""
+    return min(255, 65536 // (32 * NUM_WARPS * resident) // 8 * 8)
 
 
 @triton.jit
@@ -143,6 +155,7 @@ def gram(
     grads: Sequence[Sequence[Tensor | None]],
     device: torch.device,
     programs_per_multiprocessor: int | None = None,
+    tables: Sequence[TensorTable] | None = None,
 ) -> Tensor:
     """Gram matrix of m lists of n gradients.
 
@@ -151,12 +164,15 @@ def gram(
             tensor k has the same dtype, shape and element order in every list.
         device: of the gradients and of the result.
         programs_per_multiprocessor: size of the grid; it fixes the order of the sums.
+        tables: `build(grads, m, device)` of an earlier call with the same gradients, m <= 8.
     Returns:
         [m, m] float64 on `device`, exactly symmetric. Nothing waits for the device.
     Raises:
         ValueError: tensors whose elements overlap or have gaps.
     """
     with current(device):
+        if tables is not None:
+            return _gram_of_tables(tables, len(grads), device, programs_per_multiprocessor)
         return _gram(grads, device, programs_per_multiprocessor)
 
 
@@ -190,9 +206,17 @@ def _gram_of_few(
     grads: Sequence[Sequence[Tensor | None]], device: torch.device, per_multiprocessor: int | None
 ) -> Tensor:
     m = len(grads)
-    tables = build(grads, m, device)
-    resident = programs(device, per_multiprocessor or PROGRAMS[m])
-    grids = [min(resident, len(table.chunks)) for table in tables]
+    return _gram_of_tables(build(grads, m, device), m, device, per_multiprocessor)
+
+
+def _gram_of_tables(
+    tables: Sequence[TensorTable], m: int, device: torch.device, per_multiprocessor: int | None
+) -> Tensor:
+    on = architecture(device)
+    grids = []
+    for table in tables:
+        resident = per_multiprocessor or resident_programs(m, on, table.missing)
+        grids.append(min(programs(device, resident), len(table.chunks)))
     partials = torch.empty(sum(grids), m * (m + 1) // 2, dtype=torch.float32, device=device)
     total = torch.empty(m, m, dtype=torch.float64, device=device)
     row = 0
@@ -204,7 +228,7 @@ def _gram_of_few(
             len(table.chunks),
             partials[row:],
             **partials_constants(m, table),
-            **partials_options(m, table),
+            **partials_options(m, on, table.missing),
         )
         row += grid
     gram_total[(1,)](
@@ -214,9 +238,13 @@ def _gram_of_few(
 
 
 def partials_constants(m: int, table: TensorTable) -> dict[str, object]:
-    """What `gram_partials` is specialized on: 16 bytes per thread and gradient."""
+    """What `gram_partials` is specialized on: 16 bytes per thread and gradient.
+
+    Misaligned tensors are read element by element; more than 2 of them per thread would need more
+    registers than there are from m = 6 on.
+    """
     size = table.dtypes[0].itemsize
-    vec = 16 // size
+    vec = 16 // size if table.aligned else 2
     return {
         "M": m,
         "CHUNK": table.chunk,
@@ -228,7 +256,7 @@ def partials_constants(m: int, table: TensorTable) -> dict[str, object]:
     }
 
 
-def partials_options(m: int, table: TensorTable) -> dict[str, object]:
-    """How `gram_partials` is compiled; element by element, it needs more registers."""
-    limit = REGISTERS[m] if table.aligned else None
+def partials_options(m: int, architecture: int, missing: bool) -> dict[str, object]:
+    """How `gram_partials` is compiled: held to the registers that its grid counts on."""
+    limit = registers(resident_programs(m, architecture, missing))
     return {"num_warps": NUM_WARPS, "enable_fp_fusion": True, "maxnreg": limit}

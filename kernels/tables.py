@@ -15,6 +15,9 @@ interpreter nor the compiler notices). The split is made here, on the host, for 
 
 Uploads are keyed by their content. A table with other addresses is another table, so nothing ever
 has to be invalidated, and a table that kernels may still read is never overwritten.
+
+While a CUDA graph is captured, tables that were there before are used as they are; a new one is
+copied by the graph, at every replay, from pinned memory that is never given back.
 """
 
 from __future__ import annotations
@@ -24,10 +27,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+_Memory = TypeVar("_Memory")
 
 ALIGNMENT = 16
 MAX_CACHED_UPLOADS = 64
@@ -39,6 +45,7 @@ _CHUNKS = ((1 << 24, 4096), (1 << 26, 16384), (1 << 30, 32768))
 _LARGEST_CHUNK = 65536
 
 _uploads: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+_read_by_graphs: list[object] = []
 
 
 @dataclass(frozen=True)
@@ -138,9 +145,14 @@ def upload(table: np.ndarray, device: torch.device, content: object = None) -> T
     copy has run. The current stream is part of the key: on another stream the copy might not have
     arrived yet.
     """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     content = (table.shape, table.dtype.str, table.tobytes()) if content is None else content
-    key = (device, stream, content)
+    if capturing(device):
+        ready = (t for (d, _, c), t in _uploads.items() if (d, c) == (device, content))
+        found = next(ready, None)
+        return keep_for_graph(
+            to_device(torch.from_numpy(table), device) if found is None else found
+        )
+    key = (device, stream_of(device), content)
     found = _uploads.get(key)
     if found is None:
         found = _uploads[key] = to_device(torch.from_numpy(table.copy()), device)
@@ -153,13 +165,40 @@ def upload(table: np.ndarray, device: torch.device, content: object = None) -> T
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """Copy a CPU tensor to the device without waiting for the device."""
     if device.type == "cuda":
-        return values.pin_memory().to(device, non_blocking=True)
+        pinned = values.pin_memory()
+        if capturing(device):
+            keep_for_graph(pinned)
+        return pinned.to(device, non_blocking=True)
     return values.to(device)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph records what the current stream is given."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def keep_for_graph(memory: _Memory) -> _Memory:
+    """Keep what a captured graph reads at every replay; for good, as graphs do not say they end."""
+    _read_by_graphs.append(memory)
+    return memory
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream; what was copied on another one might not have arrived yet."""
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
     """Makes `device` the current one: Triton launches there, not where the tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def architecture(device: torch.device) -> int:
+    """The compute capability as in sm_90; of the interpreter, that of the oldest card supported."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def programs(device: torch.device, per_multiprocessor: int) -> int:

@@ -1,6 +1,7 @@
 # ruff: noqa: N999 (the name of the extension module)
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 MAX_OBJECTIVES: int
 SCALARS: int
@@ -12,6 +13,12 @@ CHUNK: int
 def solve(
     gram: NDArray[np.float64], weights: NDArray[np.float64], c: float, rule: int
 ) -> NDArray[np.float64]: ...
+def describe(
+    lists: list[list[Tensor | None]], types: tuple[type, ...], exchange: object
+) -> tuple[bytes, bytes] | None: ...
+def advance(
+    steps: list[Tensor], types: tuple[type, ...], exchange: object
+) -> NDArray[np.float64] | None: ...
 def gram(
     grads: NDArray[np.int64],
     lengths: NDArray[np.int64],

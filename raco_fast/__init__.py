@@ -7,10 +7,16 @@ The method is RACO with CAGrad-Clip (arXiv 2602.02495). `ClippedCAGradAdamW` is 
 
 from importlib.metadata import version
 
+from raco_fast.combined import combine
+from raco_fast.dispatch import backend
 from raco_fast.dual import DualSolution, solve_dual
-from raco_fast.gradients import ObjectiveGradients, combine
-from raco_fast.ops import backend
+from raco_fast.gradients import ObjectiveGradients
+from raco_fast.gram_first import gram_first
+from raco_fast.layers import register_rule
 from raco_fast.optimizer import ClippedCAGradAdamW
+from raco_fast.prepared import prepare
+from raco_fast.segments import sequences
+from raco_fast.verification import verify
 
 __version__ = version("raco-fast")
 
@@ -21,5 +27,10 @@ __all__ = [
     "__version__",
     "backend",
     "combine",
+    "gram_first",
+    "prepare",
+    "register_rule",
+    "sequences",
     "solve_dual",
+    "verify",
 ]

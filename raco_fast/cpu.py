@@ -2,7 +2,7 @@
 
 Gradients, parameters and states are each read from memory once (written once), on as many threads
 as `torch.get_num_threads()` says. The functions are those of `reference.py`, under the same
-signatures; `obstacle` and `adamw_obstacle` say why a call is not for them, and `ops.py`, which
+signatures; `obstacle` and `adamw_obstacle` say why a call is not for them, and `dispatch.py`, which
 asks, hands it to the reference then.
 
 The tables of addresses are built anew at every call: little work beside reading the gradients of a
@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from raco_fast import _C
+from raco_fast.layout import advance
 from raco_fast.reference import AdamWOptions, Gradients
+from raco_fast.rounding import NEAREST, Rounding
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,8 +51,10 @@ def obstacle(columns: Iterable[Sequence[Tensor | None]]) -> str | None:
     return None
 
 
-def adamw_obstacle(options: AdamWOptions) -> str | None:
+def adamw_obstacle(options: AdamWOptions, rounding: str = "nearest") -> str | None:
     """Why the kernel cannot take an AdamW step with these options, or None if it can."""
+    if rounding != "nearest":
+        return f"rounding={rounding!r}"
     values = dict(options)
     for name in ("amsgrad", "capturable", "differentiable"):
         if values[name]:
@@ -87,9 +91,10 @@ def combine_adamw(
     exp_avg_sqs: Sequence[Tensor],
     max_exp_avg_sqs: Sequence[Tensor],
     state_steps: Sequence[Tensor],
+    rounding: Rounding = NEAREST,
     **options: Unpack[AdamWOptions],
 ) -> None:
-    """One AdamW step along G0 = Σ α_i g_i; see `reference.combine_adamw`.
+    """One AdamW step along G0 = Σ α_i g_i, rounded to nearest; see `reference.combine_adamw`.
 
     G0, the states and the parameters are float32 in registers (float64 for float64 parameters) and
     rounded once, where torch rounds after each operation: equal to rounding, not to the bit.
@@ -97,8 +102,7 @@ def combine_adamw(
     if not params:
         return
     lr, beta1, beta2 = (float(options[name]) for name in ("lr", "beta1", "beta2"))
-    torch._foreach_add_(list(state_steps), 1)
-    steps = np.array(torch.stack(list(state_steps)).tolist())
+    steps = advance(state_steps).numpy()
     sign = -1.0 if options["maximize"] else 1.0
     increment_version([*params, *exp_avgs, *exp_avg_sqs])  # autograd must notice, as with torch's
     _C.combine_adamw(

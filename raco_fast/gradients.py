@@ -1,4 +1,4 @@
-"""Per-objective gradients, accumulated over micro-batches, and `combine` for any optimizer.
+"""Per-objective gradients, accumulated over micro-batches.
 
 With one objective p.grad is its gradient, as always in torch. With m objectives p.grad holds an
 `ObjectiveGrad`, a stand-in that owns one buffer per objective (its file says why).
@@ -14,9 +14,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from raco_fast import ops
-from raco_fast.dual import DualSolution, check_weights, solve_dual
+from raco_fast.checks import check_dense
+from raco_fast.dual import check_weights
+from raco_fast.inspection import Exactness
 from raco_fast.objective_grad import ObjectiveGrad
+from raco_fast.one_backward import check_scores, one_backward
 
 
 class ObjectiveGradients:
@@ -48,29 +50,61 @@ class ObjectiveGradients:
         self._ran: set[str] = set()
         self._held = False
         self._open: str | None = None
+        self._exact = Exactness()
 
     def parameters(self) -> list[Tensor]:
         """The parameters as they are now, each once."""
         source = self._source() if callable(self._source) else self._source
-        return list(dict.fromkeys(source))
+        return list({id(p): p for p in source}.values())  # Tensor's own hash is Python code
 
-    def backward(self, losses: Mapping[str, Tensor] | Sequence[Tensor]) -> None:
+    def backward(
+        self,
+        losses: Mapping[str, Tensor] | Sequence[Tensor],
+        *,
+        scores: Tensor | None = None,
+        mode: str | None = None,
+    ) -> None:
         """Backpropagate every objective's loss into that objective's gradients.
 
-        m backward passes in weight order; the graph is kept for all but the last, so the losses
-        may share a forward pass. Gradients add to what earlier calls left (micro-batches).
+        Mode "autograd": m backward passes in weight order; the graph is kept for all but the last,
+        so the losses may share a forward pass. Mode "one_backward": one pass, if the losses are
+        functions of `scores` and the model was prepared. Gradients add to what earlier calls left
+        (micro-batches).
+
+        The first call in mode "one_backward" also checks that one pass is exact for this model,
+        with a few more backward passes; where it is not, it warns, names the reason, and this and
+        all later calls take m passes.
 
         Args:
-            losses: objective name -> scalar, or m scalars in weight order.
+            losses: objective name -> scalar, or m scalars in weight order. With `scores`, a loss
+                without a graph is allowed: that objective has nothing in this batch.
+            scores: [B] with the graph of a model that `raco_fast.prepare` prepared: one number per
+                sequence, in the order of the batch's rows (`raco_fast.sequences` declares others).
+            mode: by default "one_backward" with `scores` and "autograd" without.
         Raises:
-            ValueError: objectives missing or unknown, wrong number, not a scalar, or a loss that
-                depends on nothing that requires grad. Nothing has been backpropagated then.
+            ValueError: unknown mode, or "one_backward" without `scores`; objectives missing or
+                unknown, wrong number, not a scalar, a loss that depends on nothing that requires
+                grad; scores without a graph or of the wrong shape. Nothing has been backpropagated
+                then.
             TypeError: `losses` is neither a mapping nor a sequence, or a loss is not a tensor.
+            RuntimeError: the model was not prepared, or its graph is used up.
         """
-        ordered = self._checked_losses(losses)
+        mode = mode or ("autograd" if scores is None else "one_backward")
+        if mode not in ("autograd", "one_backward"):
+            raise ValueError(f"`mode` must be 'autograd' or 'one_backward', got {mode!r}")
+        ordered = self.checked(losses, scores)
+        if scores is None and mode == "one_backward":
+            raise ValueError(
+                "`scores` must be given in mode 'one_backward': the [B] sequence scores that the "
+                "losses are functions of, with their graph"
+            )
+        if scores is not None and mode == "one_backward" and self._one_serves(ordered, scores):
+            self._one_backward(ordered, scores)
+            return
         for i, (name, loss) in enumerate(zip(self.names, ordered, strict=True)):
             with self.objective(name):
-                loss.backward(retain_graph=i + 1 < len(ordered))  # type: ignore[no-untyped-call]
+                if loss.requires_grad:
+                    loss.backward(retain_graph=i + 1 < len(ordered))  # type: ignore[no-untyped-call]
 
     @contextmanager
     def objective(self, name: str) -> Iterator[None]:
@@ -109,10 +143,16 @@ class ObjectiveGradients:
         buffers = [None] * len(self.names) if held is None else held.buffers
         return dict(zip(self.names, buffers, strict=True))
 
-    def lists(self, params: Iterable[Tensor]) -> list[list[Tensor | None]]:
+    def lists(self, params: Sequence[Tensor]) -> list[list[Tensor | None]]:
         """m lists of n gradients for n parameters, as `ops.gram` takes them."""
-        columns = [list(self.of(p).values()) for p in params]
-        return [[column[i] for column in columns] for i in range(len(self.names))]
+        held = [p.grad for p in params]
+        if len(self.names) == 1:
+            return [held]
+        if not all(type(g) is ObjectiveGrad and g.objectives == self.names for g in held):
+            held = [_stand_in(p, self.names) for p in params]
+        nothing = [None] * len(self.names)
+        columns = [g.buffers if isinstance(g, ObjectiveGrad) else nothing for g in held]
+        return [list(one) for one in zip(*columns, strict=True)] or [[] for _ in self.names]
 
     def touched(self) -> list[Tensor]:
         """The parameters that at least one objective has a gradient for."""
@@ -128,9 +168,12 @@ class ObjectiveGradients:
         if len(self.names) == 1:
             return
         params = self.parameters()
-        by_hand = any(type(p.grad) not in (type(None), ObjectiveGrad) for p in params)
-        for p in params:
-            _stand_in(p, self.names)
+        held = [p.grad for p in params]
+        by_hand = not {type(g) for g in held} <= {type(None), ObjectiveGrad}
+        ours = [g for g in held if isinstance(g, ObjectiveGrad)]
+        if by_hand or any(g.objectives != self.names for g in ours):
+            for p in params:
+                _stand_in(p, self.names)
         self._notice_cleared(params)
         if by_hand and not self._ran:
             return  # zeros: how torch.distributed.checkpoint makes an optimizer create its state
@@ -194,14 +237,48 @@ class ObjectiveGradients:
             p.grad = held if held is not None and held.present else None
             self._held = self._held or p.grad is not None
         if sparse is not None:
-            ops.check_dense(sparse, f"the gradient of objective {self.names[index]!r}")
+            check_dense(sparse, f"the gradient of objective {self.names[index]!r}")
+
+    def _one_backward(self, losses: list[Tensor], scores: Tensor) -> None:
+        self._notice_cleared(self.parameters())
+        wanted = self.trained()
+        held = {p: _stand_in(p, self.names) for p in wanted}
+
+        def buffers(p: Tensor) -> tuple[Tensor, bool]:
+            stand_in = held[p]
+            if stand_in is not None and stand_in.present:
+                return stand_in.stacked(), False
+            held[p] = stand_in = ObjectiveGrad(p, self.names)
+            return stand_in.allocate(), True
+
+        one_backward(losses, scores, wanted, buffers)
+        for p, stand_in in held.items():
+            p.grad = stand_in
+            self._held = self._held or stand_in is not None
+        self._ran.update(self.names)
 
     def _notice_cleared(self, params: Sequence[Tensor]) -> None:
         """model.zero_grad() empties p.grad without telling us: then no objective has run."""
         if self._held and all(p.grad is None for p in params):
             self.forget()
 
-    def _checked_losses(self, losses: Mapping[str, Tensor] | Sequence[Tensor]) -> list[Tensor]:
+    def trained(self) -> list[Tensor]:
+        """The parameters that require grad."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def _one_serves(self, losses: list[Tensor], scores: Tensor) -> bool:
+        return len(losses) > 1 and self.exact(losses, scores)
+
+    def exact(self, losses: Sequence[Tensor], scores: Tensor) -> bool:
+        """Whether one backward pass serves all losses; decided at the first call that can tell."""
+        return self._exact(losses, scores, self.trained())
+
+    def checked(
+        self, losses: Mapping[str, Tensor] | Sequence[Tensor], scores: Tensor | None
+    ) -> list[Tensor]:
+        """The losses in weight order; raises as `backward` does."""
+        if scores is not None:
+            check_scores(scores)
         if isinstance(losses, Mapping):
             missing = [name for name in self.names if name not in losses]
             unknown = [name for name in losses if name not in self.names]
@@ -223,65 +300,8 @@ class ObjectiveGradients:
                 f"got {type(losses).__name__}; write {{{self.names[0]!r}: loss, ...}}"
             )
         for name, loss in zip(self.names, ordered, strict=True):
-            _check_loss(name, loss)
+            _check_loss(name, loss, constants=scores is not None)
         return ordered
-
-
-def clip_factor(norm: float, max_grad_norm: float | None) -> float:
-    """The factor of `torch.nn.utils.clip_grad_norm_` for a gradient whose norm is known."""
-    return 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))
-
-
-def check_max_grad_norm(max_grad_norm: float | None) -> None:
-    """Raise ValueError unless `max_grad_norm` is None or a positive number."""
-    if max_grad_norm is not None and not max_grad_norm > 0.0:
-        raise ValueError(
-            f"`max_grad_norm` must be a positive number, got {max_grad_norm}; "
-            f"None switches clipping off"
-        )
-
-
-def combine(
-    gradients: ObjectiveGradients,
-    *,
-    c: float = 0.4,
-    rule: str = "cagrad-clip",
-    max_grad_norm: float | None = None,
-) -> DualSolution:
-    """Write the common update direction G0 = Σ α_i g_i into p.grad, for any torch optimizer.
-
-    The per-objective gradients are used up: G0 takes their place, so zero the gradients before
-    the next backward pass as usual (`optimizer.zero_grad()` or `gradients.zero()`).
-    If a gradient is not finite, every p.grad becomes None, so that the optimizer's next step
-    changes nothing, and the solution says `finite=False`.
-
-    Args:
-        gradients: accumulated gradients of every objective.
-        c: radius, 0 <= c < 1.
-        rule: "linear", "cagrad", "cagrad-clip" or "mgda".
-        max_grad_norm: clip ‖G0‖ to this, as `torch.nn.utils.clip_grad_norm_` does; its factor is
-            not part of the solution's coefficients.
-    Raises:
-        ValueError: wrong `c`, `rule` or `max_grad_norm`.
-        RuntimeError: an objective has had no backward pass.
-    Source: arXiv 2602.02495, Algorithm 1.
-    """
-    check_max_grad_norm(max_grad_norm)
-    gradients.check_complete()
-    params = gradients.touched()
-    grads = gradients.lists(params)
-    solution = solve_dual(ops.gram(grads), gradients.weights, c, rule)
-    if not solution.finite:
-        gradients.zero()
-        return solution
-    out = [next(g for g in column if g is not None) for column in zip(*grads, strict=True)]
-    factor = clip_factor(float(solution.update_norm), max_grad_norm)
-    with torch.no_grad():
-        ops.combine(grads, torch.as_tensor(solution.coefficients) * factor, out)
-    for p, g in zip(params, out, strict=True):
-        p.grad = g
-    gradients.forget()
-    return solution
 
 
 def _stand_in(p: Tensor, names: tuple[str, ...]) -> ObjectiveGrad | None:
@@ -300,10 +320,10 @@ def _stand_in(p: Tensor, names: tuple[str, ...]) -> ObjectiveGrad | None:
             f"so it is not known which of {names} it belongs to; use backward(losses) or "
             f"`with objective(name): loss.backward()`, and zero_grad() before the next step"
         )
-    if grad.names != names:
+    if grad.objectives != names:
         raise RuntimeError(
             f"p.grad of a parameter of shape {list(p.shape)} holds gradients of the objectives "
-            f"{grad.names}, not of {names}; call zero_grad() of their owner first"
+            f"{grad.objectives}, not of {names}; call zero_grad() of their owner first"
         )
     return grad
 
@@ -318,14 +338,14 @@ def _with_own_storage(grad: Tensor) -> Tensor:
     return grad if grad.untyped_storage().nbytes() == nbytes else grad.clone()
 
 
-def _check_loss(name: str, loss: Tensor) -> None:
+def _check_loss(name: str, loss: Tensor, constants: bool) -> None:
     if not isinstance(loss, Tensor):
         raise TypeError(f"`losses`[{name!r}] must be a tensor, got {type(loss).__name__}")
     if loss.numel() != 1:
         raise ValueError(
             f"`losses`[{name!r}] must be a scalar, got shape {list(loss.shape)}; take its mean"
         )
-    if not loss.requires_grad:
+    if not (loss.requires_grad or constants):
         raise ValueError(
             f"`losses`[{name!r}] depends on nothing that requires grad, so it has no gradient; if "
             f"this batch has nothing for {name!r}, give a zero that keeps the graph, "

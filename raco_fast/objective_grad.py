@@ -29,26 +29,48 @@ class ObjectiveGrad(torch.Tensor):
     any other operation raises RuntimeError.
     """
 
-    names: tuple[str, ...]
+    objectives: tuple[str, ...]  # not `names`: torch 2.11's named tensors own that attribute
     buffers: list[Tensor | None]
 
     # Attribute reads (shape, device, is_sparse) need no override and stay fast.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, p: Tensor, names: tuple[str, ...]) -> ObjectiveGrad:
+    def __new__(cls, p: Tensor, objectives: tuple[str, ...]) -> ObjectiveGrad:
         """A stand-in for gradients at p that nobody has touched yet."""
         grad: ObjectiveGrad = torch.Tensor._make_wrapper_subclass(
             cls, p.shape, dtype=p.dtype, device=p.device
         )
-        grad.names = names
-        grad.buffers = [None] * len(names)
+        grad.objectives = objectives
+        grad.buffers = [None] * len(objectives)
         return grad
 
     @property
     def present(self) -> list[Tensor]:
         """The buffers of the objectives that touched p."""
         return [g for g in self.buffers if g is not None]
+
+    def allocate(self) -> Tensor:
+        """Fresh memory [m, *shape] for all objectives, whose slices become the buffers."""
+        memory = torch.empty(
+            len(self.objectives), *self.shape, dtype=self.dtype, device=self.device
+        )
+        self.buffers = [memory[i] for i in range(len(memory))]
+        return memory
+
+    def stacked(self) -> Tensor:
+        """The buffers as one tensor [m, *shape]; missing ones become zeros."""
+        first = self.buffers[0]
+        memory = None if first is None else first._base
+        if memory is not None and memory.shape == (len(self.objectives), *self.shape):
+            places = [target.data_ptr() for target in memory]
+            if places == [None if g is None else g.data_ptr() for g in self.buffers]:
+                return memory
+        buffers = self.buffers
+        memory = self.allocate()
+        for target, g in zip(memory, buffers, strict=True):
+            target.zero_() if g is None else target.copy_(g)
+        return memory
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -66,7 +88,7 @@ class ObjectiveGrad(torch.Tensor):
             nested = [g.present if isinstance(g, ObjectiveGrad) else [g] for g in args[0]]
             flat = [buffer for buffers in nested for buffer in buffers]
             return func(flat, *args[1:], **(kwargs or {})) if flat else None
-        names = next((a.names for a in args if isinstance(a, ObjectiveGrad)), ())
+        names = next((a.objectives for a in args if isinstance(a, ObjectiveGrad)), ())
         raise RuntimeError(
             f"p.grad holds one gradient per objective {names}, so {func} is not defined on it; "
             f"call loss.backward() inside `with opt.objective(name):`, clip with max_grad_norm=, "
@@ -74,11 +96,11 @@ class ObjectiveGrad(torch.Tensor):
         )
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
-        touched = [n for n, g in zip(self.names, self.buffers, strict=True) if g is not None]
+        touched = [n for n, g in zip(self.objectives, self.buffers, strict=True) if g is not None]
         return f"ObjectiveGrad(shape={list(self.shape)}, objectives={touched})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ObjectiveGrad:
-        copy = ObjectiveGrad(self, self.names)
+        copy = ObjectiveGrad(self, self.objectives)
         copy.buffers = [None if g is None else g.clone() for g in self.buffers]
         memo[id(self)] = copy
         return copy

@@ -10,18 +10,25 @@ Source: arXiv 2602.02495, Algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from raco_fast import ops
+from raco_fast import dispatch, ops
+from raco_fast.combined import check_max_grad_norm, clip_factor
 from raco_fast.dual import DualSolution, check_c, check_rule, solve_dual
-from raco_fast.gradients import ObjectiveGradients, check_max_grad_norm, clip_factor
-from raco_fast.reference import AdamWOptions
+from raco_fast.gradients import ObjectiveGradients
+from raco_fast.gram_first import gram_first
+from raco_fast.param_groups import Part, by_rounding, options_of
+from raco_fast.reference import Gradients
+from raco_fast.rounding import check_rounding, check_seed
+
+if TYPE_CHECKING:
+    from raco_fast.device_step import DeviceStep
 
 _OWN_STATE = "raco"  # key of our part of a state_dict; torch.optim.AdamW reads past it
 
@@ -53,9 +60,16 @@ class ClippedCAGradAdamW(AdamW):
         c: radius of the search around the weighted gradient, 0 <= c < 1.
         rule: "cagrad-clip", "cagrad", "linear" or "mgda".
         max_grad_norm: clip ‖G0‖ over all parameters, as `torch.nn.utils.clip_grad_norm_`.
+        rounding: of bfloat16 parameters (others are not affected): "nearest", "stochastic",
+            "split" (an exact float32 weight, 2 bytes more) or "kahan" (nearly so, 2 bytes more);
+            docs/backends.md compares them. A parameter group may have its own.
+        seed: of stochastic rounding, together with the step count; any integer.
         amsgrad, maximize, foreach, capturable, differentiable, fused: as in `torch.optim.AdamW`.
-            Gradient combination itself synchronizes with the host, so `capturable` fixes the
-            state's layout but a step cannot be captured in a CUDA graph.
+            With `capturable` in every group, parameters on one CUDA device and at most 3
+            objectives, `step()` never waits for the device and can be captured in a CUDA graph,
+            after at least one step outside of it (see docs/backends.md); `solution` and
+            `skipped_steps` wait for the device when they are read. Elsewhere `capturable` fixes
+            the state's layout only.
     Raises:
         ValueError, TypeError: an argument outside its range (names it, the rule and the cure).
     """
@@ -75,6 +89,8 @@ class ClippedCAGradAdamW(AdamW):
         c: float = 0.4,
         rule: str = "cagrad-clip",
         max_grad_norm: float | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
         amsgrad: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -87,8 +103,12 @@ class ClippedCAGradAdamW(AdamW):
         check_max_grad_norm(max_grad_norm)
         self.gradients = ObjectiveGradients(self._parameters, weights)
         self.max_grad_norm = max_grad_norm
-        self.solution: DualSolution | None = None
-        self.skipped_steps = 0
+        self.rounding = check_rounding(rounding)
+        self.seed = check_seed(seed)
+        self._solution: DualSolution | None = None
+        self._skipped_on_host = 0
+        self._on_device: DeviceStep | None = None
+        self._along_p_grad = False
         super().__init__(
             params,
             lr,
@@ -113,9 +133,73 @@ class ClippedCAGradAdamW(AdamW):
         """Objective name -> weight."""
         return self.gradients.weights
 
-    def backward(self, losses: Mapping[str, Tensor] | Sequence[Tensor]) -> None:
-        """Backpropagate every objective's loss; see `ObjectiveGradients.backward`."""
-        self.gradients.backward(losses)
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; the group may have an own "rounding".
+
+        Raises:
+            ValueError: `rounding` is unknown, or not "nearest" in a differentiable group.
+        """
+        if isinstance(param_group, dict):  # else torch's error
+            group = {**self.defaults, "rounding": self.rounding, **param_group}
+            check_rounding(group["rounding"], group["differentiable"])
+        super().add_param_group(param_group)
+
+    @property
+    def solution(self) -> DualSolution | None:
+        """The dual solution of the last step; read from the device if it was solved there."""
+        return self._solution if self._on_device is None else self._on_device.solution()
+
+    @property
+    def skipped_steps(self) -> int:
+        """The number of steps whose gradients were not finite."""
+        on_device = 0 if self._on_device is None else self._on_device.skipped()
+        return self._skipped_on_host + on_device
+
+    @skipped_steps.setter
+    def skipped_steps(self, count: int) -> None:
+        if self._on_device is not None:
+            self._on_device.outputs.skipped.zero_()
+        self._skipped_on_host = count
+
+    def backward(
+        self,
+        losses: Mapping[str, Tensor] | Sequence[Tensor],
+        *,
+        scores: Tensor | None = None,
+        mode: str | None = None,
+        keep_dy: bool = False,
+        step_in_backward: bool = False,
+    ) -> None:
+        """Backpropagate every objective's loss; see `ObjectiveGradients.backward`.
+
+        Args:
+            losses, scores: as there.
+            mode: "autograd", "one_backward" (the default with `scores`), or "gram_first": the
+                common direction is found before any gradient is formed, and p.grad holds it until
+                `step()`; see `raco_fast.gram_first`.
+            keep_dy: of "gram_first".
+            step_in_backward: of "gram_first": update each parameter as soon as its gradient exists
+                and free the gradient; `step()` then has nothing left to do. Not with GradScaler,
+                which has to see the gradients first.
+        """
+        if mode != "gram_first":
+            if keep_dy or step_in_backward:
+                raise ValueError(
+                    f"`keep_dy` and `step_in_backward` need mode='gram_first', got mode={mode!r}"
+                )
+            self.gradients.backward(losses, scores=scores, mode=mode)
+            return
+        self._solution = gram_first(
+            self.gradients,
+            losses,
+            scores,
+            c=self.c,
+            rule=self.rule,
+            max_grad_norm=self.max_grad_norm if step_in_backward else None,
+            keep_dy=keep_dy,
+            on_gradient=self._step_one if step_in_backward else None,
+        )
+        self._along_p_grad = True
 
     def objective(self, name: str) -> AbstractContextManager[None]:
         """Backward passes inside the block belong to `name`; see `ObjectiveGradients.objective`."""
@@ -125,6 +209,7 @@ class ClippedCAGradAdamW(AdamW):
         """Clear p.grad and with it the accumulated gradients of every objective."""
         super().zero_grad(set_to_none)
         self.gradients.forget()
+        self._along_p_grad = False
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Solve for the common direction and take one AdamW step along it.
@@ -148,59 +233,119 @@ class ClippedCAGradAdamW(AdamW):
         return result
 
     def _step(self) -> None:
+        if self._along_p_grad:
+            self._step_along_p_grad()
+            return
         self.gradients.check_complete()
         touched = self.gradients.touched()
-        scale = self._loss_scale()
-        M = ops.gram(self.gradients.lists(touched)) / scale**2
-        if self._found_inf():
+        grads = self.gradients.lists(touched)
+        obstacle: str | None = "a parameter group has capturable=False"
+        if all(group["capturable"] for group in self.param_groups):
+            options = [options_of(group) for group in self.param_groups]
+            obstacle = dispatch.device_obstacle(grads, touched, options)
+        if obstacle is None:
+            self._step_on_device(grads, touched[0].device)
+        elif touched and touched[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"this step cannot be captured in a CUDA graph: {obstacle}; take it outside of "
+                f"the graph"
+            )
+        else:
+            self._step_through_host(grads)
+
+    def _step_through_host(self, grads: Gradients) -> None:
+        """The general step: one wait for the device, for the Gram matrix."""
+        self._leave_device()
+        M, scale = self._gram(grads)
+        self._solution = solution = solve_dual(M, self.weights, self.c, self.rule)
+        self._update(solution, scale, self.gradients.lists)
+
+    def _step_along_p_grad(self) -> None:
+        """After mode "gram_first": p.grad holds the common direction already."""
+        self._along_p_grad = False
+        self._leave_device()
+        params = [p for p in self._parameters() if p.grad is not None]
+        if self._solution is not None and not self._solution.finite:
+            self._skipped_on_host += 1
+        elif params:
+            M, scale = self._gram([[p.grad for p in params]])
+            direction = solve_dual(M, [1.0], c=0.0)
+            self._update(direction, scale, lambda of_group: [[p.grad for p in of_group]])
+
+    def _gram(self, grads: Gradients) -> tuple[Tensor, float]:
+        """(Gram of the unscaled gradients, GradScaler's factor that is still in them)."""
+        asked = [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
+        M, values = ops.gram_beside(grads, [x for x in asked if isinstance(x, Tensor)])
+        read = iter(values)
+        scale, found_inf = (next(read) if isinstance(x, Tensor) else x for x in asked)
+        scale = 1.0 if scale is None else float(scale)
+        M /= scale**2
+        if found_inf:
             M.fill_(torch.nan)
-        self.solution = solution = solve_dual(M, self.weights, self.c, self.rule)
+        return M, scale
+
+    def _update(
+        self,
+        solution: DualSolution,
+        scale: float,
+        lists: Callable[[list[Tensor]], Gradients],
+    ) -> None:
+        """AdamW along the solution's combination of the gradients that `lists` gives."""
         if not solution.finite:
-            self.skipped_steps += 1
+            self._skipped_on_host += 1
             return
         factor = clip_factor(float(solution.update_norm), self.max_grad_norm)
         coefficients = torch.as_tensor(solution.coefficients) * (factor / scale)
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(group, params, coefficients)
+        for part in self._parts():
+            part.update(lists(part.params), coefficients)
 
-    def _update(self, group: dict[str, Any], params: list[Tensor], coefficients: Tensor) -> None:
-        states = [self._state_of(p, group) for p in params]
-        ops.combine_adamw(
-            params,
-            self.gradients.lists(params),
-            coefficients,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
-            [state["step"] for state in states],
-            **_options_of(group),
+    def _step_one(self, p: Tensor) -> None:
+        """AdamW of one parameter along its p.grad."""
+        group = next(g for g in self.param_groups if any(p is q for q in g["params"]))
+        place = next(k for k, q in enumerate(self._parameters()) if p is q)
+        # One parameter is one call, so each needs a seed of its own, as each group has elsewhere.
+        seed = self.seed + len(self.param_groups) + place
+        ((rounding, params),) = by_rounding([p], self._rounding_of(group))
+        with torch.no_grad():
+            part = Part(params, self.state, group, rounding, seed)
+            part.update([[p.grad]], torch.ones(1, dtype=torch.float64))
+
+    def _step_on_device(self, grads: Gradients, device: torch.device) -> None:
+        """The step of `capturable`: nothing waits, nothing is read back."""
+        if self._on_device is None or self._on_device.outputs.step.device != device:
+            from raco_fast.device_step import DeviceStep
+
+            self._leave_device()
+            self._on_device = DeviceStep(len(grads), device)
+        step = self._on_device
+        step.solve(
+            ops.gram_on_device(grads),
+            self.weights,
+            self.c,
+            self.rule,
+            self.max_grad_norm,
+            getattr(self, "grad_scale", None),
+            getattr(self, "found_inf", None),
         )
+        for part in self._parts():
+            part.update_on_device(self.gradients.lists(part.params), step)
 
-    def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """AdamW's state of p, made at p's first step: same keys, dtypes and devices."""
-        state: dict[str, Tensor] = self.state[p]
-        if not state:
-            wide = torch.get_default_dtype() == torch.float64 and not group["fused"]
-            on_device = group["capturable"] or group["fused"]
-            state["step"] = torch.zeros(
-                (),
-                dtype=torch.float64 if wide else torch.float32,
-                device=p.device if on_device else "cpu",
-            )
-            names = ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * group["amsgrad"]]
-            for name in names:
-                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        return state
+    def _leave_device(self) -> None:
+        """Keep what the device knows, as this optimizer's steps go on elsewhere."""
+        if self._on_device is not None:
+            self._solution, self._skipped_on_host = self.solution, self.skipped_steps
+            self._on_device = None
 
-    def _loss_scale(self) -> float:
-        """GradScaler's factor that is still in the gradients; 1 after `scaler.unscale_`."""
-        scale = getattr(self, "grad_scale", None)
-        return 1.0 if scale is None else float(scale)
+    def _parts(self) -> Iterator[Part]:
+        """Every group's parameters that have a gradient, those apart that are rounded otherwise."""
+        for i, group in enumerate(self.param_groups):
+            touched = [p for p in group["params"] if p.grad is not None]
+            for rounding, params in by_rounding(touched, self._rounding_of(group)):
+                yield Part(params, self.state, group, rounding, self.seed + i)
 
-    def _found_inf(self) -> bool:
-        return float(getattr(self, "found_inf", 0.0)) > 0.0
+    def _rounding_of(self, group: dict[str, Any]) -> str:
+        name: str = group.get("rounding", self.rounding)
+        return name
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -213,6 +358,8 @@ class ClippedCAGradAdamW(AdamW):
             "c": self.c,
             "rule": self.rule,
             "max_grad_norm": self.max_grad_norm,
+            "rounding": self.rounding,
+            "seed": self.seed,
             "skipped_steps": self.skipped_steps,
         }
         return state_dict
@@ -220,8 +367,8 @@ class ClippedCAGradAdamW(AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this class or of `torch.optim.AdamW`.
 
-        As torch does for lr, the saved weights, c, rule and max_grad_norm replace the
-        constructor's; a checkpoint of AdamW has none, and the constructor's stay.
+        As torch does for lr, the saved weights, c, rule, max_grad_norm, rounding and seed replace
+        the constructor's; a checkpoint of AdamW has none, and the constructor's stay.
 
         Raises:
             ValueError: the checkpoint is for other objectives (nothing has been loaded then), or
@@ -240,39 +387,31 @@ class ClippedCAGradAdamW(AdamW):
             self.c = own["c"]
             self.rule = own["rule"]
             self.max_grad_norm = own["max_grad_norm"]
+            self.rounding = own["rounding"]
+            self.seed = own["seed"]
             self.skipped_steps = own["skipped_steps"]
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("gradients", "c", "rule", "max_grad_norm", "solution", "skipped_steps")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        names = ("gradients", "c", "rule", "max_grad_norm", "rounding", "seed")
+        own = {name: getattr(self, name) for name in names}
+        of_steps = {"_solution": self.solution, "_skipped_on_host": self.skipped_steps}
+        # A copy begins without gradients, wherever they are: on the device or in p.grad.
+        fresh = {"_on_device": None, "_along_p_grad": False}
+        return {**super().__getstate__(), **own, **of_steps, **fresh}
 
     def __repr__(self) -> str:
         backends = [
-            ops.update_backend(group["params"], _options_of(group)) for group in self.param_groups
+            dispatch.update_backend(params, options_of(group), rounding)
+            for group in self.param_groups
+            for rounding, params in by_rounding(group["params"], self._rounding_of(group))
         ]
         own = {
             "weights": self.weights,
             "c": self.c,
             "rule": self.rule,
             "max_grad_norm": self.max_grad_norm,
+            "rounding": self.rounding,
             "backend": ", ".join(dict.fromkeys(backends)),
         }
         lines = "".join(f"{name}: {value}\n" for name, value in own.items())
         return super().__repr__().removesuffix(")") + lines + ")"
-
-
-def _options_of(group: dict[str, Any]) -> AdamWOptions:
-    beta1, beta2 = group["betas"]
-    return {
-        "lr": group["lr"],
-        "beta1": beta1,
-        "beta2": beta2,
-        "eps": group["eps"],
-        "weight_decay": group["weight_decay"],
-        "amsgrad": group["amsgrad"],
-        "maximize": group["maximize"],
-        "foreach": group["foreach"],
-        "capturable": group["capturable"],
-        "differentiable": group["differentiable"],
-        "fused": group["fused"],
-    }

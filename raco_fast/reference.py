@@ -4,7 +4,8 @@ Three operations over lists of tensors, without a flattened copy of the model:
 
     gram           M_ij = ⟨g_i, g_j⟩, summed over the tensors of a model
     combine        G0 = Σ α_i g_i, written to one tensor per parameter
-    combine_adamw  the same G0, formed bucket by bucket and handed to torch's own AdamW
+    combine_adamw  the same G0, formed bucket by bucket and handed to torch's own AdamW; where
+                   bfloat16 weights are rounded otherwise than to nearest, on float32 copies
 
 Products are float32 (float64 for float64 gradients) whatever the gradient dtype; sums across
 blocks and tensors are float64 and run in a fixed order, so equal inputs give equal bits.
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, TypedDict
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+from raco_fast.rounding import NEAREST, Rounding
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -107,12 +110,15 @@ def combine_adamw(
     exp_avg_sqs: Sequence[Tensor],
     max_exp_avg_sqs: Sequence[Tensor],
     state_steps: Sequence[Tensor],
+    rounding: Rounding = NEAREST,
     **options: Unpack[AdamWOptions],
 ) -> None:
     """One AdamW step along G0 = Σ α_i g_i; parameters and states change in place.
 
     With one objective and α = 1 the gradient itself goes to torch's `adamw`, so the result is
-    that of `torch.optim.AdamW` to the last bit.
+    that of `torch.optim.AdamW` to the last bit. With another rounding than to nearest, `adamw`
+    runs on float32 weights and states, which are then rounded: "split" with float32 states is
+    `torch.optim.AdamW` on float32 parameters, to the last bit.
 
     Args:
         params: n tensors.
@@ -121,27 +127,46 @@ def combine_adamw(
         exp_avgs, exp_avg_sqs: n states of the parameters' shapes and dtypes.
         max_exp_avg_sqs: n states for amsgrad, else empty.
         state_steps: n scalar tensors.
+        rounding: of the parameters.
         **options: see `AdamWOptions`.
     """
     alpha = coefficients.tolist()
     columns = list(zip(*grads, strict=True))
     for bucket in _buckets(params):
-        combined = []
-        for k in bucket:
-            total = _weighted_sum(columns[k], alpha)
-            assert total is not None, "a parameter without any gradient reached combine_adamw"
-            combined.append(total.to(params[k].dtype))
-        of_bucket = [params[k] for k in bucket]
-        adamw(
-            of_bucket,
-            combined,
+        maxima = bucket if options["amsgrad"] else []
+        stored = [
             [exp_avgs[k] for k in bucket],
             [exp_avg_sqs[k] for k in bucket],
-            [max_exp_avg_sqs[k] for k in bucket] if options["amsgrad"] else [],
+            [max_exp_avg_sqs[k] for k in maxima],
+        ]
+        weights, states = [params[k] for k in bucket], stored
+        if rounding.name != "nearest":
+            weights = [rounding.opened(params[k], k) for k in bucket]
+            states = [[s.float() for s in one] for one in stored]
+        combined = [_g0(columns[k], alpha, w.dtype) for k, w in zip(bucket, weights, strict=True)]
+        adamw(
+            weights,
+            combined,
+            states[0],
+            states[1],
+            states[2],
             [state_steps[k] for k in bucket],
-            has_complex=any(p.is_complex() for p in of_bucket),
+            has_complex=any(w.is_complex() for w in weights),
             **options,
         )
+        if rounding.name != "nearest":
+            for k, w in zip(bucket, weights, strict=True):
+                rounding.store(w, params[k], k, state_steps[k])
+            for one, wide in zip(stored, states, strict=True):
+                for state, new in zip(one, wide, strict=True):
+                    state.copy_(new)
+
+
+def _g0(column: Sequence[Tensor | None], alpha: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """Σ α_i g_i of one parameter, in the dtype that `adamw` wants."""
+    total = _weighted_sum(column, alpha)
+    assert total is not None, "a parameter without any gradient reached combine_adamw"
+    return total.to(dtype)
 
 
 def _blocks(

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from raco_fast.combined import clip_factor, combine
 from raco_fast.dual import solve_dual
-from raco_fast.gradients import ObjectiveGradients, clip_factor, combine
+from raco_fast.gradients import ObjectiveGradients
 
 WEIGHTS = {"a": 0.2, "b": 0.5, "c": 0.3}
 

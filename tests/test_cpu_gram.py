@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raco_fast import _C, cpu, ops
+from raco_fast import _C, cpu, dispatch, ops
 
 BLOCK, CHUNK = _C.BLOCK, _C.CHUNK
 SHAPES = [(3,), (17, 5), (1,), (0, 4), (BLOCK - 1,), (BLOCK,), (BLOCK + 1,), (2, 3, 4), ()]
@@ -23,7 +23,7 @@ Lists = list[list[Tensor | None]]
 @pytest.fixture(autouse=True)
 def cpu_backend():
     """Whatever cannot run on the kernels raises, instead of passing on the reference."""
-    with ops.backend("cpu"):
+    with dispatch.backend("cpu"):
         yield
 
 
@@ -158,11 +158,11 @@ def test_more_spans_than_chunks_fit_and_sums_beyond_float32():
 
 def test_fresh_memory_does_not_leak_into_the_result():
     script = (
-        "import torch; from raco_fast import ops\n"
+        "import torch; from raco_fast import dispatch, ops\n"
         "g = torch.Generator().manual_seed(1)\n"
         "x = [[torch.randn(n, generator=g).to(d) for n in (70000, 513, 7) "
         "for d in (torch.float32, torch.bfloat16)] for _ in range(5)]\n"
-        "with ops.backend('cpu'): M = ops.gram(x).tolist()\n"
+        "with dispatch.backend('cpu'): M = ops.gram(x).tolist()\n"
     )
     here: dict = {}
     exec(script, here)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raco_fast import _C, cpu, ops, reference
+from raco_fast import _C, cpu, dispatch, ops, reference
 
 BLOCK, CHUNK = _C.BLOCK, _C.CHUNK
 SHAPES = [(3,), (17, 5), (1,), (0, 4), (BLOCK - 1,), (BLOCK,), (BLOCK + 1,), (2, 3, 4), ()]
@@ -29,7 +29,7 @@ OPTIONS = {
 @pytest.fixture(autouse=True)
 def cpu_backend():
     """Whatever cannot run on the kernels raises, instead of passing on the reference."""
-    with ops.backend("cpu"):
+    with dispatch.backend("cpu"):
         yield
 
 

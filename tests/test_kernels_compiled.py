@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import tempfile
-from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,17 +16,14 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from machine_code import Machine, assert_no_float_atomics, assert_no_spills, compiled, width
 
-from raco_fast.kernels import combine_adamw, gram, tables
+from raco_fast.kernels import columns, combine, combine_adamw, gram, solve_dual, tables
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels cannot be compiled"
 )
 
-BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTERS_PER_MULTIPROCESSOR = 65536
 ARCHITECTURES = (80, 90, 100)
 POINTERS = {
@@ -47,88 +40,23 @@ TABLES = ("addresses", "numels", "ids", "chunks")
 bf16, fp16, fp32, int16 = torch.bfloat16, torch.float16, torch.float32, torch.int16
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What was found in the machine code of one kernel."""
-
-    registers: int
-    local_bytes: int
-    ops: tuple[str, ...]
-    loops: tuple[tuple[str, ...], ...]  # innermost loops that load more than one element at once
-    ptx: str
-    ttir: str
+OPTIONS = {"num_warps": columns.NUM_WARPS, "enable_fp_fusion": True}
 
 
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-
-
-def compiled(
-    kernel: Any, constants: dict[str, object], architecture: int, options: dict[str, object]
+def compile_kernel(
+    kernel: Any,
+    constants: dict[str, object],
+    architecture: int,
+    options: dict[str, object],
+    pointers: dict[str, str] | None = None,
 ) -> Machine:
-    signature = {}
-    for name in kernel.arg_names:
-        scalar = "i32" if name in ("n_chunks", "n_partials") else "*i64"
-        signature[name] = "constexpr" if name in constants else POINTERS.get(name, scalar)
-    divisible = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in TABLES
+    pointers = {**POINTERS, **(pointers or {})}
+    types = {
+        name: "i32" if name in ("n_chunks", "n_partials") else pointers.get(name, "*i64")
+        for name in kernel.arg_names
     }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
-    target = GPUTarget("cuda", architecture, 32)
-    return machine(triton.compile(source, target=target, options=options))
-
-
-def machine(kernel: Any) -> Machine:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        resources, sass = [
-            subprocess.run(
-                [BINARIES / "cuobjdump", option, file.name],
-                check=True,
-                capture_output=True,
-                text=True,
-            ).stdout
-            for option in ("--dump-resource-usage", "-sass")
-        ]
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", resources)
-    assert found is not None
-    registers, stack, local = map(int, found.groups())
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", sass)
-    ops = [(int(address, 16), op, rest) for address, op, rest in lines]
-    return Machine(
-        registers,
-        stack + local,
-        tuple(op for _, op, _ in ops),
-        tuple(main_loops(ops)),
-        kernel.asm["ptx"],
-        kernel.asm["ttir"],
-    )
-
-
-def main_loops(ops: list[tuple[int, str, str]]) -> list[tuple[str, ...]]:
-    """The innermost loops with vector loads (ptxas may unroll one and keep a rest loop)."""
-    ranges = []
-    for address, op, rest in ops:
-        target = re.search(r"0x([0-9a-f]+)", rest)
-        if op.startswith("BRA") and target and int(target.group(1), 16) < address:
-            start = int(target.group(1), 16)
-            body = tuple(o for a, o, _ in ops if start <= a <= address)
-            if any(o.startswith("LDG") and width(o) >= 8 for o in body):
-                ranges.append((start, address, body))
-    return [
-        body
-        for start, end, body in ranges
-        if not any(s >= start and e <= end and (s, e) != (start, end) for s, e, _ in ranges)
-    ]
-
-
-def width(op: str) -> int:
-    """Bytes per thread of a load or store instruction."""
-    parts = op.split(".")
-    for suffix, size in (("256", 32), ("128", 16), ("64", 8), ("U16", 2), ("S16", 2), ("U8", 1)):
-        if suffix in parts:
-            return size
-    return 4
+    tables = [name for name in TABLES if name in types]
+    return compiled(kernel, types, constants, tables, architecture, options)
 
 
 def accesses(body: tuple[str, ...], kind: str) -> list[int]:
@@ -149,8 +77,9 @@ def table(dtypes: list[torch.dtype], m: int, *, aligned: bool = True, missing: b
 @cache
 def compiled_gram(m: int, dtype: torch.dtype, architecture: int, **kind: bool) -> Machine:
     of_m = table([dtype] * m, m, **kind)
-    constants, options = gram.partials_constants(m, of_m), gram.partials_options(m, of_m)
-    return compiled(gram.gram_partials, constants, architecture, options)
+    constants = gram.partials_constants(m, of_m)
+    options = gram.partials_options(m, architecture, of_m.missing)
+    return compile_kernel(gram.gram_partials, constants, architecture, options)
 
 
 @cache
@@ -165,7 +94,7 @@ def compiled_step(
     residual = {"split": [int16], "kahan": [param]}.get(rounding, [])
     columns = [*[grad] * m, param, state, state, *residual]
     constants = combine_adamw.step_constants(m, table(columns, m, **kind), rounding)
-    return compiled(combine_adamw.combine_adamw_step, constants, architecture, OPTIONS)
+    return compile_kernel(combine_adamw.combine_adamw_step, constants, architecture, OPTIONS)
 
 
 @cache
@@ -173,8 +102,8 @@ def compiled_out(
     m: int, dtypes: tuple[torch.dtype, torch.dtype], architecture: int, **kind: bool
 ) -> Machine:
     columns = [*[dtypes[0]] * m, dtypes[1]]
-    constants = combine_adamw.out_constants(m, table(columns, m, **kind))
-    return compiled(combine_adamw.combine_out, constants, architecture, OPTIONS)
+    constants = combine.out_constants(m, table(columns, m, **kind))
+    return compile_kernel(combine.combine_out, constants, architecture, OPTIONS)
 
 
 def resident(registers: int) -> int:
@@ -182,13 +111,8 @@ def resident(registers: int) -> int:
     return min(16, REGISTERS_PER_MULTIPROCESSOR // (128 * (-(-registers // 8) * 8)))
 
 
-def assert_no_spills(code: Machine) -> None:
-    assert code.local_bytes == 0
-    assert not [op for op in code.ops if op.startswith(("LDL", "STL"))]
-
-
 def assert_deterministic_and_64_bit(code: Machine) -> None:
-    assert not re.search(r"\b(red|atom)\.", code.ptx)
+    assert_no_float_atomics(code)
     # The start of a chunk is added to the pointer as int64, beyond 2^31 elements too.
     assert re.search(r"tt\.addptr %\w+, %start\w* : !tt\.ptr<\w+>, i64", code.ttir)
 
@@ -231,8 +155,7 @@ def test_gram(m, dtype, architecture):
     assert_no_spills(code)
     assert_deterministic_and_64_bit(code)
     assert_main_loop(code, [16] * m, [])
-    assert code.registers <= gram.REGISTERS[m]
-    assert resident(code.registers) >= gram.PROGRAMS[m]
+    assert resident(code.registers) >= gram.resident_programs(m, architecture, missing=False)
 
 
 STEPS = [
@@ -287,41 +210,75 @@ def test_combine(m, dtypes, architecture):
     assert_deterministic_and_64_bit(code)
     widths = per_thread(*[dtypes[0]] * m, dtypes[1])
     assert_main_loop(code, widths[:m], widths[m:])
+    assert resident(code.registers) >= combine.PROGRAMS
+
+
+SPECIAL = [
+    pytest.param(m, d, a, marks=slow_unless(m == 2 and a == 90 and d == bf16))
+    for m in range(2, 9)
+    for d in (bf16, fp32)
+    for a in ARCHITECTURES
+]
+
+
+@pytest.mark.parametrize(("m", "dtype", "architecture"), SPECIAL)
+def test_missing_gradients_do_not_narrow_the_loads(m, dtype, architecture):
+    code = compiled_gram(m, dtype, architecture, missing=True)
+    assert_no_spills(code)
+    assert_main_loop(code, [16] * m, [])
+    assert resident(code.registers) >= gram.resident_programs(m, architecture, missing=True)
+    code = compiled_step(m, (dtype, dtype, fp32), "nearest", architecture, missing=True)
+    assert_no_spills(code)
+    widths = per_thread(*[dtype] * m, dtype, fp32, fp32)
+    assert_main_loop(code, widths, widths[m:])
     assert resident(code.registers) >= combine_adamw.PROGRAMS["nearest"]
 
 
-@pytest.mark.parametrize("m", [2, pytest.param(8, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("architecture", [90, *[pytest.param(a, marks=pytest.mark.slow)
-                                                for a in (80, 100)]])  # fmt: skip
-def test_missing_gradients_do_not_narrow_the_loads(m, architecture):
-    code = compiled_gram(m, bf16, architecture, missing=True)
-    assert_no_spills(code)
-    assert_main_loop(code, [16] * m, [])
-    dtypes = (bf16, bf16, fp32)
-    code = compiled_step(m, dtypes, "nearest", architecture, missing=True)
-    assert_no_spills(code)
-    widths = per_thread(*[bf16] * m, bf16, fp32, fp32)
-    assert_main_loop(code, widths, widths[m:])
-
-
-@pytest.mark.parametrize("m", [2, *[pytest.param(m, marks=pytest.mark.slow) for m in (1, 4, 8)]])
-@pytest.mark.parametrize("architecture", [90, *[pytest.param(a, marks=pytest.mark.slow)
-                                                for a in (80, 100)]])  # fmt: skip
-def test_misaligned_tensors_are_read_element_by_element(m, architecture):
+@pytest.mark.parametrize("missing", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("m", "dtype", "architecture"), SPECIAL)
+def test_misaligned_tensors_are_read_element_by_element(m, dtype, architecture, missing):
     # A wider access would fault on the device.
-    gram_code = compiled_gram(m, bf16, architecture, aligned=False)
-    step_code = compiled_step(m, (bf16, bf16, bf16), "nearest", architecture, aligned=False)
+    kind = {"aligned": False, "missing": missing}
+    gram_code = compiled_gram(m, dtype, architecture, **kind)
+    assert resident(gram_code.registers) >= gram.resident_programs(m, architecture, missing)
+    step_code = compiled_step(m, (dtype, dtype, dtype), "nearest", architecture, **kind)
     for code in (gram_code, step_code):
         assert_no_spills(code)
         assert not re.search(r"(ld|st)\.global[.\w]*\.v[24]\.b(16|32)", code.ptx)
-        assert re.search(r"ld\.global[.\w]*\.b16", code.ptx)
+        assert re.search(rf"ld\.global[.\w]*\.b{8 * dtype.itemsize}", code.ptx)
 
 
 @pytest.mark.parametrize("m", [2, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("architecture", [90, *[pytest.param(a, marks=pytest.mark.slow)
                                                 for a in (80, 100)]])  # fmt: skip
 def test_final_sum(m, architecture):
-    code = compiled(gram.gram_total, {"M": m, "BLOCK": 128}, architecture, OPTIONS)
+    code = compile_kernel(gram.gram_total, {"M": m, "BLOCK": 128}, architecture, OPTIONS)
     assert_no_spills(code)
     assert "add.f64" in re.sub(r"add\.rn\.f64", "add.f64", code.ptx)
-    assert not re.search(r"\b(red|atom)\.", code.ptx)
+    assert_no_float_atomics(code)
+
+
+@pytest.mark.parametrize(
+    ("m", "rule", "architecture"),
+    [
+        pytest.param(m, rule, a, marks=slow_unless((m, rule, a) == (2, "cagrad-clip", 90)))
+        for m in (1, 2, 3)
+        for rule in solve_dual.RULES
+        for a in ARCHITECTURES
+    ],
+)
+def test_dual(m, rule, architecture):
+    numbers = ("gram", "problem", "packed", "used")
+    pointers = {**dict.fromkeys(numbers, "*fp64"), "step": "*fp32", "skipped": "*i64"}
+    code = compile_kernel(
+        solve_dual.solve_dual_step,
+        {"M": m, "RULE": rule},
+        architecture,
+        {"num_warps": 1, "enable_fp_fusion": False},
+        pointers,
+    )
+    assert_no_spills(code)
+    # The error terms are what they are the errors of only if nothing is contracted behind them.
+    assert "fma.rn.f64" in code.ptx
+    assert "mul.rn.f64" in code.ptx
+    assert not re.search(r"\b(mul|add|sub)\.f64", code.ptx)

@@ -5,12 +5,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from raco_fast import ops, reference
+from raco_fast import dispatch, ops, reference
 from raco_fast.dual import solve_dual
 
 
 def two_lists() -> list[list[torch.Tensor | None]]:
     return [[torch.ones(3), torch.ones(2, 2)], [torch.ones(3) * 2, None]]
+
+
+@pytest.fixture(autouse=True)
+def nothing_known_of_earlier_tensors() -> None:
+    dispatch.findings.clear()
 
 
 @pytest.fixture
@@ -23,7 +28,7 @@ def calls(monkeypatch) -> list[tuple[str, str]]:
             return lambda *a, **k: made.append((name, operation)) or torch.eye(2)
 
         fake = SimpleNamespace(**{f: record(f) for f in ("gram", "combine", "combine_adamw")})
-        monkeypatch.setitem(ops._BUILT, name, fake)
+        monkeypatch.setitem(dispatch.BUILT, name, fake)
     return made
 
 
@@ -66,9 +71,9 @@ def test_cpu_tensors_take_the_cpu_backend(calls):
 
 
 def test_the_forced_backend_is_the_one_that_runs(calls):
-    with ops.backend("reference"):
+    with dispatch.backend("reference"):
         run_all()
-        with ops.backend("cpu"):
+        with dispatch.backend("cpu"):
             run_all()
         ops.gram(two_lists())
     ops.gram(two_lists())
@@ -77,7 +82,7 @@ def test_the_forced_backend_is_the_one_that_runs(calls):
 
 
 def test_an_exception_ends_the_forcing(calls):
-    with pytest.raises(KeyError), ops.backend("reference"):
+    with pytest.raises(KeyError), dispatch.backend("reference"):
         raise KeyError
     run_all()
     assert calls == ran("cpu", "cpu", "cpu")
@@ -99,12 +104,12 @@ def test_an_exception_ends_the_forcing(calls):
 def test_options_of_the_reference(calls, options, reason):
     run_all(**options)
     assert calls == ran("cpu", "cpu", "reference")
-    assert ops.update_backend([torch.ones(2)], {**OPTIONS, **options}) == "reference"
+    assert dispatch.update_backend([torch.ones(2)], {**OPTIONS, **options}) == "reference"
     forced = pytest.raises(
         RuntimeError,
         match=rf"'cpu' cannot run this combine_adamw: {reason}.*backend\('reference'\)",
     )
-    with forced, ops.backend("cpu"):
+    with forced, dispatch.backend("cpu"):
         run_all(**options)
 
 
@@ -133,7 +138,10 @@ def test_tensors_of_the_reference(calls, name):
     grads, tensors = [like_two(make), like_two(make)], like_two(make)
     run_all(grads, tensors)
     assert calls == ran("reference", "reference", "reference")
-    with pytest.raises(RuntimeError, match=f"cannot run this gram: .*{reason}"), ops.backend("cpu"):
+    with (
+        pytest.raises(RuntimeError, match=f"cannot run this gram: .*{reason}"),
+        dispatch.backend("cpu"),
+    ):
         ops.gram(grads)
 
 
@@ -149,7 +157,7 @@ def test_tensors_that_do_not_match_go_to_the_reference(calls, make, reason):
     grads = [like_two(torch.clone), like_two(torch.clone)]
     run_all(grads, like_two(make))
     assert calls == ran("cpu", "reference", "reference")
-    with pytest.raises(RuntimeError, match=reason), ops.backend("cpu"):
+    with pytest.raises(RuntimeError, match=reason), dispatch.backend("cpu"):
         run_all(grads, like_two(make))
 
 
@@ -182,38 +190,65 @@ def test_what_autograd_would_record_goes_to_the_reference(calls):
     ],
 )
 def test_forcing_triton_where_it_cannot_run_raises(installed, device, cure, monkeypatch):
-    monkeypatch.setattr(ops, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: object() if installed else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
-    monkeypatch.setattr(ops, "_missing_for_triton", ops._missing_for_triton.__wrapped__)
+    monkeypatch.setattr(dispatch, "missing_for_triton", dispatch.missing_for_triton.__wrapped__)
     refused = pytest.raises(RuntimeError, match="backend 'triton' cannot run here: .*" + cure)
-    with refused, ops.backend("triton"):
+    with refused, dispatch.backend("triton"):
         pass
 
 
 def test_forced_triton_refuses_what_it_cannot_do(monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
-    monkeypatch.setattr(ops, "_missing_for_triton", lambda: None)
+    monkeypatch.setattr(dispatch, "missing_for_triton", lambda: None)
     refused = pytest.raises(
         RuntimeError,
         match=r"backend 'triton' cannot run this gram: .* take CUDA tensors",
     )
-    with refused, ops.backend("triton"):
+    with refused, dispatch.backend("triton"):
         ops.gram([[torch.ones(2)], [torch.ones(2)]])
 
 
-def test_cuda_tensors_stay_on_the_reference_until_triton_is_asked_for(monkeypatch):
+@pytest.fixture
+def on_cuda(monkeypatch) -> list[list[SimpleNamespace]]:
+    """Gradients that say they are on a CUDA device where the Triton kernels could run."""
     pytest.importorskip("triton", reason="triton is not installed")
-    monkeypatch.setattr(ops, "_missing_for_triton", lambda: None)
-    monkeypatch.setattr(ops, "_triton_obstacle", lambda *call: None)  # it could run this
-    on_device = SimpleNamespace(is_cuda=True, is_cpu=False, device=torch.device("cuda"))
-    assert ops._module("gram", [[on_device]]) is reference
-    with ops.backend("triton"):
-        assert ops._module("gram", [[on_device]]) is ops._triton()
+    monkeypatch.setattr(dispatch, "missing_for_triton", lambda: None)
+    monkeypatch.setattr(dispatch, "_triton_obstacle", lambda *call: None)
+    monkeypatch.setattr(dispatch, "_disagreements", {})
+    return [[SimpleNamespace(is_cuda=True, device=torch.device("cuda"), requires_grad=False)]]
+
+
+def test_cuda_tensors_take_triton_once_it_has_proved_itself(on_cuda, monkeypatch):
+    from raco_fast import proof
+
+    asked = []
+    monkeypatch.setattr(proof, "disagreement", asked.append)
+    for _ in range(2):
+        assert dispatch.backend_of("gram", on_cuda) == "triton"
+    assert asked == [torch.device("cuda")]
+    assert dispatch.update_backend(on_cuda[0], OPTIONS) == "triton"
+    with dispatch.backend("reference"):
+        assert dispatch.backend_of("gram", on_cuda) == "reference"
+
+
+def test_a_kernel_that_disagrees_is_named_once_and_not_used(on_cuda, monkeypatch):
+    from raco_fast import proof
+
+    monkeypatch.setattr(proof, "disagreement", lambda device: "`combine` differs")
+    with pytest.warns(UserWarning, match="kernels are not used on cuda: `combine` differs; plain"):
+        assert dispatch.backend_of("gram", on_cuda) == "reference"
+    assert (
+        dispatch.backend_of("combine", on_cuda, on_cuda[0]) == "reference"
+    )  # warnings are errors here
+    assert dispatch.update_backend(on_cuda[0], OPTIONS) == "reference"
+    with dispatch.backend("triton"):
+        assert dispatch.backend_of("gram", on_cuda) == "triton"
 
 
 def test_unknown_backend_raises():
     unknown = pytest.raises(ValueError, match=r"`name` must be one of \('triton', .* got 'cuda'")
-    with unknown, ops.backend("cuda"):
+    with unknown, dispatch.backend("cuda"):
         pass
 
 

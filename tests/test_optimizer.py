@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from raco_fast import ops
+from raco_fast import dispatch
 from raco_fast.dual import solve_dual
 from raco_fast.optimizer import ClippedCAGradAdamW
 
@@ -458,7 +458,7 @@ def test_it_is_a_torch_optimizer_and_says_what_it_does():
     for part in ("Parameter Group 0", "lr: 0.02", "weights: {'helpful': 0.5", "c: 0.4"):
         assert part in repr(opt)
     assert "backend: cpu\n" in repr(opt)
-    with ops.backend("reference"):
+    with dispatch.backend("reference"):
         assert "backend: reference\n" in repr(opt)
     opt.add_param_group({"params": [nn.Parameter(torch.ones(2))], "amsgrad": True})
     assert "backend: cpu, reference\n" in repr(opt)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from raco_fast import cpu, ops, reference
+from raco_fast import cpu, dispatch, reference
 from raco_fast.dual import solve_dual
 from raco_fast.optimizer import ClippedCAGradAdamW
 
@@ -109,7 +109,7 @@ def test_fifty_steps_against_float64(dtype, ran):
     ours = fifty_steps(dtype)
     assert set(ran) == {"cpu.gram", "cpu.combine_adamw"}
     assert len(ran) == 50 * 3  # one Gram and two groups
-    with ops.backend("reference"):
+    with dispatch.backend("reference"):
         plain = fifty_steps(dtype)
     assert set(ran[150:]) == {"reference.gram", "reference.combine_adamw"}
     assert error(ours, truth) <= 2 * error(plain, truth)
@@ -164,7 +164,7 @@ def test_every_group_has_its_own_backend(ran):
     )
     opt.step()
     assert ran == ["cpu.gram", "cpu.combine_adamw", "reference.combine_adamw"]
-    with ops.backend("cpu"), pytest.raises(RuntimeError, match="combine_adamw: amsgrad=True"):
+    with dispatch.backend("cpu"), pytest.raises(RuntimeError, match="combine_adamw: amsgrad=True"):
         opt.step()
 
 
@@ -183,7 +183,7 @@ def test_checkpoints_pass_between_the_backends():
         p = starts(torch.float32)[3]
         opts = [ClippedCAGradAdamW([p], weights=[1.0], c=0.0, weight_decay=0.1) for _ in range(2)]
         for t, (opt, backend) in enumerate(zip(opts, (first, second), strict=True)):
-            with ops.backend(backend):
+            with dispatch.backend(backend):
                 for s in range(3):
                     p.grad = slopes(3 * t + s, torch.float32)[0][3]
                     opt.step()

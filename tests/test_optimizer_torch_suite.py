@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import (
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
-from raco_fast import ops
+from raco_fast import dispatch
 from raco_fast.optimizer import ClippedCAGradAdamW
 
 INFO = next(info for info in optim_db if info.optim_cls is AdamW)
@@ -37,7 +37,7 @@ Ours = functools.partial(ClippedCAGradAdamW, weights=[1.0], c=0.0)
 
 @pytest.fixture(autouse=True)
 def reference_backend():
-    with ops.backend("reference"):
+    with dispatch.backend("reference"):
         yield
 
 

@@ -20,6 +20,8 @@ from raco_fast.optimizer import ClippedCAGradAdamW
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 """Learning-rate schedules and their names in transformers; each begins with the warm-up."""
 
+GRADIENT_MODES = ("auto", "autograd", "one_backward", "gram_first")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -42,14 +44,19 @@ class TrainConfig:
         eps: AdamW's epsilon.
         weight_decay: decoupled weight decay.
         max_grad_norm: clip the norm of the combined gradient; None does not clip.
+        rounding: of bfloat16 weights: nearest, stochastic, split or kahan.
         schedule: learning-rate schedule after the warm-up.
         warmup_ratio: share of the steps spent warming up linearly.
         epochs: passes over the data.
         max_steps: stop after so many optimizer steps; None runs all epochs.
         pairs_per_step: pairs in one optimizer step.
         pairs_per_micro_batch: pairs held in memory at once; divides a step into micro-batches.
-        chunk_tokens: rows of logits that exist at any time.
-        seed: of the data order, the adapter's initialisation and dropout.
+        chunk_tokens: full rows of logits whose memory the head may take at any time.
+        gradient_mode: `one_backward` takes one backward pass for all objectives and fails where
+            that is not exact for the model; `auto` does the same and falls back to `autograd`, one
+            pass per objective; `gram_first` stores no gradient per objective, and needs the whole
+            step in one micro-batch.
+        seed: of the data order, the adapter's initialisation, dropout and stochastic rounding.
         eval_every: steps between evaluations; None evaluates at the start and the end only.
         save_every: steps between checkpoints; None saves when interrupted only.
         log_every: steps between records in metrics.jsonl.
@@ -73,6 +80,7 @@ class TrainConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
+    rounding: str = "nearest"
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = 0.1
     epochs: int = 1
@@ -80,6 +88,7 @@ class TrainConfig:
     pairs_per_step: int = 16
     pairs_per_micro_batch: int = 4
     chunk_tokens: int = 256
+    gradient_mode: Literal["auto", "autograd", "one_backward", "gram_first"] = "auto"
     seed: int = 0
     eval_every: int | None = None
     save_every: int | None = None
@@ -111,17 +120,31 @@ class TrainConfig:
             raise ValueError(
                 f"`schedule` must be one of {sorted(SCHEDULES)}, got {self.schedule!r}"
             )
+        self._check_gradient_mode()
         if self.tensorboard and find_spec("tensorboard") is None:
             raise ValueError(
                 "`tensorboard: true` needs the package tensorboard; "
                 "pip install 'raco-fast[tensorboard]'"
             )
 
+    def _check_gradient_mode(self) -> None:
+        if self.gradient_mode not in GRADIENT_MODES:
+            raise ValueError(
+                f"`gradient_mode` must be one of {GRADIENT_MODES}, got {self.gradient_mode!r}"
+            )
+        if self.gradient_mode == "gram_first" and self.pairs_per_micro_batch < self.pairs_per_step:
+            raise ValueError(
+                f"`gradient_mode` 'gram_first' needs the whole step in one micro-batch (products "
+                f"between micro-batches are part of its Gram matrix), got {self.pairs_per_step} "
+                f"`pairs_per_step` in micro-batches of {self.pairs_per_micro_batch}; set both to "
+                f"the same number, or use 'one_backward'"
+            )
+
     @property
     def optimizer_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `ClippedCAGradAdamW`."""
         names = ("lr", "betas", "eps", "weight_decay", "weights", "c", "rule", "max_grad_norm")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, "rounding", "seed")}
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -143,9 +166,10 @@ _FREE_TO_CHANGE = frozenset(
         "output_dir",
         "cache_dir",
         "tensorboard",
+        "gradient_mode",
     }
 )
-"""Settings that may differ on `--resume`: none of them changes what is learnt."""
+"""Settings that may differ on `--resume`: none changes what is learnt, but by rounding."""
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from raco_fast.dpo.batches import labelled_counts, micro_batches
 from raco_fast.dpo.losses import LossOptions, PairScores, preference_losses
 from raco_fast.dpo.metrics import PreferenceMetrics
-from raco_fast.dpo.scoring import ReferenceLogps, score_pairs
+from raco_fast.dpo.scoring import ReferenceLogps, pair_logps, score_pairs
 from raco_fast.dpo.tokenization import EncodedPair, PairBatch, collate
 
 
@@ -44,9 +44,11 @@ class HeldOut:
         """Preference metrics and losses of `model` without dropout, each name after `eval_`."""
         was_training = model.training
         model.eval()
-        result = self._evaluate(
-            lambda batch: score_pairs(model, batch, self.reference, self.chunk_tokens)
-        )
+
+        def score(batch: PairBatch) -> PairScores:
+            return score_pairs(pair_logps(model, batch, self.chunk_tokens), batch, self.reference)
+
+        result = self._evaluate(score)
         model.train(was_training)
         return result
 

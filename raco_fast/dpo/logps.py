@@ -1,22 +1,23 @@
-"""Sequence log-probabilities through a chunked head.
+"""Sequence log-probabilities without full logits.
 
 A causal LM's logits are [batch, length, vocab]: for 8 sequences of 1024 tokens and a vocabulary of
 128k, 4 GiB in fp32, several times that with its log-softmax and gradient. Only the positions whose
-next token belongs to the response are scored, so their hidden states are gathered into [N, d] and
-the head runs on `chunk_tokens` rows at a time; each chunk is recomputed in the backward pass.
-
-The gradient of a bf16 head that is itself trained is a sum over chunks, rounded to bf16 after each:
-its error grows with the number of chunks, and larger chunks mend it.
+next token belongs to the response are scored, so their hidden states are gathered into [N, d], and
+`raco_fast.head` runs the head on them in blocks.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from raco_fast.head import LogitShape, token_logps
+from raco_fast.segments import declared, sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +38,7 @@ def sequence_logps(
         attention_mask: [B, T] beside it, 1 on tokens, 0 on padding.
         completion_mask: [B, T], true where the token is scored; column 0 cannot be (nothing
             predicts it). On the CPU, choosing the rows of the head waits for no GPU.
-        chunk_tokens: rows of logits that exist at any time.
+        chunk_tokens: full rows of logits whose memory the head may take at any time.
     Returns:
         float32 [B]: sum over scored t of log p(input_ids[b, t] | input_ids[b, :t]).
     Raises:
@@ -63,11 +64,12 @@ def sequence_logps(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False
     ).last_hidden_state
     rows, columns = rows.to(hidden.device), columns.to(hidden.device)
-    token_logps = _chunked_token_logps(
-        causal_lm, hidden[rows, columns - 1], input_ids[rows, columns], chunk_tokens
-    )
+    with sequences(rows):  # which sequence each row of the head belongs to
+        logps = _token_logps(
+            causal_lm, hidden[rows, columns - 1], input_ids[rows, columns], chunk_tokens
+        )
     # Placed, then summed by row: a scattered add would run in no fixed order on a GPU.
-    placed = token_logps.new_zeros(input_ids.shape).index_put((rows, columns), token_logps)
+    placed = logps.new_zeros(input_ids.shape).index_put((rows, columns), logps)
     return placed.sum(-1)
 
 
@@ -77,46 +79,43 @@ def unwrap(model: Any) -> PreTrainedModel:
     return model if get_base_model is None else get_base_model()
 
 
-def _chunked_token_logps(
+def _token_logps(
     causal_lm: PreTrainedModel, hidden: Tensor, targets: Tensor, chunk_tokens: int
 ) -> Tensor:
     """float32 [N] log-probabilities of `targets` [N] after `hidden` [N, d]."""
     head = causal_lm.get_output_embeddings()
-    scaling = _LogitScaling.of(causal_lm.config)
+    shape = _logit_shape(causal_lm.config)
+    # PEFT's `modules_to_save` wraps a trained head and passes its attributes on.
+    if isinstance(head, nn.Linear) or hasattr(head, "modules_to_save"):
+        max_logits = chunk_tokens * len(head.weight)
+        return token_logps(
+            hidden, head.weight, head.bias, targets, shape=shape, max_logits=max_logits
+        )
 
     def chunk(hidden: Tensor, targets: Tensor) -> Tensor:
-        return -F.cross_entropy(scaling(head(hidden).float()), targets, reduction="none")
+        return -F.cross_entropy(shape(head(hidden).float()), targets, reduction="none")
 
-    pieces = zip(torch.split(hidden, chunk_tokens), torch.split(targets, chunk_tokens), strict=True)
-    if torch.is_grad_enabled():
-        return torch.cat([checkpoint(chunk, h, t, use_reentrant=False) for h, t in pieces])
-    return torch.cat([chunk(h, t) for h, t in pieces])
+    # A head with an adapter inside: only its module knows its weight, so it is cut by tokens.
+    index = declared()
+    pieces = []
+    for start in range(0, len(targets), chunk_tokens):
+        rows = slice(start, start + chunk_tokens)
+        with nullcontext() if index is None else sequences(index[rows]):
+            pieces.append(checkpoint(chunk, hidden[rows], targets[rows], use_reentrant=False))
+    return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
 
 
-class _LogitScaling:
-    """What some architectures do to the head's output before the softmax.
+def _logit_shape(config: Any) -> LogitShape:
+    """What an architecture does to the head's output before the softmax.
 
     Gemma caps logits (`final_logit_softcapping`), Granite divides (`logits_scaling`), Cohere
     multiplies (`logit_scale`). `check_head` finds any further one before it can do harm.
     """
-
-    def __init__(self, factor: float, cap: float | None) -> None:
-        self.factor, self.cap = factor, cap
-
-    @classmethod
-    def of(cls, config: Any) -> _LogitScaling:
-        config = config.get_text_config()
-        factor = (getattr(config, "logit_scale", None) or 1.0) / (
-            getattr(config, "logits_scaling", None) or 1.0
-        )
-        return cls(factor, getattr(config, "final_logit_softcapping", None))
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        if self.factor != 1.0:
-            logits = logits * self.factor
-        if self.cap is not None:
-            logits = torch.tanh(logits / self.cap) * self.cap
-        return logits
+    config = config.get_text_config()
+    factor = (getattr(config, "logit_scale", None) or 1.0) / (
+        getattr(config, "logits_scaling", None) or 1.0
+    )
+    return LogitShape(factor, getattr(config, "final_logit_softcapping", None))
 
 
 @torch.no_grad()
@@ -137,8 +136,8 @@ def check_head(model: nn.Module, input_ids: Tensor) -> None:
     every_token, scored = torch.ones_like(row), torch.ones_like(row)
     scored[:, 0] = 0
     ours = sequence_logps(model, row, every_token, scored)
-    token_logps = model(input_ids=row, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-    theirs = token_logps.gather(-1, row[0, 1:, None]).sum()
+    all_logps = model(input_ids=row, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    theirs = all_logps.gather(-1, row[0, 1:, None]).sum()
     model.train(was_training)
     # Two summation orders at the model's own precision; a missing scale is off by far more.
     tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2

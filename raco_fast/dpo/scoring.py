@@ -41,24 +41,22 @@ class ReferenceLogps:
         return values[:, 0], values[:, 1]
 
 
-def pair_logps(model: nn.Module, batch: PairBatch, chunk_tokens: int) -> tuple[Tensor, Tensor]:
-    """Summed log-probabilities of responses a and b, float32 [B] each, of a batch on the CPU."""
+def pair_logps(model: nn.Module, batch: PairBatch, chunk_tokens: int) -> Tensor:
+    """Summed log-probabilities, float32 [2B]: responses a, then b, of a batch on the CPU."""
     moved = batch.to(next(model.parameters()).device)
-    logps = sequence_logps(
+    return sequence_logps(
         model, moved.input_ids, moved.attention_mask, batch.completion_mask, chunk_tokens
     )
-    return logps.chunk(2)  # type: ignore[return-value]
 
 
-def score_pairs(
-    model: nn.Module, batch: PairBatch, reference: ReferenceLogps, chunk_tokens: int
-) -> PairScores:
-    """Scores of a batch on the CPU under the policy (with graph) and the reference.
+def score_pairs(logps: Tensor, batch: PairBatch, reference: ReferenceLogps) -> PairScores:
+    """Scores of a batch on the CPU under the policy and the reference.
 
-    They are on the model's device. The batch's masks and labels only select, so they stay on the
-    CPU, and nothing waits for the GPU.
+    Args:
+        logps: `pair_logps` of the policy. The scores are on its device; the batch's masks and
+            labels only select, so they stay on the CPU, and nothing waits for the GPU.
     """
-    logps_a, logps_b = pair_logps(model, batch, chunk_tokens)
+    logps_a, logps_b = logps.chunk(2)
     device = logps_a.device
     ref_a, ref_b = reference.of(batch.ids, device)
     tokens_a, tokens_b = batch.tokens_a.to(device), batch.tokens_b.to(device)
@@ -137,7 +135,7 @@ def _compute(
     with adapter_off(model), tqdm(total=len(pairs), desc="reference", unit="pair") as progress:
         for group in micro_batches(pairs, batch_pairs):
             batch = collate(group, pad_id)
-            logps_a, logps_b = pair_logps(model, batch, chunk_tokens)
+            logps_a, logps_b = pair_logps(model, batch, chunk_tokens).chunk(2)
             both = zip(logps_a.tolist(), logps_b.tolist(), strict=True)
             by_id |= dict(zip(batch.ids, both, strict=True))
             progress.update(len(group))

@@ -35,9 +35,16 @@ from raco_fast.dpo.models import (
     load_tokenizer,
     trainable,
 )
-from raco_fast.dpo.scoring import ReferenceLogps, data_hash, reference_logps, score_pairs
+from raco_fast.dpo.scoring import (
+    ReferenceLogps,
+    data_hash,
+    pair_logps,
+    reference_logps,
+    score_pairs,
+)
 from raco_fast.dpo.tokenization import EncodedPair, collate
 from raco_fast.optimizer import ClippedCAGradAdamW
+from raco_fast.prepared import prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,6 +98,8 @@ class Trainer:
         self.device = next(self.model.parameters()).device
         probe = train_pairs[0].prompt_ids + train_pairs[0].a_ids
         check_head(self.model, torch.tensor(probe, device=self.device))
+        if config.gradient_mode != "autograd":
+            prepare(self.model, strict=config.gradient_mode != "auto")
         self.pairs = train_pairs
         self.reference = self._reference(train_pairs, model_hash)
         self.held_out = self._held_out(eval_pairs, model_hash) if eval_pairs else None
@@ -166,28 +175,26 @@ class Trainer:
         tokens = 0
         for group in micro_batches(pairs, config.pairs_per_micro_batch):
             batch = collate(group, self._pad_id)
-            scores = score_pairs(self.model, batch, self.reference, config.chunk_tokens)
+            logps = pair_logps(self.model, batch, config.chunk_tokens)
+            scores = score_pairs(logps, batch, self.reference)
             losses = preference_losses(
                 scores, batch.labels, loss=config.loss, options=config.loss_options, counts=counts
             )
-            self._backward(losses)
+            self._backward(losses, logps)
             preference.add(scores, batch.labels)
             totals = {name: totals[name] + losses[name].detach() for name in totals}
             tokens += int(batch.attention_mask.sum())
         return preference, totals, tokens
 
-    def _backward(self, losses: dict[str, Tensor]) -> None:
-        """One backward pass for each objective that has a labelled pair in this micro-batch.
+    def _backward(self, losses: dict[str, Tensor], logps: Tensor) -> None:
+        """Every objective's gradient, in the configured mode.
 
         A loss that is not finite makes its gradient so too, which skips the step: clamped losses
         (hinge) can be NaN with a finite gradient.
         """
-        labelled = [name for name, loss in losses.items() if loss.requires_grad]
-        for name, loss in losses.items():
-            with self.state.optimizer.objective(name):
-                if name in labelled:
-                    one_or_nan = 1 + 0 * loss.detach()
-                    loss.backward(one_or_nan, retain_graph=name != labelled[-1])  # type: ignore[no-untyped-call]
+        honest = {name: loss * (1 + 0 * loss.detach()) for name, loss in losses.items()}
+        mode = {"auto": "one_backward"}.get(self.config.gradient_mode, self.config.gradient_mode)
+        self.state.optimizer.backward(honest, scores=logps, mode=mode)
 
     def _report_skip(self) -> None:
         optimizer = self.state.optimizer

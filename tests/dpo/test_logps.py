@@ -155,33 +155,35 @@ def test_right_padding_changes_nothing():
 
 
 class LargestLogits(TorchDispatchMode):
-    """The most rows of any tensor whose last dimension is the vocabulary."""
+    """The most logits in any matrix with a row for each of so many tokens."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int) -> None:
         super().__init__()
-        self.rows = 0
+        self.tokens, self.most = tokens, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            shape = getattr(tensor, "shape", ())
-            if len(shape) and shape[-1] == VOCAB and tuple(shape) != (WIDTH, VOCAB):  # the head's
-                self.rows = max(self.rows, tensor.numel() // VOCAB)
+            rows, *columns = getattr(tensor, "shape", None) or (0,)
+            if rows == self.tokens and len(columns) == 1 and columns != [WIDTH]:
+                self.most = max(self.most, tensor.numel())
         return result
 
 
-def test_no_more_rows_of_logits_exist_than_a_chunk_has():
-    model, batch = make_model(), make_batch()
-    assert int(batch[2].sum()) > 30
-    with LargestLogits() as seen:
+def test_no_more_logits_exist_than_the_full_rows_of_a_chunk():
+    model, batch = make_model(), make_batch(9)
+    tokens = int(batch[2].sum())
+    assert tokens > 50  # and so unlike every width of the model
+    fits = 5 * VOCAB // tokens * tokens  # the vocabulary is cut, for all tokens alike
+    with LargestLogits(tokens) as seen:
         sequence_logps(model, *batch, chunk_tokens=5).sum().backward()
-    assert seen.rows == 5
-    with LargestLogits() as seen, torch.no_grad():
+    assert seen.most == fits <= 5 * VOCAB
+    with LargestLogits(tokens) as seen, torch.no_grad():
         sequence_logps(model, *batch, chunk_tokens=5)
-    assert seen.rows == 5
-    with LargestLogits() as seen:  # the test sees what it looks for
-        full_logps(model, *batch)
-    assert seen.rows == batch[0].numel()
+    assert seen.most == fits
+    with LargestLogits(tokens) as seen:  # the test sees what it looks for
+        sequence_logps(model, *batch, chunk_tokens=tokens)
+    assert seen.most == tokens * VOCAB
 
 
 def with_lora(model: nn.Module, dropout: float = 0.0, **options) -> nn.Module:
@@ -278,10 +280,11 @@ def test_check_head_refuses_an_unknown_transform_of_the_logits(dtype):
 
 
 def test_check_head_reads_no_more_than_64_tokens():
-    model = make_model()
-    with LargestLogits() as seen:
-        check_head(model, torch.arange(3, 203))
-    assert seen.rows == 64
+    model, rows = make_model(), []
+    model.lm_head.register_forward_hook(lambda head, args, y: rows.append(y.shape[:-1]))
+    model.model.register_forward_hook(lambda m, args, y: rows.append(y[0].shape[:-1]))
+    check_head(model, torch.arange(3, 203))
+    assert rows == [(1, 64)] * 3  # of both decoders and of the head between them
 
 
 def test_errors():

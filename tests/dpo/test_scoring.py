@@ -92,20 +92,21 @@ def test_the_adapter_is_off_in_the_reference_and_on_in_the_policy(make_model, tm
             nn.init.normal_(parameter)
     ours = reference(policy, pairs, tmp_path / "b")
     assert ours.by_id == base
-    scores = score_pairs(policy, collate(pairs, 0), ours, 5)
+    scores = score_pairs(pair_logps(policy, collate(pairs, 0), 5), collate(pairs, 0), ours)
     assert (scores.logps_a - scores.ref_logps_a).abs().min() > 1e-3
     assert scores.logps_a.requires_grad
     assert not scores.ref_logps_a.requires_grad
     with adapter_off(policy), torch.no_grad():
         again = pair_logps(policy, collate(pairs, 0), 5)
-    torch.testing.assert_close(again[0], scores.ref_logps_a, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again.chunk(2)[0], scores.ref_logps_a, rtol=1e-5, atol=1e-5)
 
 
 def test_the_untrained_policy_scores_exactly_as_its_reference(make_model, tmp_path):
     model, pairs = make_model().eval(), make_pairs()
     ours = reference(model, pairs, tmp_path)
     for group in micro_batches(pairs, 4):
-        scores = score_pairs(model, collate(group, 0), ours, 5)
+        batch = collate(group, 0)
+        scores = score_pairs(pair_logps(model, batch, 5), batch, ours)
         assert torch.equal(scores.logps_a, scores.ref_logps_a)
         assert torch.equal(scores.logps_b, scores.ref_logps_b)
 

@@ -4,21 +4,28 @@ The interpreter is chosen by TRITON_INTERPRET=1 before triton is imported, and t
 whole process; `tests/test_kernels_interpreted.py` starts such a process. Without either, nothing
 here is collected.
 
-The interpreter is repaired here in two places, in the tests only:
+The interpreter is repaired here in four places, in the tests only:
 - float32 -> bfloat16 truncates in triton 3.6 and 3.9; devices round to nearest even;
-- loop bounds call int() on an array of one element, which numpy >= 2.4 refuses (triton 3.6).
+- `tl.dot` multiplies the bit patterns of bfloat16 operands as if they were integers;
+- loop bounds call int() on an array of one element, which numpy >= 2.4 refuses (triton 3.6);
+- tl.fma rounds the product of float64 before it adds; devices round once.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from raco_fast import dispatch
+
+SPLIT = 2.0**27 + 1  # Veltkamp's: cuts a float64 into two halves whose products are exact
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
@@ -37,12 +44,108 @@ def fresh_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def nothing_known_of_earlier_tensors() -> None:
+    """Tests replace backends, which findings for equal tensors would outlive."""
+    dispatch.findings.clear()
+
+
+SIZES = [(1,), (0, 4), (511,), (3, 3), (1025,), (), (8,), (4099,)]
+ALPHA = (0.6, 0.55, -0.25, 0.4, 1.2, 0.3, 0.8, 0.05)
+
+
+class Problem:
+    """Parameters, gradients and AdamW states in the middle of a run."""
+
+    OPTIONS: ClassVar[dict[str, Any]] = {
+        "lr": 0.013,
+        "beta1": 0.85,
+        "beta2": 0.97,
+        "eps": 1e-6,
+        "weight_decay": 0.07,
+        "amsgrad": False,
+        "maximize": False,
+        "foreach": False,
+        "capturable": False,
+        "differentiable": False,
+        "fused": False,
+    }
+
+    def __init__(self, device, m, grad, param, state, sizes=SIZES, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(scale: float, dtype: torch.dtype) -> list[Tensor]:
+            values = [torch.randn(s, generator=generator, dtype=torch.float64) for s in sizes]
+            return [(scale * v).to(device, dtype) for v in values]
+
+        self.params = draw(0.3, param)
+        self.grads: list[list[Tensor | None]] = [draw(0.1, grad) for _ in range(m)]
+        self.exp_avgs = draw(0.05, state)
+        self.exp_avg_sqs = [v.abs() for v in draw(0.01, state)]
+        self.steps = [torch.tensor(6.0 + k) for k in range(len(sizes))]
+        self.alpha = torch.tensor(ALPHA[:m], dtype=torch.float64)
+
+    def state(self) -> list[Tensor]:
+        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs]
+
+    def step(self, backend, **options) -> None:
+        backend.combine_adamw(
+            self.params,
+            self.grads,
+            self.alpha,
+            self.exp_avgs,
+            self.exp_avg_sqs,
+            [],
+            self.steps,
+            **{**self.OPTIONS, **options},
+        )
+
+    def launch(
+        self, rounding="nearest", residuals=None, alpha=None, seed=0, lr=OPTIONS["lr"], **scalars
+    ) -> None:
+        """The kernel itself, with everything it reads from device memory."""
+        from raco_fast import triton_backend
+        from raco_fast.kernels import combine_adamw as kernels
+
+        device, options = self.params[0].device, {**self.OPTIONS, "lr": lr}
+        for step in self.steps:
+            step += 1
+
+        def one(value: float) -> Tensor:
+            return torch.tensor([value], device=device)
+
+        kernels.combine_adamw(
+            self.params,
+            self.grads,
+            self.exp_avgs,
+            self.exp_avg_sqs,
+            triton_backend.hyper_rows(torch.stack(self.steps), options).to(device),
+            kernels.Scalars(
+                alpha=(self.alpha if alpha is None else alpha).float().to(device),
+                clip=one(scalars.get("clip", 1.0)),
+                grad_scale=one(scalars.get("grad_scale", 1.0)),
+                found_inf=one(scalars.get("found_inf", 0.0)),
+                seed=torch.tensor([seed], device=device),
+            ),
+            rounding,
+            residuals,
+        )
+
+
+@pytest.fixture
+def make_problem(device: torch.device) -> partial[Problem]:
+    """(m, dtypes of gradients, parameters and states, sizes, seed) -> `Problem` on the device."""
+    return partial(Problem, device)
+
+
 def repair_interpreter() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
     patch_tensor = interpreter._patch_lang_tensor
     cast = interpreter.InterpreterBuilder.cast_impl
+    multiply_add = interpreter.InterpreterBuilder.create_fma
+    dot = interpreter.InterpreterBuilder.create_dot
 
     def patch_tensor_and_index(tensor: Any, scope: Any) -> None:
         patch_tensor(tensor, scope)
@@ -60,8 +163,26 @@ def repair_interpreter() -> None:
             return interpreter.TensorHandle(bits, tl.bfloat16)
         return cast(self, source, target)
 
+    def fused(self: Any, x: Any, y: Any, z: Any) -> Any:
+        if z.dtype.scalar != tl.float64:
+            return multiply_add(self, x, y, z)
+        a, b = x.data, y.data
+        product = a * b
+        high_a, high_b = [v * SPLIT - (v * SPLIT - v) for v in (a, b)]  # 26 bits each
+        low_a, low_b = a - high_a, b - high_b
+        lost = (high_a * high_b - product + high_a * low_b + low_a * high_b) + low_a * low_b
+        return interpreter.TensorHandle(product + z.data + lost, tl.float64)
+
+    interpreter.InterpreterBuilder.create_fma = fused
+
+    def widening_dot(self: Any, a: Any, b: Any, c: Any, *options: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = [rounding_cast(self, operand, tl.float32) for operand in (a, b)]
+        return dot(self, a, b, c, *options)
+
     interpreter._patch_lang_tensor = patch_tensor_and_index
     interpreter.InterpreterBuilder.cast_impl = rounding_cast
+    interpreter.InterpreterBuilder.create_dot = widening_dot
 
 
 if INTERPRETED:

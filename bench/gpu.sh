@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Everything that can only be learned on a CUDA device, in at most 8 minutes and without network:
+#
+#     bench/gpu.sh OUT_DIR [options of `python -m bench`]
+#
+# Builds the extension, runs the kernel tests and compute-sanitizer (where present), measures the
+# ceilings and the suites. OUT_DIR gets records.jsonl (as it goes), report.txt and log.txt. A part
+# that fails or runs out of time leaves a record that says so, and the next one starts.
+set -u -o pipefail
+out=$(realpath -m "${1:?usage: bench/gpu.sh OUT_DIR [options of python -m bench]}")
+options=("${@:2}")
+cd "$(dirname "$0")/.." && mkdir -p "$out"
+python=${PYTHON:-python3}
+total=${SECONDS_IN_ALL:-470}
+# The largest lists nearly fill the memory; without this, fragments of it would be lost.
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True PYTHONUNBUFFERED=1
+
+part() { # part NAME SECONDS COMMAND...
+    local name=$1 seconds=$2 status=0
+    ((seconds < total - SECONDS)) || seconds=$((total - SECONDS))
+    if ((seconds > 0)); then
+        timeout --kill-after=5 "$seconds" "${@:3}" || status=$?
+        ((status == 0)) && return
+    fi
+    "$python" -m bench.records "$out" "$name" \
+        "status $status with $seconds s at most (124, 137: killed when they were over)"
+}
+
+suite() { # suite NAME SECONDS: told to end by itself, ten seconds before it is killed
+    part "$1" "$2" "$python" -m bench "$1" --out "$out" --seconds "$(($2 - 15))" "${options[@]}"
+}
+
+{
+    # egg_info: `import raco_fast` reads its version from the metadata of an installation.
+    part build 120 "$python" setup.py --quiet egg_info build_ext --inplace
+    suite tests 125
+    suite ceilings 30
+    suite gram 85
+    suite step 105
+    suite combine_adamw 80
+    "$python" -m bench.records "$out" >"$out/report.txt"
+    cat "$out/report.txt"
+} 2>&1 | tee "$out/log.txt"

@@ -1,0 +1,130 @@
+"""compute-sanitizer over every kernel: memory accesses, races, uninitialised reads.
+
+The process it watches is `python -m bench.sanitizer`, which launches every kernel that the package
+calls, through public operations, on small lists: sizes around a vector, a block and a chunk,
+missing gradients, addresses that are no multiple of 16. The checkers slow a kernel down a
+hundredfold.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from shutil import which
+
+import torch
+from torch import Tensor
+
+from bench.jobs import Done
+from bench.machine import ROOT
+from bench.records import Records
+
+TOOLS = ("memcheck", "racecheck", "initcheck")
+FINISHED = "all kernels launched"
+_SIZES = (1, 7, 8, 1023, 1025, 4097)
+
+
+def kernels() -> list[str]:
+    """Names of the functions in kernels/*.py that are launched, as in `name[grid](...)`."""
+    trees = [ast.parse(f.read_text(encoding="utf-8")) for f in (ROOT / "kernels").glob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    defined = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    called = [node.func for node in nodes if isinstance(node, ast.Call)]
+    launched = {ast.unparse(f.value) for f in called if isinstance(f, ast.Subscript)}
+    return sorted(defined & launched)
+
+
+def commands() -> dict[str, list[str]]:
+    """Record name -> command; none where compute-sanitizer is not installed."""
+    if which("compute-sanitizer") is None:
+        return {}
+    common = ["--target-processes", "application-only", "--report-api-errors", "no"]
+    ours = [option for name in kernels() for option in ("--kernel-name", f"kns={name}")]
+    return {
+        f"sanitizer/{tool}": [
+            # Without torch's cache every tensor is an allocation of its own, whose end is guarded.
+            *("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"),
+            *("compute-sanitizer", "--tool", tool, *common),
+            # Filtered, initcheck would not see what other kernels initialise.
+            *([] if tool == "initcheck" else ours),
+            *(sys.executable, "-m", "bench.sanitizer"),
+        ]
+        for tool in TOOLS
+    }
+
+
+def record(records: Records, name: str, done: Done) -> None:
+    """Write what one tool reported; a tool that could not do its work is a failure."""
+    lines = done.output.splitlines()
+    reports = [x for x in lines if x.startswith("=====") and any(k in x for k in kernels())]
+    if done.code is None:
+        records.add(name, {}, failure="not finished in time")
+    elif reports:
+        records.add(name, {}, reports=len(reports), failure="\n".join(reports[:5]))
+    elif FINISHED not in lines:
+        records.add(name, {}, failure=done.output[-1500:])
+    else:
+        records.add(name, {}, reports=0, seconds=round(done.seconds, 1))
+
+
+def launch_all(device: torch.device) -> None:
+    """Every kernel, in every variant that accesses memory in its own way."""
+    from raco_fast import ops
+
+    variants: list[tuple[int, torch.dtype]] = [
+        (2, torch.bfloat16), (3, torch.float32), (8, torch.bfloat16), (12, torch.float16)
+    ]  # fmt: skip
+    for m, dtype in variants:
+        for grads in _lists(m, dtype, device):
+            assert torch.isfinite(ops.gram(grads)).all()
+    for m, dtype in variants[:2]:
+        for grads in _lists(m, dtype, device):
+            like = [next(g for g in column if g is not None) for column in zip(*grads, strict=True)]
+            alpha = torch.full((m,), 1.0 / m, dtype=torch.float64)
+            out, params, exp_avgs, exp_avg_sqs = ([g.clone() for g in like] for _ in range(4))
+            ops.combine(grads, alpha, out)
+            torch._foreach_mul_(exp_avg_sqs, exp_avg_sqs)
+            steps = [torch.zeros(()) for _ in params]
+            options = {"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
+            flags = ("amsgrad", "maximize", "capturable", "differentiable")
+            rest = {**dict.fromkeys(flags, False), "foreach": None, "fused": None}
+            ops.combine_adamw(
+                params, grads, alpha, exp_avgs, exp_avg_sqs, [], steps, **options, **rest
+            )
+            for t in (*out, *params):
+                assert torch.isfinite(t).all()
+    if device.type == "cuda":
+        for m in (2, 3):
+            _step_on_device(m, device)
+
+
+def _step_on_device(m: int, device: torch.device) -> None:
+    """The kernel that solves the dual problem runs in a capturable step only."""
+    from raco_fast import ClippedCAGradAdamW
+
+    p = torch.nn.Parameter(torch.linspace(-1, 1, 1025, device=device))
+    opt = ClippedCAGradAdamW([p], weights=[1.0 / m] * m, capturable=True)
+    opt.backward([(p - i).square().sum() for i in range(m)])
+    opt.step()
+    assert torch.isfinite(p).all()
+
+
+def _lists(m: int, dtype: torch.dtype, device: torch.device) -> Iterator[list[list[Tensor | None]]]:
+    """m lists: complete, with missing gradients, and at addresses that are no multiple of 16."""
+    generator = torch.Generator().manual_seed(m)
+    values = [[torch.randn(n + 1, generator=generator) for n in _SIZES] for _ in range(m)]
+    on_device = [[v.to(device, dtype) for v in one] for one in values]
+    yield [[g[:-1].clone() for g in one] for one in on_device]
+    yield [[None if (i + k) % m == 0 else g for k, g in enumerate(one)]
+           for i, one in enumerate(on_device)]  # fmt: skip
+    yield [[g[1:] for g in one] for one in on_device]
+
+
+if __name__ == "__main__":
+    import raco_fast
+
+    with raco_fast.backend("triton"):
+        launch_all(torch.device("cuda"))
+    torch.cuda.synchronize()
+    print(FINISHED)

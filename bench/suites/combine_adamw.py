@@ -1,0 +1,56 @@
+"""G0 = Σ α_i g_i and AdamW along it, with the coefficients at hand.
+
+`adamw` is torch's fused AdamW on one gradient: the price of one objective. `cat`, whose flattened
+copy is made for its Gram, takes part in `step` only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from bench.cases import Case
+from bench.contest import Contest, contest_of_steps, our_calls
+from bench.problems import ADAMW, Weights
+from bench.rivals import rivals
+from raco_fast import ops
+
+NAME = "combine_adamw"
+COEFFICIENTS = (0.6, 0.55, -0.25, 0.4, 1.2, 0.3, 0.8, 0.05)
+OPTIONS = {
+    "lr": ADAMW["lr"],
+    "beta1": ADAMW["betas"][0],
+    "beta2": ADAMW["betas"][1],
+    "eps": ADAMW["eps"],
+    "weight_decay": ADAMW["weight_decay"],
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+}
+
+
+def bytes_held(case: Case) -> int:
+    return (case.m + 3) * case.size
+
+
+def bytes_moved(case: Case) -> int:
+    return (case.m + 6) * case.size  # weights and two states are read and written
+
+
+def contest(case: Case, skip: Sequence[str]) -> Contest:
+    grads = case.gradients()
+    params, exp_avgs, exp_avg_sqs = (case.random(seed) for seed in (100, 101, 102))
+    steps = [torch.zeros(()) for _ in params]
+    weights = Weights([nn.Parameter(p) for p in params], exp_avgs, exp_avg_sqs, steps)
+    alpha = torch.tensor(COEFFICIENTS[: case.m], dtype=torch.float64)
+    states = (exp_avgs, exp_avg_sqs, [], steps)
+    calls = our_calls(case, partial(ops.combine_adamw, params, grads, alpha, *states, **OPTIONS))
+    for name, rival in rivals(case.m, (*skip, "cat")).items():
+        calls[name] = torch.no_grad()(partial(rival.update, weights, grads, alpha.tolist()))
+    return contest_of_steps(calls, weights, grads, alpha)

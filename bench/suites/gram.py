@@ -1,0 +1,39 @@
+"""The Gram matrix of m gradients, as the optimizer asks for it: m² numbers on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor
+
+from bench.cases import Case
+from bench.contest import Contest, our_calls
+from bench.problems import Tensors, exact_gram, gram_error
+from bench.rivals import Rival, rivals
+from raco_fast import ops
+
+NAME = "gram"
+
+
+def bytes_held(case: Case) -> int:
+    return case.m * case.size
+
+
+def bytes_moved(case: Case) -> int:
+    return case.m * case.size
+
+
+def contest(case: Case, skip: Sequence[str]) -> Contest:
+    grads = case.gradients()
+    truth = exact_gram(grads)
+    calls = our_calls(case, partial(ops.gram, grads))
+    for name, rival in rivals(case.m, skip).items():
+        calls[name] = partial(gram, rival, grads)
+    return Contest(calls, lambda name: gram_error(calls[name](), truth), tolerance=1e-5)
+
+
+def gram(rival: Rival, grads: Sequence[Tensors]) -> Tensor:
+    M = rival.gram(grads)
+    rival.forget()
+    return M

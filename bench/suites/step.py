@@ -1,0 +1,78 @@
+"""A whole optimizer step with the gradients at hand: Gram, dual problem, combination, AdamW.
+
+Everybody solves the dual problem with `solve_dual`, but `capturable`, our step that never waits for
+the device (m <= 3, CUDA only). `adamw` is torch's fused AdamW on one gradient: the price of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from bench.cases import Case
+from bench.contest import Contest, contest_of_steps, our_calls
+from bench.problems import ADAMW, Tensors, Weights, exact_gram
+from bench.records import OURS
+from bench.rivals import Rival, rivals
+from raco_fast import ClippedCAGradAdamW, solve_dual
+from raco_fast.dispatch import MAX_ON_DEVICE
+
+NAME = "step"
+C = 0.4
+STATES = ("exp_avg", "exp_avg_sq", "step")
+
+
+def bytes_held(case: Case) -> int:
+    return (case.m + 3) * case.size
+
+
+def bytes_moved(case: Case) -> int:
+    return (2 * case.m + 6) * case.size  # the gradients for the Gram, and again for the update
+
+
+def contest(case: Case, skip: Sequence[str]) -> Contest:
+    grads = case.gradients()
+    params = [nn.Parameter(p) for p in case.random(100)]
+    ours = optimizer(params, grads)
+    calls = our_calls(case, ours.step)
+    calls[OURS]()  # makes the states, which all others share
+    states = [ours.state[p] for p in params]
+    exp_avgs, exp_avg_sqs, steps = ([state[k] for state in states] for k in STATES)
+    if case.device.type == "cuda" and case.m <= MAX_ON_DEVICE:
+        twins = [nn.Parameter(p.detach()) for p in params]
+        capturable = optimizer(twins, grads, capturable=True)
+        for p, m, v in zip(twins, exp_avgs, exp_avg_sqs, strict=True):
+            steps.append(torch.zeros((), device=case.device))
+            capturable.state[p] = dict(zip(STATES, (m, v, steps[-1]), strict=True))
+        calls["capturable"] = our_calls(case, capturable.step)[OURS]
+    weights = Weights(params, exp_avgs, exp_avg_sqs, steps)
+    for name, rival in rivals(case.m, skip).items():
+        calls[name] = torch.no_grad()(partial(step, rival, weights, grads))
+    return contest_of_steps(calls, weights, grads, coefficients(exact_gram(grads)))
+
+
+def optimizer(
+    params: Sequence[nn.Parameter], grads: Sequence[Tensors], capturable: bool = False
+) -> ClippedCAGradAdamW:
+    """Ours, with the gradients as if backward passes had left them."""
+    opt = ClippedCAGradAdamW(params, **ADAMW, weights=equal(len(grads)), c=C, capturable=capturable)
+    for name, one in zip(opt.objective_names, grads, strict=True):
+        with opt.objective(name):
+            for p, g in zip(params, one, strict=True):
+                p.grad = g
+    return opt
+
+
+def step(rival: Rival, weights: Weights, grads: Sequence[Tensors]) -> None:
+    rival.update(weights, grads, coefficients(rival.gram(grads)).tolist())
+
+
+def coefficients(M: Tensor) -> Tensor:
+    return torch.as_tensor(solve_dual(M, equal(len(M)), C).coefficients)
+
+
+def equal(m: int) -> list[float]:
+    return [1.0 / m] * m

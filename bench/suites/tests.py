@@ -1,0 +1,22 @@
+"""Tests of everything that is timed, and the memory checkers where there are any."""
+
+from __future__ import annotations
+
+from bench import correctness, sanitizer
+from bench.jobs import run_together
+from bench.session import Session
+
+NAME = "tests"
+
+
+def run(session: Session) -> None:
+    device = session.device.type
+    tests = correctness.commands(correctness.files(device))
+    checkers = sanitizer.commands() if device == "cuda" else {}
+    # Deterministic algorithms, which the kernel tests switch on, want it on CUDA devices.
+    environment = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    for name, done in run_together({**tests, **checkers}, environment, session.until).items():
+        (correctness if name in tests else sanitizer).record(session.records, name, done)
+        print(f"\n### {name}: status {done.code}, {done.seconds:.0f} s\n{done.output[-4000:]}")
+    if device == "cuda" and not checkers:
+        session.records.add("sanitizer", {}, failure="compute-sanitizer is not on PATH")

@@ -1,0 +1,133 @@
+"""The parameters of one group that are updated together, with their AdamW states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from raco_fast import ops
+from raco_fast.reference import AdamWOptions, Gradients
+from raco_fast.rounding import WITH_RESIDUAL, Rounding
+
+if TYPE_CHECKING:
+    from raco_fast.device_step import DeviceStep
+
+
+class Part:
+    """Some parameters of a group.
+
+    Args:
+        params: the parameters, each with a gradient.
+        state: the optimizer's; states that are missing are made, as AdamW makes them.
+        group: the parameter group.
+        rounding: of all these parameters.
+        seed: of stochastic rounding, one that no other part has.
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        state: Mapping[Tensor, dict[str, Tensor]],
+        group: dict[str, Any],
+        rounding: str,
+        seed: int,
+    ) -> None:
+        self.params = params
+        self._states = [_state_of(p, state[p], group, rounding) for p in params]
+        self._options = options_of(group)
+        residuals = self._all(_residual(rounding)) if rounding in WITH_RESIDUAL else []
+        self._rounding = Rounding(rounding, residuals, seed)
+
+    def update(self, grads: Gradients, coefficients: Tensor) -> None:
+        """One AdamW step along Σ α_i g_i."""
+        ops.combine_adamw(
+            self.params,
+            grads,
+            coefficients,
+            self._all("exp_avg"),
+            self._all("exp_avg_sq"),
+            self._all("max_exp_avg_sq") if self._options["amsgrad"] else [],
+            self._all("step"),
+            self._rounding,
+            **self._options,
+        )
+
+    def update_on_device(self, grads: Gradients, step: DeviceStep) -> None:
+        """The same along the coefficients that only the device knows."""
+        ops.combine_adamw_on_device(
+            self.params,
+            grads,
+            step,
+            self._all("exp_avg"),
+            self._all("exp_avg_sq"),
+            self._all("step"),
+            self._rounding,
+            **self._options,
+        )
+
+    def _all(self, name: str) -> Sequence[Tensor]:
+        return [state[name] for state in self._states]
+
+
+def by_rounding(params: Sequence[Tensor], rounding: str) -> list[tuple[str, list[Tensor]]]:
+    """Parameters that are rounded alike: bfloat16 ones as asked, others to nearest."""
+    parts: dict[str, list[Tensor]] = {}
+    for p in params:
+        name = rounding if p.dtype == torch.bfloat16 else "nearest"
+        parts.setdefault(name, []).append(p)
+    return list(parts.items())
+
+
+def _state_of(
+    p: Tensor, state: dict[str, Tensor], group: dict[str, Any], rounding: str
+) -> dict[str, Tensor]:
+    """AdamW's state of p, made at p's first step: same keys, dtypes and devices.
+
+    With a residual there is one key more, which a checkpoint of AdamW does not have.
+    """
+    lacks_residual = rounding in WITH_RESIDUAL and _residual(rounding) not in state
+    if (not state or lacks_residual) and p.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"the state of a parameter of shape {list(p.shape)} would be made anew at "
+            f"every replay; take a step before capturing one in a CUDA graph"
+        )
+    if not state:
+        wide = torch.get_default_dtype() == torch.float64 and not group["fused"]
+        on_device = group["capturable"] or group["fused"]
+        state["step"] = torch.zeros(
+            (),
+            dtype=torch.float64 if wide else torch.float32,
+            device=p.device if on_device else "cpu",
+        )
+        names = ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * group["amsgrad"]]
+        for name in names:
+            state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    if lacks_residual:
+        state[_residual(rounding)] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    return state
+
+
+def _residual(rounding: str) -> str:
+    """The state key of a rounding's residual; each its own, as one means nothing to the other."""
+    return f"{rounding}_residual"
+
+
+def options_of(group: dict[str, Any]) -> AdamWOptions:
+    """A group's AdamW hyper-parameters, as the operations name them."""
+    beta1, beta2 = group["betas"]
+    return {
+        "lr": group["lr"],
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": group["eps"],
+        "weight_decay": group["weight_decay"],
+        "amsgrad": group["amsgrad"],
+        "maximize": group["maximize"],
+        "foreach": group["foreach"],
+        "capturable": group["capturable"],
+        "differentiable": group["differentiable"],
+        "fused": group["fused"],
+    }

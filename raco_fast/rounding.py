@@ -1,0 +1,136 @@
+"""What a float32 weight becomes in bfloat16 memory: the plain twin of `kernels/rounding.py`.
+
+At the learning rates of preference tuning most updates are smaller than half a unit in the last
+place of a bfloat16 weight, and round-to-nearest drops them. Three other ways keep them:
+
+    "stochastic"  up or down, with the probability that makes it right on average. The random bits
+                  are a hash of (element, parameter, step, seed): equal seeds give equal runs.
+    "split"       weight and residual are the two halves of a float32 weight: exact.
+    "kahan"       the residual is what rounding lost, in bfloat16; it is added before the next
+                  update. Weight and residual together have about 17 bits.
+
+A residual is stored as bfloat16 in both cases: for "split" its bits are an int16. torch's
+`load_state_dict` casts every state to its parameter's dtype, and an int16 would come back rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROUNDINGS = ("nearest", "stochastic", "split", "kahan")
+WITH_RESIDUAL = ("split", "kahan")
+
+_LOW32 = 0xFFFFFFFF
+_BLOCK = 1 << 17  # elements hashed at one time: int64 indices of a whole embedding are too much
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How the weights of one call of `combine_adamw` are stored.
+
+    `name` is one of `ROUNDINGS`, and all parameters are bfloat16 unless it is "nearest";
+    `residuals` are n bfloat16 tensors like the parameters for "split" and "kahan", zeros before
+    the first step, and else none; `seed` is that of "stochastic" (its low 32 bits count).
+    """
+
+    name: str = "nearest"
+    residuals: Sequence[Tensor] = ()
+    seed: int = 0
+
+    def opened(self, p: Tensor, k: int) -> Tensor:
+        """The float32 weight that parameter number k, `p`, stands for, in new memory."""
+        w = p.float()
+        if self.name == "split":
+            low = self.residuals[k].view(torch.int16)
+            return (w.view(torch.int32) + low).view(torch.float32)
+        return w + self.residuals[k] if self.name == "kahan" else w
+
+    def store(self, w: Tensor, p: Tensor, k: int, step: Tensor) -> None:
+        """Write the float32 weight `w`, which is used up, to parameter number k and its residual.
+
+        Args:
+            w: as `opened` gave it, updated in place.
+            p: the parameter, bfloat16.
+            k: its place in the call.
+            step: scalar tensor, its step count after this update.
+        """
+        if self.name == "stochastic":
+            _add_noise(w, self.seed, k, step)
+            p.copy_(w)
+        elif self.name == "split":
+            bits = w.view(torch.int32)
+            # Half up, not to even: a tie would leave +32768, which int16 cannot hold.
+            high = torch.where(w.isnan(), 0x7FC0, (bits + 0x8000) >> 16)
+            self.residuals[k].view(torch.int16).copy_(bits - (high << 16))
+            p.copy_(high.to(torch.int16).view(torch.bfloat16))
+        else:
+            assert self.name == "kahan", "to nearest, torch rounds by itself"
+            p.copy_(w)
+            self.residuals[k].copy_(w - p)
+
+
+NEAREST = Rounding()
+
+
+def check_rounding(name: str, differentiable: bool = False) -> str:
+    """`name`, or ValueError unless it is a rounding that can be used."""
+    if name not in ROUNDINGS:
+        raise ValueError(
+            f"`rounding` must be one of {ROUNDINGS}, got {name!r}; correct the spelling"
+        )
+    if differentiable and name != "nearest":
+        raise ValueError(
+            f"`rounding`={name!r} has no derivative, so `differentiable` must be False, got True; "
+            f"use rounding='nearest'"
+        )
+    return name
+
+
+def check_seed(seed: int) -> int:
+    """`seed`, or TypeError unless it is an integer."""
+    if not isinstance(seed, int):
+        raise TypeError(f"`seed` must be an integer, got {seed!r}; use int(seed)")
+    return seed
+
+
+def random_bits(count: int, start: int, seed: int, tensor: int, step: Tensor) -> Tensor:
+    """16 random bits for each of the elements start .. start + count - 1 of a tensor.
+
+    Args:
+        count: number of elements; they do not cross a multiple of 2^32.
+        start: the first.
+        seed: its low 32 bits count.
+        tensor: the tensor's place in the call.
+        step: scalar tensor on the device of the result.
+    Returns:
+        int32 [count], from 0 to 65535.
+    """
+    of_step = _mixed((seed & _LOW32) ^ (step.long() * 0xC2B2AE35 & _LOW32))
+    place = tensor * 0x9E3779B1 + (start >> 32) * 0x85EBCA77 & _LOW32
+    first = _mixed(of_step ^ place)
+    second = _mixed(first ^ place)
+    x = (torch.arange(start, start + count, device=step.device) & _LOW32) ^ first
+    x = (x ^ (x >> 16)) * 0x7FEB352D & _LOW32
+    x = ((x ^ (x >> 15)) + second) * 0x846CA68B & _LOW32
+    return ((x ^ (x >> 16)) & 0xFFFF).int()
+
+
+def _mixed(x: Tensor) -> Tensor:
+    x = (x ^ (x >> 16)) * 0x21F0AAAD & _LOW32
+    x = (x ^ (x >> 15)) * 0x735A2D97 & _LOW32
+    return x ^ (x >> 15)
+
+
+def _add_noise(w: Tensor, seed: int, tensor: int, step: Tensor) -> None:
+    """Round `w` in place, stochastically, to float32 numbers that bfloat16 can hold."""
+    flat = w.as_strided((w.numel(),), (1,))  # in the order of memory, in which the kernel counts
+    step = step.to(w.device)
+    for start in range(0, len(flat), _BLOCK):
+        block = flat[start : start + _BLOCK]
+        noise = random_bits(len(block), start, seed, tensor, step)
+        noise.masked_fill_(block.isnan(), 0)  # a device's NaN, 0x7FFFFFFF, would carry into -0
+        block.view(torch.int32).add_(noise).bitwise_and_(-0x10000)

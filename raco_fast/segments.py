@@ -1,0 +1,179 @@
+"""Which rows of a layer belong to which sequence, and how sequences share one gradient direction.
+
+With A = ∂L/∂scores (m x B) and t_b = ∂(score b)/∂W, the m gradients are G_i = Σ_b A_ib t_b. Columns
+of A that are parallel need only one gradient between them, so A is factored as
+
+    A_ib = U_ig s_b        g = group of sequence b, s_b = the seed of its backward pass
+
+and the backward pass of Σ_b s_b score_b delivers rows that already carry their seed. The responses
+of one pair are parallel (one is minus the other), and so are pairs on which all objectives agree.
+The seeds also give the rows the magnitude of an ordinary backward pass, which float16 needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# Columns are parallel if every entry agrees to this, relative to itself: a few float32 roundings,
+# as in IPO's division by the number of tokens. Relative to a column's largest entry, what an
+# objective with gradients of 1e-6 beside another's 1 has of its own would be lost.
+_PARALLEL = 5e-7
+
+_declared: ContextVar[Tensor | None] = ContextVar("raco_fast_sequences", default=None)
+
+
+@contextmanager
+def sequences(
+    index: Sequence[int] | Tensor | None = None, *, cu_seqlens: Sequence[int] | Tensor | None = None
+) -> Iterator[None]:
+    """Say which sequence the rows of a forward pass belong to, if row b is not sequence b.
+
+    Without it, entry b of a layer's leading dimension belongs to scores[b].
+
+    Args:
+        index: [n] sequence of each entry of the leading dimension, or, where several leading
+            dimensions hold the rows ([1, tokens] packed), of each row.
+        cu_seqlens: [S + 1] offsets of S sequences packed into one row of tokens, from 0, as
+            flash-attention's `cu_seqlens`; stands for the index of each token.
+    Raises:
+        ValueError: neither or both are given, offsets that do not grow from 0, a negative index.
+    """
+    if (index is None) == (cu_seqlens is None):
+        raise ValueError(
+            "`sequences` takes either `index` or `cu_seqlens`; give the sequence of each row, or "
+            "the offsets of packed sequences"
+        )
+    rows = _packed(cu_seqlens) if index is None else torch.as_tensor(index).reshape(-1).long()
+    rows = rows.cpu()  # once: every layer looks at it
+    if rows.numel() and int(rows.min()) < 0:
+        raise ValueError(
+            f"`index` must hold positions in `scores`, from 0, got {int(rows.min())}; number the "
+            f"sequences as the scores are ordered"
+        )
+    token = _declared.set(rows)
+    try:
+        yield
+    finally:
+        _declared.reset(token)
+
+
+def declared() -> Tensor | None:
+    """The index that `sequences` declares for the forward pass under way."""
+    return _declared.get()
+
+
+def _packed(cu_seqlens: Sequence[int] | Tensor | None) -> Tensor:
+    offsets = torch.as_tensor(cu_seqlens).reshape(-1).long()
+    lengths = offsets.diff()
+    if offsets.numel() < 2 or int(offsets[0]) != 0 or bool((lengths < 0).any()):
+        raise ValueError(
+            f"`cu_seqlens` must hold offsets that grow from 0 to the number of tokens, got "
+            f"{offsets.tolist()[:8]}; build it as [0, *cumulative lengths]"
+        )
+    return torch.repeat_interleave(torch.arange(len(lengths), device=offsets.device), lengths)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The rows of a layer in the order of their groups.
+
+    `entries`: how many leading entries the layer's tensors have; `order`: those to take, in this
+    order (None: all, as they lie); `offsets`: [groups + 1], where each group begins among them;
+    `outer`: how often the entries are repeated by dimensions before theirs (heads before tokens).
+    """
+
+    entries: int
+    order: Tensor | None
+    offsets: tuple[int, ...]
+    outer: int = 1
+
+    @property
+    def count(self) -> int:
+        """The number of groups."""
+        return len(self.offsets) - 1
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """[taken, inner, d] of x [..., d], whose entries hold `inner` rows each."""
+        if not x.numel():
+            return x.new_zeros(self.offsets[-1], 0, x.shape[-1])
+        rows = x.reshape(self.outer, self.entries, -1, x.shape[-1]).transpose(0, 1).flatten(1, 2)
+        return rows if self.order is None else rows.index_select(0, self.order)
+
+    def restored(self, rows: Tensor, like: Tensor) -> Tensor:
+        """`arranged` undone: rows [taken, inner, d] in the places of `like`, zeros elsewhere."""
+        assert self.outer == 1, "only arguments of heads are restored, and those are rows"
+        if self.order is None:
+            return rows.reshape(like.shape).to(like.dtype)
+        flat = like.new_zeros(self.entries, *rows.shape[1:])
+        return flat.index_copy_(0, self.order, rows.to(like.dtype)).reshape(like.shape)
+
+    def of_rows(self, inner: int, device: torch.device) -> Tensor:
+        """int64 [taken * inner]: the group of each arranged row."""
+        sizes = torch.tensor(self.offsets).diff() * inner
+        return torch.repeat_interleave(torch.arange(self.count), sizes).to(device)
+
+
+ALL_ROWS = Segments(1, None, (0, 1))
+"""One group of all rows: the ordinary gradient."""
+
+
+@dataclass
+class Factored:
+    """A = U · seeds: what one backward pass needs to serve all objectives.
+
+    `seeds`: float64 [B]; `coefficients` U: float64 [m, groups]; `group`: [B], -1 where every
+    objective's A_ib is zero. All on the CPU.
+    """
+
+    seeds: Tensor
+    coefficients: Tensor
+    group: Tensor
+    _arranged: dict[tuple[int | None, int, torch.device], tuple[Tensor | None, Segments]] = field(
+        default_factory=dict
+    )
+
+    @classmethod
+    def of(cls, A: Tensor) -> Factored:
+        """Factor A [m, B]; columns parallel to rounding share a group."""
+        A = A.detach().double().cpu()
+        magnitude = A.abs()
+        # The first entry within a factor two of the largest: the same one for parallel columns.
+        lead = (magnitude >= 0.5 * magnitude.amax(0)).int().argmax(0)
+        seeds = A.gather(0, lead[None])[0]
+        # A value that is not finite must reach every gradient, so it is nobody's zero.
+        used = (seeds != 0) | ~torch.isfinite(A).all(0)
+        directions = torch.where(used, A / seeds, 0.0).T
+        group = torch.full((A.shape[1],), -1)
+        found, groups = torch.empty_like(directions), 0
+        for b in used.nonzero().flatten().tolist():
+            direction = directions[b]
+            near = (found[:groups] - direction).abs() <= _PARALLEL * direction.abs()
+            parallel = near.all(1).nonzero().flatten().tolist()
+            if not parallel:
+                found[groups] = direction
+                parallel, groups = [groups], groups + 1
+            group[b] = parallel[0]
+        return cls(torch.where(used, seeds, 0.0), found[:groups].T, group)
+
+    def segments(self, index: Tensor | None, device: torch.device, outer: int = 1) -> Segments:
+        """The rows of a layer whose entry k belongs to sequence index[k] (None: k)."""
+        key = (None if index is None else id(index), outer, device)
+        if key not in self._arranged:
+            # The index is kept beside the result, so that its id cannot be given to another.
+            self._arranged[key] = (index, self._segments(index, device, outer))
+        return self._arranged[key][1]
+
+    def _segments(self, index: Tensor | None, device: torch.device, outer: int) -> Segments:
+        group = self.group if index is None else self.group[index]
+        taken = (group >= 0).nonzero().flatten()
+        order = taken[torch.argsort(group[taken], stable=True)]
+        sizes = torch.bincount(group[taken], minlength=self.coefficients.shape[1])
+        offsets = (0, *torch.cumsum(sizes, 0).tolist())
+        as_they_lie = torch.equal(order, torch.arange(len(group)))
+        return Segments(len(group), None if as_they_lie else order.to(device), offsets, outer)

@@ -1,0 +1,296 @@
+"""What one use of a parameter in a forward pass adds to its per-objective gradients.
+
+A use knows, for each group g of sequences (`segments.py`), the gradient t_g of the parameter; the m
+gradients are G_i = Σ_g U_ig t_g. It can add them to m buffers, or give the inner products
+K_gh = ⟨t_g, t_h⟩ from which the Gram matrix follows as U K Uᵀ without any of the m gradients:
+
+    MatrixUse   t_g = dY_gᵀ X_g: every weight that multiplies (Linear, Conv1D, a block of a head)
+    VectorUse   t_g = rows summed over the group: biases, norm weights
+    LookupUse   t_g = rows of dY added up by token id: embeddings
+
+Sums are float32 (float64 for float64) whatever the dtype of x and dY, so a bfloat16 gradient is
+rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from raco_fast.segments import Segments
+
+# Bytes of t_g that exist at one time; small enough to be in a cache when they are folded.
+_BLOCK_BYTES = 8 << 20
+# Adding U_ig t_g moves memory where a GEMM computes: measured at about 5 multiply-adds a number.
+_FOLD_COST = 5
+# Rows of a tied weight whose t_g exist at one time while its two uses are multiplied.
+_CROSS_ROWS = 1024
+
+
+class Use(Protocol):
+    """One use of one parameter; see the module's docstring."""
+
+    def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
+        """out [m, *shape of the parameter] += Σ_g U_ig t_g; = where `fresh`.
+
+        Args:
+            U: [m, groups]; None stands for one group with coefficient 1.
+        """
+
+    def gram(self) -> Tensor:
+        """K [groups, groups] float64 on the parameter's device."""
+
+    def at(self, ids: Tensor) -> Tensor:
+        """[groups, len(ids), *rest]: the rows `ids` (sorted, distinct) of every t_g."""
+
+
+class MatrixUse(Use):
+    """t_g = dY_gᵀ X_g, of shape [d_out, d_in].
+
+    Args:
+        x, dy: [entries, inner, d_in] and [entries, inner, d_out], ordered by `segments`.
+    """
+
+    def __init__(self, x: Tensor, dy: Tensor, segments: Segments) -> None:
+        for rows in (x, dy):
+            _check_arranged(rows, segments)
+        inner = x.shape[1]
+        self.x, self.dy = _operand(x).flatten(0, 1), _operand(dy).flatten(0, 1)
+        self.bounds = [offset * inner for offset in segments.offsets]
+
+    def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
+        """One GEMM over each group's rows and a thin product with U, or m GEMMs on scaled rows."""
+        if U is None:
+            self._add_rows(out[0], self.dy, fresh)
+            return
+        U = U.to(self.x.device, widened(self.x[:0]).dtype)
+        m, rows, groups = len(U), len(self.x), len(self.bounds) - 1
+        if m == 1 or rows + _FOLD_COST * m * groups > m * rows:
+            self._add_scaled_rows(out, U, fresh)
+            return
+        for start, stop in self._blocks():
+            t = self._of_groups(start, stop).flatten(1)
+            target = out[:, start:stop].flatten(1)
+            if out.dtype != t.dtype:
+                _store(target, U @ t, fresh)
+            elif fresh:
+                torch.mm(U, t, out=target)
+            else:
+                target.addmm_(U, t)
+
+    def _add_scaled_rows(self, out: Tensor, U: Tensor, fresh: bool) -> None:
+        sizes = torch.tensor(self.bounds).diff().to(U.device)
+        scales = torch.repeat_interleave(U, sizes, dim=1)
+        for target, scale in zip(out, scales, strict=True):
+            scaled = self.dy * scale[:, None]  # wide, for the rounding of a half-precision product
+            self._add_rows(target, scaled.to(self.dy.dtype), fresh)
+
+    def _add_rows(self, target: Tensor, dy: Tensor, fresh: bool) -> None:
+        if target.dtype != dy.dtype or _is_half(dy):
+            _store(target, _product(dy.T, self.x), fresh)
+        elif fresh:
+            torch.mm(dy.T, self.x, out=target)
+        else:
+            target.addmm_(dy.T, self.x)
+
+    def gram(self) -> Tensor:
+        """From token pairs where that is the smaller product ("ghost"), else from blocks of t_g."""
+        rows, (d_out, d_in) = len(self.x), (self.dy.shape[1], self.x.shape[1])
+        if rows * (d_out + d_in) < 2 * d_out * d_in:
+            return self._gram_of_token_pairs()
+        K = _zeros(len(self.bounds) - 1, self.x)
+        for start, stop in self._blocks():
+            K += products(self._of_groups(start, stop).flatten(1))
+        return K
+
+    def _gram_of_token_pairs(self) -> Tensor:
+        """K_gh = Σ over tokens s of g and t of h of (x_s · x_t)(dy_s · dy_t)."""
+        groups = len(self.bounds) - 1
+        K = _zeros(groups, self.x)
+        for g in range(groups):
+            of_g, later = slice(*self.bounds[g : g + 2]), slice(self.bounds[g], None)
+            pairs = _product(self.x[of_g], self.x[later].T)
+            pairs.mul_(_product(self.dy[of_g], self.dy[later].T))
+            columns = pairs.sum(0, dtype=torch.float64)
+            sizes = [b - a for a, b in zip(self.bounds[g:], self.bounds[g + 1 :], strict=False)]
+            row = torch.stack([part.sum() for part in torch.split(columns, sizes)])
+            K[g, g:] = K[g:, g] = row
+        return K
+
+    def at(self, ids: Tensor) -> Tensor:
+        """See `Use`."""
+        return self._t(self.dy.index_select(1, ids))
+
+    def _of_groups(self, start: int, stop: int) -> Tensor:
+        return self._t(self.dy[:, start:stop])
+
+    def _t(self, dy: Tensor) -> Tensor:
+        groups = len(self.bounds) - 1
+        t = widened(dy[:0]).new_empty(groups, dy.shape[1], self.x.shape[1])
+        for g in range(groups):
+            rows = slice(*self.bounds[g : g + 2])
+            _product(dy[rows].T, self.x[rows], out=t[g])
+        return t
+
+    def _blocks(self) -> Iterator[tuple[int, int]]:
+        d_out = self.dy.shape[1]
+        row_bytes = 4 * (len(self.bounds) - 1) * self.x.shape[1]
+        return blocks(d_out, max(1, _BLOCK_BYTES // max(1, row_bytes)))
+
+
+class VectorUse(Use):
+    """t_g = the sum of the group's rows, of shape [d].
+
+    Args:
+        rows: [entries, inner, d], ordered by `segments`.
+    """
+
+    def __init__(self, rows: Tensor, segments: Segments) -> None:
+        _check_arranged(rows, segments)
+        wide = widened(rows)
+        self.t = wide.new_zeros(segments.count, wide.shape[-1])
+        for t, start, stop in zip(self.t, segments.offsets, segments.offsets[1:], strict=False):
+            torch.sum(wide[start:stop], (0, 1), out=t)
+
+    def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
+        """See `Use`."""
+        _store(out, self.t if U is None else U.to(self.t) @ self.t, fresh)
+
+    def gram(self) -> Tensor:
+        """See `Use`."""
+        return products(self.t)
+
+    def at(self, ids: Tensor) -> Tensor:
+        """See `Use`."""
+        return self.t.index_select(1, ids)
+
+
+class LookupUse(Use):
+    """t_g = Σ over the group's rows r of dY_r at row ids_r, of shape [vocabulary, d].
+
+    Args:
+        ids: [entries, inner, 1] int64; dy: [entries, inner, d]; both ordered by `segments`.
+        scale: factor of the lookup's output.
+        padding: the id whose row gets no gradient, or None.
+    """
+
+    def __init__(
+        self, ids: Tensor, dy: Tensor, segments: Segments, scale: float, padding: int | None
+    ) -> None:
+        for rows in (ids, dy):
+            _check_arranged(rows, segments)
+        inner = ids.shape[1]
+        self.group = segments.of_rows(inner, dy.device)
+        self.count = segments.count
+        self.all_ids, self.dy = ids.flatten(), widened(dy).flatten(0, 1) * scale
+        if padding is not None:
+            self.dy = self.dy * (self.all_ids != padding)[:, None]
+        self.ids, self.place = torch.unique(self.all_ids, return_inverse=True)
+
+    def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
+        """See `Use`."""
+        if fresh:
+            out.zero_()
+        U = self.dy.new_ones(1, 1) if U is None else U.to(self.dy)
+        for target, scale in zip(out, U[:, self.group], strict=True):
+            rows = self.dy.new_zeros(len(self.ids), self.dy.shape[1])
+            # Not index_add_, which adds in no fixed order on a GPU.
+            rows.index_put_((self.place,), self.dy * scale[:, None], accumulate=True)
+            target[self.ids] += rows.to(target.dtype)
+
+    def gram(self) -> Tensor:
+        """See `Use`."""
+        K = _zeros(self.count, self.dy)
+        for start, stop in self.blocks():
+            K += products(self.at(self.ids[start:stop]).flatten(1))
+        return K
+
+    def at(self, ids: Tensor) -> Tensor:
+        """See `Use`."""
+        t = self.dy.new_zeros(self.count, len(ids), self.dy.shape[1])
+        place = torch.searchsorted(ids, self.all_ids).clamp_(max=len(ids) - 1)
+        here = ids[place] == self.all_ids
+        t.index_put_((self.group[here], place[here]), self.dy[here], accumulate=True)
+        return t
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Ranges of `ids` whose t_g together stay small."""
+        row_bytes = self.count * self.dy.shape[1] * self.dy.element_size()
+        return blocks(len(self.ids), max(1, _BLOCK_BYTES // max(1, row_bytes)))
+
+
+class Rows(Protocol):
+    """Something that can give some rows of its t_g without the others."""
+
+    def at(self, ids: Tensor) -> Tensor:
+        """[groups, len(ids), *rest]: the rows `ids` (sorted, distinct) of every t_g."""
+
+
+def cross(a: Rows, b: Rows, parameter: Tensor, groups: int) -> Tensor:
+    """⟨t_g, t'_h⟩ between two uses of one parameter.
+
+    Returns:
+        [groups, groups] float64 on its device. A lookup has few rows that are not zero, and only
+        those are formed of the other use.
+    """
+    lookup = next((use for use in (a, b) if isinstance(use, LookupUse)), None)
+    ids = torch.arange(len(parameter), device=parameter.device) if lookup is None else lookup.ids
+    K = _zeros(groups, parameter)
+    for start, stop in blocks(len(ids), _CROSS_ROWS):
+        here = ids[start:stop]
+        K += (a.at(here).flatten(1) @ b.at(here).flatten(1).T).double()
+    return K
+
+
+def _check_arranged(rows: Tensor, segments: Segments) -> None:
+    if rows.ndim != 3 or len(rows) != segments.offsets[-1]:
+        raise ValueError(
+            f"the rows of a use must have shape [{segments.offsets[-1]} entries, inner, d], got "
+            f"{list(rows.shape)}; order them by segments.arranged(rows)"
+        )
+
+
+def products(t: Tensor) -> Tensor:
+    """⟨t_g, t_h⟩ of the rows of t [groups, n], float64 on its device."""
+    return (t @ t.T).double()
+
+
+def _zeros(groups: int, like: Tensor) -> Tensor:
+    return torch.zeros(groups, groups, dtype=torch.float64, device=like.device)
+
+
+def blocks(n: int, size: int) -> Iterator[tuple[int, int]]:
+    """Consecutive ranges of at most `size` that cover 0 ... n."""
+    return ((start, min(start + size, n)) for start in range(0, n, size))
+
+
+def widened(x: Tensor) -> Tensor:
+    """The dtype of the arithmetic: float32 for half precision, otherwise the tensor's own."""
+    return x.float() if _is_half(x) else x
+
+
+def _is_half(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _operand(x: Tensor) -> Tensor:
+    """What a matrix product reads: a GPU multiplies half precision and adds in float32."""
+    return x if x.is_cuda else widened(x)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a b in float32 or wider."""
+    if _is_half(a):
+        return torch.mm(a, b, torch.float32, out=out)
+    return torch.mm(a, b, out=out)
+
+
+def _store(out: Tensor, value: Tensor, fresh: bool) -> None:
+    if fresh:
+        out.copy_(value)
+    else:
+        # Added before rounding: the sum is rounded once, as autograd's accumulation does.
+        out.copy_(value.add_(out))

@@ -1,0 +1,390 @@
+"""`prepare` changes nothing that a user can see, and can be undone."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import raco_fast
+from raco_fast import layers, prepare
+from raco_fast.segments import sequences
+from raco_fast.uses import VectorUse
+
+WORDS, WIDTH = 13, 6
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(0, WORDS, shape, generator=torch.Generator().manual_seed(1))
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2))
+
+
+def taps(scores: Tensor) -> int:
+    """How many prepared layers the graph of `scores` has."""
+    seen, stack = set(), [scores.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [following for following, _ in node.next_functions]
+    return sum(node.name() == "TapBackward" for node in seen)
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize("adapter", [None, "lora"], ids=["full", "lora"])
+def test_outputs_and_ordinary_gradients_stay_what_they_were(lm, family, adapter):
+    model, batch = lm.build(family, adapter=adapter), lm.batch()
+
+    def loss(model):
+        return [lm.losses(lm.by_logits(model, batch), 1)[0]]
+
+    truth, (plain,) = lm.in_float64(model, loss), loss(model)
+    with prepare(model, strict=True):
+        assert torch.equal(loss(model)[0], plain)
+        by_grad = lm.by_autograd(model, loss(model))
+        loss(model)[0].backward()
+    by_backward = {name: p.grad[None].double() for name, p in lm.trained(model).items()}
+    assert max(lm.errors(by_backward, truth).values()) <= 1e-5
+    assert max(lm.errors(by_grad, truth).values()) <= 1e-5
+
+
+def test_ordinary_gradients_add_up():
+    model, x = mlp(), randn(5, 4)
+    model(x).sum().backward()
+    twice = [2 * p.grad for p in model.parameters()]
+    model.zero_grad()
+    prepare(model)
+    for _ in range(2):
+        model(x).sum().backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], twice)
+
+
+def test_remove_leaves_nothing_behind():
+    model, x = mlp(), randn(5, 4)
+    before = [dict(module.__dict__) for module in model.modules()]
+    prepared = prepare(model)
+    out = model(x)
+    assert taps(out) == 2
+    prepared.remove()
+    prepared.remove()
+    assert [module.__dict__ for module in model.modules()] == before
+    assert taps(model(x)) == 0
+    out.sum().backward()  # a graph that exists keeps its taps
+    expected = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    torch.testing.assert_close([p.grad for p in model.parameters()], list(expected))
+
+
+def test_a_block_is_undone_also_by_an_exception():
+    model = mlp()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), prepare(model):
+        model(randn(5, 3))
+    assert taps(model(randn(5, 4))) == 0
+
+
+def test_hooks_of_a_model_with_embeddings_go_with_it(lm):
+    model = lm.build("gpt2")
+    counts = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
+    with prepare(model):
+        assert sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()) > 0
+    assert [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()] == counts
+
+
+@pytest.mark.parametrize("adapter", [None, "lora"], ids=["full", "lora"])
+def test_checkpoints_of_a_prepared_model(lm, tmp_path, adapter):
+    model = lm.build("gpt2", adapter=adapter)
+    state = copy.deepcopy(model.state_dict())
+    model.save_pretrained(tmp_path / "before")
+    prepare(model)
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+    model.load_state_dict(state)
+    model.save_pretrained(tmp_path / "after")
+    for file in (tmp_path / "before").glob("*.safetensors"):
+        assert (tmp_path / "after" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["copy", "pickle"],
+)
+def test_a_copy_has_taps_of_its_own(lm, copied):
+    model, batch = lm.build("gpt2"), lm.batch()
+    prepared = prepare(model)
+    twin = copied(model)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.mul_(1.1)
+    loss = lm.losses(lm.by_logits(twin, batch), 1)[0]
+    assert taps(loss) == taps(lm.by_logits(model, batch))
+    loss.backward()
+    assert all(p.grad is None for p in model.parameters())
+    prepared.remove()
+    expected = lm.build("gpt2")
+    expected.load_state_dict(twin.state_dict())
+    truth = lm.in_float64(expected, lambda m: [lm.losses(lm.by_logits(m, batch), 1)[0]])
+    found = {name: p.grad[None].double() for name, p in twin.named_parameters()}
+    assert max(lm.errors(found, truth).values()) <= 1e-5
+
+
+def test_preparing_again_covers_what_is_new_and_keeps_what_is_there():
+    model, x = mlp(), randn(5, 4)
+    model[2].requires_grad_(False)
+    first = prepare(model)
+    forward = model[0].forward
+    model.append(nn.Linear(3, 3))
+    model[2].requires_grad_(True)
+    assert taps(model(x)) == 1
+    second = prepare(model)
+    assert taps(model(x)) == 3
+    assert model[0].forward is forward
+    second.remove()
+    assert taps(model(x)) == 1
+    first.remove()
+    assert taps(model(x)) == 0
+
+
+def test_frozen_parameters_cost_nothing_and_get_nothing():
+    model, x = mlp(), randn(5, 4)
+    model[0].weight.requires_grad_(False)
+    model[2].requires_grad_(False)
+    prepare(model, strict=True)
+    out = model(x)
+    assert taps(out) == 1
+    out.sum().backward()
+    assert [p.grad is None for p in model.parameters()] == [True, False, True, True]
+    (expected,) = torch.autograd.grad(
+        (F.linear(torch.tanh(F.linear(x, model[0].weight, model[0].bias)), model[2].weight)).sum(),
+        model[0].bias,
+    )
+    torch.testing.assert_close(model[0].bias.grad, expected)
+    model[0].requires_grad_(False)
+    assert not model(x).requires_grad
+
+
+def test_without_grad_mode_there_is_no_tap():
+    model, x = mlp(), randn(5, 4)
+    expected = model(x)
+    prepare(model)
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+    with torch.inference_mode():
+        assert torch.equal(model(x), expected)
+
+
+class WithOptions(nn.Linear):
+    """A layer with an argument that changes what it computes."""
+
+    def forward(self, x: Tensor, shift: float = 0.0, *, scale: float = 1.0) -> Tensor:
+        return scale * super().forward(x) + shift
+
+
+def scaled_rule(module, x, dy, segments):
+    return layers.linear(module, x, 3.0 * dy, segments)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda layer, x: layer(x, 0.5, scale=3.0),
+        lambda layer, x: layer(x, shift=0.5, scale=3.0),
+        lambda layer, x: layer(scale=3.0, shift=0.5, x=x),
+        lambda layer, x: layer(scale=3.0, x=x),
+    ],
+)
+def test_a_layer_gets_the_arguments_it_is_called_with(monkeypatch, call):
+    monkeypatch.setattr(layers, "_RULES", {**layers._RULES, WithOptions: scaled_rule})
+    layer, x = WithOptions(4, 3), randn(5, 4)
+    expected = call(layer, x)
+    grads = torch.autograd.grad(expected.square().sum(), list(layer.parameters()))
+    with prepare(layer, strict=True):
+        found = call(layer, x)
+        assert taps(found) == 1
+        assert torch.equal(found, expected)
+        found.square().sum().backward()
+    torch.testing.assert_close([p.grad for p in layer.parameters()], list(grads))
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * self.scale, x
+
+
+def test_a_layer_that_returns_more_than_a_tensor_is_named(monkeypatch):
+    rule = lambda module, x, dy, segments: {"scale": VectorUse(x * dy, segments)}  # noqa: E731
+    monkeypatch.setattr(layers, "_RULES", {**layers._RULES, Pair: rule})
+    model = nn.Sequential(Pair())
+    prepare(model)
+    with pytest.raises(TypeError, match=r"layer '0' \(Pair\) returns a tuple, and a rule is for"):
+        model(randn(5, 4))
+
+
+def test_outputs_may_be_changed_in_place():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)), randn(5, 4)
+    expected = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    prepare(model)
+    model(x).add_(1.0).sum().backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], list(expected))
+
+
+def test_inputs_changed_in_place_are_noticed_as_in_torch():
+    prepared = prepare(model := nn.Linear(4, 3))
+    for _ in range(2):  # prepared, then plain
+        x = randn(5, 4)
+        out = model(x)
+        x.add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+        prepared.remove()
+
+
+class Positions(nn.Module):
+    """Looks positions up once, in one of the usual ways, and labels of whole sequences."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.way = way
+        self.words, self.places = nn.Embedding(WORDS, WIDTH), nn.Embedding(20, WIDTH)
+        self.kinds, self.out = nn.Embedding(3, WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, ids: Tensor, kinds: Tensor | None = None) -> Tensor:
+        place = torch.arange(ids.shape[-1])
+        if self.way == "row":
+            x = self.words(ids) + self.places(place)
+        elif self.way == "batch of one":
+            x = self.words(ids) + self.places(place[None])
+        else:
+            x = self.words(ids) + self.places(place.expand(ids.shape))
+        if kinds is not None:
+            x = x + self.kinds(kinds)[:, None]
+        return self.out(x.tanh())
+
+
+WAYS = ["row", "batch of one", "every sequence"]
+
+
+def losses_of(model: nn.Module, *inputs: Tensor) -> tuple[list[Tensor], Tensor]:
+    scores = model(*inputs).square().sum((1, 2))
+    return [scores[0::2].sin().sum(), scores[1::2].cos().sum()], scores
+
+
+def assert_exact(model: nn.Module, *inputs: Tensor) -> None:
+    params = [p for p in model.parameters() if p.requires_grad]
+    gradients = raco_fast.ObjectiveGradients(params, [0.5, 0.5])
+    losses, scores = losses_of(model, *inputs)
+    gradients.backward(losses, scores=scores)
+    losses, _ = losses_of(model, *inputs)
+    for i, loss in enumerate(losses):
+        expected = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+        for p, grad in zip(params, expected, strict=True):
+            held = gradients.of(p)[str(i)]
+            assert (held is None) == (grad is None)
+            if grad is not None:
+                torch.testing.assert_close(held, grad)
+    gradients.zero()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_positions_that_are_looked_up_once_are_the_sequences_own(way):
+    model = Positions(way)
+    expected = model(tokens(4, 7))
+    prepare(model, strict=True)
+    assert torch.equal(model(tokens(4, 7)), expected)
+    assert_exact(model, tokens(4, 7), torch.tensor([0, 2, 1, 1]))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_as_many_positions_as_sequences_are_still_positions(way):
+    model, kinds = Positions(way), torch.tensor([0, 2, 1, 1])
+    prepare(model, strict=True)
+    gradients = raco_fast.ObjectiveGradients(model.parameters(), [0.5, 0.5])
+    for length in (7, 4):  # what is decided with 7 positions holds for 4
+        losses, scores = losses_of(model, tokens(4, length), kinds)
+        truth = [
+            torch.autograd.grad(x, list(model.parameters()), retain_graph=True) for x in losses
+        ]
+        gradients.zero()
+        gradients.backward(losses, scores=scores)
+        for i, grads in enumerate(truth):
+            for p, grad in zip(model.parameters(), grads, strict=True):
+                torch.testing.assert_close(gradients.of(p)[str(i)], grad)
+
+
+def test_as_many_positions_as_sequences_at_first_are_not_taken_for_either():
+    model = Positions("row")
+    prepare(model)
+    with pytest.warns(UserWarning, match="in layer 'places' a score depends on rows of another"):
+        assert_exact(model, tokens(4, 4))
+
+
+def test_a_lookup_that_is_no_position_keeps_its_shape():
+    model = Positions("row")
+    prepare(model)
+    model(tokens(4, 7))
+    for shape in [(7,), (1, 7), (4, 7), (1, 5)]:  # outside of the model there is no batch
+        assert model.places(tokens(*shape)).shape == (*shape, WIDTH)
+        assert model(tokens(*shape)).shape == (*shape, 2)
+
+    def fail(*_) -> None:
+        raise KeyError
+
+    hook = model.out.register_forward_pre_hook(fail)
+    with pytest.raises(KeyError):
+        model(tokens(4, 7))
+    hook.remove()
+    assert model.places(tokens(7)).shape == (7, WIDTH)
+
+
+def test_an_index_of_whole_sequences_leaves_positions_positions():
+    model, ids = Positions("batch of one"), tokens(4, 7)
+    prepare(model, strict=True)
+    gradients = raco_fast.ObjectiveGradients(model.parameters(), [0.5, 0.5])
+    order = [2, 0, 3, 1]
+    with sequences(order):
+        rows = model(ids).square().sum((1, 2))
+    scores = rows.new_zeros(4).index_copy(0, torch.tensor(order), rows)
+    losses = [scores[0::2].sin().sum(), scores[1::2].cos().sum()]
+    truth = [torch.autograd.grad(x, model.places.weight, retain_graph=True)[0] for x in losses]
+    gradients.backward(losses, scores=scores)
+    for i, grad in enumerate(truth):
+        torch.testing.assert_close(gradients.of(model.places.weight)[str(i)], grad)
+
+
+def test_what_has_no_rule_is_listed_or_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.PReLU(), nn.Bilinear(4, 4, 2))
+    names = ("1.weight", "2.weight", "2.bias")
+    assert prepare(model).without_rule == names
+    assert taps(model[:2](randn(5, 4))) == 1
+    with pytest.raises(ValueError, match=r"without a rule: \['1.weight', '2.weight', '2.bias'\]"):
+        prepare(copy.deepcopy(model), strict=True)
+    model[1].requires_grad_(False)
+    model[2].requires_grad_(False)
+    assert prepare(model, strict=True).without_rule == ()
+
+
+def test_a_refused_model_is_left_alone():
+    model = nn.Sequential(nn.Linear(4, 4), nn.PReLU())
+    with pytest.raises(
+        ValueError, match=r"\['1.weight'\]; give their layers one with register_rule"
+    ):
+        prepare(model, strict=True)
+    assert taps(model(randn(5, 4))) == 0
+
+
+def test_only_modules_can_be_prepared():
+    with pytest.raises(TypeError, match="`model` must be a torch module, got a function"):
+        prepare(mlp)
