@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A test that hangs ends the run, after its time-out in pyproject.toml; pytest has this since 9.
+PYTEST := $(BIN)/python -m pytest -q -o faulthandler_exit_on_timeout=true
 STAMP := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
@@ -14,10 +16,10 @@ demo: $(STAMP)
 	$(BIN)/raco-fast demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -25,7 +27,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest -q bench --benchmark-enable --benchmark-group-by=group
+	$(PYTEST) bench --benchmark-enable --benchmark-group-by=group
 	$(BIN)/python -m bench tests ceilings gram combine_adamw step --device cpu --out runs/bench
 	$(BIN)/python -m bench.records runs/bench
 

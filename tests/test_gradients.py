@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from process_group import process_group_of_one
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -234,13 +235,10 @@ def test_gradient_that_is_a_view_of_a_reused_buffer_is_copied_out():
 
 
 @pytest.mark.parametrize("as_view", [True, False])
-def test_distributed_data_parallel(tmp_path, as_view):
+def test_distributed_data_parallel(monkeypatch, as_view):
     model, x = network(), batch()
     truth = expected(model, x)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
+    with process_group_of_one(monkeypatch):
         wrapped = DistributedDataParallel(model, gradient_as_bucket_view=as_view)
         gradients = ObjectiveGradients(model.parameters(), WEIGHTS)
         for rows in x.split(4):
@@ -248,8 +246,6 @@ def test_distributed_data_parallel(tmp_path, as_view):
                 with gradients.objective(name):
                     losses_of(wrapped, rows)[name].backward()
         check(gradients, truth)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_reading_p_grad_as_one_gradient_raises():

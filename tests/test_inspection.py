@@ -5,6 +5,7 @@ from itertools import combinations, permutations
 
 import pytest
 import torch
+from process_group import process_group_of_one
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -346,13 +347,8 @@ def test_a_model_that_was_not_prepared():
         gradients.backward(losses_of(leaf), scores=leaf)
 
 
-def test_several_processes_are_left_to_autograd(tmp_path, monkeypatch):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
+def test_several_processes_are_left_to_autograd(monkeypatch):
+    with process_group_of_one(monkeypatch):
         Trial(Scorer(), strict=True).check(randn(B, D))
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
         assert_falls_back(Scorer(), "it does not reduce gradients over several processes yet")
-    finally:
-        torch.distributed.destroy_process_group()
