@@ -213,7 +213,15 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_a_message(
     runs.assert_same_run(make_config(), make_config(output_dir=whole))
 
 
-def test_the_second_ctrl_c_stops_at_once(capfd):
+@pytest.fixture
+def python_handles_ctrl_c():
+    """As in a terminal; a shell's background jobs start with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_second_ctrl_c_stops_at_once(capfd, python_handles_ctrl_c):
     with Interrupt() as interrupt:
         signal.raise_signal(signal.SIGINT)
         assert interrupt.requested
