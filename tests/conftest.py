@@ -1,6 +1,7 @@
 """Fixtures shared by the whole suite."""
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,12 @@ from raco_fast.segments import sequences
 
 settings.register_profile("raco", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("raco")
+
+
+def pytest_configure() -> None:
+    """Keep tests off the network: looking for a model there takes minutes where there is none."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which is later
+
 
 ROOT = Path(__file__).resolve().parent.parent
 

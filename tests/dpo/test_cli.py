@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import resource
 import signal
 import subprocess
@@ -39,11 +38,6 @@ def config_file(settings, tmp_path):
         return str(file)
 
     return write
-
-
-def environment() -> dict[str, str]:
-    """This process's, and with it its number of threads: sums then have the same order."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
 def run_bad(capfd, *arguments: str) -> str:
@@ -122,9 +116,7 @@ def test_a_missing_config_file_or_command(capfd, tmp_path):
 def test_help_reads_no_models_library():
     code = "import sys; from raco_fast import cli; cli._parser(None).format_help(); "
     code += "print([m for m in ('transformers', 'peft', 'raco_fast.dpo') if m in sys.modules])"
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
-    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
 
 
@@ -148,7 +140,6 @@ def start_run(*arguments: str, limit: int = resource.RLIM_INFINITY) -> subproces
     code += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.exit(main())"
     return subprocess.Popen(
         [sys.executable, "-c", code, "train", *arguments],
-        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
