@@ -16,6 +16,7 @@ from torch import Tensor
 
 from raco_fast.checks import check_dense
 from raco_fast.dual import check_weights
+from raco_fast.host_memory import HostMemory
 from raco_fast.inspection import Exactness
 from raco_fast.objective_grad import ObjectiveGrad
 from raco_fast.one_backward import check_scores, one_backward
@@ -51,6 +52,7 @@ class ObjectiveGradients:
         self._held = False
         self._open: str | None = None
         self._exact = Exactness()
+        self._memory = HostMemory()
 
     def parameters(self) -> list[Tensor]:
         """The parameters as they are now, each once."""
@@ -247,9 +249,9 @@ class ObjectiveGradients:
         def buffers(p: Tensor) -> tuple[Tensor, bool]:
             stand_in = held[p]
             if stand_in is not None and stand_in.present:
-                return stand_in.stacked(), False
+                return stand_in.stacked(self._memory), False
             held[p] = stand_in = ObjectiveGrad(p, self.names)
-            return stand_in.allocate(), True
+            return stand_in.allocate(self._memory), True
 
         one_backward(losses, scores, wanted, buffers)
         for p, stand_in in held.items():

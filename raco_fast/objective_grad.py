@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raco_fast.host_memory import HostMemory
+
 _aten = torch.ops.aten
 _IN_PLACE_ON_LISTS = (
     _aten._amp_foreach_non_finite_check_and_unscale_.default,
@@ -50,15 +52,17 @@ class ObjectiveGrad(torch.Tensor):
         """The buffers of the objectives that touched p."""
         return [g for g in self.buffers if g is not None]
 
-    def allocate(self) -> Tensor:
+    def allocate(self, host_memory: HostMemory) -> Tensor:
         """Fresh memory [m, *shape] for all objectives, whose slices become the buffers."""
-        memory = torch.empty(
-            len(self.objectives), *self.shape, dtype=self.dtype, device=self.device
-        )
+        shape = (len(self.objectives), *self.shape)
+        if self.device.type == "cpu":
+            memory = host_memory.empty(shape, self.dtype)
+        else:
+            memory = torch.empty(shape, dtype=self.dtype, device=self.device)
         self.buffers = [memory[i] for i in range(len(memory))]
         return memory
 
-    def stacked(self) -> Tensor:
+    def stacked(self, host_memory: HostMemory) -> Tensor:
         """The buffers as one tensor [m, *shape]; missing ones become zeros."""
         first = self.buffers[0]
         memory = None if first is None else first._base
@@ -67,7 +71,7 @@ class ObjectiveGrad(torch.Tensor):
             if places == [None if g is None else g.data_ptr() for g in self.buffers]:
                 return memory
         buffers = self.buffers
-        memory = self.allocate()
+        memory = self.allocate(host_memory)
         for target, g in zip(memory, buffers, strict=True):
             target.zero_() if g is None else target.copy_(g)
         return memory

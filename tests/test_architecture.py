@@ -16,8 +16,8 @@ PACKAGE = ROOT / "raco_fast"
 # From the ground up; a module may import from lower layers only. Inside `dpo` and `demo` the order
 # of the list is the order of the road that data takes.
 LAYERS = [
-    ["_C", "kernels", "rounding", "objective_grad", "report"],
-    ["layout", "reference"],
+    ["_C", "kernels", "rounding", "host_memory", "report"],
+    ["layout", "reference", "objective_grad"],
     ["cpu", "triton_backend", "checks"],
     ["proof"],
     ["dispatch", "dual", "segments"],
