@@ -24,21 +24,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from raco_fast.segments import Segments
-from raco_fast.uses import LookupUse, MatrixUse, Use, VectorUse, widened
+from raco_fast.uses import LookupUse, Use, matrix_use, vector_use, widened
 
 Rule = Callable[[Any, Tensor, Tensor, Segments], Mapping[str, Use]]
 
 
 def linear(module: Any, x: Tensor, dy: Tensor, segments: Segments) -> dict[str, Use]:
     """y = x Wᵀ + b."""
-    dy = segments.arranged(dy)
-    return {"weight": MatrixUse(segments.arranged(x), dy, segments), **_bias(module, dy, segments)}
+    return {"weight": matrix_use(x, dy, segments), **_bias(module, dy, segments)}
 
 
 def conv1d(module: Any, x: Tensor, dy: Tensor, segments: Segments) -> dict[str, Use]:
     """y = x W + b: GPT-2's Linear, with its weight transposed."""
-    dy = segments.arranged(dy)
-    return {"weight": MatrixUse(dy, segments.arranged(x), segments), **_bias(module, dy, segments)}
+    return {"weight": matrix_use(dy, x, segments), **_bias(module, dy, segments)}
 
 
 def embedding(
@@ -63,12 +61,11 @@ def rms_norm(module: Any, x: Tensor, dy: Tensor, segments: Segments) -> dict[str
 
 
 def _norm(module: Any, normed: Tensor, dy: Tensor, segments: Segments) -> dict[str, Use]:
-    scaled = segments.arranged(normed.mul_(dy))
-    return {"weight": VectorUse(scaled, segments), **_bias(module, segments.arranged(dy), segments)}
+    return {"weight": vector_use(normed.mul_(dy), segments), **_bias(module, dy, segments)}
 
 
 def _bias(module: Any, dy: Tensor, segments: Segments) -> dict[str, Use]:
-    return {} if getattr(module, "bias", None) is None else {"bias": VectorUse(dy, segments)}
+    return {} if getattr(module, "bias", None) is None else {"bias": vector_use(dy, segments)}
 
 
 def _eps(module: Any, x: Tensor) -> float:

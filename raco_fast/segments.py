@@ -98,12 +98,24 @@ class Segments:
         """The number of groups."""
         return len(self.offsets) - 1
 
-    def arranged(self, x: Tensor) -> Tensor:
-        """[taken, inner, d] of x [..., d], whose entries hold `inner` rows each."""
+    def split(self, x: Tensor) -> Tensor:
+        """[entries, inner, d] of x [..., d], whose entries hold `inner` rows each, as they lie."""
         if not x.numel():
-            return x.new_zeros(self.offsets[-1], 0, x.shape[-1])
-        rows = x.reshape(self.outer, self.entries, -1, x.shape[-1]).transpose(0, 1).flatten(1, 2)
+            return x.new_zeros(self.entries, 0, x.shape[-1])
+        return x.reshape(self.outer, self.entries, -1, x.shape[-1]).transpose(0, 1).flatten(1, 2)
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """[taken, inner, d]: the entries of `split` in the order of their groups."""
+        rows = self.split(x)
         return rows if self.order is None else rows.index_select(0, self.order)
+
+    def summed(self, t: Tensor) -> Tensor:
+        """[groups, *rest]: t [entries, *rest] added up over the entries of each group."""
+        arranged = t if self.order is None else t.index_select(0, self.order)
+        found = t.new_zeros(self.count, *t.shape[1:])
+        for total, start, stop in zip(found, self.offsets, self.offsets[1:], strict=False):
+            torch.sum(arranged[start:stop], 0, out=total)
+        return found
 
     def restored(self, rows: Tensor, like: Tensor) -> Tensor:
         """`arranged` undone: rows [taken, inner, d] in the places of `like`, zeros elsewhere."""

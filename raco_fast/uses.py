@@ -141,7 +141,31 @@ class MatrixUse(Use):
         return blocks(d_out, max(1, _BLOCK_BYTES // max(1, row_bytes)))
 
 
-class VectorUse(Use):
+class SmallUse(Use):
+    """t_g is small enough to be held.
+
+    Args:
+        t: [groups, *shape of the parameter], float32 or wider.
+    """
+
+    def __init__(self, t: Tensor) -> None:
+        self.t = t
+
+    def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
+        """See `Use`."""
+        total = self.t if U is None else (U.to(self.t) @ self.t.flatten(1)).view_as(out)
+        _store(out, total, fresh)
+
+    def gram(self) -> Tensor:
+        """See `Use`."""
+        return products(self.t.flatten(1))
+
+    def at(self, ids: Tensor) -> Tensor:
+        """See `Use`."""
+        return self.t.index_select(1, ids)
+
+
+class VectorUse(SmallUse):
     """t_g = the sum of the group's rows, of shape [d].
 
     Args:
@@ -151,21 +175,27 @@ class VectorUse(Use):
     def __init__(self, rows: Tensor, segments: Segments) -> None:
         _check_arranged(rows, segments)
         wide = widened(rows)
-        self.t = wide.new_zeros(segments.count, wide.shape[-1])
-        for t, start, stop in zip(self.t, segments.offsets, segments.offsets[1:], strict=False):
-            torch.sum(wide[start:stop], (0, 1), out=t)
+        t = wide.new_zeros(segments.count, wide.shape[-1])
+        for total, start, stop in zip(t, segments.offsets, segments.offsets[1:], strict=False):
+            torch.sum(wide[start:stop], (0, 1), out=total)
+        super().__init__(t)
 
-    def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
-        """See `Use`."""
-        _store(out, self.t if U is None else U.to(self.t) @ self.t, fresh)
 
-    def gram(self) -> Tensor:
-        """See `Use`."""
-        return products(self.t)
+def vector_use(rows: Tensor, segments: Segments) -> SmallUse:
+    """`VectorUse` of a layer's rows [..., d] as they lie; what is put in order is their sums."""
+    return SmallUse(segments.summed(widened(segments.split(rows)).sum(1)))
 
-    def at(self, ids: Tensor) -> Tensor:
-        """See `Use`."""
-        return self.t.index_select(1, ids)
+
+def matrix_use(x: Tensor, dy: Tensor, segments: Segments) -> Use:
+    """t_g = dY_gᵀ X_g of a layer's x [..., d_in] and dy [..., d_out] as they lie.
+
+    A thin matrix (LoRA's) costs less to form for every entry than its rows cost to put in order.
+    """
+    rows, weight = x.numel() // max(1, x.shape[-1]), x.shape[-1] * dy.shape[-1]
+    if segments.order is None or segments.entries * weight > rows * (x.shape[-1] + dy.shape[-1]):
+        return MatrixUse(segments.arranged(x), segments.arranged(dy), segments)
+    columns, rows_of = segments.split(_operand(x)), segments.split(_operand(dy))
+    return SmallUse(segments.summed(_products(rows_of.transpose(1, 2), columns)))
 
 
 class LookupUse(Use):
@@ -286,6 +316,11 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     if _is_half(a):
         return torch.mm(a, b, torch.float32, out=out)
     return torch.mm(a, b, out=out)
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """a_k b_k for each k, in float32 or wider."""
+    return torch.bmm(a, b, torch.float32) if _is_half(a) else torch.bmm(a, b)
 
 
 def _store(out: Tensor, value: Tensor, fresh: bool) -> None:

@@ -216,3 +216,33 @@ def test_a_call_without_rows_adds_nothing(kind, groups):
     assert use.at(torch.tensor([1, 4])).abs().sum() == 0
     K = cross(use, case.use(none), case.parameter, groups)
     assert torch.equal(K, torch.zeros(groups, groups, dtype=torch.float64))
+
+
+PERMUTED = Segments(7, torch.tensor([4, 0, 6, 3, 1]), (0, 2, 2, 5))  # 2 and 5 belong to nobody
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("outer", [1, 2], ids=["rows", "heads before rows"])
+@pytest.mark.parametrize("d_out", [3, 60], ids=["thin", "wide"])
+def test_rows_of_a_layer_as_they_lie(dtype, outer, d_out):
+    """`matrix_use` and `vector_use` put nothing or everything in order, and get the same."""
+    shape = (7, 6) if outer == 1 else (outer, 7, 3)
+    segments = Segments(7, PERMUTED.order, PERMUTED.offsets, outer)
+    x, dy = randn(*shape, 20, seed=1, dtype=dtype), randn(*shape, d_out, seed=2, dtype=dtype)
+    of_group = [
+        [part.movedim(outer - 1, 0)[entries].double().flatten(0, -2) for part in (x, dy)]
+        for entries in ([4, 0], [], [6, 3, 1])
+    ]
+    matrices = torch.stack([b.T @ a for a, b in of_group])
+    vectors = torch.stack([b.sum(0) for _, b in of_group])
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {}
+    matrix, vector = uses.matrix_use(x, dy, segments), uses.vector_use(dy, segments)
+    assert isinstance(matrix, MatrixUse) == (d_out == 60)
+    for use, t in ((matrix, matrices), (vector, vectors)):
+        gradients = torch.full((2, *t.shape[1:]), torch.nan, dtype=torch.float64)
+        use.add_to(gradients, U[:2, :3], fresh=True)
+        wide = {"rtol": 1e-5, "atol": 1e-4} if dtype != torch.float64 else tolerance
+        torch.testing.assert_close(gradients, torch.einsum("ig,g...->i...", U[:2, :3], t), **wide)
+        torch.testing.assert_close(use.gram(), t.flatten(1) @ t.flatten(1).T, **wide)
+        ids = torch.tensor([0, 2])
+        torch.testing.assert_close(use.at(ids).double(), t[:, ids], **wide)
