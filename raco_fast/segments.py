@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -116,6 +117,21 @@ class Segments:
         for total, start, stop in zip(found, self.offsets, self.offsets[1:], strict=False):
             torch.sum(arranged[start:stop], 0, out=total)
         return found
+
+    def spread(self, U: Tensor) -> Tensor:
+        """[m, entries] of U [m, groups] on the CPU: of each entry, 0 where it has no group."""
+        of_taken = U.index_select(1, self._of_taken)
+        if self._order_on_host is None:
+            return of_taken
+        return U.new_zeros(len(U), self.entries).index_copy_(1, self._order_on_host, of_taken)
+
+    @cached_property
+    def _of_taken(self) -> Tensor:
+        return self.of_rows(1, torch.device("cpu"))
+
+    @cached_property
+    def _order_on_host(self) -> Tensor | None:
+        return None if self.order is None else self.order.cpu()
 
     def restored(self, rows: Tensor, like: Tensor) -> Tensor:
         """`arranged` undone: rows [taken, inner, d] in the places of `like`, zeros elsewhere."""

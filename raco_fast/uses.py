@@ -6,6 +6,7 @@ K_gh = ⟨t_g, t_h⟩ from which the Gram matrix follows as U K Uᵀ without any
 
     MatrixUse   t_g = dY_gᵀ X_g: every weight that multiplies (Linear, Conv1D, a block of a head)
     VectorUse   t_g = rows summed over the group: biases, norm weights
+    EntryUse    either of them, from the t of every sequence, where that is small
     LookupUse   t_g = rows of dY added up by token id: embeddings
 
 Sums are float32 (float64 for float64) whatever the dtype of x and dY, so a bfloat16 gradient is
@@ -141,31 +142,7 @@ class MatrixUse(Use):
         return blocks(d_out, max(1, _BLOCK_BYTES // max(1, row_bytes)))
 
 
-class SmallUse(Use):
-    """t_g is small enough to be held.
-
-    Args:
-        t: [groups, *shape of the parameter], float32 or wider.
-    """
-
-    def __init__(self, t: Tensor) -> None:
-        self.t = t
-
-    def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
-        """See `Use`."""
-        total = self.t if U is None else (U.to(self.t) @ self.t.flatten(1)).view_as(out)
-        _store(out, total, fresh)
-
-    def gram(self) -> Tensor:
-        """See `Use`."""
-        return products(self.t.flatten(1))
-
-    def at(self, ids: Tensor) -> Tensor:
-        """See `Use`."""
-        return self.t.index_select(1, ids)
-
-
-class VectorUse(SmallUse):
+class VectorUse(Use):
     """t_g = the sum of the group's rows, of shape [d].
 
     Args:
@@ -175,15 +152,56 @@ class VectorUse(SmallUse):
     def __init__(self, rows: Tensor, segments: Segments) -> None:
         _check_arranged(rows, segments)
         wide = widened(rows)
-        t = wide.new_zeros(segments.count, wide.shape[-1])
-        for total, start, stop in zip(t, segments.offsets, segments.offsets[1:], strict=False):
-            torch.sum(wide[start:stop], (0, 1), out=total)
-        super().__init__(t)
+        self.t = wide.new_zeros(segments.count, wide.shape[-1])
+        for t, start, stop in zip(self.t, segments.offsets, segments.offsets[1:], strict=False):
+            torch.sum(wide[start:stop], (0, 1), out=t)
+
+    def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
+        """See `Use`."""
+        _store(out, self.t if U is None else U.to(self.t) @ self.t, fresh)
+
+    def gram(self) -> Tensor:
+        """See `Use`."""
+        return products(self.t)
+
+    def at(self, ids: Tensor) -> Tensor:
+        """See `Use`."""
+        return self.t.index_select(1, ids)
 
 
-def vector_use(rows: Tensor, segments: Segments) -> SmallUse:
-    """`VectorUse` of a layer's rows [..., d] as they lie; what is put in order is their sums."""
-    return SmallUse(segments.summed(widened(segments.split(rows)).sum(1)))
+class EntryUse(Use):
+    """t of each entry, small enough to be held: nothing large is put in the order of the groups.
+
+    Args:
+        t: [entries, *shape of the parameter], float32 or wider, in the order of the layer.
+    """
+
+    def __init__(self, t: Tensor, segments: Segments) -> None:
+        self.t, self.segments = t, segments
+
+    def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
+        """See `Use`."""
+        if U is None:
+            _store(out, self.segments.summed(self.t), fresh)
+            return
+        U, t, target = self.segments.spread(U).to(self.t), self.t.flatten(1), out.flatten(1)
+        if fresh and out.dtype == t.dtype:
+            torch.mm(U, t, out=target)
+        else:
+            _store(target, U @ t, fresh)
+
+    def gram(self) -> Tensor:
+        """See `Use`."""
+        return products(self.segments.summed(self.t).flatten(1))
+
+    def at(self, ids: Tensor) -> Tensor:
+        """See `Use`."""
+        return self.segments.summed(self.t).index_select(1, ids)
+
+
+def vector_use(rows: Tensor, segments: Segments) -> EntryUse:
+    """`VectorUse` of a layer's rows [..., d] as they lie."""
+    return EntryUse(widened(segments.split(rows)).sum(1), segments)
 
 
 def matrix_use(x: Tensor, dy: Tensor, segments: Segments) -> Use:
@@ -194,8 +212,8 @@ def matrix_use(x: Tensor, dy: Tensor, segments: Segments) -> Use:
     rows, weight = x.numel() // max(1, x.shape[-1]), x.shape[-1] * dy.shape[-1]
     if segments.order is None or segments.entries * weight > rows * (x.shape[-1] + dy.shape[-1]):
         return MatrixUse(segments.arranged(x), segments.arranged(dy), segments)
-    columns, rows_of = segments.split(_operand(x)), segments.split(_operand(dy))
-    return SmallUse(segments.summed(_products(rows_of.transpose(1, 2), columns)))
+    x, dy = segments.split(_operand(x)), segments.split(_operand(dy))
+    return EntryUse(_products(dy.transpose(1, 2), x), segments)
 
 
 class LookupUse(Use):
