@@ -154,6 +154,35 @@ def test_micro_batches_give_what_the_whole_batch_gives(lm, layout, dtype, mixed)
     assert error(apart) <= max(1e-5, 2 * error(by_autograd(*micro_batches(batch, 1))))
 
 
+@pytest.mark.parametrize("layout", ["logits", "head"], indirect=True)
+def test_steps_on_micro_batches_are_steps_on_the_whole_batch(lm, layout):
+    """In float64 and with a large eps, for a step magnifies rounding: a conflict is solved by a
+    small difference of gradients, and AdamW divides by theirs. (Packed, attention's float32 softmax
+    makes the scores of a part differ by 2e-8 before any of this, which steps make 1e-5 of.)
+    """
+    batch, runs = lm.batch(16), []
+    for pairs in (8, 1):
+        model = lm.build("llama, tied, biased", torch.float64)
+        opt = raco_fast.ClippedCAGradAdamW(
+            model.parameters(), lr=1e-2, eps=1e-3, weights=[0.2, 0.3, 0.5]
+        )
+        raco_fast.prepare(model, strict=True)
+        for _ in range(3):
+            for part in micro_batches(batch, pairs):
+                scores = layout(model, part)
+                margins = scores[0::2] - scores[1::2]
+                losses = [margins.tanh().sum(), margins.square().sum() / 9, -scores[1::2].sum() / 5]
+                opt.backward(losses, scores=scores)
+            opt.step()
+            opt.zero_grad()
+        runs.append([*model.parameters()])
+    start = lm.build("llama, tied, biased", torch.float64).parameters()
+    for whole, apart, before in zip(*runs, start, strict=True):
+        moved = (whole - before).norm()
+        assert moved > 0
+        assert (whole - apart).norm() <= 1e-9 * moved
+
+
 @pytest.mark.parametrize("unscale", [False, True])
 def test_grad_scaler(lm, unscale):
     batch, weights = lm.batch(), {"a": 0.3, "b": 0.7}
