@@ -191,24 +191,42 @@ def weight_grad(
         ValueError: arguments that break these rules, or more than 8 objectives without `out`.
     Source: arXiv 2602.02495, Algorithm 1, line 5, for the Gram.
     """
-    broken = _broken_rule(x, dy, segments, coefficients, out, accumulate, form)
-    if broken is not None:
-        raise ValueError(broken)
+    _check(x, dy, segments, coefficients, out, accumulate, form)
     m = len(coefficients)
     with current(x.device):
-        if m <= MAX_UNROLLED:
-            return _weight_grad_of_few(x, dy, segments, coefficients, out, accumulate, form)
-        assert out is not None
-        count = -(-m // MAX_UNROLLED)
+        if m > MAX_UNROLLED:
+            assert out is not None
+            store_weight_grad(x, dy, segments, coefficients, out, accumulate, form=form)
+            return gram([[g] for g in out], x.device)
+        partials = _launch(x, dy, segments, coefficients, out, accumulate, form)
+        total = torch.empty(m, m, dtype=torch.float64, device=x.device)
+        gram_total[(1,)](partials, len(partials), total, M=m, **TOTAL)
+        return total
+
+
+def store_weight_grad(
+    x: Tensor,
+    dy: Tensor,
+    segments: Sequence[int],
+    coefficients: Tensor,
+    out: Sequence[Tensor],
+    accumulate: bool = False,
+    *,
+    form: str = "direct",
+) -> None:
+    """`weight_grad` without the Gram matrix: a launch for every 8 objectives, and nothing else."""
+    _check(x, dy, segments, coefficients, out, accumulate, form)
+    m = len(coefficients)
+    count = -(-m // MAX_UNROLLED)
+    with current(x.device):
         for first, stop in pairwise(m * b // count for b in range(count + 1)):
             # Ratios are coefficients for seeded rows, so the other blocks can be direct.
             of_block = form if first == 0 else "direct"
             block = coefficients[first:stop]
-            _weight_grad_of_few(x, dy, segments, block, out[first:stop], accumulate, of_block)
-        return gram([[g] for g in out], x.device)
+            _launch(x, dy, segments, block, out[first:stop], accumulate, of_block)
 
 
-def _weight_grad_of_few(
+def _launch(
     x: Tensor,
     dy: Tensor,
     segments: Sequence[int],
@@ -217,6 +235,7 @@ def _weight_grad_of_few(
     accumulate: bool,
     form: str,
 ) -> Tensor:
+    """Partial sums of the Gram, [tiles, m(m+1)/2] float32."""
     m, d_out, d_in = len(coefficients), dy.shape[1], x.shape[1]
     float32 = out is not None and out[0].dtype == torch.float32
     chosen = tiling(form, m, architecture(x.device), float32)
@@ -237,9 +256,7 @@ def _weight_grad_of_few(
         **constants(form, m, accumulate),
         **asdict(chosen),
     )
-    total = torch.empty(m, m, dtype=torch.float64, device=x.device)
-    gram_total[(1,)](partials, tiles, total, M=m, **TOTAL)
-    return total
+    return partials
 
 
 def _loop(
@@ -259,6 +276,20 @@ def _loop(
 def constants(form: str, m: int, accumulate: bool) -> dict[str, object]:
     """What `weight_grad_tiles` is specialized on, beside its tiling."""
     return {"M": m, "RUNNING": form == "running", "ACCUMULATE": accumulate, "GROUP": 8}
+
+
+def _check(
+    x: Tensor,
+    dy: Tensor,
+    segments: Sequence[int],
+    coefficients: Tensor,
+    out: Sequence[Tensor] | None,
+    accumulate: bool,
+    form: str,
+) -> None:
+    broken = _broken_rule(x, dy, segments, coefficients, out, accumulate, form)
+    if broken is not None:
+        raise ValueError(broken)
 
 
 def _broken_rule(

@@ -51,6 +51,22 @@ def check_gradients(grads: Gradients) -> None:
                     )
 
 
+def check_rows(x: Tensor, dy: Tensor, bounds: Sequence[int], U: Tensor | None, out: Tensor) -> None:
+    """Raise ValueError unless the rows of a layer, their groups and the gradients fit together."""
+    if not (x.ndim == dy.ndim == 2 and bounds[0] == 0 and bounds[-1] == len(x) == len(dy)):
+        raise ValueError(
+            f"`x` and `dy` must be [{bounds[-1]} rows, features], as `bounds` say, got "
+            f"{list(x.shape)} and {list(dy.shape)}; flatten what is before the features"
+        )
+    m, groups = (1, len(bounds) - 1) if U is None else U.shape
+    if groups != len(bounds) - 1 or out.shape != (m, dy.shape[1], x.shape[1]):
+        raise ValueError(
+            f"`U` must have {len(bounds) - 1} columns, one per group, and `out` must be "
+            f"[{m} objectives, {dy.shape[1]}, {x.shape[1]}], got {groups} columns and "
+            f"{list(out.shape)}"
+        )
+
+
 def check_dense(g: Tensor, name: str) -> None:
     """Raise TypeError, calling the tensor `name`, if it is sparse or quantized."""
     if g.layout != torch.strided or g.is_quantized:

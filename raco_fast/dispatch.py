@@ -1,7 +1,8 @@
 """Which backend runs an operation: decided here and nowhere else, and forced by `backend`.
 
 Every backend is a module with the functions `gram`, `combine` and `combine_adamw` of
-`reference.py`, under the same signatures. The choice is made for each call, by one rule:
+`reference.py`, under the same signatures; "triton" and "reference" have `weight_grad` as well. The
+choice is made for each call, by one rule:
 
     "cpu"        if every tensor of the call is a plain torch tensor on the CPU, float32, bfloat16,
                  float16 or float64 (float64 not mixed with others at one parameter), without gaps
@@ -20,6 +21,10 @@ is one call of `combine_adamw`, and `gram` is one call over all groups. `update_
 will run (and repr(optimizer) shows it); a forced backend that cannot run the call raises.
 
 A step that never waits for the device needs "triton"; `device_obstacle` says where it cannot run.
+
+`weight_grad` is one layer at a time: "triton" for bfloat16 and float16 rows on a CUDA device where
+m >= 2 and a model of the costs prefers its kernel, which has a proof of its own there; else
+"reference". Forcing "triton" overrides that preference, and forcing "cpu" means "reference".
 """
 
 from __future__ import annotations
@@ -46,7 +51,7 @@ MAX_ON_DEVICE = 3
 """Objectives whose dual problem has a kernel; more are solved on the host."""
 
 findings = Findings()
-_disagreements: dict[torch.device, str | None] = {}
+_disagreements: dict[tuple[torch.device, str], str | None] = {}
 _forced: ContextVar[str | None] = ContextVar("raco_fast_backend", default=None)
 
 
@@ -82,7 +87,8 @@ def update_backend(
         return forced
     if _on_cuda(params) and missing_for_triton() is None:
         device = params[0].device
-        obstacle = _triton_obstacle([params], (), options) or _disagreements.get(device)
+        obstacle = _triton_obstacle([params], (), options)
+        obstacle = obstacle or _disagreements.get((device, "step"))
         return "triton" if obstacle is None else "reference"
     obstacle = cpu.adamw_obstacle(options, rounding) or cpu.obstacle((p,) for p in params)
     return "cpu" if obstacle is None else "reference"
@@ -184,7 +190,44 @@ def backend_of(
             return "cpu"
     if forced is None:
         return "reference"
-    raise RuntimeError(
+    raise _cannot_run(forced, operation, obstacle)
+
+
+def backend_of_weight_grad(
+    x: Tensor, dy: Tensor, bounds: Sequence[int], U: Tensor | None, out: Tensor
+) -> str:
+    """The backend of `weight_grad` for one layer; arguments as for it, asked at every call."""
+    forced = _forced.get()
+    by_itself = forced is None and _on_cuda([x]) and missing_for_triton() is None
+    if U is None or len(U) < 2 or not (by_itself or forced == "triton"):
+        return "reference"
+    obstacle = weight_grad_obstacle(x, dy, bounds, len(U), out)
+    if obstacle is None:
+        return "triton"
+    if by_itself:
+        return "reference"
+    raise _cannot_run("triton", "weight_grad", obstacle)
+
+
+def weight_grad_obstacle(
+    x: Tensor, dy: Tensor, bounds: Sequence[int], m: int, out: Tensor
+) -> str | None:
+    """Why the kernel does not form the m weight gradients of a layer; None if it does.
+
+    Where it is forced, only what it cannot do counts, not what is slower or unproved.
+    """
+    from raco_fast import triton_weight_grad as kernel
+
+    obstacle = _triton_obstacle([[]] * m, [[x, dy, out]], None)
+    obstacle = obstacle or kernel.unsupported(x, dy, out)
+    if _forced.get() == "triton":
+        return obstacle
+    obstacle = obstacle or kernel.slower(x, dy, bounds, m, out)
+    return obstacle or _disagreement(x.device, "weight_grad")
+
+
+def _cannot_run(forced: str, operation: str, obstacle: str | None) -> RuntimeError:
+    return RuntimeError(
         f"backend {forced!r} cannot run this {operation}: {obstacle}; do not force a backend, or "
         f"use backend('reference')"
     )
@@ -194,24 +237,29 @@ def _on_cuda(tensors: Sequence[Tensor]) -> bool:
     return bool(tensors) and tensors[0].is_cuda
 
 
-def _disagreement(device: torch.device) -> str | None:
-    """What the kernels were found to get wrong on the device; warns once, when it is found."""
-    if device not in _disagreements:
+def _disagreement(device: torch.device, part: str = "step") -> str | None:
+    """What the kernels were found to get wrong on the device; warns once, when it is found.
+
+    `part`: "step" or "weight_grad", so that one that fails leaves the other.
+    """
+    if (device, part) not in _disagreements:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"the kernels have not run on {device} yet and cannot be proved inside of a CUDA "
                 f"graph; take a step before capturing one"
             )
-        from raco_fast.proof import disagreement
+        from raco_fast import proof
 
-        _disagreements[device] = found = disagreement(device)
+        prove = {"step": proof.disagreement, "weight_grad": proof.weight_grad_disagreement}
+        _disagreements[device, part] = found = prove[part](device)
         if found is not None:
+            which = "kernels are" if part == "step" else f"kernel of {part} is"
             warnings.warn(
-                f"raco_fast: the Triton kernels are not used on {device}: {found}; plain torch "
+                f"raco_fast: the Triton {which} not used on {device}: {found}; plain torch "
                 f"runs instead. Please report this with `python -m torch.utils.collect_env`",
                 stacklevel=2,
             )
-    return _disagreements[device]
+    return _disagreements[device, part]
 
 
 def _triton_obstacle(

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from raco_fast.segments import ALL_ROWS, Segments, declared
 from raco_fast.tap import Tapped, parameter_gradients
-from raco_fast.uses import MatrixUse, Rows, Use, VectorUse, blocks, widened
+from raco_fast.uses import MatrixUse, Rows, Use, VectorUse
+from raco_fast.weight_grad import blocks, widened
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def token_logps(
         float32 [N] (float64 for float64), differentiable in hidden, weight and bias. With
         `raco_fast.sequences(index)` around the call, index[n] is the sequence of row n.
     """
-    block = max(1, max_logits // max(1, len(targets)))
+    block = _block_of(max_logits, len(targets), cuda=hidden.is_cuda)
     head = _Head(weight, bias, targets, shape or LogitShape(), block, declared())
     trained = [p for p in (weight, bias) if p is not None and p.requires_grad]
     kind = hidden.device.type
@@ -80,6 +81,12 @@ def token_logps(
         hidden = hidden.to(torch.get_autocast_dtype(kind))
     logps: Tensor = _TokenLogps.apply(head, hidden, *trained)  # type: ignore[no-untyped-call]
     return logps
+
+
+def _block_of(max_logits: int, tokens: int, *, cuda: bool) -> int:
+    """Rows of W at a time; whole vectors of memory, which its kernels need, where they run."""
+    block = max(1, max_logits // max(1, tokens))
+    return block // 16 * 16 or block if cuda else block
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from raco_fast.segments import Segments
-from raco_fast.uses import LookupUse, Use, matrix_use, vector_use, widened
+from raco_fast.uses import LookupUse, Use, matrix_use, vector_use
+from raco_fast.weight_grad import widened
 
 Rule = Callable[[Any, Tensor, Tensor, Segments], Mapping[str, Use]]
 

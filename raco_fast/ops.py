@@ -1,6 +1,7 @@
 """One function per operation: checks the arguments and calls the backend that `dispatch` picks.
 
-`gram`, `combine` and `combine_adamw` exist once per backend under the signatures of `reference.py`.
+`gram`, `combine` and `combine_adamw` exist once per backend under the signatures of `reference.py`,
+`weight_grad` in "triton" and "reference".
 `gram_on_device` and `combine_adamw_on_device` are a step that never waits for the device; only
 "triton" has them.
 """
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from raco_fast.checks import check_coefficients, check_length
-from raco_fast.dispatch import BUILT, finding_for, triton
+from raco_fast.checks import check_coefficients, check_length, check_rows
+from raco_fast.dispatch import BUILT, backend_of_weight_grad, finding_for, triton
 from raco_fast.reference import AdamWOptions, Gradients
 from raco_fast.rounding import NEAREST, WITH_RESIDUAL, Rounding
 
@@ -158,6 +159,27 @@ def combine_adamw(
         **prepared,
         **options,
     )
+
+
+def weight_grad(
+    x: Tensor, dy: Tensor, bounds: Sequence[int], U: Tensor | None, out: Tensor, fresh: bool
+) -> None:
+    """Write or add the m weight gradients G_i = Σ_g U_ig dY_gᵀ X_g of one layer.
+
+    Products and sums are float32 (float64 for float64); a gradient is rounded once.
+
+    Args:
+        x: [rows, d_in], the layer's inputs, ordered by groups.
+        dy: [rows, d_out], the gradients of its outputs.
+        bounds: groups + 1 offsets: group g is the rows bounds[g]:bounds[g + 1].
+        U: [m, groups], best on the CPU; None stands for one group with coefficient 1.
+        out: [m, d_out, d_in], of any floating dtype; overwritten where `fresh`, else added to.
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    check_rows(x, dy, bounds, U, out)
+    chosen = backend_of_weight_grad(x, dy, bounds, U, out)
+    BUILT[chosen].weight_grad(x, dy, bounds, U, out, fresh)
 
 
 def within_cauchy_schwarz(M: Tensor) -> Tensor:

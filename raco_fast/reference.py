@@ -1,6 +1,7 @@
 """The plain-torch backend: the twin that every fast kernel is compared with, and its fallback.
 
-Three operations over lists of tensors, without a flattened copy of the model:
+Three operations over lists of tensors, without a flattened copy of the model (the fourth, for one
+layer, is in `weight_grad.py`):
 
     gram           M_ij = ⟨g_i, g_j⟩, summed over the tensors of a model
     combine        G0 = Σ α_i g_i, written to one tensor per parameter
@@ -22,6 +23,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from raco_fast.rounding import NEAREST, Rounding
+from raco_fast.weight_grad import weight_grad as weight_grad
+from raco_fast.weight_grad import widened
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -178,7 +181,7 @@ def _blocks(
     if not present:
         return
     for start in range(0, present[0].numel(), _BLOCK):
-        block = [None if f is None else _widened(f[start : start + _BLOCK]) for f in flat]
+        block = [None if f is None else widened(f[start : start + _BLOCK]) for f in flat]
         yield present[0].device, block
 
 
@@ -190,7 +193,7 @@ def _weighted_sum(column: Sequence[Tensor | None], alpha: Sequence[float]) -> Te
     (a, g), *rest = terms
     if not rest and a == 1.0:
         return g
-    total = _widened(g) * a
+    total = widened(g) * a
     for a, g in rest:
         total.add_(g, alpha=a)
     return total
@@ -212,8 +215,3 @@ def _buckets(params: Sequence[Tensor]) -> Iterator[list[int]]:
 
 def _as_real(g: Tensor) -> Tensor:
     return torch.view_as_real(g.resolve_conj()) if g.is_complex() else g
-
-
-def _widened(g: Tensor) -> Tensor:
-    """The dtype of the arithmetic: float32 for half precision, otherwise the tensor's own."""
-    return g.float() if g.dtype in (torch.bfloat16, torch.float16) else g

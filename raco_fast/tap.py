@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -63,8 +64,9 @@ def name_of(p: Tensor) -> str:
     return f"parameter {_names[p]!r}" if p in _names else f"a parameter of shape {list(p.shape)}"
 
 
-# Not a ContextVar: on a GPU autograd runs the backward pass in threads of its own.
-_running: list[Collector] = []
+# Not a ContextVar: on a GPU autograd runs the backward pass in threads of its own. What is one (a
+# forced backend) is brought along from the thread that started the pass.
+_running: list[tuple[Collector, Context]] = []
 
 
 @contextmanager
@@ -74,7 +76,7 @@ def collecting(collector: Collector) -> Iterator[None]:
         raise RuntimeError(
             "a backward pass over several objectives is under way in this process; wait for it"
         )
-    _running.append(collector)
+    _running.append((collector, copy_context()))
     try:
         yield
     finally:
@@ -151,7 +153,8 @@ def parameter_gradients(call: Call, parameters: tuple[Tensor, ...]) -> list[Tens
     """What a layer's backward pass returns for its parameters: with a collector running, None."""
     with torch.autocast(call.dy.device.type, enabled=False):
         if _running:
-            _running[-1].collect(call)
+            collector, context = _running[-1]
+            context.copy().run(collector.collect, call)  # a context serves one thread at a time
             return [None] * len(parameters)
         gradients = [p.new_empty(1, *p.shape) for p in parameters]
         of = dict(zip(parameters, gradients, strict=True))

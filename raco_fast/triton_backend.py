@@ -34,6 +34,7 @@ from raco_fast.kernels.tables import (
 )
 from raco_fast.layout import advance
 from raco_fast.rounding import NEAREST, Rounding
+from raco_fast.triton_weight_grad import weight_grad as weight_grad
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -16,17 +16,25 @@ rounded once.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from raco_fast import ops
 from raco_fast.segments import Segments
+from raco_fast.weight_grad import (
+    batched_product,
+    blocks,
+    of_groups,
+    operand,
+    product,
+    row_blocks,
+    store,
+    widened,
+)
 
-# Bytes of t_g that exist at one time; small enough to be in a cache when they are folded.
-_BLOCK_BYTES = 8 << 20
-# Adding U_ig t_g moves memory where a GEMM computes: measured at about 5 multiply-adds a number.
-_FOLD_COST = 5
 # Rows of a tied weight whose t_g exist at one time while its two uses are multiplied.
 _CROSS_ROWS = 1024
 
@@ -59,43 +67,22 @@ class MatrixUse(Use):
         for rows in (x, dy):
             _check_arranged(rows, segments)
         inner = x.shape[1]
-        self.x, self.dy = _operand(x).flatten(0, 1), _operand(dy).flatten(0, 1)
+        self._x, self._dy = x.flatten(0, 1), dy.flatten(0, 1)
         self.bounds = [offset * inner for offset in segments.offsets]
 
+    @cached_property
+    def x(self) -> Tensor:
+        """[rows, d_in] as plain products read it."""
+        return operand(self._x)
+
+    @cached_property
+    def dy(self) -> Tensor:
+        """[rows, d_out] as plain products read it."""
+        return operand(self._dy)
+
     def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
-        """One GEMM over each group's rows and a thin product with U, or m GEMMs on scaled rows."""
-        if U is None:
-            self._add_rows(out[0], self.dy, fresh)
-            return
-        U = U.to(self.x.device, widened(self.x[:0]).dtype)
-        m, rows, groups = len(U), len(self.x), len(self.bounds) - 1
-        if m == 1 or rows + _FOLD_COST * m * groups > m * rows:
-            self._add_scaled_rows(out, U, fresh)
-            return
-        for start, stop in self._blocks():
-            t = self._of_groups(start, stop).flatten(1)
-            target = out[:, start:stop].flatten(1)
-            if out.dtype != t.dtype:
-                _store(target, U @ t, fresh)
-            elif fresh:
-                torch.mm(U, t, out=target)
-            else:
-                target.addmm_(U, t)
-
-    def _add_scaled_rows(self, out: Tensor, U: Tensor, fresh: bool) -> None:
-        sizes = torch.tensor(self.bounds).diff().to(U.device)
-        scales = torch.repeat_interleave(U, sizes, dim=1)
-        for target, scale in zip(out, scales, strict=True):
-            scaled = self.dy * scale[:, None]  # wide, for the rounding of a half-precision product
-            self._add_rows(target, scaled.to(self.dy.dtype), fresh)
-
-    def _add_rows(self, target: Tensor, dy: Tensor, fresh: bool) -> None:
-        if target.dtype != dy.dtype or _is_half(dy):
-            _store(target, _product(dy.T, self.x), fresh)
-        elif fresh:
-            torch.mm(dy.T, self.x, out=target)
-        else:
-            target.addmm_(dy.T, self.x)
+        """See `Use`."""
+        ops.weight_grad(self._x, self._dy, self.bounds, U, out, fresh)
 
     def gram(self) -> Tensor:
         """From token pairs where that is the smaller product ("ghost"), else from blocks of t_g."""
@@ -103,8 +90,8 @@ class MatrixUse(Use):
         if rows * (d_out + d_in) < 2 * d_out * d_in:
             return self._gram_of_token_pairs()
         K = _zeros(len(self.bounds) - 1, self.x)
-        for start, stop in self._blocks():
-            K += products(self._of_groups(start, stop).flatten(1))
+        for start, stop in row_blocks(d_out, 4 * len(K) * d_in):
+            K += products(self._t(self.dy[:, start:stop]).flatten(1))
         return K
 
     def _gram_of_token_pairs(self) -> Tensor:
@@ -113,8 +100,8 @@ class MatrixUse(Use):
         K = _zeros(groups, self.x)
         for g in range(groups):
             of_g, later = slice(*self.bounds[g : g + 2]), slice(self.bounds[g], None)
-            pairs = _product(self.x[of_g], self.x[later].T)
-            pairs.mul_(_product(self.dy[of_g], self.dy[later].T))
+            pairs = product(self.x[of_g], self.x[later].T)
+            pairs.mul_(product(self.dy[of_g], self.dy[later].T))
             columns = pairs.sum(0, dtype=torch.float64)
             sizes = [b - a for a, b in zip(self.bounds[g:], self.bounds[g + 1 :], strict=False)]
             row = torch.stack([part.sum() for part in torch.split(columns, sizes)])
@@ -125,21 +112,8 @@ class MatrixUse(Use):
         """See `Use`."""
         return self._t(self.dy.index_select(1, ids))
 
-    def _of_groups(self, start: int, stop: int) -> Tensor:
-        return self._t(self.dy[:, start:stop])
-
     def _t(self, dy: Tensor) -> Tensor:
-        groups = len(self.bounds) - 1
-        t = widened(dy[:0]).new_empty(groups, dy.shape[1], self.x.shape[1])
-        for g in range(groups):
-            rows = slice(*self.bounds[g : g + 2])
-            _product(dy[rows].T, self.x[rows], out=t[g])
-        return t
-
-    def _blocks(self) -> Iterator[tuple[int, int]]:
-        d_out = self.dy.shape[1]
-        row_bytes = 4 * (len(self.bounds) - 1) * self.x.shape[1]
-        return blocks(d_out, max(1, _BLOCK_BYTES // max(1, row_bytes)))
+        return of_groups(self.x, dy, self.bounds)
 
 
 class VectorUse(Use):
@@ -158,7 +132,7 @@ class VectorUse(Use):
 
     def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
         """See `Use`."""
-        _store(out, self.t if U is None else U.to(self.t) @ self.t, fresh)
+        store(out, self.t if U is None else U.to(self.t) @ self.t, fresh)
 
     def gram(self) -> Tensor:
         """See `Use`."""
@@ -182,13 +156,13 @@ class EntryUse(Use):
     def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
         """See `Use`."""
         if U is None:
-            _store(out, self.segments.summed(self.t), fresh)
+            store(out, self.segments.summed(self.t), fresh)
             return
         U, t, target = self.segments.spread(U).to(self.t), self.t.flatten(1), out.flatten(1)
         if fresh and out.dtype == t.dtype:
             torch.mm(U, t, out=target)
         else:
-            _store(target, U @ t, fresh)
+            store(target, U @ t, fresh)
 
     def gram(self) -> Tensor:
         """See `Use`."""
@@ -212,8 +186,8 @@ def matrix_use(x: Tensor, dy: Tensor, segments: Segments) -> Use:
     rows, weight = x.numel() // max(1, x.shape[-1]), x.shape[-1] * dy.shape[-1]
     if segments.order is None or segments.entries * weight > rows * (x.shape[-1] + dy.shape[-1]):
         return MatrixUse(segments.arranged(x), segments.arranged(dy), segments)
-    x, dy = segments.split(_operand(x)), segments.split(_operand(dy))
-    return EntryUse(_products(dy.transpose(1, 2), x), segments)
+    x, dy = segments.split(operand(x)), segments.split(operand(dy))
+    return EntryUse(batched_product(dy.transpose(1, 2), x), segments)
 
 
 class LookupUse(Use):
@@ -267,7 +241,7 @@ class LookupUse(Use):
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Ranges of `ids` whose t_g together stay small."""
         row_bytes = self.count * self.dy.shape[1] * self.dy.element_size()
-        return blocks(len(self.ids), max(1, _BLOCK_BYTES // max(1, row_bytes)))
+        return row_blocks(len(self.ids), row_bytes)
 
 
 class Rows(Protocol):
@@ -308,42 +282,3 @@ def products(t: Tensor) -> Tensor:
 
 def _zeros(groups: int, like: Tensor) -> Tensor:
     return torch.zeros(groups, groups, dtype=torch.float64, device=like.device)
-
-
-def blocks(n: int, size: int) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges of at most `size` that cover 0 ... n."""
-    return ((start, min(start + size, n)) for start in range(0, n, size))
-
-
-def widened(x: Tensor) -> Tensor:
-    """The dtype of the arithmetic: float32 for half precision, otherwise the tensor's own."""
-    return x.float() if _is_half(x) else x
-
-
-def _is_half(x: Tensor) -> bool:
-    return x.dtype in (torch.bfloat16, torch.float16)
-
-
-def _operand(x: Tensor) -> Tensor:
-    """What a matrix product reads: a GPU multiplies half precision and adds in float32."""
-    return x if x.is_cuda else widened(x)
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a b in float32 or wider."""
-    if _is_half(a):
-        return torch.mm(a, b, torch.float32, out=out)
-    return torch.mm(a, b, out=out)
-
-
-def _products(a: Tensor, b: Tensor) -> Tensor:
-    """a_k b_k for each k, in float32 or wider."""
-    return torch.bmm(a, b, torch.float32) if _is_half(a) else torch.bmm(a, b)
-
-
-def _store(out: Tensor, value: Tensor, fresh: bool) -> None:
-    if fresh:
-        out.copy_(value)
-    else:
-        # Added before rounding: the sum is rounded once, as autograd's accumulation does.
-        out.copy_(value.add_(out))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raco_fast import uses
+from raco_fast import uses, weight_grad
 from raco_fast.segments import ALL_ROWS, Segments
 from raco_fast.uses import LookupUse, MatrixUse, VectorUse, cross
 
@@ -82,15 +82,15 @@ def assert_as_good_as(plain: Tensor, found: Tensor, truth: Tensor) -> None:
     assert error <= 2 * theirs + torch.finfo(plain.dtype).eps * truth.norm() / 4
 
 
-def spied(monkeypatch, name: str) -> list[str]:
-    """Calls of a method of MatrixUse."""
-    calls, method = [], getattr(MatrixUse, name)
+def spied(monkeypatch, name: str, where: object = weight_grad) -> list[str]:
+    """Calls of a function, or of a method of MatrixUse."""
+    calls, function = [], getattr(where, name)
 
-    def spy(self, *args):
+    def spy(*args):
         calls.append(name)
-        return method(self, *args)
+        return function(*args)
 
-    monkeypatch.setattr(MatrixUse, name, spy)
+    monkeypatch.setattr(where, name, spy)
     return calls
 
 
@@ -127,7 +127,7 @@ def test_without_coefficients_it_is_the_ordinary_gradient(kind, dtype):
 @pytest.mark.parametrize("kind", ["matrix", "vector", "lookup"])
 @pytest.mark.parametrize("inner", [1, 20], ids=["few rows", "many rows"])
 def test_inner_products_of_groups(monkeypatch, kind, inner, block_bytes):
-    monkeypatch.setattr(uses, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(weight_grad, "_BLOCK_BYTES", block_bytes)
     for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-6)):
         case = Case(kind, inner, dtype)
         K, t = case.use().gram(), case.t.flatten(1)
@@ -143,7 +143,7 @@ def test_one_product_per_group_where_that_is_cheaper_else_scaled_rows(
     monkeypatch, m, inner, by_groups
 ):
     case = Case("matrix", inner, torch.float64)
-    formed, scaled = spied(monkeypatch, "_of_groups"), spied(monkeypatch, "_add_scaled_rows")
+    formed, scaled = spied(monkeypatch, "of_groups"), spied(monkeypatch, "_add_scaled_rows")
     out = torch.empty(m, *case.parameter.shape, dtype=torch.float64)
     case.use().add_to(out, U[:m], fresh=True)
     assert (bool(formed), bool(scaled)) == (by_groups, not by_groups)
@@ -153,8 +153,8 @@ def test_one_product_per_group_where_that_is_cheaper_else_scaled_rows(
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("block_bytes", [1, 300])
 def test_blocks_of_a_large_weight(monkeypatch, dtype, block_bytes):
-    monkeypatch.setattr(uses, "_BLOCK_BYTES", block_bytes)
-    case, formed = Case("matrix", 20, dtype), spied(monkeypatch, "_of_groups")
+    monkeypatch.setattr(weight_grad, "_BLOCK_BYTES", block_bytes)
+    case, formed = Case("matrix", 20, dtype), spied(monkeypatch, "of_groups")
     for fresh in (True, False):
         out = torch.ones_like(case.by_torch(U))
         case.use().add_to(out, U, fresh)
@@ -163,12 +163,23 @@ def test_blocks_of_a_large_weight(monkeypatch, dtype, block_bytes):
     assert len(formed) > 2
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_gradients_that_lie_with_gaps(dtype):
+    case, wide = Case("matrix", 20, dtype), torch.zeros(3, VOCAB, 2 * 5, dtype=dtype)
+    for fresh in (True, False):
+        case.use().add_to(wide[..., ::2], U, fresh)
+    truth = 2 * torch.einsum("ig,g...->i...", U, case.t)
+    assert_as_good_as(2 * case.by_torch(U), wide[..., ::2], truth)
+    assert not wide[..., 1::2].any()
+
+
 @pytest.mark.parametrize("d_out", [9, 29])
 def test_products_come_from_token_pairs_where_that_is_smaller(monkeypatch, d_out):
     x, dy = randn(7, 1, 5, seed=1), randn(7, 1, d_out, seed=2)
     rows = zip(by_group(dy, GROUPED), by_group(x, GROUPED), strict=True)
     t = torch.stack([(dy.T @ x).flatten() for dy, x in rows])
-    pairs, blocks = spied(monkeypatch, "_gram_of_token_pairs"), spied(monkeypatch, "_of_groups")
+    pairs = spied(monkeypatch, "_gram_of_token_pairs", MatrixUse)
+    blocks = spied(monkeypatch, "of_groups", uses)
     K = MatrixUse(x, dy, GROUPED).gram()
     ghost = 7 * (d_out + 5) < 2 * d_out * 5
     assert ghost == (d_out == 29)  # both sides of the limit are here

@@ -29,7 +29,7 @@ def as_on_cuda(monkeypatch) -> None:
     if INTERPRETED:
         monkeypatch.setattr(dispatch, "_on_cuda", lambda tensors: True)
         monkeypatch.setattr(dispatch, "missing_for_triton", lambda: None)
-        monkeypatch.setattr(dispatch, "_disagreements", {torch.device("cpu"): None})
+        monkeypatch.setattr(dispatch, "_disagreements", {(torch.device("cpu"), "step"): None})
 
 
 @contextmanager
