@@ -94,9 +94,34 @@ def launch_all(device: torch.device) -> None:
             )
             for t in (*out, *params):
                 assert torch.isfinite(t).all()
+    for m, dtype, out in (
+        (2, torch.bfloat16, torch.bfloat16),
+        (3, torch.float16, torch.float32),
+        (9, torch.bfloat16, torch.float32),
+    ):
+        for d_in, d_out in ((48, 80), (144, 272), (37, 61)):
+            _layer_gradients(m, dtype, out, d_in, d_out, device)
     if device.type == "cuda":
         for m in (2, 3):
             _step_on_device(m, device)
+
+
+def _layer_gradients(
+    m: int, dtype: torch.dtype, out: torch.dtype, d_in: int, d_out: int, device: torch.device
+) -> None:
+    """Written and added to, from ragged groups; rows that are no whole vectors among them."""
+    from raco_fast import ops
+
+    bounds = [0, 1, 66, 66, 99, 163]
+    generator = torch.Generator().manual_seed(m)
+    x, dy = (
+        torch.randn(bounds[-1], d, generator=generator).to(device, dtype) for d in (d_in, d_out)
+    )
+    U = torch.randn(m, len(bounds) - 1, generator=generator, dtype=torch.float64)
+    gradients = torch.empty(m, d_out, d_in, device=device, dtype=out)
+    for fresh in (True, False):
+        ops.weight_grad(x, dy, bounds, U, gradients, fresh)
+        assert torch.isfinite(gradients).all()
 
 
 def _step_on_device(m: int, device: torch.device) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import raco_fast
-from raco_fast.head import LogitShape, token_logps
+from raco_fast.head import LogitShape, _block_of, token_logps
 
 N, D, VOCAB = 20, 6, 31
 SHAPES = {
@@ -102,6 +102,14 @@ def test_no_more_logits_exist_than_were_asked_for(block):
     with WidestRows() as seen:  # the test sees what it looks for
         by_cross_entropy(*leaves, LogitShape()).sum().backward()
     assert seen.columns == VOCAB
+
+
+@pytest.mark.parametrize(("block", "on_cuda"), [(9, 9), (16, 16), (8388, 8384)])
+def test_blocks_are_whole_vectors_on_a_gpu(block, on_cuda):
+    limits = [block * N, block * N + N - 1]
+    assert [_block_of(limit, N, cuda=False) for limit in limits] == [block] * 2
+    assert [_block_of(limit, N, cuda=True) for limit in limits] == [on_cuda] * 2
+    assert _block_of(3, N, cuda=True) == 1
 
 
 class TiedLM(nn.Module):

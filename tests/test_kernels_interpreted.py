@@ -15,16 +15,24 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL_TESTS = ROOT / "tests" / "triton_kernels"
+FILES = sorted(KERNEL_TESTS.glob("test_*.py"))
+WITH_SLOW_TESTS = [file for file in FILES if "mark.slow" in file.read_text(encoding="utf-8")]
+RUNS = [
+    *[pytest.param(file, "not slow", id=file.name) for file in FILES],
+    *[
+        pytest.param(file, "slow", id=f"{file.name}-slow", marks=pytest.mark.slow)
+        for file in WITH_SLOW_TESTS
+    ],
+]
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("file", sorted(path.name for path in KERNEL_TESTS.glob("test_*.py")))
-def test_in_the_interpreter(file: str, which: str) -> None:
+@pytest.mark.parametrize(("file", "which"), RUNS)
+def test_in_the_interpreter(file: Path, which: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", which, "-p", "no:cacheprovider"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(KERNEL_TESTS / file)],
+        [*command, str(file)],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -1,11 +1,13 @@
 """One backward pass against m of them, in float64, over architectures, layouts and dtypes."""
 
+from threading import Thread
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import raco_fast
-from raco_fast import ObjectiveGradients
+from raco_fast import ObjectiveGradients, dispatch, ops
 
 
 @pytest.fixture
@@ -259,3 +261,28 @@ def test_one_pass_at_a_time():
     scores.register_hook(again)
     with pytest.raises(RuntimeError, match="over several objectives is under way in this process"):
         gradients.backward(losses, scores=scores)
+
+
+def test_a_forced_backend_reaches_the_threads_of_autograd(monkeypatch):
+    """On a GPU the backward pass runs in threads of its own, where context variables are unset."""
+    model, asked, backward = PerToken(), [], torch.autograd.backward
+
+    def in_a_thread(*args, **kwargs) -> None:
+        thread = Thread(target=backward, args=args, kwargs=kwargs)
+        thread.start()
+        thread.join()
+
+    def backend_of(x, dy, bounds, U, out) -> str:
+        if U is not None:
+            asked.append(dispatch._forced.get())
+        return "reference"
+
+    monkeypatch.setattr(torch.autograd, "backward", in_a_thread)
+    monkeypatch.setattr(ops, "backend_of_weight_grad", backend_of)
+    gradients = ObjectiveGradients(model.parameters(), [0.4, 0.6])
+    with raco_fast.prepare(model, strict=True):
+        for name in ("reference", "cpu"):
+            scores = model(IDS).sum(-1)
+            with raco_fast.backend(name):
+                gradients.backward([scores.sum(), scores.square().sum()], scores=scores)
+    assert asked == ["reference"] * 2 + ["cpu"] * 2

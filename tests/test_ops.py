@@ -246,6 +246,30 @@ def test_a_kernel_that_disagrees_is_named_once_and_not_used(on_cuda, monkeypatch
         assert dispatch.backend_of("gram", on_cuda) == "triton"
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"x": torch.ones(5, 2, 3)},
+            r"\[5 rows, features\], .* got \[5, 2, 3\] and \[5, 4\]",
+        ),
+        ({"dy": torch.ones(6, 4)}, r"as `bounds` say, got \[5, 3\] and \[6, 4\]; flatten"),
+        ({"bounds": [0, 2, 4]}, r"must be \[4 rows"),
+        ({"bounds": [1, 2, 5]}, r"must be \[5 rows"),
+        ({"U": torch.ones(2, 3)}, "`U` must have 2 columns, one per group, .* got 3 columns"),
+        ({"U": torch.ones(3, 2)}, r"`out` must be \[3 objectives, 4, 3\], got .* \[2, 4, 3\]"),
+        ({"U": None}, r"`out` must be \[1 objectives, 4, 3\]"),
+        ({"out": torch.ones(2, 3, 4)}, r"`out` must be \[2 objectives, 4, 3\], .* \[2, 3, 4\]"),
+    ],
+)
+def test_rows_of_a_layer_that_do_not_fit_together(wrong, message):
+    right = {"x": torch.ones(5, 3), "dy": torch.ones(5, 4), "bounds": [0, 2, 5]}
+    right |= {"U": torch.ones(2, 2), "out": torch.ones(2, 4, 3)}
+    ops.weight_grad(**right, fresh=True)
+    with pytest.raises(ValueError, match=message):
+        ops.weight_grad(**{**right, **wrong}, fresh=True)
+
+
 def test_unknown_backend_raises():
     unknown = pytest.raises(ValueError, match=r"`name` must be one of \('triton', .* got 'cuda'")
     with unknown, dispatch.backend("cuda"):

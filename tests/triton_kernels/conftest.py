@@ -50,6 +50,16 @@ def nothing_known_of_earlier_tensors() -> None:
     dispatch.findings.clear()
 
 
+@pytest.fixture
+def as_on_cuda(monkeypatch) -> None:
+    """In the interpreter CPU tensors pass for those of a CUDA device whose kernels are proved."""
+    if INTERPRETED:
+        proved = {(torch.device("cpu"), part): None for part in ("step", "weight_grad")}
+        monkeypatch.setattr(dispatch, "_on_cuda", lambda tensors: True)
+        monkeypatch.setattr(dispatch, "missing_for_triton", lambda: None)
+        monkeypatch.setattr(dispatch, "_disagreements", proved)
+
+
 SIZES = [(1,), (0, 4), (511,), (3, 3), (1025,), (), (8,), (4099,)]
 ALPHA = (0.6, 0.55, -0.25, 0.4, 1.2, 0.3, 0.8, 0.05)
 

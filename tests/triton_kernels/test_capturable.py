@@ -14,22 +14,16 @@ from torch import Tensor
 
 from raco_fast import ClippedCAGradAdamW, dispatch
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.usefixtures("as_on_cuda"),
+]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SHAPES = [(37, 11), (513,), (), (1,)]
 WEIGHTS = {"a": 0.5, "b": 0.2, "c": 0.3}
 LIMITS = {1: 55.5, 2: 50.3, 3: 53.2}  # about the median norm of G0 below
 SETTINGS: dict[str, Any] = {"betas": (0.8, 0.95), "eps": 1e-6, "c": 0.6, "max_grad_norm": 40.0}
-
-
-@pytest.fixture(autouse=True)
-def as_on_cuda(monkeypatch) -> None:
-    """In the interpreter CPU tensors pass for those of a CUDA device whose kernels are proved."""
-    if INTERPRETED:
-        monkeypatch.setattr(dispatch, "_on_cuda", lambda tensors: True)
-        monkeypatch.setattr(dispatch, "missing_for_triton", lambda: None)
-        monkeypatch.setattr(dispatch, "_disagreements", {(torch.device("cpu"), "step"): None})
 
 
 @contextmanager

@@ -11,7 +11,24 @@ from raco_fast import proof, triton_backend
 def test_the_kernels_pass(device):
     before = torch.get_rng_state()
     assert proof.disagreement(device) is None
+    assert proof.weight_grad_disagreement(device) is None
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def wrong_residuals(params, *others, **options):
+    combine_adamw(params, *others, **options)
+    rounding = others[6] if len(others) > 6 else None
+    if rounding is not None:
+        rounding.residuals[3][17] = 0.0
+
+
+def wrong_weight_grad(x, dy, bounds, U, out, fresh):
+    """A group of one row is left out."""
+    weight_grad(x, dy, bounds, U * torch.tensor([1.0, 1.0, 0.0, 1.0]), out, fresh)
+
+
+def forgetful_weight_grad(x, dy, bounds, U, out, fresh):
+    weight_grad(x, dy, bounds, U, out, True)
 
 
 def wrong_gram(grads):
@@ -32,10 +49,11 @@ def raising(*args, **kwargs):
     raise RuntimeError("no C compiler")
 
 
-gram, combine, combine_adamw = (
+gram, combine, combine_adamw, weight_grad = (
     triton_backend.gram,
     triton_backend.combine,
     triton_backend.combine_adamw,
+    triton_backend.weight_grad,
 )
 
 
@@ -45,6 +63,7 @@ gram, combine, combine_adamw = (
         ("gram", wrong_gram, "`gram` of torch.float32 tensors differs from plain torch"),
         ("combine", wrong_combine, "`combine` of torch.float32 tensors differs"),
         ("combine_adamw", wrong_combine_adamw, "`combine_adamw` of torch.float32 tensors differs"),
+        ("combine_adamw", wrong_residuals, "`combine_adamw, split` of torch.bfloat16 tensors"),
         ("combine", raising, "torch.float32 failed with RuntimeError: no C compiler"),
     ],
 )
@@ -53,6 +72,19 @@ def test_a_wrong_kernel_is_named(operation, wrong, finding, device, monkeypatch)
     found = proof.disagreement(device)
     assert found is not None
     assert finding in found
+
+
+@pytest.mark.parametrize(
+    ("wrong", "finding"),
+    [
+        (wrong_weight_grad, "`weight_grad` of torch.bfloat16 tensors differs from plain torch"),
+        (forgetful_weight_grad, "`weight_grad` of torch.bfloat16 tensors differs"),
+        (raising, "torch.bfloat16 failed with RuntimeError: no C compiler"),
+    ],
+)
+def test_a_wrong_kernel_of_layers_is_named_by_itself(wrong, finding, device, monkeypatch):
+    monkeypatch.setattr(triton_backend, "weight_grad", wrong)
+    assert finding in str(proof.weight_grad_disagreement(device))
 
 
 def test_nan_is_a_disagreement(device):

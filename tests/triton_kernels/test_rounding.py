@@ -115,11 +115,7 @@ def test_the_optimizer_steps_alike_on_both_backends(rounding, device, monkeypatc
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS[1:])
-def test_steps_that_stay_on_the_device_round_alike(rounding, device, monkeypatch):
-    if INTERPRETED:  # as tests/triton_kernels/test_capturable.py
-        monkeypatch.setattr(dispatch, "_on_cuda", lambda tensors: True)
-        monkeypatch.setattr(dispatch, "missing_for_triton", lambda: None)
-        monkeypatch.setattr(dispatch, "_disagreements", {(torch.device("cpu"), "step"): None})
+def test_steps_that_stay_on_the_device_round_alike(rounding, device, as_on_cuda):
     generator = torch.Generator().manual_seed(5)
     starts = [torch.randn(n, generator=generator).to(device, bf16) for n in (300, 41)]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from raco_fast.kernels import weight_grad as kernels
 from raco_fast.kernels.segments import running_ratios
-from raco_fast.kernels.weight_grad import weight_grad
+from raco_fast.kernels.weight_grad import store_weight_grad, weight_grad
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 LENGTHS = (33, 0, 1, 20, 32, 0, 7)  # around the 32 rows of a k-block of the interpreter's tiling
@@ -189,6 +189,19 @@ def test_more_objectives_than_one_launch_takes(form, m, device):
     M = layer.run(out)
     assert_close(out, layer.exact(), layer.exact(fp32))
     assert_gram(M, out)
+
+
+@pytest.mark.parametrize("m", [2, 9])
+def test_the_gradients_without_their_gram(m, device, monkeypatch):
+    layer = Layer(m, device, bf16, lengths=(6, 9), d_out=20, d_in=12)
+    ours, theirs = layer.out(bf16), layer.out(bf16)
+    layer.run(theirs)
+    for name in ("gram", "gram_total"):
+        monkeypatch.setattr(kernels, name, None)
+    store_weight_grad(layer.x, layer.dy, layer.segments, layer.coefficients, ours)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    with pytest.raises(ValueError, match=f"`out` must be {m} tensors"):
+        store_weight_grad(layer.x, layer.dy, layer.segments, layer.coefficients, ours[1:])
 
 
 def test_coefficients_on_the_device_or_sent_there(device):
