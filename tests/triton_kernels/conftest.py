@@ -27,6 +27,8 @@ from raco_fast import dispatch
 
 SPLIT = 2.0**27 + 1  # Veltkamp's: cuts a float64 into two halves whose products are exact
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Without it cuBLAS refuses the deterministic mode of `fresh_memory_is_nan`.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
 
