@@ -28,8 +28,7 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(PYTEST) bench --benchmark-enable --benchmark-group-by=group
-	$(BIN)/python -m bench tests ceilings gram combine_adamw step --device cpu --out runs/bench
-	$(BIN)/python -m bench.records runs/bench
+	$(BIN)/python -m bench.report --out runs/bench --device cpu
 
 real-run: $(STAMP)
 	$(BIN)/python bench/real_run/run.py

@@ -2,67 +2,96 @@
 
     python -m bench.bench_backward --out runs/backward [--m 1 2 4 8] [--kinds full lora]
 
-Before it is timed, one backward pass is compared with m of them on the same model. Rivals take
-turns in one process; medians. Writes records.jsonl and prints the table.
+Before it is timed, one backward pass is compared with m of them on the same model; where they
+differ, nothing is timed. Rivals take turns in one process; medians. Writes report.json and prints
+the table.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
 import torch
 
-from bench.dpo_steps import STEPS, UNPREPARED, Problem, disagreement
+from bench.dpo_steps import STEPS, UNPREPARED, Problem, Setting, disagreement, missing
 from bench.records import Records
 from bench.timing import interleaved
 
-RIVALS = ("plain", "passes", "autograd", "one_backward", "gram_first", "gram_first, keep_dy")
+RIVALS = tuple(name for name in STEPS if name != "gram_first, step_in_backward")
+# Relative, of any parameter's gradients; beyond it one backward pass computes something else.
+_TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}
+
+
+def measure(
+    records: Records, setting: Setting, ms: Sequence[int], rivals: Sequence[str], seconds: float
+) -> None:
+    """Time the rivals for each number of objectives; `seconds` is for each of those."""
+    for name in rivals:
+        if packages := missing(name):
+            cure = f"not run: {', '.join(packages)} missing; pip install 'raco-fast[bench]'"
+            records.add(f"backward/{name}", setting.params(0), failure=cure)
+    rivals = [name for name in rivals if not missing(name)]
+    bare, prepared = (Problem(setting, prepared) for prepared in (False, True))
+    for m in ms:
+        error = disagreement(prepared, m) if m > 1 else 0.0
+        if error > _TOLERANCE[setting.dtype]:
+            failure = f"not timed: one backward pass and m of them differ by {error:.1g}"
+            records.add("backward/one_backward", setting.params(m), failure=failure)
+            continue
+        until = perf_counter() + seconds
+        calls = {name: STEPS[name](bare if name in UNPREPARED else prepared, m) for name in rivals}
+        times = interleaved(calls, torch.device(setting.device), until)
+        unit = times["plain"].quantiles()[1]
+        for name, taken in times.items():
+            low, middle, high = taken.quantiles()
+            records.add(
+                f"backward/{name}",
+                setting.params(m),
+                unit="s",
+                p20=low,
+                p50=middle,
+                p80=high,
+                rounds=len(taken.device),
+                ratio=middle / unit,
+                error=error,
+                reproduce=_command(setting, m, rivals),
+            )
+            spread = f"({low / unit:.2f}-{high / unit:.2f})"
+            print(f"{setting.kind:<5} m={m} {name:<30} {middle / unit:5.2f} {spread}", flush=True)
+
+
+def _command(setting: Setting, m: int, rivals: Sequence[str]) -> str:
+    options = {"kinds": setting.kind, "m": m, "layers": setting.layers, "dtype": setting.dtype}
+    options |= {"sequences": setting.sequences, "tokens": setting.tokens, "device": setting.device}
+    shown = " ".join(f"--{name} {value}" for name, value in options.items())
+    named = " ".join(f"'{name}'" if "," in name else name for name in rivals)
+    return f"python -m bench.bench_backward --out runs/backward {shown} --rivals {named}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     options = _parser().parse_args(arguments)
-    device = torch.device(options.device)
     records = Records(Path(options.out), options.device)
-    print(
-        f"{'kind':<5} {'m':>2} {'error':>8}  " + "  ".join(f"{name:>20}" for name in options.rivals)
+    setting = Setting(
+        layers=options.layers,
+        sequences=options.sequences,
+        tokens=options.tokens,
+        dtype=options.dtype,
+        device=options.device,
     )
     for kind in options.kinds:
-        sizes = {"layers": options.layers, "sequences": options.sequences, "tokens": options.tokens}
-        of_kind = {**sizes, "device": device, "dtype": getattr(torch, options.dtype)}
-        bare, prepared = (Problem(kind, **of_kind, prepared=p) for p in (False, True))
-        for m in options.m:
-            error = disagreement(prepared, m) if m > 1 else 0.0
-            until = perf_counter() + options.seconds
-            calls = {
-                name: STEPS[name](bare if name in UNPREPARED else prepared, m)
-                for name in options.rivals
-            }
-            times = interleaved(calls, device, until)
-            unit = times["plain"].quantiles()[1]
-            shown = []
-            for name, taken in times.items():
-                low, middle, high = taken.quantiles()
-                params = {"kind": kind, "m": m, "dtype": options.dtype, **sizes}
-                values = {"p20": low, "p50": middle, "p80": high, "rounds": len(taken.device)}
-                records.add(
-                    f"backward/{name}", params, unit="s", ratio=middle / unit, error=error, **values
-                )
-                shown.append(f"{middle / unit:5.2f} ({low / unit:.2f}-{high / unit:.2f})")
-            print(
-                f"{kind:<5} {m:>2} {error:>8.0e}  " + "  ".join(f"{s:>20}" for s in shown),
-                flush=True,
-            )
+        measure(records, replace(setting, kind=kind), options.m, options.rivals, options.seconds)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="time of one DPO step with m objectives")
-    parser.add_argument("--out", required=True, help="folder of records.jsonl")
+    parser.add_argument("--out", required=True, help="folder of report.json")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--dtype", default="float32", choices=list(_TOLERANCE))
     parser.add_argument("--kinds", nargs="+", default=["lora", "full"], choices=["lora", "full"])
     parser.add_argument("--rivals", nargs="+", default=list(RIVALS), choices=RIVALS)
     parser.add_argument("--m", nargs="+", type=int, default=[1, 2, 4, 8])

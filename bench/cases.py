@@ -19,11 +19,18 @@ SIZES: dict[str, tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]] = {
         ("Qwen3-4B", bf16, EVERY_M),
         ("Llama-3-8B", bf16, EVERY_M),
         ("300 small", bf16, (2,)),
+        ("Gemma3-4B", bf16, (2, 4)),
         ("Qwen3-0.6B", bf16, EVERY_M),
         ("Qwen3-0.6B", fp32, (2, 4)),
         ("SmolLM2-135M", bf16, EVERY_M),
     ),
     "cpu": (("Llama-50M", fp32, (2,)), ("300 small", fp32, (2,)), ("Llama-50M", fp32, (4,))),
+    "cpu-whole": (
+        ("SmolLM2-135M", fp32, EVERY_M),
+        ("300 small", fp32, (2,)),
+        ("SmolLM2-135M", bf16, (2, 4)),
+        ("Llama-50M", fp32, (2,)),
+    ),
     "tiny": (("tiny", fp32, (2, 3)), ("tiny", bf16, (2,))),
 }
 

@@ -7,6 +7,9 @@ random tokens: time and memory depend on neither.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,30 +29,38 @@ PROMPT = 8  # tokens of every sequence that are not scored
 BETA = 0.1
 
 
-UNPREPARED = ("plain", "passes")
+UNPREPARED = ("plain", "passes", "torchjd")
 """The steps that know nothing of this library's engine; the others want a prepared model."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a step is measured on: `kind` is "full" or "lora", `dtype` the name of torch's."""
+
+    kind: str = "full"
+    layers: int = 30
+    sequences: int = 8
+    tokens: int = 64
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def params(self, m: int) -> dict[str, Any]:
+        """As it stands in the records."""
+        return {"m": m, **{k: v for k, v in asdict(self).items() if k != "device"}}
 
 
 class Problem:
     """A model, a batch of pairs (responses a, then b), and m losses with labels of their own."""
 
-    def __init__(
-        self,
-        kind: str,
-        *,
-        layers: int,
-        sequences: int,
-        tokens: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        prepared: bool = False,
-    ) -> None:
+    def __init__(self, setting: Setting, prepared: bool = False) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         torch.manual_seed(0)
-        config = LlamaConfig(**SHAPE, num_hidden_layers=layers)
+        device, dtype = torch.device(setting.device), getattr(torch, setting.dtype)
+        sequences, tokens = setting.sequences, setting.tokens
+        config = LlamaConfig(**SHAPE, num_hidden_layers=setting.layers)
         model: nn.Module = LlamaForCausalLM(config).to(device, dtype)
-        self.model = _with_adapter(model) if kind == "lora" else model
+        self.model = _with_adapter(model) if setting.kind == "lora" else model
         if prepared:
             raco_fast.prepare(self.model, strict=True)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
@@ -123,6 +134,33 @@ def passes(problem: Problem, m: int) -> Callable[[], None]:
     return step
 
 
+def torchjd(problem: Problem, m: int) -> Callable[[], None]:
+    """TorchJD's engine and its CAGrad (cvxpy and Clarabel), the memory-saving way it recommends.
+
+    One loss after the other: its default, all at once under vmap, does not pass through autograd
+    functions that have no rule for it, such as this head's.
+    """
+    from torchjd.aggregation import CAGrad
+    from torchjd.autojac import backward, jac_to_grad
+
+    optimizer = torch.optim.AdamW(problem.params, lr=1e-6, fused=True)
+
+    def step() -> None:
+        losses = problem.losses(problem.scores(), m)
+        backward(losses, inputs=problem.params, parallel_chunk_size=1)
+        jac_to_grad(problem.params, CAGrad(c=0.4), optimize_gramian_computation=True)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def missing(name: str) -> list[str]:
+    """The optional packages that a contestant needs and this machine lacks."""
+    needed = ("torchjd", "cvxpy", "clarabel") if name == "torchjd" else ()
+    return [package for package in needed if find_spec(package) is None]
+
+
 def ours(mode: str, **options: bool) -> Callable[[Problem, int], Callable[[], None]]:
     """`ClippedCAGradAdamW` with one of its gradient modes."""
 
@@ -144,6 +182,7 @@ def ours(mode: str, **options: bool) -> Callable[[Problem, int], Callable[[], No
 STEPS: dict[str, Callable[[Problem, int], Callable[[], None]]] = {
     "plain": plain,
     "passes": passes,
+    "torchjd": torchjd,
     "autograd": ours("autograd"),
     "one_backward": ours("one_backward"),
     "gram_first": ours("gram_first"),

@@ -14,7 +14,10 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder of the Llama family; `query_norm` adds Qwen 3's norms of queries and keys."""
+    """A decoder of the Llama family.
+
+    `query_norm` adds Qwen 3's norms of queries and keys, `outer_norms` Gemma 3's around the MLP.
+    """
 
     vocabulary: int
     hidden: int
@@ -25,6 +28,7 @@ class Architecture:
     head: int
     tied: bool
     query_norm: bool = False
+    outer_norms: bool = False
 
     def shapes(self) -> Shapes:
         """Parameter name -> shape."""
@@ -41,6 +45,8 @@ class Architecture:
             "mlp.down_proj": (d, self.intermediate),
             "input_layernorm": (d,),
             "post_attention_layernorm": (d,),
+            **({"pre_feedforward_layernorm": (d,)} if self.outer_norms else {}),
+            **({"post_feedforward_layernorm": (d,)} if self.outer_norms else {}),
         }
         found: Shapes = {"model.embed_tokens.weight": (self.vocabulary, d)}
         for i in range(self.layers):
@@ -55,6 +61,9 @@ MODELS = {
     "SmolLM2-135M": Architecture(49152, 576, 1536, 30, 9, 3, 64, tied=True),
     "Qwen3-0.6B": Architecture(151936, 1024, 3072, 28, 16, 8, 128, tied=True, query_norm=True),
     "Qwen3-4B": Architecture(151936, 2560, 9728, 36, 32, 8, 128, tied=True, query_norm=True),
+    "Gemma3-4B": Architecture(
+        262208, 2560, 10240, 34, 8, 4, 256, tied=True, query_norm=True, outer_norms=True
+    ),
     "Llama-3-8B": Architecture(128256, 4096, 14336, 32, 32, 8, 128, tied=False),
 }
 OTHERS: dict[str, Shapes] = {

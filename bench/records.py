@@ -1,6 +1,6 @@
 """Results as JSON lines, one record a line, written as they are made; and the table of them.
 
-    python -m bench.records DIR                     print the table of DIR/records.jsonl
+    python -m bench.records DIR                     print the table of DIR/report.json
     python -m bench.records DIR NAME MESSAGE        add a record of what went wrong
 
 Every record has `name` (part/rival), `params` (what was measured on), `machine`, `versions` and
@@ -22,13 +22,13 @@ from bench import machine
 from bench.timing import noisy
 
 OURS = "raco"
-FILE = "records.jsonl"
+FILE = "report.json"
 
 Record = dict[str, Any]
 
 
 class Records:
-    """The records of one run, in `folder`/records.jsonl."""
+    """The records of one run, in `folder`/report.json."""
 
     def __init__(self, folder: Path, device: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -54,14 +54,16 @@ def run(folder: Path, *parts: str, monkeypatch: pytest.MonkeyPatch) -> list[reco
         ("SmolLM2-135M", 134.515008),
         ("Qwen3-0.6B", 596.049920),
         ("Qwen3-4B", 4022.468096),
+        ("Gemma3-4B", 3880.263168),
         ("Llama-3-8B", 8030.261248),
     ],
 )
 def test_parameter_lists_are_those_of_the_models(name: str, millions: float) -> None:
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config
 
     a = MODELS[name]
-    config = (Qwen3Config if a.query_norm else LlamaConfig)(
+    family = Gemma3TextConfig if a.outer_norms else Qwen3Config if a.query_norm else LlamaConfig
+    config = family(
         vocab_size=a.vocabulary,
         hidden_size=a.hidden,
         intermediate_size=a.intermediate,
@@ -287,7 +289,7 @@ def test_the_script_goes_on_after_a_part_that_fails(tmp_path: Path) -> None:
     assert record["name"] == "gram"
     assert record["failure"].startswith("status 3 ")
     assert done.stdout.splitlines()[-1].startswith("failed: gram: status 3")
-    assert {f.name for f in out.iterdir()} == {"records.jsonl", "report.txt", "log.txt"}
+    assert {f.name for f in out.iterdir()} == {"report.json", "report.txt", "log.txt"}
 
 
 def test_failures_can_be_recorded_without_the_extension() -> None:

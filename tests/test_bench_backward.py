@@ -11,7 +11,7 @@ TINY = ["--layers", "1", "--sequences", "4", "--tokens", "12"]
 
 
 def records(folder):
-    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "report.json").read_text().splitlines()]
 
 
 @pytest.fixture

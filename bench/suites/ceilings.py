@@ -11,7 +11,12 @@ from bench.timing import interleaved
 
 NAME = "ceilings"
 # Bytes of the copy and side of the matrices: large against any cache.
-SIZES = {"gpu": (4 << 30, 8192), "cpu": (512 << 20, 2048), "tiny": (1 << 16, 32)}
+SIZES = {
+    "gpu": (4 << 30, 8192),
+    "cpu": (512 << 20, 2048),
+    "cpu-whole": (512 << 20, 2048),
+    "tiny": (1 << 16, 32),
+}
 
 
 def run(session: Session) -> None:

@@ -1,0 +1,36 @@
+"""One DPO step with m objectives beside m backward passes and TorchJD (`bench_backward.py`)."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+from bench import bench_backward
+from bench.dpo_steps import Setting
+from bench.session import Session
+
+NAME = "backward"
+QUICK = ("plain", "passes", "torchjd", "one_backward", "gram_first, keep_dy")
+# Sizes -> (setting, numbers of objectives, rivals). "cpu" is a part of "cpu-whole", whose model is
+# all of SmolLM2-135M and which takes about half an hour.
+SIZES: dict[str, tuple[Setting, tuple[int, ...], tuple[str, ...]]] = {
+    "gpu": (
+        Setting(sequences=16, tokens=512, dtype="bfloat16", device="cuda"),
+        (2, 4, 8),
+        bench_backward.RIVALS,
+    ),
+    "cpu-whole": (Setting(), (2, 4, 8), bench_backward.RIVALS),
+    "cpu": (Setting(layers=6), (2, 8), QUICK),
+    "tiny": (Setting(layers=1, sequences=4, tokens=12), (2,), QUICK),
+}
+
+
+def run(session: Session) -> None:
+    setting, ms, rivals = SIZES[session.sizes]
+    kinds = ("lora", "full")
+    left = len(kinds) * len(ms)
+    for kind in kinds:
+        of_kind = Setting(**{**vars(setting), "kind": kind})
+        for m in ms:
+            share = max(0.0, session.until - perf_counter()) / left
+            bench_backward.measure(session.records, of_kind, (m,), rivals, share)
+            left -= 1

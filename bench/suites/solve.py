@@ -1,0 +1,92 @@
+"""The dual problem, from the Gram on the host to the coefficients: ours beside who else solves it.
+
+`raco` is `solve_dual` as a user calls it, `raco, C++ alone` the extension's entry below it. Each
+solver must first come within its own accuracy of the optimum on every Gram that it is timed on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import perf_counter
+
+import torch
+
+from bench.dual_solvers import SIZES, Solver, grams, missing_for_torchjd, solvers, value
+from bench.records import OURS
+from bench.session import Session
+from bench.timing import interleaved
+
+NAME = "solve"
+# Excess of f over the optimum, as a share of its terms, that a solver may have.
+TOLERANCE = 1e-3
+OURS_TOLERANCE = 1e-9
+# One round of one solver takes about as long.
+_ROUND = 5e-3
+REPRODUCE = "python -m bench tests solve --device cpu --out runs/solve"
+
+
+def run(session: Session) -> None:
+    sizes = SIZES[:3] if session.sizes == "tiny" else SIZES
+    if missing := missing_for_torchjd():
+        cure = f"not run: {', '.join(missing)} missing; pip install 'raco-fast[bench]'"
+        session.records.add(f"{NAME}/torchjd", {}, failure=cure)
+    started = perf_counter()
+    for number, m in enumerate(sizes):
+        until = started + (session.until - started) * (number + 1) / len(sizes)
+        _measure(session, m, until)
+
+
+def _measure(session: Session, m: int, until: float) -> None:
+    found, errors = solvers(m), {}
+    matrices = grams(m)
+    best = [
+        min(value(M, s.p(s.solve(s.inputs[k]))) for s in found.values())
+        for k, M in enumerate(matrices)
+    ]
+    for name, solver in list(found.items()):
+        excess = [
+            (value(M, solver.p(solver.solve(x))) - f) / float(abs(M).max())
+            for M, x, f in zip(matrices, solver.inputs, best, strict=True)
+        ]
+        errors[name] = max(excess)
+        limit = OURS_TOLERANCE if name.startswith(OURS) else TOLERANCE
+        if errors[name] > limit:
+            del found[name]
+            failure = f"wrong: f exceeds the optimum by {errors[name]:.2g}, at most {limit:.2g}"
+            session.records.add(f"{NAME}/{name}", {"m": m}, failure=failure)
+    if OURS not in found:
+        return
+    repeats = {name: _repeats(solver) for name, solver in found.items()}
+    calls = {name: _round(solver, repeats[name]) for name, solver in found.items()}
+    times = interleaved(calls, torch.device("cpu"), until)
+    per_call = {name: 1e6 / (repeats[name] * len(matrices)) for name in found}
+    ours = times[OURS].quantiles()[1] * per_call[OURS]
+    for name, taken in times.items():
+        low, middle, high = (q * per_call[name] for q in taken.quantiles())
+        session.records.add(
+            f"{NAME}/{name}",
+            {"m": m},
+            unit="us",
+            p20=low,
+            p50=middle,
+            p80=high,
+            rounds=len(taken.device),
+            ratio=middle / ours,
+            error=errors[name],
+            reproduce=REPRODUCE,
+        )
+
+
+def _round(solver: Solver, repeats: int) -> Callable[[], None]:
+    def call() -> None:
+        for _ in range(repeats):
+            for x in solver.inputs:
+                solver.solve(x)
+
+    return call
+
+
+def _repeats(solver: Solver) -> int:
+    started = perf_counter()
+    _round(solver, 1)()
+    return max(1, round(_ROUND / (perf_counter() - started)))
