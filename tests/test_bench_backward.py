@@ -30,30 +30,47 @@ def test_every_rival_is_timed_in_units_of_the_plain_step(tmp_path, small, kind):
     for r in found.values():
         assert r["ratio"] == r["p50"] / found["plain"]["p50"]
         assert 0 < r["error"] < 1e-5
+        assert f"--kinds {kind} --m 3 --layers 1 " in r["reproduce"]
 
 
-@pytest.mark.parametrize("name", [n for n in dpo_steps.STEPS if n != "plain"])
+def test_nothing_is_timed_where_one_backward_pass_is_wrong(tmp_path, small, monkeypatch):
+    monkeypatch.setattr(bench_backward, "disagreement", lambda problem, m: 1e-3)
+    bench_backward.main(["--out", str(tmp_path), "--m", "2", "--kinds", "full", *TINY])
+    (record,) = records(tmp_path)
+    assert record["failure"] == "not timed: one backward pass and m of them differ by 0.001"
+
+
+def test_a_rival_that_is_not_installed_has_a_record_that_says_so(tmp_path, small, monkeypatch):
+    monkeypatch.setattr(bench_backward, "missing", lambda name: ["cvxpy"] * (name == "torchjd"))
+    bench_backward.main(
+        ["--out", str(tmp_path), "--m", "2", "--kinds", "full", "--seconds", "0", *TINY]
+    )
+    failures = {r["name"]: r["failure"] for r in records(tmp_path) if "failure" in r}
+    cure = "not run: cvxpy missing; pip install 'raco-fast[bench]'"
+    assert failures == {"backward/torchjd": cure}
+
+
+SETTING = dpo_steps.Setting(layers=1, sequences=4, tokens=12)
+
+
+@pytest.mark.parametrize("name", [n for n in dpo_steps.STEPS if n not in ("plain", "autograd")])
 def test_all_ways_take_the_same_step(small, name):
     def after(step):
-        problem = dpo_steps.Problem(
-            "full",
-            layers=1,
-            sequences=4,
-            tokens=12,
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-            prepared=step not in dpo_steps.UNPREPARED,
-        )
+        problem = dpo_steps.Problem(SETTING, prepared=step not in dpo_steps.UNPREPARED)
         before = torch.cat([p.detach().flatten() for p in problem.params])
         dpo_steps.STEPS[step](problem, 3)()
         return torch.cat([p.detach().flatten() for p in problem.params]) - before
 
     moved, expected = after(name), after("autograd")
-    assert (moved - expected).abs().median() < 1e-3 * expected.abs().median()
-    assert (moved * expected > 0).double().mean() > 0.99
+    # TorchJD's own rule is CAGrad without the clip, and its solver is looser.
+    tolerance = 0.5 if name == "torchjd" else 1e-3
+    assert (moved - expected).abs().median() < tolerance * expected.abs().median()
+    assert (moved * expected > 0).double().mean() > (0.9 if name == "torchjd" else 0.99)
 
 
-def test_memory_of_a_mode_is_measured(small):
-    options = bench_memory._parser().parse_args(["--out", "", "--m", "2", *TINY])
-    options.one = "one_backward"
-    assert bench_memory.peak(options) >= 0
+def test_memory_of_a_mode_is_measured(small, tmp_path, monkeypatch):
+    assert bench_memory.peak(SETTING, "one_backward", 2) != 0
+    monkeypatch.setattr(bench_memory, "MODES", ("plain",))
+    bench_memory.main(["--out", str(tmp_path), "--m", "2", "--seconds", "0", *TINY])
+    (record,) = records(tmp_path)
+    assert "timed out" in record["failure"]

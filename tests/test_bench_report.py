@@ -1,0 +1,184 @@
+"""The report says what the records say, and nothing of what failed its tests."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench import correctness, goals, page, report
+from bench.records import Record, Records
+
+MACHINE = {"cpu": "a machine", "cores": 2, "load": 0.1}
+
+
+def record(name: str, p50: float = 2.0, **values: Any) -> Record:
+    params = values.pop("params", {"list": "Llama-50M", "elements": 6 * 10**7, "m": 2})
+    spread = {"p20": p50, "p50": p50, "p80": p50}
+    of_run = {"machine": MACHINE, "versions": {"torch": "2.13"}, "commit": "c0ffee"}
+    return {"name": name, "params": params, "unit": "ms", **spread, **values, **of_run}
+
+
+def steps(paper: float, adamw: float) -> list[Record]:
+    params = {"list": "Llama-50M", "elements": 6 * 10**7, "m": 2, "dtype": "float32"}
+    ratios = {"raco": 1.0, "paper": paper, "adamw": adamw}
+    return [
+        record(f"step/{k}", 2 * v, ratio=v, share=None, params=params) for k, v in ratios.items()
+    ]
+
+
+def goal_lines(records: list[Record]) -> list[str]:
+    return [line for line in page.goals(records, ["cpu"]).splitlines() if line.startswith("| step")]
+
+
+@pytest.mark.parametrize(
+    ("paper", "adamw", "words"),
+    [(2.5, 0.8, ["met", "met"]), (1.9, 0.5, ["**missed**", "**missed**"])],
+)
+def test_a_goal_is_met_or_missed_by_its_figure(
+    paper: float, adamw: float, words: list[str]
+) -> None:
+    lines = goal_lines(steps(paper, adamw))
+    assert [line.split("|")[4].strip() for line in lines] == words
+    assert [float(line.split("|")[3]) for line in lines] == pytest.approx([paper, 1 / adamw], 1e-2)
+
+
+def test_a_goal_without_a_figure_is_not_met() -> None:
+    lines = goal_lines([record("gram/raco", ratio=1.0)])
+    assert [line.split("|")[2].strip() for line in lines] == ["not measured"] * 2
+    small = steps(3.0, 0.9)
+    for r in small:
+        r["params"]["elements"] = 10**6
+    assert "not measured" in goal_lines(small)[0]
+
+
+def test_goals_of_a_gpu_want_a_gpu() -> None:
+    gram = record("gram/raco", ratio=1.0, share=0.95, params={"elements": 2 * 10**9, "m": 2})
+    (verdict,) = (v for v in goals.verdicts([gram], ["cuda"]) if v.goal.name == "gram/raco")
+    assert verdict.met is None
+    gram["machine"] = {**MACHINE, "gpu": "a card"}
+    (verdict,) = (v for v in goals.verdicts([gram], ["cuda"]) if v.goal.name == "gram/raco")
+    assert (verdict.figure, verdict.met) == (0.95, True)
+
+
+def test_faster_rivals_are_named_and_the_price_of_one_objective_is_none() -> None:
+    assert page.losses(steps(2.5, 0.8)).startswith("In no case")
+    table = page.losses([*steps(0.9, 0.8), record("gram/raco", ratio=1.0)])
+    assert "| step | Llama-50M, 60 M, m = 2, float32 | `paper` | 0.90 |" in table
+    assert "adamw" not in table
+
+
+def test_of_several_records_of_one_thing_the_last_counts() -> None:
+    assert [
+        r["p50"] for r in page.latest([record("gram/raco", 1.0), record("gram/raco", 3.0)])
+    ] == [3.0]
+
+
+def test_slopes() -> None:
+    sizes = [1e3, 1e4, 1e6]
+    assert page.slope(sizes, [5.0 * n**0.75 for n in sizes]) == pytest.approx(0.75)
+    points = [
+        record("scaling/step", 1e-9 * n, params={"against": "parameters", "size": n}, unit="s")
+        for n in (10, 1000)
+    ]
+    assert page.body(points).endswith("| `step` | parameters | 10: 1e-08 s; 1000: 1e-06 s | 1.00 |")
+
+
+def test_noise_and_failures_are_shown() -> None:
+    noisy = record("gram/raco", 1.0, ratio=1.0, share=0.5) | {"p80": 1.2}
+    text = page.body([noisy, record("gram/dot", failure="wrong: error 1") | {"p50": 1.0}])
+    assert "1 ms ~ (1.00)" in text
+    assert "- `gram/dot` Llama-50M, 60 M, m = 2: wrong: error 1" in text
+
+
+def test_a_whole_run_of_tiny_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = ["solve", "gram", "step"]
+    for file in correctness.files("cpu"):
+        failed = int(file.stem == "test_cpu_gram")
+        Records(tmp_path, "cpu").add(
+            f"tests/{file.stem}", {}, passed=1, failed=failed, finished=True
+        )
+    options = ["--device", "cpu", "--sizes", "tiny", "--seconds", "1", "--skip", "compile", "--"]
+    report.main(["--out", str(tmp_path), *options, *parts])
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "### The dual problem" in text
+    assert "| m = 2 |" in text
+    for suite in ("gram", "step"):  # both rely on the Gram's tests, which failed
+        assert f"- `{suite}/raco` : not timed: test_cpu_gram.py failed" in text
+    assert "### Optimizer step" not in text
+    report.main(["--out", str(tmp_path), "--render"])
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == text
+
+
+def test_plots_are_drawn(tmp_path: Path) -> None:
+    from bench.plots import draw
+
+    dpo = {"kind": "lora", "m": 2, "layers": 1}
+    records = [
+        *steps(2.0, 0.5),
+        record("backward/plain", ratio=1.0, params=dpo),
+        record("backward/plain", ratio=1.0, params={**dpo, "m": 4}),
+        *(record("scaling/step", n, params={"against": "m", "size": n}) for n in (2, 4)),
+    ]
+    files = draw(records, tmp_path)
+    assert [f.name for f in files] == ["step.png", "backward.png", "scaling.png"]
+    assert all(f.read_bytes()[:4] == b"\x89PNG" for f in files)
+
+
+def test_nothing_to_render(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"holds no report.json; run without --render first"):
+        report.main(["--out", str(tmp_path), "--render"])
+
+
+def test_a_wrong_solver_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import dual_solvers, parts
+
+    monkeypatch.setattr(dual_solvers, "closed_form", lambda M: [1.0] + [0.0] * (len(M) - 1))
+    records = Records(tmp_path, "cpu")
+    parts.run_part("solve", records, "cpu", "tiny", 0.0)
+    wrong = [r for r in records.read() if r["name"] == "solve/closed form"]
+    assert len(wrong) == 2
+    assert all(r["failure"].startswith("wrong: f exceeds the optimum by ") for r in wrong)
+
+
+def test_closed_forms_are_optimal() -> None:
+    from bench.dual_solvers import closed_form, grams, solvers, value
+
+    for m in (2, 3):
+        ours = solvers(m)["raco"]
+        for M in grams(m):
+            p = np.asarray(closed_form(M.tolist()))
+            assert p.min() >= 0
+            assert p.sum() == pytest.approx(1.0)
+            assert value(M, p) == pytest.approx(value(M, ours.p(ours.solve(M))), abs=1e-12)
+
+
+def test_every_sweep_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import dpo_steps, parts
+
+    small = {"hidden_size": 36, "intermediate_size": 40, "vocab_size": 90}
+    monkeypatch.setattr(dpo_steps, "SHAPE", {**dpo_steps.SHAPE, **small})
+    records = Records(tmp_path, "cpu")
+    parts.run_part("scaling", records, "cpu", "tiny", 0.0)
+    sweeps = page.swept(records.read())
+    assert [(key, len(points)) for key, points in sweeps.items()] == [
+        (("step", "parameters"), 2),
+        (("step", "m"), 2),
+        (("one_backward", "tokens of a sequence"), 2),
+        (("one_backward", "m"), 2),
+    ]
+
+
+def test_the_page_is_written_from_the_committed_runs() -> None:
+    assert report.performance() == (report.DOCS / "performance.md").read_text(encoding="utf-8")
+
+
+def test_every_suite_is_a_part_and_goes_by_its_name() -> None:
+    from bench.parts import PARTS
+
+    assert set(page.SUITES) | {"tests", "ceilings", "scaling"} == set(PARTS)
+    for part in PARTS:
+        assert import_module(f"bench.suites.{part}").NAME == part
