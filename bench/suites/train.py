@@ -1,10 +1,10 @@
 """Tokens per second and peak memory of whole DPO steps, beside TRL's `DPOTrainer` and plain torch.
 
-A trainer owns its loop, so contestants cannot alternate call by call: each step of a round is a
-fresh process (`bench_train.py`) that trains one contestant for a few steps, and the rounds repeat.
-Ours is the public API in a loop of the caller's own, and not raco_fast.dpo's trainer: that one reads
-files, schedules, and writes a line of metrics a step, which nobody else here does, and has no hook
-around a step. Every rival but ours trains on one objective: the first of our m.
+A trainer owns its loop, so contestants cannot alternate call by call: each turn in a round is a
+fresh process (`bench_train.py`) that trains one contestant for a few steps, and rounds repeat.
+Ours is the public API in a loop of the caller's own. The trainer of raco_fast.dpo computes the
+same, but has no hook around a step, and its step writes a line of metrics to a file, which would
+be timed here for us alone. TRL and plain torch train on one objective, the first of our m.
 
 `ratio` is to TRL where it could be run, else to plain torch; `ratio_to` says which. TRL has to
 learn what plain torch learns on the same pairs, or its time does not count.
@@ -54,11 +54,12 @@ class Size:
                 yield contestant, Task(kind, m, *shape)
 
 
-# "cpu" is the part of "cpu-whole" that takes two minutes; its model is cut to 4 layers.
+# A process takes 5 to 10 s before it trains, so a round of "cpu" takes two minutes on one core, and
+# one of "cpu-whole" (all of the model, both m) seven on two.
 SIZES = {
     "gpu": Size("SmolLM2-135M", "bfloat16", 16, 512, (2, 4), 10),
     "cpu-whole": Size("SmolLM2-135M", "float32", 8, 64, (2, 4), 3),
-    "cpu": Size("SmolLM2-135M, 4 layers", "float32", 8, 64, (2,), 5),
+    "cpu": Size("SmolLM2-135M, 4 layers", "float32", 4, 32, (2,), 3),
     "tiny": Size("tiny", "float32", 4, 12, (2,), 2),
 }
 
