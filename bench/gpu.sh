@@ -40,7 +40,7 @@ suite() { # suite NAME SECONDS: told to end by itself, ten seconds before it is 
     suite combine_adamw 60
     suite backward 75
     suite memory 45
-    suite train 45
+    suite train 90
     suite scaling 35
     suite solve 25
     "$python" -m bench.report --out "$out" --render

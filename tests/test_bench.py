@@ -283,7 +283,13 @@ def test_the_script_goes_on_after_a_part_that_fails(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     called = (tmp_path / "called").read_text().splitlines()
     assert called[0].startswith("setup.py")
-    assert [c.split()[2] for c in called[1:]] == ["tests", "ceilings", "step", "combine_adamw"]
+    assert [c.split()[2] for c in called[1:]] == [
+        "tests",
+        "ceilings",
+        "step",
+        "combine_adamw",
+        "train",
+    ]
     assert all(c.endswith("--device cpu") for c in called[1:])
     (record,) = records.Records(out, "cpu").read()
     assert record["name"] == "gram"
