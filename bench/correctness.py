@@ -21,8 +21,8 @@ _STEP_ON_CPU = ("test_cpu_gram", "test_cpu_update", "test_optimizer_cpu")
 _STEP_ON_CUDA = ("test_gram", "test_combine_adamw", "test_solve_dual", "test_capturable")
 # Device -> suite -> test files that it relies on.
 RELIES_ON: dict[str, dict[str, tuple[str, ...]]] = {
-    "cpu": {"gram": _STEP_ON_CPU[:1], "combine_adamw": _STEP_ON_CPU[1:2], "step": _STEP_ON_CPU},
-    "cuda": {"gram": _STEP_ON_CUDA[:1], "combine_adamw": _STEP_ON_CUDA[1:2], "step": _STEP_ON_CUDA},
+    device: {"gram": tests[:1], "combine_adamw": tests[1:2], "step": tests, "train": tests}
+    for device, tests in (("cpu", _STEP_ON_CPU), ("cuda", _STEP_ON_CUDA))
 }
 
 

@@ -4,8 +4,9 @@
 #     bench/gpu.sh OUT_DIR [options of `python -m bench`]
 #
 # Builds the extension, runs the kernel tests and compute-sanitizer (where present), measures the
-# ceilings and the suites. OUT_DIR gets report.json (as it goes), report.md with plots, report.txt and log.txt. A part
-# that fails or runs out of time leaves a record that says so, and the next one starts.
+# ceilings and the suites. OUT_DIR gets report.json (as it goes), report.md with plots, report.txt
+# and log.txt. A part that fails or runs out of time leaves a record that says so, and the next one
+# starts.
 set -u -o pipefail
 out=$(realpath -m "${1:?usage: bench/gpu.sh OUT_DIR [options of python -m bench]}")
 options=("${@:2}")
@@ -33,14 +34,14 @@ suite() { # suite NAME SECONDS: told to end by itself, ten seconds before it is 
 {
     # egg_info: `import raco_fast` reads its version from the metadata of an installation.
     part build 120 "$python" setup.py --quiet egg_info build_ext --inplace
-    suite tests 110
+    suite tests 100
     suite ceilings 25
     suite gram 65
     suite step 75
     suite combine_adamw 60
     suite backward 75
     suite memory 45
-    suite train 45
+    suite train 60
     suite scaling 35
     suite solve 25
     "$python" -m bench.report --out "$out" --render

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARIES = ("torch", "triton", "transformers", "numpy", "setuptools")
+LIBRARIES = ("torch", "triton", "transformers", "peft", "trl", "numpy", "setuptools")
 
 
 @cache

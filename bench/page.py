@@ -19,7 +19,7 @@ SUITES = {
     "step": ("Optimizer step", "`raco`"),
     "backward": ("One DPO step, forward to update", "one plain DPO step"),
     "memory": ("Peak memory above weights and states", "plain DPO"),
-    "train": ("Training throughput", "`plain`"),
+    "train": ("Whole training steps", "`trl`, of `plain` where TRL is missing"),
 }
 SCALES = {"us": (1.0, "us"), "ms": (1.0, "ms"), "s": (1.0, "s"), "bytes": (2.0**-20, "MiB")}
 
@@ -165,6 +165,8 @@ def _cell(record: Record | None) -> str:
     extra = [] if ratio is None else [f"{ratio:.2f}"]
     if "tokens_per_second" in record:
         extra.append(f"{record['tokens_per_second']:.0f} tokens/s")
+    if "peak_bytes" in record:
+        extra.append(f"+{record['peak_bytes'] / 2**20:.0f} MiB")
     return f"{value} ({', '.join(extra)})" if extra else value
 
 
