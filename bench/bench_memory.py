@@ -2,9 +2,8 @@
 
     python -m bench.bench_memory --out runs/memory [--m 2 4] [--layers 30]
 
-Each mode runs in a process of its own. On a CPU the peak is that of the resident set (VmHWM, reset
-after the first step), on CUDA torch's max_memory_allocated; both less what there was before the
-first step and less AdamW's two states. What a mode keeps between steps counts.
+Each mode runs in a process of its own; the peak is that of a second step (`meter.py`), less what
+there was before the first and less AdamW's two states. What a mode keeps between steps counts.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from time import perf_counter
 import torch
 
 from bench.dpo_steps import STEPS, UNPREPARED, Problem, Setting
+from bench.meter import Meter
 from bench.records import Records
 
 MODES = tuple(name for name in STEPS if name not in ("passes", "torchjd"))
@@ -65,28 +65,15 @@ def _command(setting: Setting, m: int, name: str) -> list[str]:
 
 def peak(setting: Setting, name: str, m: int) -> int:
     """Bytes at the peak of a second step above weights and states."""
-    device = torch.device(setting.device)
     problem = Problem(setting, prepared=name not in UNPREPARED)
-    before = _now(device) + 2 * sum(p.numel() * p.element_size() for p in problem.params)
+    states = 2 * sum(p.numel() * p.element_size() for p in problem.params)
+    meter = Meter(torch.device(setting.device), warmup=1)
     step = STEPS[name](problem, m)
-    step()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(2):
+        meter.begin()
         step()
-        return torch.cuda.max_memory_allocated(device) - before
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
-    step()
-    return _resident("VmHWM") - before
-
-
-def _now(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _resident("VmRSS")
-
-
-def _resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    line = next(line for line in status.splitlines() if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024
+        meter.end()
+    return meter.peak() - states
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
