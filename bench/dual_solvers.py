@@ -109,6 +109,10 @@ def slsqp(M: np.ndarray, w: np.ndarray) -> np.ndarray:
 def closed_form(M: list[list[float]]) -> list[float]:
     """p for two or three objectives of equal weights, in plain Python."""
     m = len(M)
+    if m == 2:
+        (first, both), (_, second) = M
+        b = [(first + both) / 2, (both + second) / 2]
+        return _on_edge(M, b, C * sqrt((b[0] + b[1]) / 2), 0, 1)
     b = [sum(row) / m for row in M]
     s = C * sqrt(sum(b) / m)
     faces = [_on_edge(M, b, s, i, j) for i in range(m) for j in range(i + 1, m)]
