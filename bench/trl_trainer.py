@@ -32,8 +32,8 @@ def train(problem: Problem, steps: int, meter: Meter) -> None:
     """Train `problem.model` for so many steps, each one metered."""
     task = problem.task
     device = problem.ids.device
-    start = {name: p.detach().clone() for name, p in problem.trained.items()}
     adapted = task.kind == "lora"
+    adapter = {name: p.detach() for name, p in problem.trained.items()} if adapted else {}
     with TemporaryDirectory() as folder:
         trainer = DPOTrainer(
             model=problem.model.unload() if adapted else problem.model,
@@ -44,11 +44,9 @@ def train(problem: Problem, steps: int, meter: Meter) -> None:
             callbacks=[_Metered(meter)],
         )
         problem.model = trainer.model
-        if adapted:  # its own has other random numbers
-            with torch.no_grad():
-                for name, p in problem.trained.items():
-                    p.copy_(start[name])
-        del start
+        with torch.no_grad():  # its own adapter has other random numbers
+            for name, start in adapter.items():
+                problem.trained[name].copy_(start)
         trainer.train()
 
 
