@@ -134,6 +134,10 @@ def page() -> str:
     )
     machine = (RESULTS / "machine.txt").read_text(encoding="utf-8").strip()
     parts.append(f"Machine: {machine}.")
+    parts.append(
+        "What a step costs in time and memory, beside plain DPO, m backward passes, TorchJD and "
+        "TRL, is in [performance.md](performance.md)."
+    )
     return "\n\n".join(parts) + "\n"
 
 
