@@ -3,13 +3,15 @@
     python -m bench.bench_memory --out runs/memory [--m 2 4] [--layers 30]
 
 Each mode runs in a process of its own; the peak is that of a second step (`meter.py`), less what
-there was before the first and less AdamW's two states. What a mode keeps between steps counts.
+there was before the first and less AdamW's two states. What a mode keeps between steps counts, what
+malloc keeps does not.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,6 +25,9 @@ from bench.dpo_steps import STEPS, UNPREPARED, Problem, Setting
 from bench.meter import Meter
 from bench.records import Records
 
+# glibc: map every larger block by itself, so that the resident set is what is allocated and not
+# what malloc keeps for later. It costs time, which is not measured here.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 MODES = tuple(name for name in STEPS if name not in ("passes", "torchjd"))
 
 
@@ -39,6 +44,7 @@ def measure(records: Records, setting: Setting, ms: Sequence[int], until: float)
                     stdout=subprocess.PIPE,
                     text=True,
                     timeout=max(0.0, until - perf_counter()),
+                    env={**os.environ, **_MALLOC},
                 )
             except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as failure:
                 records.add(f"memory/{name}", setting.params(m), failure=str(failure))
@@ -51,7 +57,7 @@ def measure(records: Records, setting: Setting, ms: Sequence[int], until: float)
                 unit="bytes",
                 p50=used,
                 ratio=None if unit is None else used / unit,
-                reproduce=" ".join(["python", *command]),
+                reproduce=" ".join([*(f"{k}={v}" for k, v in _MALLOC.items()), "python", *command]),
             )
             print(f"m={m} {name:<30} {used / 2**20:8.0f} MiB", flush=True)
 
