@@ -15,11 +15,14 @@ from weakref import finalize
 import torch
 from torch import Tensor
 
+# Bytes from which keeping memory pays: malloc keeps smaller blocks by itself.
+_WORTH_KEEPING = 1 << 20
+
 
 class HostMemory:
     """Hands out CPU memory, and takes it back when the last tensor on it is gone.
 
-    Holds as much as was in use at one time, until it is itself dropped. A copy, or what is pickled
+    Of blocks large enough to be mapped by themselves it holds as much as was in use at one time, until it is itself dropped. A copy, or what is pickled
     of it, starts empty.
     """
 
@@ -29,6 +32,8 @@ class HostMemory:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Uninitialised memory, as `torch.empty` on the CPU."""
         nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes < _WORTH_KEEPING:
+            return torch.empty(shape, dtype=dtype)
         free = self._free[nbytes]
         block = free.pop() if free else torch.empty(nbytes, dtype=torch.uint8)
         lease = block.numpy()  # dies with the storage below, whoever holds that one last

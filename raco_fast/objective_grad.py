@@ -59,7 +59,7 @@ class ObjectiveGrad(torch.Tensor):
             memory = host_memory.empty(shape, self.dtype)
         else:
             memory = torch.empty(shape, dtype=self.dtype, device=self.device)
-        self.buffers = [memory[i] for i in range(len(memory))]
+        self.buffers = list(memory.unbind())
         return memory
 
     def stacked(self, host_memory: HostMemory) -> Tensor:
