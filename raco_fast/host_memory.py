@@ -22,8 +22,8 @@ _WORTH_KEEPING = 1 << 20
 class HostMemory:
     """Hands out CPU memory, and takes it back when the last tensor on it is gone.
 
-    Of blocks large enough to be mapped by themselves it holds as much as was in use at one time, until it is itself dropped. A copy, or what is pickled
-    of it, starts empty.
+    Of blocks large enough to be mapped by themselves it holds as much as was in use at one time,
+    until it is itself dropped. A copy, or what is pickled of it, starts empty.
     """
 
     def __init__(self) -> None:

@@ -10,7 +10,6 @@ from torch import nn
 import raco_fast
 from raco_fast.host_memory import HostMemory
 
-
 LARGE = 1 << 19  # elements
 
 
