@@ -32,7 +32,8 @@ Written by `python -m bench.report --docs` from [bench/results](../bench/results
 of a committed run and stands beside its rivals of the same run. `make bench` measures the same on
 your machine, in less than ten minutes on two cores; [bench/README.md](../bench/README.md) says what
 each rival is and how it is timed, [bench/LOG.md](../bench/LOG.md) what was tried and why a goal was
-missed. Medians; `~` marks a figure whose p20 and p80 are more than 10 % apart.
+missed. Medians; `~` marks a figure whose p20 and p80 are more than 10 % apart. Multiples are of the
+rival's time in the same turn; where something was measured twice, the later figure is shown.
 
 What bounds it. The Gram, the combination and the update do next to no arithmetic, so their ceiling
 is the copy bandwidth of the machine: *share* is the bytes that have to move at least, over the
