@@ -12,7 +12,7 @@ _GRACE = 30.0
 SIZES: dict[str, tuple[Setting, tuple[int, ...]]] = {
     "gpu": (Setting(sequences=16, tokens=512, dtype="bfloat16", device="cuda"), (2, 4)),
     "cpu-whole": (Setting(), (2, 4)),
-    "cpu": (Setting(layers=6), (2,)),
+    "cpu": (Setting(layers=3), (2,)),
     "tiny": (Setting(layers=1, sequences=4, tokens=12), (2,)),
 }
 

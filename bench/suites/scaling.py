@@ -43,7 +43,9 @@ SIZES = {
         (2, 4, 8, 16),
         Setting(sequences=16, tokens=512, dtype="bfloat16", device="cuda"),
     ),
-    "cpu": Sizes((10**6, 10**7, 5 * 10**7), (2, 4, 8), (32, 64, 128), (2, 4, 8), Setting(layers=2)),
+    "cpu": Sizes(
+        (10**6, 10**7, 5 * 10**7), (2, 4, 8), (16, 32, 64), (2, 4, 8), Setting(layers=2, tokens=32)
+    ),
     "cpu-whole": Sizes(
         (10**6, 10**7, 10**8), (2, 4, 8, 16), (32, 64, 128, 256), (2, 4, 8, 16), Setting(layers=6)
     ),
