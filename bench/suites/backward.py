@@ -21,7 +21,7 @@ SIZES: dict[str, tuple[Setting, tuple[int, ...], tuple[str, ...]]] = {
         RIVALS,
     ),
     "cpu-whole": (Setting(), (2, 4, 8), RIVALS),
-    "cpu": (Setting(layers=3, tokens=32), (2, 8), QUICK),
+    "cpu": (Setting(layers=3, tokens=32), (4,), QUICK),
     "tiny": (Setting(layers=1, sequences=4, tokens=12), (2,), QUICK),
 }
 
