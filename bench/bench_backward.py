@@ -17,7 +17,8 @@ from time import perf_counter
 
 import torch
 
-from bench.dpo_steps import STEPS, UNPREPARED, Problem, Setting, disagreement, missing
+from bench import optional
+from bench.dpo_steps import STEPS, UNPREPARED, Problem, Setting, disagreement
 from bench.records import Records
 from bench.timing import interleaved
 
@@ -31,10 +32,9 @@ def measure(
 ) -> None:
     """Time the rivals for each number of objectives; `seconds` is for each of those."""
     for name in rivals:
-        if packages := missing(name):
-            cure = f"not run: {', '.join(packages)} missing; pip install 'raco-fast[bench]'"
-            records.add(f"backward/{name}", setting.params(0), failure=cure)
-    rivals = [name for name in rivals if not missing(name)]
+        if (failure := optional.obstacle(name)) is not None:
+            records.add(f"backward/{name}", setting.params(0), failure=failure)
+    rivals = [name for name in rivals if optional.obstacle(name) is None]
     bare, prepared = (Problem(setting, prepared) for prepared in (False, True))
     for m in ms:
         error = disagreement(prepared, m) if m > 1 else 0.0

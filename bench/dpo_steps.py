@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -153,12 +152,6 @@ def torchjd(problem: Problem, m: int) -> Callable[[], None]:
         optimizer.zero_grad()
 
     return step
-
-
-def missing(name: str) -> list[str]:
-    """The optional packages that a contestant needs and this machine lacks."""
-    needed = ("torchjd", "cvxpy", "clarabel") if name == "torchjd" else ()
-    return [package for package in needed if find_spec(package) is None]
 
 
 def ours(mode: str, **options: bool) -> Callable[[Problem, int], Callable[[], None]]:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from math import sqrt
 from typing import Any
 
 import numpy as np
 import torch
 
+from bench import optional
 from raco_fast import _C
 from raco_fast.dual import RULES, solve_dual
 
@@ -65,19 +65,14 @@ def solvers(m: int) -> dict[str, Solver]:
     if m <= 3:
         lists = [M.tolist() for M in matrices]
         found["closed form"] = Solver(closed_form, lists, np.asarray)
-    if find_spec("scipy") is not None:
+    if optional.obstacle("slsqp") is None:
         found["slsqp"] = Solver(lambda M: slsqp(M, w), matrices, np.asarray)
-    if not missing_for_torchjd():
+    if optional.obstacle("torchjd") is None:
         from torchjd.aggregation import CAGradWeighting
 
         tensors = [torch.tensor(M) for M in matrices]
         found["torchjd"] = Solver(CAGradWeighting(c=C), tensors, _direction)
     return found
-
-
-def missing_for_torchjd() -> list[str]:
-    """The packages that TorchJD's CAGrad needs and this machine lacks."""
-    return [name for name in ("torchjd", "cvxpy", "clarabel") if find_spec(name) is None]
 
 
 def _direction(coefficients: torch.Tensor) -> np.ndarray:

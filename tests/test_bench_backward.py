@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bench import bench_backward, bench_memory, dpo_steps
+from bench import bench_backward, bench_memory, dpo_steps, optional
 
 TINY = ["--layers", "1", "--sequences", "4", "--tokens", "12"]
 
@@ -41,12 +41,12 @@ def test_nothing_is_timed_where_one_backward_pass_is_wrong(tmp_path, small, monk
 
 
 def test_a_rival_that_is_not_installed_has_a_record_that_says_so(tmp_path, small, monkeypatch):
-    monkeypatch.setattr(bench_backward, "missing", lambda name: ["cvxpy"] * (name == "torchjd"))
+    monkeypatch.setitem(optional.NEEDED, "torchjd", ("torchjd", "no_such_package"))
     bench_backward.main(
         ["--out", str(tmp_path), "--m", "2", "--kinds", "full", "--seconds", "0", *TINY]
     )
     failures = {r["name"]: r["failure"] for r in records(tmp_path) if "failure" in r}
-    cure = "not run: cvxpy missing; pip install 'raco-fast[bench]'"
+    cure = "not run: no_such_package missing; pip install 'raco-fast[bench]'"
     assert failures == {"backward/torchjd": cure}
 
 
@@ -69,7 +69,10 @@ def test_all_ways_take_the_same_step(small, name):
 
 
 def test_memory_of_a_mode_is_measured(small, tmp_path, monkeypatch):
-    assert bench_memory.peak(SETTING, "one_backward", 2) != 0
+    monkeypatch.setattr(bench_memory.Meter, "peak", lambda self: 10**9)
+    params = dpo_steps.Problem(SETTING).params
+    states = 2 * sum(p.numel() * p.element_size() for p in params)
+    assert bench_memory.peak(SETTING, "one_backward", 2) == 10**9 - states
     monkeypatch.setattr(bench_memory, "MODES", ("plain",))
     bench_memory.main(["--out", str(tmp_path), "--m", "2", "--seconds", "0", *TINY])
     (record,) = records(tmp_path)

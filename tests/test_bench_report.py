@@ -133,15 +133,20 @@ def test_nothing_to_render(tmp_path: Path) -> None:
         report.main(["--out", str(tmp_path), "--render"])
 
 
-def test_a_wrong_solver_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench import dual_solvers, parts
+def test_a_solver_that_is_wrong_or_absent_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench import dual_solvers, optional, parts
 
+    monkeypatch.setitem(optional.NEEDED, "torchjd", ("no_such_package",))
     monkeypatch.setattr(dual_solvers, "closed_form", lambda M: [1.0] + [0.0] * (len(M) - 1))
     records = Records(tmp_path, "cpu")
     parts.run_part("solve", records, "cpu", "tiny", 0.0)
     wrong = [r for r in records.read() if r["name"] == "solve/closed form"]
     assert len(wrong) == 2
     assert all(r["failure"].startswith("wrong: f exceeds the optimum by ") for r in wrong)
+    (absent,) = [r for r in records.read() if r["name"] == "solve/torchjd"]
+    assert absent["failure"].startswith("not run: no_such_package missing; pip install ")
 
 
 def test_closed_forms_are_optimal() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from time import perf_counter
 
 from bench import bench_backward
@@ -31,7 +32,7 @@ def run(session: Session) -> None:
     kinds = ("lora", "full")
     left = len(kinds) * len(ms)
     for kind in kinds:
-        of_kind = Setting(**{**vars(setting), "kind": kind})
+        of_kind = replace(setting, kind=kind)
         for m in ms:
             share = max(0.0, session.until - perf_counter()) / left
             bench_backward.measure(session.records, of_kind, (m,), rivals, share)

@@ -7,7 +7,7 @@ A slope of 1 is a price per item, 0 a price of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 
@@ -84,7 +84,7 @@ def _step(device: torch.device, parameters: int, m: int) -> Call:
 
 
 def _with_tokens(setting: Setting, tokens: int) -> Call:
-    return _dpo_step(Setting(**{**vars(setting), "tokens": tokens}), 2)
+    return _dpo_step(replace(setting, tokens=tokens), 2)
 
 
 def _dpo_step(setting: Setting, m: int) -> Call:

@@ -11,7 +11,8 @@ from time import perf_counter
 
 import torch
 
-from bench.dual_solvers import SIZES, Solver, grams, missing_for_torchjd, solvers, value
+from bench import optional
+from bench.dual_solvers import SIZES, Solver, grams, solvers, value
 from bench.records import OURS
 from bench.session import Session
 from bench.timing import interleaved
@@ -27,9 +28,9 @@ REPRODUCE = "python -m bench tests solve --device cpu --out runs/solve"
 
 def run(session: Session) -> None:
     sizes = SIZES[:3] if session.sizes == "tiny" else SIZES
-    if missing := missing_for_torchjd():
-        cure = f"not run: {', '.join(missing)} missing; pip install 'raco-fast[bench]'"
-        session.records.add(f"{NAME}/torchjd", {}, failure=cure)
+    for rival in optional.NEEDED:
+        if (failure := optional.obstacle(rival)) is not None:
+            session.records.add(f"{NAME}/{rival}", {}, failure=failure)
     started = perf_counter()
     for number, m in enumerate(sizes):
         until = started + (session.until - started) * (number + 1) / len(sizes)
