@@ -2,7 +2,9 @@
 //
 // Block by block, in the cache: G0 is summed into a buffer, parameters and states that are not
 // stored in the type of the arithmetic T (float, or double for float64) are widened into buffers,
-// the step is taken, and they are rounded back, once. Float32 is updated where it lies. The loops
+// the step is taken, and they are rounded back, once. What is stored as T is updated where it lies,
+// and up to kSummedOnTheWay gradients of that type are summed in the loop of the step, so that its
+// square roots and divisions run while the next elements are on their way from memory. The loops
 // are elementwise and left to the compiler's vectoriser.
 
 template <class S, class T>
@@ -91,31 +93,62 @@ static void close(Slice tensor, std::int64_t start, std::int64_t n, const double
   close_in_place(tensor, start, n, block);
 }
 
-template <class T>
-static void adamw_block(T* __restrict p, T* __restrict m, T* __restrict v, const T* __restrict g,
-                        std::int64_t n, const Step& step) {
+constexpr int kSummedOnTheWay = 4;
+
+// The step along the sum of C gradients; for C = 1, along g0 itself.
+template <class T, int C>
+static void adamw_block(T* __restrict p, T* __restrict m, T* __restrict v, const T* const* grads,
+                        const double* alpha, std::int64_t n, const Step& step) {
   const T decay = static_cast<T>(step.decay), eps = static_cast<T>(step.eps);
   const T beta1 = static_cast<T>(step.beta1), rest1 = static_cast<T>(1.0 - step.beta1);
   const T beta2 = static_cast<T>(step.beta2), rest2 = static_cast<T>(1.0 - step.beta2);
   const T size = static_cast<T>(step.step_size), root = static_cast<T>(step.root_correction);
+  const T* __restrict g[C];
+  T a[C];
+  for (int i = 0; i < C; ++i) g[i] = grads[i], a[i] = static_cast<T>(alpha[i]);
   for (std::int64_t k = 0; k < n; ++k) {
-    m[k] = beta1 * m[k] + rest1 * g[k];
-    v[k] = beta2 * v[k] + rest2 * (g[k] * g[k]);
+    T g0 = a[0] * g[0][k];
+#pragma GCC unroll 4
+    for (int i = 1; i < C; ++i) g0 += a[i] * g[i][k];
+    m[k] = beta1 * m[k] + rest1 * g0;
+    v[k] = beta2 * v[k] + rest2 * (g0 * g0);
     p[k] = decay * p[k] - size * (m[k] / (square_root(v[k]) * root + eps));
   }
+}
+
+// The gradients of one chunk as the step's loop reads them; none where they have to be summed first.
+template <class T>
+static int direct(const Present& grads, const T** rows) {
+  const Dtype wanted = std::is_same<T, double>::value ? Dtype::float64 : Dtype::float32;
+  if (grads.dtype != wanted || grads.count > kSummedOnTheWay) return 0;
+  for (int i = 0; i < grads.count; ++i) rows[i] = static_cast<const T*>(grads.data[i]);
+  return grads.count;
 }
 
 template <class T>
 static void adamw_of(const Present& grads, std::int64_t n, Slice param, Slice exp_avg,
                      Slice exp_avg_sq, const Step& step) {
   alignas(64) T g0[kBlock], p_buffer[kBlock], m_buffer[kBlock], v_buffer[kBlock];
+  const T* rows[kSummedOnTheWay];
+  const int count = direct(grads, rows);
+  const double one = 1.0;
   for (std::int64_t start = 0; start < n; start += kBlock) {
     const std::int64_t size = n - start < kBlock ? n - start : kBlock;
-    sum_gradients(grads, start, size, g0);
     T* p = opened(param, start, size, p_buffer);
     T* m = opened(exp_avg, start, size, m_buffer);
     T* v = opened(exp_avg_sq, start, size, v_buffer);
-    adamw_block(p, m, v, g0, size, step);
+    const T* at[kSummedOnTheWay];
+    for (int i = 0; i < count; ++i) at[i] = rows[i] + start;
+    switch (count) {
+      case 1: adamw_block<T, 1>(p, m, v, at, grads.alpha, size, step); break;
+      case 2: adamw_block<T, 2>(p, m, v, at, grads.alpha, size, step); break;
+      case 3: adamw_block<T, 3>(p, m, v, at, grads.alpha, size, step); break;
+      case 4: adamw_block<T, 4>(p, m, v, at, grads.alpha, size, step); break;
+      default:
+        sum_gradients(grads, start, size, g0);
+        at[0] = g0;
+        adamw_block<T, 1>(p, m, v, at, &one, size, step);
+    }
     close(param, start, size, p);
     close(exp_avg, start, size, m);
     close(exp_avg_sq, start, size, v);
