@@ -49,9 +49,7 @@ def combine(
     Source: arXiv 2602.02495, Algorithm 1.
     """
     check_max_grad_norm(max_grad_norm)
-    gradients.check_complete()
-    params = gradients.touched()
-    grads = gradients.lists(params)
+    ((params, grads),) = gradients.collect()
     solution = solve_dual(ops.gram(grads), gradients.weights, c, rule)
     if not solution.finite:
         gradients.zero()

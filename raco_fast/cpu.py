@@ -5,20 +5,19 @@ as `torch.get_num_threads()` says. The functions are those of `reference.py`, un
 signatures; `obstacle` and `adamw_obstacle` say why a call is not for them, and `dispatch.py`, which
 asks, hands it to the reference then.
 
-The tables of addresses are built anew at every call: little work beside reading the gradients of a
-large model, and a cache would have to notice every swapped or freed tensor.
+Tables of addresses, lengths and dtypes are kept with the finding of `layout.py`, for the same
+tensors at the same places: for many small ones, building them takes longer than the kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from raco_fast import _C
 from raco_fast.layout import advance
@@ -27,6 +26,17 @@ from raco_fast.rounding import NEAREST, Rounding
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+class Tables(NamedTuple):
+    """Addresses, lengths and dtypes as the kernels take them."""
+
+    grads: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]
+    written: list[tuple[NDArray[np.int64], NDArray[np.uint8]]]
+
+
+Prepared: TypeAlias = "dict[Hashable, Tables]"
+"""The tables of one call; the caller drops them when an address or layout changes."""
 
 DTYPES = {getattr(torch, name): code for code, name in enumerate(_C.DTYPES)}
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -69,18 +79,21 @@ def adamw_obstacle(options: AdamWOptions, rounding: str = "nearest") -> str | No
     return None
 
 
-def gram(grads: Gradients) -> Tensor:
-    """Gram matrix of m per-objective gradients; see `reference.gram`."""
-    return torch.from_numpy(_C.gram(*_lists(grads), torch.get_num_threads()))
+def gram(grads: Gradients, prepared: Prepared | None = None) -> Tensor:
+    """Gram matrix of m per-objective gradients; see `reference.gram`.
+
+    Args:
+        prepared: what this function left for exactly these tensors, or nothing yet.
+    """
+    found = _recalled(prepared, grads, [])
+    return torch.from_numpy(_C.gram(*found.grads, torch.get_num_threads()))
 
 
 def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> None:
     """Write G0 = Σ α_i g_i; see `reference.combine`."""
-    addresses, lengths, dtypes = _lists(grads, out)
-    increment_version(out)
-    _C.combine(
-        addresses, lengths, dtypes, coefficients.numpy(), *_table(out), torch.get_num_threads()
-    )
+    found = tables(grads, [out])
+    (target,) = found.written
+    _C.combine(*found.grads, coefficients.numpy(), *target, torch.get_num_threads())
 
 
 def combine_adamw(
@@ -92,25 +105,30 @@ def combine_adamw(
     max_exp_avg_sqs: Sequence[Tensor],
     state_steps: Sequence[Tensor],
     rounding: Rounding = NEAREST,
+    prepared: Prepared | None = None,
     **options: Unpack[AdamWOptions],
 ) -> None:
     """One AdamW step along G0 = Σ α_i g_i, rounded to nearest; see `reference.combine_adamw`.
 
     G0, the states and the parameters are float32 in registers (float64 for float64 parameters) and
     rounded once, where torch rounds after each operation: equal to rounding, not to the bit.
+
+    Args:
+        prepared: what this function left for exactly these tensors, or nothing yet.
     """
     if not params:
         return
     lr, beta1, beta2 = (float(options[name]) for name in ("lr", "beta1", "beta2"))
     steps = advance(state_steps).numpy()
     sign = -1.0 if options["maximize"] else 1.0
-    increment_version([*params, *exp_avgs, *exp_avg_sqs])  # autograd must notice, as with torch's
+    found = _recalled(prepared, grads, [params, exp_avgs, exp_avg_sqs])
+    of_params, of_exp_avgs, of_exp_avg_sqs = found.written
     _C.combine_adamw(
-        *_lists(grads, params),
+        *found.grads,
         sign * coefficients.numpy(),
-        *_table(params),
-        *_table(exp_avgs),
-        *_table(exp_avg_sqs),
+        *of_params,
+        *of_exp_avgs,
+        *of_exp_avg_sqs,
         decay=1.0 - lr * options["weight_decay"],
         beta1=beta1,
         beta2=beta2,
@@ -158,25 +176,37 @@ def _is_dense(t: Tensor) -> bool:
     return True
 
 
-def _table(tensors: Sequence[Tensor]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    addresses = np.array([t.data_ptr() for t in tensors], dtype=np.int64)
-    return addresses, np.array([DTYPES[t.dtype] for t in tensors], dtype=np.uint8)
-
-
-def _lists(
-    grads: Gradients, shaped: Sequence[Tensor] | None = None
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]:
-    """Addresses [m, n], lengths [n] and dtypes [n]; lengths also from `shaped` where it is given.
-
-    A column without any gradient has the length and dtype of its tensor in `shaped`, else none.
-    """
-    addresses = np.array(
-        [[0 if g is None else g.data_ptr() for g in one] for one in grads], dtype=np.int64
-    ).reshape(len(grads), -1)
+def tables(grads: Gradients, written: Sequence[Sequence[Tensor]] = ()) -> Tables:
+    """The tables of a call; the first list of `written`, if any, has the gradients' shapes."""
+    columns = list(zip(*grads, strict=True))
     one_of_each = [
-        next((g for g in column if g is not None), None if shaped is None else shaped[k])
-        for k, column in enumerate(zip(*grads, strict=True))
+        next((g for g in column if g is not None), written[0][k] if written else None)
+        for k, column in enumerate(columns)
     ]
-    lengths = np.array([0 if t is None else t.numel() for t in one_of_each], dtype=np.int64)
-    dtypes = np.array([0 if t is None else DTYPES[t.dtype] for t in one_of_each], dtype=np.uint8)
-    return addresses, lengths, dtypes
+    return Tables(
+        grads=(
+            np.array(
+                [[0 if g is None else g.data_ptr() for g in one] for one in grads], dtype=np.int64
+            ).reshape(len(grads), -1),
+            np.array([0 if t is None else t.numel() for t in one_of_each], dtype=np.int64),
+            np.array([0 if t is None else DTYPES[t.dtype] for t in one_of_each], dtype=np.uint8),
+        ),
+        written=[
+            (
+                np.array([t.data_ptr() for t in one], dtype=np.int64),
+                np.array([DTYPES[t.dtype] for t in one], dtype=np.uint8),
+            )
+            for one in written
+        ],
+    )
+
+
+def _recalled(
+    prepared: Prepared | None, grads: Gradients, written: Sequence[Sequence[Tensor]]
+) -> Tables:
+    """The tables that were left by the call before, or new ones to leave."""
+    if prepared is None:
+        return tables(grads, written)
+    if not prepared:
+        prepared["tables"] = tables(grads, written)
+    return prepared["tables"]

@@ -18,8 +18,9 @@ from raco_fast.checks import check_dense
 from raco_fast.dual import check_weights
 from raco_fast.host_memory import HostMemory
 from raco_fast.inspection import Exactness
-from raco_fast.objective_grad import ObjectiveGrad
-from raco_fast.one_backward import check_scores, one_backward
+from raco_fast.objective_grad import ObjectiveGrad, Touched, along_p_grad, stand_in_of, touched
+from raco_fast.objective_losses import ordered_losses
+from raco_fast.one_backward import one_backward
 
 
 class ObjectiveGradients:
@@ -94,7 +95,7 @@ class ObjectiveGradients:
         mode = mode or ("autograd" if scores is None else "one_backward")
         if mode not in ("autograd", "one_backward"):
             raise ValueError(f"`mode` must be 'autograd' or 'one_backward', got {mode!r}")
-        ordered = self.checked(losses, scores)
+        ordered = ordered_losses(losses, scores, self.names)
         if scores is None and mode == "one_backward":
             raise ValueError(
                 "`scores` must be given in mode 'one_backward': the [B] sequence scores that the "
@@ -141,44 +142,35 @@ class ObjectiveGradients:
         """The accumulated gradient of each objective at `p`; None where it did not touch p."""
         if len(self.names) == 1:
             return {self.names[0]: p.grad}
-        held = _stand_in(p, self.names)
+        held = stand_in_of(p, self.names)
         buffers = [None] * len(self.names) if held is None else held.buffers
         return dict(zip(self.names, buffers, strict=True))
 
-    def lists(self, params: Sequence[Tensor]) -> list[list[Tensor | None]]:
-        """m lists of n gradients for n parameters, as `ops.gram` takes them."""
-        held = [p.grad for p in params]
-        if len(self.names) == 1:
-            return [held]
-        if not all(type(g) is ObjectiveGrad and g.objectives == self.names for g in held):
-            held = [_stand_in(p, self.names) for p in params]
-        nothing = [None] * len(self.names)
-        columns = [g.buffers if isinstance(g, ObjectiveGrad) else nothing for g in held]
-        return [list(one) for one in zip(*columns, strict=True)] or [[] for _ in self.names]
+    def collect(self, groups: Iterable[Sequence[Tensor]] | None = None) -> list[Touched]:
+        """What a step needs: each group's touched parameters and their gradients.
 
-    def touched(self) -> list[Tensor]:
-        """The parameters that at least one objective has a gradient for."""
-        return [p for p in self.parameters() if p.grad is not None]
-
-    def check_complete(self) -> None:
-        """Raise unless every objective has had a backward pass since the gradients were zeroed.
-
+        Args:
+            groups: of the parameters; by default one group of all.
         Raises:
-            RuntimeError: no backward, an objective left out, or p.grad filled (other than with
-                zeros) outside of any objective. One objective: never, p.grad is its gradient.
+            RuntimeError: no backward pass since the gradients were zeroed, an objective left out,
+                or p.grad filled (other than with zeros) outside of any objective. One objective:
+                never, p.grad is its gradient.
         """
+        groups = [self.parameters()] if groups is None else list(groups)
         if len(self.names) == 1:
-            return
-        params = self.parameters()
-        held = [p.grad for p in params]
-        by_hand = not {type(g) for g in held} <= {type(None), ObjectiveGrad}
-        ours = [g for g in held if isinstance(g, ObjectiveGrad)]
-        if by_hand or any(g.objectives != self.names for g in ours):
-            for p in params:
-                _stand_in(p, self.names)
-        self._notice_cleared(params)
+            return [along_p_grad(params) for params in groups]
+        found = [touched(params, self.names) for params in groups]
+        by_hand = None in found
+        if by_hand:
+            for params in groups:
+                for p in params:
+                    stand_in_of(p, self.names)
+            found = [touched(params, self.names) for params in groups]
+        collected = [one for one in found if one is not None]
+        if self._held and not any(one.params for one in collected):
+            self.forget()  # model.zero_grad() empties p.grad without telling us
         if by_hand and not self._ran:
-            return  # zeros: how torch.distributed.checkpoint makes an optimizer create its state
+            return collected  # zeros: how torch.distributed.checkpoint has states created
         if not self._ran:
             raise RuntimeError(
                 f"step without backward: the objectives {self.names} have no gradients; call "
@@ -191,6 +183,7 @@ class ObjectiveGradients:
                 f"give each one a loss (a zero that keeps the graph, e.g. `0.0 * scores.sum()`, "
                 f"where a batch has nothing for it), or leave it out of `weights`"
             )
+        return collected
 
     def zero(self, set_to_none: bool = True) -> None:
         """Forget the gradients of all objectives.
@@ -215,7 +208,7 @@ class ObjectiveGradients:
         self._notice_cleared(params)
         lent = []
         for p in params:
-            held = _stand_in(p, self.names)
+            held = stand_in_of(p, self.names)
             buffer = None if held is None else held.buffers[index]
             lent.append((p, held, buffer))
         for p, _, buffer in lent:
@@ -244,7 +237,7 @@ class ObjectiveGradients:
     def _one_backward(self, losses: list[Tensor], scores: Tensor) -> None:
         self._notice_cleared(self.parameters())
         wanted = self.trained()
-        held = {p: _stand_in(p, self.names) for p in wanted}
+        held = {p: stand_in_of(p, self.names) for p in wanted}
 
         def buffers(p: Tensor) -> tuple[Tensor, bool]:
             stand_in = held[p]
@@ -275,60 +268,6 @@ class ObjectiveGradients:
         """Whether one backward pass serves all losses; decided at the first call that can tell."""
         return self._exact(losses, scores, self.trained())
 
-    def checked(
-        self, losses: Mapping[str, Tensor] | Sequence[Tensor], scores: Tensor | None
-    ) -> list[Tensor]:
-        """The losses in weight order; raises as `backward` does."""
-        if scores is not None:
-            check_scores(scores)
-        if isinstance(losses, Mapping):
-            missing = [name for name in self.names if name not in losses]
-            unknown = [name for name in losses if name not in self.names]
-            if missing or unknown:
-                raise ValueError(
-                    f"`losses` must have exactly the objectives {self.names}, "
-                    f"missing {missing}, unknown {unknown}; correct the keys or `weights`"
-                )
-            ordered = [losses[name] for name in self.names]
-        elif isinstance(losses, Sequence):
-            if len(losses) != len(self.names):
-                raise ValueError(
-                    f"`losses` must hold one loss for each of {self.names}, got {len(losses)}"
-                )
-            ordered = list(losses)
-        else:
-            raise TypeError(
-                f"`losses` must be a mapping from objective to loss or a list of losses, "
-                f"got {type(losses).__name__}; write {{{self.names[0]!r}: loss, ...}}"
-            )
-        for name, loss in zip(self.names, ordered, strict=True):
-            _check_loss(name, loss, constants=scores is not None)
-        return ordered
-
-
-def _stand_in(p: Tensor, names: tuple[str, ...]) -> ObjectiveGrad | None:
-    """p's gradients of the objectives `names`, or None where p has no gradient."""
-    grad = p.grad
-    if grad is None:
-        return None
-    if type(grad) is Tensor and grad.layout == torch.strided and not grad.any():
-        # Zeros are the same gradient whichever objective they belong to.
-        p.grad = held = ObjectiveGrad(p, names)
-        held.buffers[0] = grad
-        return held
-    if not isinstance(grad, ObjectiveGrad):
-        raise RuntimeError(
-            f"p.grad of a parameter of shape {list(p.shape)} was filled outside of an objective, "
-            f"so it is not known which of {names} it belongs to; use backward(losses) or "
-            f"`with objective(name): loss.backward()`, and zero_grad() before the next step"
-        )
-    if grad.objectives != names:
-        raise RuntimeError(
-            f"p.grad of a parameter of shape {list(p.shape)} holds gradients of the objectives "
-            f"{grad.objectives}, not of {names}; call zero_grad() of their owner first"
-        )
-    return grad
-
 
 def _with_own_storage(grad: Tensor) -> Tensor:
     """A gradient that is a view of a larger buffer (DDP's buckets) is overwritten by the next
@@ -338,18 +277,3 @@ def _with_own_storage(grad: Tensor) -> Tensor:
         return grad
     nbytes = grad.numel() * grad.element_size()
     return grad if grad.untyped_storage().nbytes() == nbytes else grad.clone()
-
-
-def _check_loss(name: str, loss: Tensor, constants: bool) -> None:
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"`losses`[{name!r}] must be a tensor, got {type(loss).__name__}")
-    if loss.numel() != 1:
-        raise ValueError(
-            f"`losses`[{name!r}] must be a scalar, got shape {list(loss.shape)}; take its mean"
-        )
-    if not (loss.requires_grad or constants):
-        raise ValueError(
-            f"`losses`[{name!r}] depends on nothing that requires grad, so it has no gradient; if "
-            f"this batch has nothing for {name!r}, give a zero that keeps the graph, "
-            f"e.g. `0.0 * scores.sum()`"
-        )

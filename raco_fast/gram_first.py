@@ -23,6 +23,7 @@ from raco_fast.combined import check_max_grad_norm, clip_factor, combine
 from raco_fast.dual import DualSolution, solve_dual
 from raco_fast.gradients import ObjectiveGradients
 from raco_fast.inspection import Inspection
+from raco_fast.objective_losses import ordered_losses
 from raco_fast.one_backward import arranged, collect, propagate, sensitivities
 from raco_fast.segments import ALL_ROWS, Factored
 from raco_fast.tap import Call, collecting
@@ -66,7 +67,7 @@ def gram_first(
         raise ValueError(
             "`scores` must be given: the [B] sequence scores that the losses are functions of"
         )
-    ordered = gradients.checked(losses, scores)
+    ordered = ordered_losses(losses, scores, gradients.names)
     wanted = gradients.trained()
     if any(p.grad is not None for p in wanted):
         raise RuntimeError(

@@ -9,7 +9,8 @@ finds and unscales all m buffers, and code that reads p.grad as if there were on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,3 +109,67 @@ class ObjectiveGrad(torch.Tensor):
         copy.buffers = [None if g is None else g.clone() for g in self.buffers]
         memo[id(self)] = copy
         return copy
+
+
+class Touched(NamedTuple):
+    """Parameters that some objective has a gradient for, and m lists of those gradients."""
+
+    params: list[Tensor]
+    grads: list[list[Tensor | None]]
+
+
+def stand_in_of(p: Tensor, names: tuple[str, ...]) -> ObjectiveGrad | None:
+    """p's gradients of the objectives `names`, or None where p has no gradient.
+
+    Raises:
+        RuntimeError: p.grad was filled outside of any objective, or belongs to other ones.
+    """
+    grad = p.grad
+    if grad is None:
+        return None
+    if type(grad) is Tensor and grad.layout == torch.strided and not grad.any():
+        # Zeros are the same gradient whichever objective they belong to.
+        p.grad = held = ObjectiveGrad(p, names)
+        held.buffers[0] = grad
+        return held
+    if not isinstance(grad, ObjectiveGrad):
+        raise RuntimeError(
+            f"p.grad of a parameter of shape {list(p.shape)} was filled outside of an objective, "
+            f"so it is not known which of {names} it belongs to; use backward(losses) or "
+            f"`with objective(name): loss.backward()`, and zero_grad() before the next step"
+        )
+    if grad.objectives != names:
+        raise RuntimeError(
+            f"p.grad of a parameter of shape {list(p.shape)} holds gradients of the objectives "
+            f"{grad.objectives}, not of {names}; call zero_grad() of their owner first"
+        )
+    return grad
+
+
+def touched(params: Sequence[Tensor], names: tuple[str, ...]) -> Touched | None:
+    """What the stand-ins of `params` hold; None if some p.grad is no stand-in for `names`."""
+    held, columns = [], []
+    for p in params:
+        grad = p.grad
+        if grad is None:
+            continue
+        if type(grad) is not ObjectiveGrad or grad.objectives != names:
+            return None
+        held.append(p)
+        columns.append(grad.buffers)
+    return Touched(held, [list(one) for one in zip(*columns, strict=True)] or [[] for _ in names])
+
+
+def along_p_grad(params: Sequence[Tensor]) -> Touched:
+    """What p.grad itself holds, as the gradients of one objective."""
+    held = [p for p in params if p.grad is not None]
+    return Touched(held, [[p.grad for p in held]])
+
+
+def joined(groups: Sequence[Touched]) -> Touched:
+    """Several groups as one."""
+    if len(groups) == 1:
+        return groups[0]
+    lists = zip(*(group.grads for group in groups), strict=True)
+    params = [p for group in groups for p in group.params]
+    return Touched(params, [list(chain.from_iterable(parts)) for parts in lists])

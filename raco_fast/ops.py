@@ -9,13 +9,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from raco_fast.checks import check_coefficients, check_length, check_rows
 from raco_fast.dispatch import BUILT, backend_of_weight_grad, finding_for, triton
+from raco_fast.layout import Finding
 from raco_fast.reference import AdamWOptions, Gradients
 from raco_fast.rounding import NEAREST, WITH_RESIDUAL, Rounding
 
@@ -54,7 +56,7 @@ def gram_beside(grads: Gradients, numbers: Sequence[Tensor]) -> tuple[Tensor, li
     if finding.backend == "triton":
         M, values = module.gram_beside(grads, numbers, finding.prepared)
     else:
-        M, values = module.gram(grads), [float(x) for x in numbers]
+        M, values = module.gram(grads, **_kept(finding)), [float(x) for x in numbers]
     return within_cauchy_schwarz(M), values
 
 
@@ -83,6 +85,7 @@ def combine_adamw_on_device(
     if rounding.name in WITH_RESIDUAL:
         written.append(rounding.residuals)
     finding = finding_for("combine_adamw", grads, *written, options=options, rounding=rounding.name)
+    _note_writes("triton", *written)
     triton().combine_adamw_on_device(
         params,
         grads,
@@ -109,7 +112,9 @@ def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> No
     """
     check_coefficients(grads, coefficients)
     check_length("out", out, grads)
-    BUILT[finding_for("combine", grads, out).backend].combine(grads, coefficients, out)
+    backend = finding_for("combine", grads, out).backend
+    _note_writes(backend, out)
+    BUILT[backend].combine(grads, coefficients, out)
 
 
 def combine_adamw(
@@ -146,7 +151,7 @@ def combine_adamw(
         check_length("rounding.residuals", rounding.residuals, grads)
         written.append(rounding.residuals)
     finding = finding_for("combine_adamw", grads, *written, options=options, rounding=rounding.name)
-    prepared = {"prepared": finding.prepared} if finding.backend == "triton" else {}
+    _note_writes(finding.backend, *written)
     BUILT[finding.backend].combine_adamw(
         params,
         grads,
@@ -156,7 +161,7 @@ def combine_adamw(
         max_exp_avg_sqs,
         state_steps,
         rounding,
-        **prepared,
+        **_kept(finding),
         **options,
     )
 
@@ -191,3 +196,14 @@ def within_cauchy_schwarz(M: Tensor) -> Tensor:
     bounded = torch.maximum(torch.minimum(M, bound), -bound)
     bounded.diagonal().copy_(M.diagonal())
     return bounded
+
+
+def _kept(finding: Finding) -> dict[str, Any]:
+    """Where a backend keeps its tables for the next call with the same tensors."""
+    return {} if finding.backend == "reference" else {"prepared": finding.prepared}
+
+
+def _note_writes(backend: str, *written: Sequence[Tensor]) -> None:
+    """Tells autograd that these change in place; of plain torch it knows."""
+    if backend != "reference":
+        increment_version([t for some in written for t in some])

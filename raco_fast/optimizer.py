@@ -23,6 +23,7 @@ from raco_fast.combined import check_max_grad_norm, clip_factor
 from raco_fast.dual import DualSolution, check_c, check_rule, solve_dual
 from raco_fast.gradients import ObjectiveGradients
 from raco_fast.gram_first import gram_first
+from raco_fast.objective_grad import Touched, along_p_grad, joined
 from raco_fast.param_groups import Part, by_rounding, options_of
 from raco_fast.reference import Gradients
 from raco_fast.rounding import check_rounding, check_seed
@@ -236,41 +237,40 @@ class ClippedCAGradAdamW(AdamW):
         if self._along_p_grad:
             self._step_along_p_grad()
             return
-        self.gradients.check_complete()
-        touched = self.gradients.touched()
-        grads = self.gradients.lists(touched)
+        groups = self.gradients.collect(group["params"] for group in self.param_groups)
+        params, grads = joined(groups)
         obstacle: str | None = "a parameter group has capturable=False"
         if all(group["capturable"] for group in self.param_groups):
             options = [options_of(group) for group in self.param_groups]
-            obstacle = dispatch.device_obstacle(grads, touched, options)
+            obstacle = dispatch.device_obstacle(grads, params, options)
         if obstacle is None:
-            self._step_on_device(grads, touched[0].device)
-        elif touched and touched[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            self._step_on_device(groups, grads, params[0].device)
+        elif params and params[0].is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"this step cannot be captured in a CUDA graph: {obstacle}; take it outside of "
                 f"the graph"
             )
         else:
-            self._step_through_host(grads)
+            self._step_through_host(groups, grads)
 
-    def _step_through_host(self, grads: Gradients) -> None:
+    def _step_through_host(self, groups: Sequence[Touched], grads: Gradients) -> None:
         """The general step: one wait for the device, for the Gram matrix."""
         self._leave_device()
         M, scale = self._gram(grads)
         self._solution = solution = solve_dual(M, self.weights, self.c, self.rule)
-        self._update(solution, scale, self.gradients.lists)
+        self._update(groups, solution, scale)
 
     def _step_along_p_grad(self) -> None:
         """After mode "gram_first": p.grad holds the common direction already."""
         self._along_p_grad = False
         self._leave_device()
-        params = [p for p in self._parameters() if p.grad is not None]
+        groups = [along_p_grad(group["params"]) for group in self.param_groups]
+        params, grads = joined(groups)
         if self._solution is not None and not self._solution.finite:
             self._skipped_on_host += 1
         elif params:
-            M, scale = self._gram([[p.grad for p in params]])
-            direction = solve_dual(M, [1.0], c=0.0)
-            self._update(direction, scale, lambda of_group: [[p.grad for p in of_group]])
+            M, scale = self._gram(grads)
+            self._update(groups, solve_dual(M, [1.0], c=0.0), scale)
 
     def _gram(self, grads: Gradients) -> tuple[Tensor, float]:
         """(Gram of the unscaled gradients, GradScaler's factor that is still in them)."""
@@ -284,20 +284,15 @@ class ClippedCAGradAdamW(AdamW):
             M.fill_(torch.nan)
         return M, scale
 
-    def _update(
-        self,
-        solution: DualSolution,
-        scale: float,
-        lists: Callable[[list[Tensor]], Gradients],
-    ) -> None:
-        """AdamW along the solution's combination of the gradients that `lists` gives."""
+    def _update(self, groups: Sequence[Touched], solution: DualSolution, scale: float) -> None:
+        """AdamW along the solution's combination of each group's gradients."""
         if not solution.finite:
             self._skipped_on_host += 1
             return
         factor = clip_factor(float(solution.update_norm), self.max_grad_norm)
         coefficients = torch.as_tensor(solution.coefficients) * (factor / scale)
-        for part in self._parts():
-            part.update(lists(part.params), coefficients)
+        for part in self._parts(groups):
+            part.update(coefficients)
 
     def _step_one(self, p: Tensor) -> None:
         """AdamW of one parameter along its p.grad."""
@@ -305,12 +300,14 @@ class ClippedCAGradAdamW(AdamW):
         place = next(k for k, q in enumerate(self._parameters()) if p is q)
         # One parameter is one call, so each needs a seed of its own, as each group has elsewhere.
         seed = self.seed + len(self.param_groups) + place
-        ((rounding, params),) = by_rounding([p], self._rounding_of(group))
+        ((rounding, alone),) = by_rounding(along_p_grad([p]), self._rounding_of(group))
         with torch.no_grad():
-            part = Part(params, self.state, group, rounding, seed)
-            part.update([[p.grad]], torch.ones(1, dtype=torch.float64))
+            part = Part(alone, self.state, group, rounding, seed)
+            part.update(torch.ones(1, dtype=torch.float64))
 
-    def _step_on_device(self, grads: Gradients, device: torch.device) -> None:
+    def _step_on_device(
+        self, groups: Sequence[Touched], grads: Gradients, device: torch.device
+    ) -> None:
         """The step of `capturable`: nothing waits, nothing is read back."""
         if self._on_device is None or self._on_device.outputs.step.device != device:
             from raco_fast.device_step import DeviceStep
@@ -327,8 +324,8 @@ class ClippedCAGradAdamW(AdamW):
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
         )
-        for part in self._parts():
-            part.update_on_device(self.gradients.lists(part.params), step)
+        for part in self._parts(groups):
+            part.update_on_device(step)
 
     def _leave_device(self) -> None:
         """Keep what the device knows, as this optimizer's steps go on elsewhere."""
@@ -336,12 +333,11 @@ class ClippedCAGradAdamW(AdamW):
             self._solution, self._skipped_on_host = self.solution, self.skipped_steps
             self._on_device = None
 
-    def _parts(self) -> Iterator[Part]:
-        """Every group's parameters that have a gradient, those apart that are rounded otherwise."""
-        for i, group in enumerate(self.param_groups):
-            touched = [p for p in group["params"] if p.grad is not None]
-            for rounding, params in by_rounding(touched, self._rounding_of(group)):
-                yield Part(params, self.state, group, rounding, self.seed + i)
+    def _parts(self, groups: Sequence[Touched]) -> Iterator[Part]:
+        """Every group's touched parameters, those apart that are rounded otherwise."""
+        for i, (group, touched) in enumerate(zip(self.param_groups, groups, strict=True)):
+            for rounding, part in by_rounding(touched, self._rounding_of(group)):
+                yield Part(part, self.state, group, rounding, self.seed + i)
 
     def _rounding_of(self, group: dict[str, Any]) -> str:
         name: str = group.get("rounding", self.rounding)
@@ -401,9 +397,11 @@ class ClippedCAGradAdamW(AdamW):
 
     def __repr__(self) -> str:
         backends = [
-            dispatch.update_backend(params, options_of(group), rounding)
+            dispatch.update_backend(part.params, options_of(group), rounding)
             for group in self.param_groups
-            for rounding, params in by_rounding(group["params"], self._rounding_of(group))
+            for rounding, part in by_rounding(
+                Touched(group["params"], []), self._rounding_of(group)
+            )
         ]
         own = {
             "weights": self.weights,

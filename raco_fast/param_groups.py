@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from raco_fast import ops
-from raco_fast.reference import AdamWOptions, Gradients
+from raco_fast.objective_grad import Touched
+from raco_fast.reference import AdamWOptions
 from raco_fast.rounding import WITH_RESIDUAL, Rounding
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ class Part:
     """Some parameters of a group.
 
     Args:
-        params: the parameters, each with a gradient.
+        touched: the parameters, each with a gradient, and their gradients.
         state: the optimizer's; states that are missing are made, as AdamW makes them.
         group: the parameter group.
         rounding: of all these parameters.
@@ -29,23 +31,27 @@ class Part:
 
     def __init__(
         self,
-        params: list[Tensor],
+        touched: Touched,
         state: Mapping[Tensor, dict[str, Tensor]],
         group: dict[str, Any],
         rounding: str,
         seed: int,
     ) -> None:
-        self.params = params
-        self._states = [_state_of(p, state[p], group, rounding) for p in params]
+        self._params, self._grads = touched
+        self._states = [state[p] for p in touched.params]
         self._options = options_of(group)
-        residuals = self._all(_residual(rounding)) if rounding in WITH_RESIDUAL else []
+        last_made = _residual(rounding) if rounding in WITH_RESIDUAL else "step"
+        for p, of_p in zip(self._params, self._states, strict=True):
+            if last_made not in of_p:
+                _make_state(p, of_p, group, rounding)
+        residuals = self._all(last_made) if rounding in WITH_RESIDUAL else []
         self._rounding = Rounding(rounding, residuals, seed)
 
-    def update(self, grads: Gradients, coefficients: Tensor) -> None:
+    def update(self, coefficients: Tensor) -> None:
         """One AdamW step along Σ α_i g_i."""
         ops.combine_adamw(
-            self.params,
-            grads,
+            self._params,
+            self._grads,
             coefficients,
             self._all("exp_avg"),
             self._all("exp_avg_sq"),
@@ -55,11 +61,11 @@ class Part:
             **self._options,
         )
 
-    def update_on_device(self, grads: Gradients, step: DeviceStep) -> None:
+    def update_on_device(self, step: DeviceStep) -> None:
         """The same along the coefficients that only the device knows."""
         ops.combine_adamw_on_device(
-            self.params,
-            grads,
+            self._params,
+            self._grads,
             step,
             self._all("exp_avg"),
             self._all("exp_avg_sq"),
@@ -72,24 +78,27 @@ class Part:
         return [state[name] for state in self._states]
 
 
-def by_rounding(params: Sequence[Tensor], rounding: str) -> list[tuple[str, list[Tensor]]]:
+def by_rounding(touched: Touched, rounding: str) -> list[tuple[str, Touched]]:
     """Parameters that are rounded alike: bfloat16 ones as asked, others to nearest."""
-    parts: dict[str, list[Tensor]] = {}
-    for p in params:
-        name = rounding if p.dtype == torch.bfloat16 else "nearest"
-        parts.setdefault(name, []).append(p)
-    return list(parts.items())
+    narrow = [rounding != "nearest" and p.dtype == torch.bfloat16 for p in touched.params]
+    if not any(narrow):
+        return [("nearest", touched)] if touched.params else []
+    wide = [not chosen for chosen in narrow]
+    parts = [(rounding, _chosen(touched, narrow)), ("nearest", _chosen(touched, wide))]
+    return [(name, part) for name, part in parts if part.params]
 
 
-def _state_of(
-    p: Tensor, state: dict[str, Tensor], group: dict[str, Any], rounding: str
-) -> dict[str, Tensor]:
+def _chosen(touched: Touched, chosen: Sequence[bool]) -> Touched:
+    grads = [list(compress(one, chosen)) for one in touched.grads]
+    return Touched(list(compress(touched.params, chosen)), grads)
+
+
+def _make_state(p: Tensor, state: dict[str, Tensor], group: dict[str, Any], rounding: str) -> None:
     """AdamW's state of p, made at p's first step: same keys, dtypes and devices.
 
     With a residual there is one key more, which a checkpoint of AdamW does not have.
     """
-    lacks_residual = rounding in WITH_RESIDUAL and _residual(rounding) not in state
-    if (not state or lacks_residual) and p.is_cuda and torch.cuda.is_current_stream_capturing():
+    if p.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"the state of a parameter of shape {list(p.shape)} would be made anew at "
             f"every replay; take a step before capturing one in a CUDA graph"
@@ -105,9 +114,8 @@ def _state_of(
         names = ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * group["amsgrad"]]
         for name in names:
             state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-    if lacks_residual:
+    if rounding in WITH_RESIDUAL:
         state[_residual(rounding)] = torch.zeros_like(p, memory_format=torch.preserve_format)
-    return state
 
 
 def _residual(rounding: str) -> str:

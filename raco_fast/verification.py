@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raco_fast.gradients import ObjectiveGradients
+from raco_fast.objective_losses import ordered_losses
 from raco_fast.prepared import prepare, without_taps
 
 Batch = Callable[[nn.Module], tuple[Mapping[str, Tensor], Tensor]]
@@ -57,7 +58,7 @@ def _gradients(
     with torch.random.fork_rng(devices):
         losses, scores = batch(model)
         gradients = ObjectiveGradients(params, dict.fromkeys(losses, 1 / len(losses)))
-        if in_one and not gradients.exact(gradients.checked(losses, scores), scores):
+        if in_one and not gradients.exact(ordered_losses(losses, scores, gradients.names), scores):
             raise ValueError(
                 "`model` cannot be verified: one backward pass is not exact for it; the warning "
                 "above says why"

@@ -26,7 +26,7 @@ LAYERS = [
     ["layers"],
     ["tap"],
     ["prepared", "head", "one_backward"],
-    ["inspection"],
+    ["inspection", "objective_losses"],
     ["gradients", "device_step"],
     ["param_groups"],
     ["combined", "verification"],

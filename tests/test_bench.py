@@ -100,7 +100,7 @@ def test_every_suite_times_every_contestant(
                 assert r["rounds"] >= timing.MIN_ROUNDS
                 assert r["share"] > 0
                 assert r["machine"]["cores"] == os.cpu_count()
-                assert r["versions"]["torch"] == torch.__version__
+                assert torch.__version__.startswith(r["versions"]["torch"])
                 assert r["commit"] != ""
     shown = records.table(found).splitlines()
     assert sum(line.startswith(suites) for line in shown) == len(suites) * len(todo)

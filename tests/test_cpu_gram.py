@@ -74,7 +74,7 @@ def close(grads: Lists) -> Tensor:
 
 
 def on(target: int, grads: Lists, threads: int) -> list[list[float]]:
-    return _C.gram(*cpu._lists(grads), threads, target).tolist()
+    return _C.gram(*cpu.tables(grads).grads, threads, target).tolist()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -103,7 +103,8 @@ def test_conversions_are_those_of_torch(of, to):
     for target in range(len(_C.CPU_TARGETS)):
         out = torch.empty_like(source, dtype=to)
         one = np.ones(1)
-        _C.combine(*cpu._lists([[source]]), one, *cpu._table([out]), 1, target)
+        tables = cpu.tables([[source]], [[out]])
+        _C.combine(*tables.grads, one, *tables.written[0], 1, target)
         expected = source.float().to(to)
         assert torch.equal(out.isnan(), expected.isnan())
         number = ~expected.isnan()
@@ -182,15 +183,17 @@ def test_same_bits_for_any_thread_count_and_target(dtype):
         for threads in (1, 2, 5):
             run = copied(inputs)
             out = [torch.full_like(p, torch.nan) for p in run["params"]]
-            lists = cpu._lists(run["grads"])
+            names = ("params", "exp_avgs", "exp_avg_sqs")
+            tables = cpu.tables(run["grads"], [out, *(run[name] for name in names)])
+            of_out, of_params, of_exp_avgs, of_exp_avg_sqs = tables.written
             alpha = run["coefficients"].numpy()
-            _C.combine(*lists, alpha, *cpu._table(out), threads, target)
+            _C.combine(*tables.grads, alpha, *of_out, threads, target)
             _C.combine_adamw(
-                *lists,
+                *tables.grads,
                 alpha,
-                *cpu._table(run["params"]),
-                *cpu._table(run["exp_avgs"]),
-                *cpu._table(run["exp_avg_sqs"]),
+                *of_params,
+                *of_exp_avgs,
+                *of_exp_avg_sqs,
                 decay=0.99,
                 beta1=0.8,
                 beta2=0.95,
@@ -246,4 +249,5 @@ def test_autograd_notices_the_update():
 def test_float64_must_not_meet_other_dtypes_in_the_extension():
     wide, narrow = torch.ones(4, dtype=torch.float64), torch.ones(4)
     with pytest.raises(ValueError, match="float64 and other dtypes must not meet"):
-        _C.combine(*cpu._lists([[wide]]), np.ones(1), *cpu._table([narrow]), 1)
+        tables = cpu.tables([[wide]], [[narrow]])
+        _C.combine(*tables.grads, np.ones(1), *tables.written[0], 1)

@@ -49,7 +49,7 @@ def test_backward_with_a_mapping_in_any_order_or_a_sequence():
         gradients = ObjectiveGradients(model.parameters(), WEIGHTS)
         gradients.backward(arrange(losses_of(model, x)))
         check(gradients, truth)
-        gradients.check_complete()
+        gradients.collect()
         gradients.zero()
 
 
@@ -99,11 +99,12 @@ def test_untouched_parameters():
     gradients = ObjectiveGradients([used, unused, only_b], {"a": 0.4, "b": 0.6})
     gradients.backward({"a": used.sum(), "b": (2 * only_b).sum() + used.sum()})
     assert unused.grad is None
-    assert gradients.touched() == [used, only_b]
+    ((params, grads),) = gradients.collect()
+    assert params == [used, only_b]
+    assert grads[0] == [gradients.of(used)["a"], None]
     assert gradients.of(unused) == {"a": None, "b": None}
     assert gradients.of(only_b)["a"] is None
     assert gradients.of(only_b)["b"].tolist() == [2.0, 2.0]
-    assert gradients.lists([unused, only_b])[0] == [None, None]
 
 
 def test_p_grad_is_handed_back_when_the_block_raises():
@@ -135,7 +136,7 @@ def test_a_failed_block_does_not_count_as_backward():
     with pytest.raises(KeyError), gradients.objective("b"):
         raise KeyError
     with pytest.raises(RuntimeError, match=r"objectives \['b'\] have had no backward pass"):
-        gradients.check_complete()
+        gradients.collect()
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
@@ -169,18 +170,18 @@ def test_zeroing_by_the_model_means_every_objective_must_run_again():
     gradients.backward(losses_of(model, batch()))
     model.zero_grad()
     with pytest.raises(RuntimeError, match="step without backward"):
-        gradients.check_complete()
+        gradients.collect()
     with gradients.objective("a"):
         losses_of(model, batch())["a"].backward()
     with pytest.raises(RuntimeError, match=r"\['b', 'c'\] have had no backward .*0.0 \* scores"):
-        gradients.check_complete()
+        gradients.collect()
 
 
 def test_an_objective_that_touches_nothing_still_counts():
     p, elsewhere = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     gradients = ObjectiveGradients([p], {"a": 0.5, "b": 0.5})
     gradients.backward({"a": elsewhere.sum(), "b": p.sum()})
-    gradients.check_complete()
+    gradients.collect()
     assert gradients.of(p)["a"] is None
 
 
@@ -195,7 +196,7 @@ def test_parameters_are_asked_anew_each_time():
     assert gradients.of(second)["a"].tolist() == [1.0, 1.0, 1.0]
     assert gradients.of(second)["b"] is None
     current[:] = [second]  # a wrapper swaps the parameters
-    assert gradients.touched() == [second]
+    assert gradients.collect()[0].params == [second]
 
 
 def test_a_parameter_listed_twice_counts_once():
@@ -213,7 +214,7 @@ def test_one_objective_keeps_its_gradient_in_p_grad():
     p.sum().backward()
     with gradients.objective("only"):
         p.sum().backward()
-    gradients.check_complete()
+    gradients.collect()
     assert type(p.grad) is Tensor
     assert p.grad.tolist() == [3.0, 3.0]
     assert gradients.of(p)["only"] is p.grad
@@ -282,7 +283,7 @@ def test_gradients_filled_outside_of_an_objective_are_refused():
     with pytest.raises(RuntimeError, match=message):
         gradients.backward(losses_of(model, batch()))
     with pytest.raises(RuntimeError, match=message):
-        gradients.check_complete()
+        gradients.collect()
     assert all(type(p.grad) is Tensor for p in model.parameters())
 
 
@@ -291,7 +292,7 @@ def test_sparse_gradients_outside_of_an_objective_are_refused():
     table(torch.tensor([1])).sum().backward()
     gradients = ObjectiveGradients(table.parameters(), {"a": 0.5, "b": 0.5})
     with pytest.raises(RuntimeError, match=r"shape \[5, 2\] was filled outside of an objective"):
-        gradients.check_complete()
+        gradients.collect()
 
 
 def test_gradients_of_other_objectives_are_refused():

@@ -72,7 +72,7 @@ def test_objectives_that_have_nothing_in_this_batch(lm):
     for losses in ([torch.tensor(0.25)] * 2, None):
         scores = lm.by_logits(model, batch)
         gradients.backward(losses or [0.0 * scores.sum(), torch.tensor(1.0)], scores=scores)
-        gradients.check_complete()
+        gradients.collect()
         assert not any(g.any() for g in lm.held(gradients, model).values())
     scores = lm.by_logits(model, batch)
     gradients.backward([torch.tensor(1.0), scores.square().sum()], scores=scores)

@@ -190,8 +190,7 @@ def test_mixed_dtypes_in_one_model():
         {"helpful": y[:, 0].mean(), "harmless": y.square().mean(), "concise": y[:, 2].mean()}
     )
     rows = [
-        torch.cat([g.double().flatten() for g in one])
-        for one in opt.gradients.lists(model.parameters())
+        torch.cat([g.double().flatten() for g in one]) for one in opt.gradients.collect()[0].grads
     ]
     G = torch.stack(rows)
     opt.step()

@@ -61,15 +61,18 @@ def groups(params: list[nn.Parameter]) -> list[dict]:
     ]
 
 
+def losses(params: list[nn.Parameter], t: int) -> list[Tensor]:
+    """Whose gradients are the slopes of step t."""
+    every = slopes(t, params[0].dtype)
+    return [sum((p * g).sum() for p, g in zip(params, one, strict=True)) for one in every]
+
+
 def fifty_steps(dtype: torch.dtype, make_params=starts) -> list[nn.Parameter]:
     params = make_params(dtype)
     opt = ClippedCAGradAdamW(groups(params), **ADAMW, weights=WEIGHTS, c=0.6, max_grad_norm=LIMIT)
     schedule = OneCycleLR(opt, max_lr=[0.03, 0.06], total_steps=60)
     for t in range(50):
-        losses = [
-            sum((p * g).sum() for p, g in zip(params, one, strict=True)) for one in slopes(t, dtype)
-        ]
-        opt.backward(losses)
+        opt.backward(losses(params, t))
         opt.step()
         opt.zero_grad()
         schedule.step()
@@ -193,3 +196,19 @@ def test_checkpoints_pass_between_the_backends():
     expected = run("reference", "reference")
     for pair in (("cpu", "reference"), ("reference", "cpu"), ("cpu", "cpu")):
         torch.testing.assert_close(run(*pair), expected)
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_autograd_notices_that_a_step_has_changed_what_it_saved(name):
+    params = starts(torch.float32)
+    opt = ClippedCAGradAdamW(groups(params), **ADAMW, weights=WEIGHTS)
+    saved = sum(p.square().sum() for p in params)
+    for t in range(2):  # the second step takes what the first one prepared
+        opt.backward(losses(params, t))
+        before = [p._version for p in params]
+        with dispatch.backend(name):
+            opt.step()
+        assert all(p._version > version for p, version in zip(params, before, strict=True))
+        opt.zero_grad()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.backward()

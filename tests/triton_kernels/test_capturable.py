@@ -87,6 +87,18 @@ def run(opt: ClippedCAGradAdamW, params: list[torch.nn.Parameter], steps: int = 
     return found
 
 
+@pytest.mark.parametrize("capturable", [True, False])
+def test_autograd_notices_that_a_step_has_changed_what_it_saved(capturable, device):
+    params = parameters(device)
+    opt = ClippedCAGradAdamW(groups(params), **SETTINGS, weights=WEIGHTS, capturable=capturable)
+    saved = sum(p.square().sum() for p in params)
+    fill(opt, params, 0)
+    opt.step()
+    assert all(p._version > 0 for p in params)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.backward()
+
+
 @pytest.mark.parametrize("names", ["abc", "ab", "a"])
 def test_the_same_as_steps_through_the_host(names, device):
     total = sum(WEIGHTS[n] for n in names)

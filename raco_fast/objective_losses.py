@@ -1,0 +1,62 @@
+"""One loss per objective, in the order of the weights, after the checks that name what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from raco_fast.one_backward import check_scores
+
+
+def ordered_losses(
+    losses: Mapping[str, Tensor] | Sequence[Tensor], scores: Tensor | None, names: tuple[str, ...]
+) -> list[Tensor]:
+    """The losses of the objectives `names`, in that order; see `ObjectiveGradients.backward`.
+
+    Args:
+        losses: name -> scalar, or one scalar for each name.
+        scores: [B] with a graph, or None; with scores a loss may be a constant.
+        names: of the objectives.
+    Raises:
+        ValueError: objectives missing or unknown, wrong number, not a scalar, no graph.
+        TypeError: neither a mapping nor a sequence, or a loss that is not a tensor.
+    """
+    if scores is not None:
+        check_scores(scores)
+    if isinstance(losses, Mapping):
+        missing = [name for name in names if name not in losses]
+        unknown = [name for name in losses if name not in names]
+        if missing or unknown:
+            raise ValueError(
+                f"`losses` must have exactly the objectives {names}, "
+                f"missing {missing}, unknown {unknown}; correct the keys or `weights`"
+            )
+        ordered = [losses[name] for name in names]
+    elif isinstance(losses, Sequence):
+        if len(losses) != len(names):
+            raise ValueError(f"`losses` must hold one loss for each of {names}, got {len(losses)}")
+        ordered = list(losses)
+    else:
+        raise TypeError(
+            f"`losses` must be a mapping from objective to loss or a list of losses, "
+            f"got {type(losses).__name__}; write {{{names[0]!r}: loss, ...}}"
+        )
+    for name, loss in zip(names, ordered, strict=True):
+        _check_loss(name, loss, constants=scores is not None)
+    return ordered
+
+
+def _check_loss(name: str, loss: Tensor, constants: bool) -> None:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"`losses`[{name!r}] must be a tensor, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"`losses`[{name!r}] must be a scalar, got shape {list(loss.shape)}; take its mean"
+        )
+    if not (loss.requires_grad or constants):
+        raise ValueError(
+            f"`losses`[{name!r}] depends on nothing that requires grad, so it has no gradient; if "
+            f"this batch has nothing for {name!r}, give a zero that keeps the graph, "
+            f"e.g. `0.0 * scores.sum()`"
+        )
