@@ -65,6 +65,21 @@ void check_width(const Dtypes& a, const Dtypes& b) {
             "float64 and other dtypes must not meet in one column");
 }
 
+void check_bfloat16(const Dtypes& dtypes, const char* message) {
+  constexpr auto bfloat16 = static_cast<std::uint8_t>(raco::Dtype::bfloat16);
+  for (py::ssize_t k = 0; k < dtypes.size(); ++k) require(dtypes.data()[k] == bfloat16, message);
+}
+
+// Weights that are not rounded to nearest are bfloat16, and two of the ways keep a residual each.
+void check_rounding(raco::Rounding rounding, const Dtypes& params, const Addresses& residuals,
+                    const Dtypes& residual_dtypes) {
+  if (rounding != raco::Rounding::nearest)
+    check_bfloat16(params, "rounding is for bfloat16 parameters");
+  const bool kept = rounding == raco::Rounding::split || rounding == raco::Rounding::kahan;
+  tensors(residuals, residual_dtypes, kept ? params.shape(0) : 0);
+  check_bfloat16(residual_dtypes, "residuals must be stored as bfloat16");
+}
+
 py::array_t<double> gram(const Addresses& grads, const Addresses& lengths, const Dtypes& dtypes,
                          int threads, int target) {
   const raco::Lists table = lists(grads, lengths, dtypes);
@@ -95,7 +110,9 @@ void combine_adamw(const Addresses& grads, const Addresses& lengths, const Dtype
                    const Addresses& exp_avgs, const Dtypes& exp_avg_dtypes,
                    const Addresses& exp_avg_sqs, const Dtypes& exp_avg_sq_dtypes, double decay,
                    double beta1, double beta2, double eps, const Array<double>& step_sizes,
-                   const Array<double>& root_corrections, int threads, int target) {
+                   const Array<double>& root_corrections, int rounding, const Array<double>& steps,
+                   std::uint32_t seed, const Addresses& residuals, const Dtypes& residual_dtypes,
+                   int threads, int target) {
   const raco::Lists table = lists(grads, lengths, dtypes);
   const std::int64_t n = table.n;
   const double* coefficients = numbers(alpha, table.m, "alpha must be [m]");
@@ -103,9 +120,19 @@ void combine_adamw(const Addresses& grads, const Addresses& lengths, const Dtype
                       v = tensors(exp_avg_sqs, exp_avg_sq_dtypes, n);
   for (const Dtypes* other : {&dtypes, &exp_avg_dtypes, &exp_avg_sq_dtypes})
     check_width(param_dtypes, *other);
-  const raco::AdamW adamw = {
-      decay, beta1, beta2, eps, numbers(step_sizes, n, "step_sizes must be [n]"),
-      numbers(root_corrections, n, "root_corrections must be [n]")};
+  require(rounding >= 0 && rounding < raco::kRoundings, "rounding must index ROUNDINGS");
+  const auto how_rounded = static_cast<raco::Rounding>(rounding);
+  check_rounding(how_rounded, param_dtypes, residuals, residual_dtypes);
+  const raco::AdamW adamw = {decay,
+                             beta1,
+                             beta2,
+                             eps,
+                             numbers(step_sizes, n, "step_sizes must be [n]"),
+                             numbers(root_corrections, n, "root_corrections must be [n]"),
+                             how_rounded,
+                             numbers(steps, n, "steps must be [n]"),
+                             seed,
+                             residuals.size() == 0 ? nullptr : residuals.data()};
   const raco::Execution how = execution(threads, target);
   py::gil_scoped_release release;
   raco::combine_adamw(table, coefficients, p, m, v, adamw, how);
@@ -115,6 +142,7 @@ void combine_adamw(const Addresses& grads, const Addresses& lengths, const Dtype
 
 void bind_cpu(py::module_& module) {
   module.attr("DTYPES") = py::make_tuple("float32", "bfloat16", "float16", "float64");
+  module.attr("ROUNDINGS") = py::make_tuple("nearest", "stochastic", "split", "kahan");
   module.attr("BLOCK") = raco::kBlock;
   module.attr("CHUNK") = raco::kChunk;
   py::list names;
@@ -131,6 +159,8 @@ void bind_cpu(py::module_& module) {
              py::arg("exp_avgs"), py::arg("exp_avg_dtypes"), py::arg("exp_avg_sqs"),
              py::arg("exp_avg_sq_dtypes"), py::arg("decay"), py::arg("beta1"), py::arg("beta2"),
              py::arg("eps"), py::arg("step_sizes"), py::arg("root_corrections"),
+             py::arg("rounding"), py::arg("steps"), py::arg("seed"), py::arg("residuals"),
+             py::arg("residual_dtypes"),
              py::arg("threads"), py::arg("target") = 0,
              "One AdamW step along G0, in place; csrc/cpu_kernels.hpp.");
 }

@@ -18,6 +18,7 @@
 namespace raco {
 namespace avx512 {
 #include "gram_kernel.hpp"
+#include "rounding_kernel.hpp"
 #include "update_kernel.hpp"
 }  // namespace avx512
 

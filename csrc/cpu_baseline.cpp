@@ -12,6 +12,7 @@
 namespace raco {
 namespace baseline {
 #include "gram_kernel.hpp"
+#include "rounding_kernel.hpp"
 #include "update_kernel.hpp"
 }  // namespace baseline
 

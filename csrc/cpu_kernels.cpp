@@ -81,6 +81,29 @@ Present present(const Lists& grads, const Chunk& chunk, const double* alpha) {
   return found;
 }
 
+std::uint32_t mixed(std::uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x21f0aaadu;
+  x = (x ^ (x >> 15)) * 0x735a2d97u;
+  return x ^ (x >> 15);
+}
+
+// A chunk lies between two multiples of 2^32, so the high half of its elements' indices is one.
+Keys keys(const AdamW& adamw, const Chunk& chunk) {
+  const auto t = static_cast<std::uint32_t>(static_cast<std::int64_t>(adamw.step[chunk.column]));
+  const auto column = static_cast<std::uint32_t>(chunk.column);
+  const auto high = static_cast<std::uint32_t>(chunk.start >> 32);
+  const std::uint32_t of_step = mixed(adamw.seed ^ (t * 0xc2b2ae35u));
+  const std::uint32_t place = column * 0x9e3779b1u + high * 0x85ebca77u;
+  const std::uint32_t first = mixed(of_step ^ place);
+  return {first, mixed(first ^ place), static_cast<std::uint32_t>(chunk.start)};
+}
+
+// A residual has 2 bytes per element.
+void* residual(const AdamW& adamw, const Chunk& chunk) {
+  if (adamw.residual == nullptr) return nullptr;
+  return reinterpret_cast<char*>(adamw.residual[chunk.column]) + 2 * chunk.start;
+}
+
 bool runs_here(const Target& target) {
 #if defined(RACO_X86_TARGETS)
   __builtin_cpu_init();
@@ -141,7 +164,8 @@ void combine_adamw(const Lists& grads, const double* alpha, const Tensors& param
                    const Execution& how) {
   Plan(grads).run(how.threads, [&](std::int64_t, const Chunk& chunk) {
     const Step step = {adamw.decay, adamw.beta1, adamw.beta2, adamw.eps,
-                       adamw.step_size[chunk.column], adamw.root_correction[chunk.column]};
+                       adamw.step_size[chunk.column], adamw.root_correction[chunk.column],
+                       adamw.rounding, keys(adamw, chunk), residual(adamw, chunk)};
     how.target->adamw(present(grads, chunk, alpha), chunk.count, slice(params, chunk),
                       slice(exp_avgs, chunk), slice(exp_avg_sqs, chunk), step);
   });

@@ -52,13 +52,21 @@ struct Tensors {
 };
 void combine(const Lists& grads, const double* alpha, const Tensors& out, const Execution& how);
 
-// torch.optim.AdamW's step. step_size and root_correction belong to a column because parameters
-// may have taken different numbers of steps.
+// What a bfloat16 parameter becomes; all but nearest are for bfloat16 parameters only.
+enum class Rounding : std::uint8_t { nearest, stochastic, split, kahan };
+constexpr int kRoundings = 4;
+
+// torch.optim.AdamW's step. Step counts belong to a column because parameters may have taken
+// different numbers of steps.
 struct AdamW {
   double decay;                   // 1 - lr * weight_decay
   double beta1, beta2, eps;
   const double* step_size;        // [n], lr / (1 - beta1^t)
   const double* root_correction;  // [n], 1 / sqrt(1 - beta2^t)
+  Rounding rounding;
+  const double* step;             // [n], t, for stochastic rounding
+  std::uint32_t seed;             // of stochastic rounding
+  const std::int64_t* residual;   // [n], addresses of 2 bytes per element for split and kahan
 };
 void combine_adamw(const Lists& grads, const double* alpha, const Tensors& params,
                    const Tensors& exp_avgs, const Tensors& exp_avg_sqs, const AdamW& adamw,

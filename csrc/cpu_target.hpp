@@ -1,6 +1,6 @@
-// One target = the three inner functions compiled for one instruction set. gram_kernel.hpp and
-// update_kernel.hpp are included once per target (cpu_baseline.cpp, cpu_avx2.cpp, cpu_avx512.cpp),
-// each time inside a namespace of its own.
+// One target = the three inner functions compiled for one instruction set. The *_kernel.hpp are
+// included once per target (cpu_baseline.cpp, cpu_avx2.cpp, cpu_avx512.cpp), each time inside a
+// namespace of its own.
 #pragma once
 
 #include <cstdint>
@@ -28,8 +28,16 @@ struct Slice {
   Dtype dtype;
 };
 
+// Of the random bits of one chunk: `element` is the low half of its first element's index.
+struct Keys {
+  std::uint32_t first, second, element;
+};
+
 struct Step {
   double decay, beta1, beta2, eps, step_size, root_correction;
+  Rounding rounding;
+  Keys keys;
+  void* residual;  // of the chunk, or null
 };
 
 struct Target {

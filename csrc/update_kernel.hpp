@@ -135,6 +135,7 @@ static void adamw_of(const Present& grads, std::int64_t n, Slice param, Slice ex
   for (std::int64_t start = 0; start < n; start += kBlock) {
     const std::int64_t size = n - start < kBlock ? n - start : kBlock;
     T* p = opened(param, start, size, p_buffer);
+    add_residual(step, start, size, p);
     T* m = opened(exp_avg, start, size, m_buffer);
     T* v = opened(exp_avg_sq, start, size, v_buffer);
     const T* at[kSummedOnTheWay];
@@ -149,7 +150,7 @@ static void adamw_of(const Present& grads, std::int64_t n, Slice param, Slice ex
         at[0] = g0;
         adamw_block<T, 1>(p, m, v, at, &one, size, step);
     }
-    close(param, start, size, p);
+    if (!store_rounded(step, start, size, p, param)) close(param, start, size, p);
     close(exp_avg, start, size, m);
     close(exp_avg_sq, start, size, v);
   }

@@ -6,6 +6,7 @@ from torch import Tensor
 MAX_OBJECTIVES: int
 SCALARS: int
 DTYPES: tuple[str, ...]
+ROUNDINGS: tuple[str, ...]
 CPU_TARGETS: tuple[str, ...]
 BLOCK: int
 CHUNK: int
@@ -53,6 +54,11 @@ def combine_adamw(
     eps: float,
     step_sizes: NDArray[np.float64],
     root_corrections: NDArray[np.float64],
+    rounding: int,
+    steps: NDArray[np.float64],
+    seed: int,
+    residuals: NDArray[np.int64],
+    residual_dtypes: NDArray[np.uint8],
     threads: int,
     target: int = 0,
 ) -> None: ...

@@ -39,6 +39,7 @@ Prepared: TypeAlias = "dict[Hashable, Tables]"
 """The tables of one call; the caller drops them when an address or layout changes."""
 
 DTYPES = {getattr(torch, name): code for code, name in enumerate(_C.DTYPES)}
+_ROUNDINGS = {name: code for code, name in enumerate(_C.ROUNDINGS)}
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -61,10 +62,8 @@ def obstacle(columns: Iterable[Sequence[Tensor | None]]) -> str | None:
     return None
 
 
-def adamw_obstacle(options: AdamWOptions, rounding: str = "nearest") -> str | None:
+def adamw_obstacle(options: AdamWOptions) -> str | None:
     """Why the kernel cannot take an AdamW step with these options, or None if it can."""
-    if rounding != "nearest":
-        return f"rounding={rounding!r}"
     values = dict(options)
     for name in ("amsgrad", "capturable", "differentiable"):
         if values[name]:
@@ -108,10 +107,11 @@ def combine_adamw(
     prepared: Prepared | None = None,
     **options: Unpack[AdamWOptions],
 ) -> None:
-    """One AdamW step along G0 = Σ α_i g_i, rounded to nearest; see `reference.combine_adamw`.
+    """One AdamW step along G0 = Σ α_i g_i; see `reference.combine_adamw`.
 
     G0, the states and the parameters are float32 in registers (float64 for float64 parameters) and
-    rounded once, where torch rounds after each operation: equal to rounding, not to the bit.
+    rounded once, where torch rounds after each operation: equal to rounding, not to the bit. The
+    random bits of stochastic rounding are the same.
 
     Args:
         prepared: what this function left for exactly these tensors, or nothing yet.
@@ -121,8 +121,9 @@ def combine_adamw(
     lr, beta1, beta2 = (float(options[name]) for name in ("lr", "beta1", "beta2"))
     steps = advance(state_steps).numpy()
     sign = -1.0 if options["maximize"] else 1.0
-    found = _recalled(prepared, grads, [params, exp_avgs, exp_avg_sqs])
-    of_params, of_exp_avgs, of_exp_avg_sqs = found.written
+    written = [params, exp_avgs, exp_avg_sqs, rounding.residuals]
+    found = _recalled(prepared, grads, written)
+    of_params, of_exp_avgs, of_exp_avg_sqs, (residuals, residual_dtypes) = found.written
     _C.combine_adamw(
         *found.grads,
         sign * coefficients.numpy(),
@@ -135,6 +136,11 @@ def combine_adamw(
         eps=options["eps"],
         step_sizes=lr / (1.0 - beta1**steps),
         root_corrections=1.0 / np.sqrt(1.0 - beta2**steps),
+        rounding=_ROUNDINGS[rounding.name],
+        steps=steps,
+        seed=rounding.seed & 0xFFFFFFFF,
+        residuals=residuals,
+        residual_dtypes=residual_dtypes,
         threads=torch.get_num_threads(),
     )
 

@@ -8,8 +8,8 @@ choice is made for each call, by one rule:
                  float16 or float64 (float64 not mixed with others at one parameter), without gaps
                  or overlaps, and the tensors of one parameter share shape and memory layout; for
                  `combine_adamw` also without amsgrad, capturable, differentiable, a forced
-                 `foreach` or `fused`, hyper-parameters that require grad, and a rounding other
-                 than to nearest; never where autograd would record the operation
+                 `foreach` or `fused`, and hyper-parameters that require grad; never where
+                 autograd would record the operation
     "triton"     if every tensor of the call is a plain torch tensor on one CUDA device, float32,
                  bfloat16 or float16, m <= 32, no amsgrad or differentiable, and the kernels proved
                  themselves there: at the first use on a device in a process they are compared with
@@ -78,9 +78,7 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def update_backend(
-    params: Sequence[Tensor], options: AdamWOptions, rounding: str = "nearest"
-) -> str:
+def update_backend(params: Sequence[Tensor], options: AdamWOptions) -> str:
     """The backend of `combine_adamw` for gradients and states laid out like `params`."""
     forced = _forced.get()
     if forced is not None:
@@ -90,7 +88,7 @@ def update_backend(
         obstacle = _triton_obstacle([params], (), options)
         obstacle = obstacle or _disagreements.get((device, "step"))
         return "triton" if obstacle is None else "reference"
-    obstacle = cpu.adamw_obstacle(options, rounding) or cpu.obstacle((p,) for p in params)
+    obstacle = cpu.adamw_obstacle(options) or cpu.obstacle((p,) for p in params)
     return "cpu" if obstacle is None else "reference"
 
 
@@ -123,7 +121,6 @@ def finding_for(
     grads: Gradients,
     *others: Sequence[Tensor],
     options: AdamWOptions | None = None,
-    rounding: str = "nearest",
 ) -> Finding:
     """The backend for this call; checked and chosen anew only if its tensors look different.
 
@@ -132,12 +129,12 @@ def finding_for(
     recorded = torch.is_grad_enabled() and bool(others)  # requires_grad is no part of a layout
     lists = [*others, *grads]
     seen = None if recorded else describe(lists)
-    key = (operation, _forced.get(), len(grads), rounding, _kind_of(options))
+    key = (operation, _forced.get(), len(grads), _kind_of(options))
     found = findings.find(key, seen, lists)
     if found is not None:
         return found
     check_gradients(grads)
-    chosen = backend_of(operation, grads, *others, options=options, rounding=rounding)
+    chosen = backend_of(operation, grads, *others, options=options)
     return findings.note(key, seen, chosen)
 
 
@@ -157,7 +154,6 @@ def backend_of(
     grads: Gradients,
     *others: Sequence[Tensor],
     options: AdamWOptions | None = None,
-    rounding: str = "nearest",
 ) -> str:
     """The backend that is forced, else the fast one of the tensors' device, else "reference".
 
@@ -165,7 +161,7 @@ def backend_of(
         operation: its name, for the error.
         grads: m lists of gradients.
         *others: further tensors of each parameter; the first list is written to.
-        options, rounding: those of `combine_adamw`, where it is the operation.
+        options: those of `combine_adamw`, where it is the operation.
     """
     forced = _forced.get()
     if forced == "reference":
@@ -184,7 +180,7 @@ def backend_of(
             triton()
             return "triton"
     else:
-        obstacle = obstacle or (options and cpu.adamw_obstacle(options, rounding))
+        obstacle = obstacle or (options and cpu.adamw_obstacle(options))
         obstacle = obstacle or cpu.obstacle(zip(*others, *grads, strict=True))
         if obstacle is None:
             return "cpu"

@@ -84,7 +84,7 @@ def combine_adamw_on_device(
     written = [params, exp_avgs, exp_avg_sqs]
     if rounding.name in WITH_RESIDUAL:
         written.append(rounding.residuals)
-    finding = finding_for("combine_adamw", grads, *written, options=options, rounding=rounding.name)
+    finding = finding_for("combine_adamw", grads, *written, options=options)
     _note_writes("triton", *written)
     triton().combine_adamw_on_device(
         params,
@@ -150,7 +150,7 @@ def combine_adamw(
     if rounding.name in WITH_RESIDUAL:
         check_length("rounding.residuals", rounding.residuals, grads)
         written.append(rounding.residuals)
-    finding = finding_for("combine_adamw", grads, *written, options=options, rounding=rounding.name)
+    finding = finding_for("combine_adamw", grads, *written, options=options)
     _note_writes(finding.backend, *written)
     BUILT[finding.backend].combine_adamw(
         params,

@@ -397,11 +397,8 @@ class ClippedCAGradAdamW(AdamW):
 
     def __repr__(self) -> str:
         backends = [
-            dispatch.update_backend(part.params, options_of(group), rounding)
+            dispatch.update_backend(group["params"], options_of(group))
             for group in self.param_groups
-            for rounding, part in by_rounding(
-                Touched(group["params"], []), self._rounding_of(group)
-            )
         ]
         own = {
             "weights": self.weights,

@@ -77,16 +77,17 @@ def unsupported(m: int, tensors: Iterable[Tensor | None], **options: object) -> 
     return None
 
 
-def gram(grads: Gradients) -> Tensor:
+def gram(grads: Gradients, prepared: Prepared | None = None) -> Tensor:
     """Gram matrix of m per-objective gradients; as `reference.gram`.
 
     Args:
         grads: m <= 32 lists of n tensors or None, on one CUDA device.
+        prepared: what this function left for exactly these gradients, or nothing yet.
     Returns:
         [m, m] float64 on the CPU, exactly symmetric; equal inputs on equal cards give equal bits.
     Source: arXiv 2602.02495, Algorithm 1, line 5.
     """
-    return gram_beside(grads, [])[0]
+    return gram_beside(grads, [], prepared)[0]
 
 
 def gram_beside(

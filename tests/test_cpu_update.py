@@ -200,6 +200,11 @@ def test_same_bits_for_any_thread_count_and_target(dtype):
                 eps=1e-3,
                 step_sizes=np.linspace(0.01, 0.02, len(SHAPES)),
                 root_corrections=np.linspace(1.0, 3.0, len(SHAPES)),
+                rounding=0,
+                steps=np.ones(len(SHAPES)),
+                seed=0,
+                residuals=np.empty(0, dtype=np.int64),
+                residual_dtypes=np.empty(0, dtype=np.uint8),
                 threads=threads,
                 target=target,
             )
@@ -248,6 +253,6 @@ def test_autograd_notices_the_update():
 
 def test_float64_must_not_meet_other_dtypes_in_the_extension():
     wide, narrow = torch.ones(4, dtype=torch.float64), torch.ones(4)
+    tables = cpu.tables([[wide]], [[narrow]])
     with pytest.raises(ValueError, match="float64 and other dtypes must not meet"):
-        tables = cpu.tables([[wide]], [[narrow]])
         _C.combine(*tables.grads, np.ones(1), *tables.written[0], 1)
