@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 
@@ -263,7 +263,9 @@ def test_outcome_of_the_sanitizer(done: jobs.Done, reason: str | None, tmp_path:
     assert (record.get("reports") == 0) == (reason is None)
 
 
-def test_the_script_goes_on_after_a_part_that_fails(tmp_path: Path) -> None:
+@pytest.fixture
+def script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs bench/gpu.sh with a Python that writes to `called` what it is asked; `gram` fails."""
     stand_in = tmp_path / "python"
     stand_in.write_text(
         "#!/bin/sh\n"
@@ -272,14 +274,22 @@ def test_the_script_goes_on_after_a_part_that_fails(tmp_path: Path) -> None:
         f'echo "$*" >> {tmp_path}/called\n'
     )
     stand_in.chmod(0o755)
+
+    def run(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bench/gpu.sh", str(out), "--device", "cpu"],
+            cwd=ROOT,
+            env={**os.environ, "PYTHON": str(stand_in), **environment},
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+def test_the_script_goes_on_after_a_part_that_fails(tmp_path: Path, script) -> None:
     out = tmp_path / "new" / "folder"
-    done = subprocess.run(
-        ["bench/gpu.sh", str(out), "--device", "cpu"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHON": str(stand_in)},
-        capture_output=True,
-        text=True,
-    )
+    done = script(out)
     assert done.returncode == 0, done.stderr
     called = (tmp_path / "called").read_text().splitlines()
     assert called[0].startswith("setup.py")
@@ -292,6 +302,16 @@ def test_the_script_goes_on_after_a_part_that_fails(tmp_path: Path) -> None:
     assert record["failure"].startswith("status 3 ")
     assert done.stdout.splitlines()[-1].startswith("failed: gram: status 3")
     assert {f.name for f in out.iterdir()} == {"report.json", "report.txt", "log.txt"}
+
+
+def test_the_script_runs_the_parts_it_is_told(tmp_path: Path, script) -> None:
+    assert script(tmp_path / "out", PARTS="tests solve").returncode == 0
+    called = (tmp_path / "called").read_text().splitlines()
+    assert [c.split()[2] for c in called if c.startswith("-m bench ")] == ["tests", "solve"]
+    refused = script(tmp_path / "out", PARTS="tests grams")
+    assert refused.returncode != 0
+    assert "PARTS must name parts of: " in refused.stderr
+    assert (tmp_path / "called").read_text().splitlines() == called
 
 
 def test_failures_can_be_recorded_without_the_extension() -> None:
