@@ -1,4 +1,4 @@
-"""Builds `raco_fast._C`; everything else is declared in pyproject.toml."""
+"""Builds `raco_fast._C`; what is not here is declared in pyproject.toml."""
 
 from glob import glob
 from importlib.util import find_spec
@@ -24,6 +24,7 @@ def pybind11_headers() -> str:
 
 
 setup(
+    license="Apache-2.0",
     ext_modules=[
         Extension(
             "raco_fast._C",
