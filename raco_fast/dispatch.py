@@ -110,10 +110,17 @@ def device_obstacle(
         return missing
     if len(grads) > MAX_ON_DEVICE:
         return f"the dual problem of m = {len(grads)} objectives is solved on the host"
+    lists = [params, *grads]
+    seen = describe(lists)
+    key = ("whole step", _forced.get(), len(grads), *map(_kind_of, options))
+    if findings.find(key, seen, lists) is not None:
+        return None
     for of_group in options:
         if (obstacle := _triton_obstacle(grads, [params], of_group)) is not None:
             return obstacle
-    return _disagreement(params[0].device)
+    if (obstacle := _disagreement(params[0].device)) is None:
+        findings.note(key, seen, "triton")
+    return obstacle
 
 
 def finding_for(
