@@ -10,6 +10,7 @@ the table.
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from time import perf_counter
 import torch
 
 from bench import optional
-from bench.dpo_steps import STEPS, UNPREPARED, Problem, Setting, disagreement
+from bench.dpo_problem import SHAPES, Problem, Setting
+from bench.dpo_steps import STEPS, UNPREPARED, disagreement
 from bench.records import Records
 from bench.timing import interleaved
 
@@ -65,11 +67,9 @@ def measure(
 
 
 def _command(setting: Setting, m: int, rivals: Sequence[str]) -> str:
-    options = {"kinds": setting.kind, "m": m, "layers": setting.layers, "dtype": setting.dtype}
-    options |= {"sequences": setting.sequences, "tokens": setting.tokens, "device": setting.device}
-    shown = " ".join(f"--{name} {value}" for name, value in options.items())
-    named = " ".join(f"'{name}'" if "," in name else name for name in rivals)
-    return f"python -m bench.bench_backward --out runs/backward {shown} --rivals {named}"
+    command = ["python", "-m", "bench.bench_backward", "--out", "runs/backward"]
+    command += ["--m", str(m), *setting.options(), "--rivals", *rivals]
+    return shlex.join(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -77,13 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     records = Records(Path(options.out), options.device)
     setting = Setting(
+        shape=options.shape,
         layers=options.layers,
         sequences=options.sequences,
         tokens=options.tokens,
         dtype=options.dtype,
         device=options.device,
     )
-    for kind in options.kinds:
+    for kind in options.kind:
         measure(records, replace(setting, kind=kind), options.m, options.rivals, options.seconds)
 
 
@@ -92,9 +93,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, help="folder of report.json")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=list(_TOLERANCE))
-    parser.add_argument("--kinds", nargs="+", default=["lora", "full"], choices=["lora", "full"])
+    parser.add_argument("--kind", nargs="+", default=["lora", "full"], choices=["lora", "full"])
     parser.add_argument("--rivals", nargs="+", default=list(RIVALS), choices=RIVALS)
     parser.add_argument("--m", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--shape", default="SmolLM2-135M", choices=SHAPES)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)

@@ -15,13 +15,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 
 import torch
 
-from bench.dpo_steps import STEPS, UNPREPARED, Problem, Setting
+from bench.dpo_problem import SHAPES, Problem, Setting
+from bench.dpo_steps import STEPS, UNPREPARED
 from bench.meter import Meter
 from bench.records import Records
 
@@ -64,9 +64,7 @@ def measure(records: Records, setting: Setting, ms: Sequence[int], until: float)
 
 def _command(setting: Setting, m: int, name: str) -> list[str]:
     command = ["-m", "bench.bench_memory", "--one", name, "--m", str(m), "--out", "-"]
-    for option, value in asdict(setting).items():
-        command += [f"--{option}", str(value)]
-    return command
+    return [*command, *setting.options()]
 
 
 def peak(setting: Setting, name: str, m: int) -> int:
@@ -87,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     setting = Setting(
         kind=options.kind,
+        shape=options.shape,
         layers=options.layers,
         sequences=options.sequences,
         tokens=options.tokens,
@@ -107,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--kind", default="full", choices=["full", "lora"])
     parser.add_argument("--m", nargs="+", type=int, default=[2, 4])
+    parser.add_argument("--shape", default="SmolLM2-135M", choices=SHAPES)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)

@@ -9,25 +9,33 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 
 import raco_fast
+from bench.dpo_problem import SHAPES, FreshProblem, Setting
 from bench.meter import Meter
-from bench.train_problem import LR, MODELS, Problem, Task
 
 WARMUP = 2
 """Steps that do not count: the first has extra passes (`prepare` proves itself) and new memory."""
 
-Train = Callable[[Problem, int, Meter], None]
+LR = 1e-5
+"""Constant and without weight decay, for everyone."""
 
 
-def plain(problem: Problem, steps: int, meter: Meter) -> None:
+class Train(Protocol):
+    """Trains for so many steps, each one metered."""
+
+    def __call__(self, problem: FreshProblem, steps: int, *, meter: Meter) -> None: ...
+
+
+def plain(problem: FreshProblem, steps: int, meter: Meter) -> None:
     """One objective: one loss, one backward pass, torch's fused AdamW."""
-    optimizer = torch.optim.AdamW(problem.trained.values(), lr=LR, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(problem.params, lr=LR, weight_decay=0.0, fused=True)
     for _ in range(steps):
         meter.begin()
         problem.losses(problem.scores(), 1)[0].backward()
@@ -36,14 +44,13 @@ def plain(problem: Problem, steps: int, meter: Meter) -> None:
         meter.end()
 
 
-def raco(rule: str) -> Train:
+def raco(rule: str, m: int) -> Train:
     """m objectives in one backward pass and one step of `ClippedCAGradAdamW`."""
 
-    def train(problem: Problem, steps: int, meter: Meter) -> None:
-        m = problem.task.m
+    def train(problem: FreshProblem, steps: int, meter: Meter) -> None:
         raco_fast.prepare(problem.model, strict=True)
         optimizer = raco_fast.ClippedCAGradAdamW(
-            problem.trained.values(), lr=LR, weight_decay=0.0, weights=[1 / m] * m, rule=rule
+            problem.params, lr=LR, weight_decay=0.0, weights=[1 / m] * m, rule=rule
         )
         for _ in range(steps):
             meter.begin()
@@ -60,16 +67,16 @@ def raco(rule: str) -> Train:
 CONTESTANTS = ("plain", "trl", "raco linear", "raco cagrad-clip")
 
 
-def trainer(contestant: str) -> Train:
+def trainer(contestant: str, m: int) -> Train:
     """What trains; a rival is loaded here, before anything is measured."""
     if contestant == "trl":
         from bench import trl_trainer
 
-        return trl_trainer.train
-    return plain if contestant == "plain" else raco(contestant.removeprefix("raco "))
+        return partial(trl_trainer.train, lr=LR)
+    return plain if contestant == "plain" else raco(contestant.removeprefix("raco "), m)
 
 
-def measure(contestant: str, task: Task, device: torch.device, steps: int) -> dict[str, Any]:
+def measure(contestant: str, setting: Setting, m: int, steps: int) -> dict[str, Any]:
     """Train, and say what it took.
 
     Returns:
@@ -78,11 +85,11 @@ def measure(contestant: str, task: Task, device: torch.device, steps: int) -> di
         model_bytes: of the model itself.
         losses: objective 0 before the first and after the last step, warm-up included.
     """
-    train = trainer(contestant)
-    problem = Problem(task, device)
-    meter = Meter(device, WARMUP)
+    train = trainer(contestant, m)
+    problem = FreshProblem(setting)
+    meter = Meter(torch.device(setting.device), WARMUP)
     before = problem.loss()
-    train(problem, WARMUP + steps, meter)
+    train(problem, WARMUP + steps, meter=meter)
     return {
         "seconds": meter.seconds,
         "peak_bytes": meter.peak(),
@@ -91,11 +98,10 @@ def measure(contestant: str, task: Task, device: torch.device, steps: int) -> di
     }
 
 
-def command(contestant: str, task: Task, device: str, steps: int) -> list[str]:
+def command(contestant: str, setting: Setting, m: int, steps: int) -> list[str]:
     """The arguments of `python` that measure it once."""
-    values = {"contestant": contestant, **vars(task), "device": device, "steps": steps}
-    options = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    return ["-m", "bench.bench_train", *options]
+    options = ["--contestant", contestant, "--m", str(m), *setting.options()]
+    return ["-m", "bench.bench_train", *options, "--steps", str(steps)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -104,16 +110,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--contestant", required=True, choices=CONTESTANTS)
     parser.add_argument("--kind", default="lora", choices=["lora", "full"])
     parser.add_argument("--m", type=int, default=1, help="objectives")
-    parser.add_argument("--model", default="SmolLM2-135M", choices=MODELS)
+    parser.add_argument("--shape", default="SmolLM2-135M", choices=SHAPES)
+    parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=5, help="that count")
     options = parser.parse_args(arguments)
-    task = Task(**{f.name: getattr(options, f.name) for f in fields(Task)})
-    device = torch.device(options.device)
-    print(json.dumps(measure(options.contestant, task, device, options.steps)))
+    setting = Setting(**{f.name: getattr(options, f.name) for f in fields(Setting)})
+    print(json.dumps(measure(options.contestant, setting, options.m, options.steps)))
 
 
 if __name__ == "__main__":

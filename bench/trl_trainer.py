@@ -23,21 +23,18 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from bench.dpo_steps import BETA, PROMPT
+from bench.dpo_problem import BETA, PROMPT, FreshProblem, lora
 from bench.meter import Meter
-from bench.train_problem import LR, Problem, lora
 
 
-def train(problem: Problem, steps: int, meter: Meter) -> None:
+def train(problem: FreshProblem, steps: int, lr: float, meter: Meter) -> None:
     """Train `problem.model` for so many steps, each one metered."""
-    task = problem.task
-    device = problem.ids.device
-    adapted = task.kind == "lora"
+    adapted = problem.setting.kind == "lora"
     adapter = {name: p.detach() for name, p in problem.trained.items()} if adapted else {}
     with TemporaryDirectory() as folder:
         trainer = DPOTrainer(
             model=problem.model.unload() if adapted else problem.model,
-            args=_config(folder, task.sequences // 2, steps, device),
+            args=_config(folder, problem, steps, lr),
             train_dataset=_dataset(problem, steps),
             processing_class=_tokenizer(problem.stop),
             peft_config=lora() if adapted else None,
@@ -50,16 +47,17 @@ def train(problem: Problem, steps: int, meter: Meter) -> None:
         trainer.train()
 
 
-def _config(folder: str, pairs: int, steps: int, device: torch.device) -> DPOConfig:
+def _config(folder: str, problem: FreshProblem, steps: int, lr: float) -> DPOConfig:
+    device = problem.ids.device
     return DPOConfig(
         folder,
         beta=BETA,
         precompute_ref_log_probs=True,
-        per_device_train_batch_size=pairs,
+        per_device_train_batch_size=problem.setting.sequences // 2,
         max_steps=steps,
         train_sampling_strategy="sequential",
         max_length=None,
-        learning_rate=LR,
+        learning_rate=lr,
         lr_scheduler_type="constant",
         weight_decay=0.0,
         max_grad_norm=0.0,
@@ -77,12 +75,12 @@ def _config(folder: str, pairs: int, steps: int, device: torch.device) -> DPOCon
     )
 
 
-def _dataset(problem: Problem, steps: int) -> Dataset:
+def _dataset(problem: FreshProblem, steps: int) -> Dataset:
     """The pairs as text, once for each step."""
     words = _words(problem.stop)
     text = [" ".join(words[i] for i in row) for row in problem.ids.tolist()]
     cut = [len(" ".join(words[i] for i in row[:PROMPT])) for row in problem.ids.tolist()]
-    pairs = problem.task.sequences // 2
+    pairs = problem.setting.sequences // 2
     rows = [
         {"prompt": a[:cut], "chosen": a[cut:], "rejected": b[cut:]}
         for a, b, cut in zip(text[:pairs], text[pairs:], cut[:pairs], strict=True)

@@ -6,23 +6,19 @@ import pytest
 import torch
 
 from bench import bench_backward, bench_memory, dpo_steps, optional
+from bench.dpo_problem import Problem, Setting
 
-TINY = ["--layers", "1", "--sequences", "4", "--tokens", "12"]
+SETTING = Setting(shape="tiny", layers=1, sequences=4, tokens=12)
+TINY = ["--shape", "tiny", "--layers", "1", "--sequences", "4", "--tokens", "12"]
 
 
 def records(folder):
     return [json.loads(line) for line in (folder / "report.json").read_text().splitlines()]
 
 
-@pytest.fixture
-def small(monkeypatch):
-    sizes = {"hidden_size": 36, "intermediate_size": 40, "vocab_size": 90}
-    monkeypatch.setattr(dpo_steps, "SHAPE", {**dpo_steps.SHAPE, **sizes})
-
-
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_every_rival_is_timed_in_units_of_the_plain_step(tmp_path, small, kind):
-    arguments = ["--out", str(tmp_path), "--m", "3", "--kinds", kind, "--seconds", "0", *TINY]
+def test_every_rival_is_timed_in_units_of_the_plain_step(tmp_path, kind):
+    arguments = ["--out", str(tmp_path), "--m", "3", "--kind", kind, "--seconds", "0", *TINY]
     bench_backward.main(arguments)
     found = {r["name"].removeprefix("backward/"): r for r in records(tmp_path)}
     assert tuple(found) == bench_backward.RIVALS
@@ -30,33 +26,30 @@ def test_every_rival_is_timed_in_units_of_the_plain_step(tmp_path, small, kind):
     for r in found.values():
         assert r["ratio"] == r["p50"] / found["plain"]["p50"]
         assert 0 < r["error"] < 1e-5
-        assert f"--kinds {kind} --m 3 --layers 1 " in r["reproduce"]
+        assert f" --m 3 --kind {kind} --shape tiny --layers 1 " in r["reproduce"]
 
 
-def test_nothing_is_timed_where_one_backward_pass_is_wrong(tmp_path, small, monkeypatch):
+def test_nothing_is_timed_where_one_backward_pass_is_wrong(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_backward, "disagreement", lambda problem, m: 1e-3)
-    bench_backward.main(["--out", str(tmp_path), "--m", "2", "--kinds", "full", *TINY])
+    bench_backward.main(["--out", str(tmp_path), "--m", "2", "--kind", "full", *TINY])
     (record,) = records(tmp_path)
     assert record["failure"] == "not timed: one backward pass and m of them differ by 0.001"
 
 
-def test_a_rival_that_is_not_installed_has_a_record_that_says_so(tmp_path, small, monkeypatch):
+def test_a_rival_that_is_not_installed_has_a_record_that_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(optional.NEEDED, "torchjd", ("torchjd", "no_such_package"))
     bench_backward.main(
-        ["--out", str(tmp_path), "--m", "2", "--kinds", "full", "--seconds", "0", *TINY]
+        ["--out", str(tmp_path), "--m", "2", "--kind", "full", "--seconds", "0", *TINY]
     )
     failures = {r["name"]: r["failure"] for r in records(tmp_path) if "failure" in r}
     cure = "not run: no_such_package missing; pip install 'raco-fast[bench]'"
     assert failures == {"backward/torchjd": cure}
 
 
-SETTING = dpo_steps.Setting(layers=1, sequences=4, tokens=12)
-
-
 @pytest.mark.parametrize("name", [n for n in dpo_steps.STEPS if n not in ("plain", "autograd")])
-def test_all_ways_take_the_same_step(small, name):
+def test_all_ways_take_the_same_step(name):
     def after(step):
-        problem = dpo_steps.Problem(SETTING, prepared=step not in dpo_steps.UNPREPARED)
+        problem = Problem(SETTING, prepared=step not in dpo_steps.UNPREPARED)
         before = torch.cat([p.detach().flatten() for p in problem.params])
         dpo_steps.STEPS[step](problem, 3)()
         return torch.cat([p.detach().flatten() for p in problem.params]) - before
@@ -68,9 +61,9 @@ def test_all_ways_take_the_same_step(small, name):
     assert (moved * expected > 0).double().mean() > (0.9 if name == "torchjd" else 0.99)
 
 
-def test_memory_of_a_mode_is_measured(small, tmp_path, monkeypatch):
+def test_memory_of_a_mode_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_memory.Meter, "peak", lambda self: 10**9)
-    params = dpo_steps.Problem(SETTING).params
+    params = Problem(SETTING).params
     states = 2 * sum(p.numel() * p.element_size() for p in params)
     assert bench_memory.peak(SETTING, "one_backward", 2) == 10**9 - states
     monkeypatch.setattr(bench_memory, "MODES", ("plain",))

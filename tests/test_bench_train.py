@@ -13,16 +13,17 @@ import pytest
 import torch
 
 from bench import bench_train, correctness, jobs, meter
+from bench.bench_train import LR
+from bench.dpo_problem import FreshProblem, Setting
 from bench.records import Record, Records
 from bench.session import Session
 from bench.suites import train
-from bench.train_problem import LR, Problem, Task
 
 CPU = torch.device("cpu")
 
 
-def tiny(kind: str, m: int = 2) -> Task:
-    return Task(kind, m, model="tiny", dtype="float32", sequences=4, tokens=12)
+def tiny(kind: str) -> Setting:
+    return Setting(kind, shape="tiny", layers=1, sequences=4, tokens=12)
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_contestants_take_turns_and_say_how_to_repeat_them(
         assert r["ratio"] == r["p50"] / found["plain", kind]["p50"]
         assert r["tokens_per_second"] == 4 * 12 / r["p50"]
         assert r["peak_bytes"] >= 0
-        assert r["params"] == {**vars(tiny(kind)), "m": 1 if name == "plain" else 2}
+        assert r["params"] == tiny(kind).params(1 if name == "plain" else 2)
         before, after = r["losses"]
         assert after < before == pytest.approx(0.6931, abs=1e-4)  # log 2: as the reference
         assert shlex.split(r["reproduce"])[:5] == [
@@ -87,14 +88,14 @@ def test_ratios_are_to_trl_where_it_learns_what_plain_learns(
     """A stand-in: TRL itself is not among the packages of the tests."""
     trainer = bench_train.trainer
 
-    def stand_in(contestant: str) -> bench_train.Train:
+    def stand_in(contestant: str, m: int) -> bench_train.Train:
         if contestant != "trl":
-            return trainer(contestant)
+            return trainer(contestant, m)
 
-        def train_trl(problem: Problem, steps: int, meter: meter.Meter) -> None:
+        def train_trl(problem: FreshProblem, steps: int, meter: meter.Meter) -> None:
             # In `lora` as many steps as asked for, in `full` some that are not asked for.
             bench_train.plain(problem, steps, meter)
-            if problem.task.kind == "full":
+            if problem.setting.kind == "full":
                 bench_train.plain(problem, 1, meter)
 
         return train_trl
@@ -118,7 +119,7 @@ def test_what_there_is_no_time_for_says_so(tmp_path: Path) -> None:
 
 
 def test_a_process_prints_one_line_of_json() -> None:
-    command = bench_train.command("raco cagrad-clip", tiny("full"), "cpu", 2)
+    command = bench_train.command("raco cagrad-clip", tiny("full"), 2, 2)
     until = perf_counter() + 60
     done = jobs.run_together({"a": [sys.executable, *command]}, {}, until)["a"]
     assert done.code == 0, done.output
@@ -137,11 +138,11 @@ def test_nothing_is_timed_before_its_tests(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_ours_takes_the_steps_of_the_mean_loss(kind: str) -> None:
     """Rule `linear` beside autograd's gradient of the mean of the losses, in float64."""
-    ours, truth = (Problem(tiny(kind, m=3), CPU) for _ in range(2))
+    ours, truth = (FreshProblem(tiny(kind)) for _ in range(2))
     for problem in (ours, truth):
         problem.model.double()
     before = {name: p.detach().clone() for name, p in truth.trained.items()}
-    bench_train.raco("linear")(ours, 3, meter.Meter(CPU, 1))
+    bench_train.raco("linear", 3)(ours, 3, meter=meter.Meter(CPU, 1))
     optimizer = torch.optim.AdamW(truth.trained.values(), lr=LR, weight_decay=0.0)
     for _ in range(3):
         torch.stack(truth.losses(truth.scores(), 3)).mean().backward()
@@ -153,12 +154,12 @@ def test_ours_takes_the_steps_of_the_mean_loss(kind: str) -> None:
 
 
 def test_pairs_share_their_prompt_and_end_alike() -> None:
-    problem = Problem(tiny("full"), CPU)
+    problem = FreshProblem(tiny("full"))
     a, b = problem.ids.chunk(2)
     assert torch.equal(a[:, :8], b[:, :8])
     assert not torch.equal(a[:, 8:], b[:, 8:])
     assert problem.ids[:, -1].unique().tolist() == [89]
-    assert problem.labels.tolist() == [[1, 1], [1, -1]]
+    assert problem.labels[:2].tolist() == [[1, 1], [1, -1]]
 
 
 def test_only_steps_after_the_warm_up_are_metered() -> None:

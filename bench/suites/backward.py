@@ -6,7 +6,7 @@ from dataclasses import replace
 from time import perf_counter
 
 from bench import bench_backward
-from bench.dpo_steps import Setting
+from bench.dpo_problem import Setting
 from bench.session import Session
 
 NAME = "backward"
@@ -23,7 +23,7 @@ SIZES: dict[str, tuple[Setting, tuple[int, ...], tuple[str, ...]]] = {
     ),
     "cpu-whole": (Setting(), (2, 4, 8), RIVALS),
     "cpu": (Setting(layers=3, tokens=32), (4,), QUICK),
-    "tiny": (Setting(layers=1, sequences=4, tokens=12), (2,), QUICK),
+    "tiny": (Setting(shape="tiny", layers=1, sequences=4, tokens=12), (2,), QUICK),
 }
 
 

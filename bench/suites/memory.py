@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench import bench_memory
-from bench.dpo_steps import Setting
+from bench.dpo_problem import Setting
 from bench.session import Session
 
 NAME = "memory"
@@ -13,7 +13,7 @@ SIZES: dict[str, tuple[Setting, tuple[int, ...]]] = {
     "gpu": (Setting(sequences=16, tokens=512, dtype="bfloat16", device="cuda"), (2, 4)),
     "cpu-whole": (Setting(), (2, 4)),
     "cpu": (Setting(layers=3), (2,)),
-    "tiny": (Setting(layers=1, sequences=4, tokens=12), (2,)),
+    "tiny": (Setting(shape="tiny", layers=1, sequences=4, tokens=12), (2,)),
 }
 
 

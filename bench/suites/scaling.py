@@ -14,7 +14,8 @@ from time import perf_counter
 import torch
 from torch import nn
 
-from bench.dpo_steps import STEPS, Problem, Setting
+from bench.dpo_problem import Problem, Setting
+from bench.dpo_steps import STEPS
 from bench.problems import random_like
 from bench.session import Session
 from bench.suites.step import optimizer
@@ -49,7 +50,13 @@ SIZES = {
     "cpu-whole": Sizes(
         (10**6, 10**7, 10**8), (2, 4, 8, 16), (32, 64, 128, 256), (2, 4, 8, 16), Setting(layers=6)
     ),
-    "tiny": Sizes((100, 1000), (2, 3), (10, 20), (2, 3), Setting(layers=1, sequences=4, tokens=12)),
+    "tiny": Sizes(
+        (100, 1000),
+        (2, 3),
+        (10, 20),
+        (2, 3),
+        Setting(shape="tiny", layers=1, sequences=4, tokens=12),
+    ),
 }
 
 

@@ -16,15 +16,15 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from time import perf_counter
 from typing import Any
 
 from bench import bench_train, correctness, jobs
+from bench.dpo_problem import Setting
 from bench.session import Session
 from bench.timing import Times
-from bench.train_problem import Task
 
 NAME = "train"
 ROUNDS = 3
@@ -37,31 +37,24 @@ _TOLERANCE = {"float32": 0.01, "bfloat16": 0.1}
 class Size:
     """What everyone trains on, the numbers of objectives, and the steps that count a process."""
 
-    model: str
-    dtype: str
-    sequences: int
-    tokens: int
+    setting: Setting
     ms: tuple[int, ...]
     steps: int
     rules: tuple[str, ...] = ("cagrad-clip", "linear")
 
-    def tasks(self, kind: str) -> Iterator[tuple[str, Task]]:
-        """(contestant, task), the most telling first: a run may be cut short."""
-        shape = (self.model, self.dtype, self.sequences, self.tokens)
-        for contestant in ("plain", "trl"):
-            yield contestant, Task(kind, 1, *shape)
-        for m in self.ms:
-            for rule in self.rules:
-                yield f"raco {rule}", Task(kind, m, *shape)
+    def contestants(self) -> Iterator[tuple[str, int]]:
+        """(contestant, m), the most telling first: a run may be cut short."""
+        yield from (("plain", 1), ("trl", 1))
+        yield from ((f"raco {rule}", m) for m in self.ms for rule in self.rules)
 
 
 # A process takes 5 to 10 s before it trains: on one core a round of "cpu" takes a minute, one of
 # "cpu-whole" ten.
 SIZES = {
-    "gpu": Size("SmolLM2-135M", "bfloat16", 16, 512, (2, 4), 10),
-    "cpu-whole": Size("SmolLM2-135M", "float32", 8, 64, (2, 4), 3),
-    "cpu": Size("SmolLM2-135M, 4 layers", "float32", 4, 32, (2,), 3, ("cagrad-clip",)),
-    "tiny": Size("tiny", "float32", 4, 12, (2,), 2),
+    "gpu": Size(Setting(sequences=16, tokens=512, dtype="bfloat16", device="cuda"), (2, 4), 10),
+    "cpu-whole": Size(Setting(), (2, 4), 3),
+    "cpu": Size(Setting(layers=4, sequences=4, tokens=32), (2,), 3, ("cagrad-clip",)),
+    "tiny": Size(Setting(shape="tiny", layers=1, sequences=4, tokens=12), (2,), 2),
 }
 
 
@@ -97,12 +90,12 @@ class Measured:
             self.failure = "left out: the time for this part was used up"
 
 
-Found = dict[tuple[str, Task], Measured]
+Found = dict[tuple[str, int], Measured]
+"""(contestant, m) -> what its processes said."""
 
 
 def run(session: Session) -> None:
-    device = session.device.type
-    reason = correctness.obstacle(session.records.read(), device, NAME)
+    reason = correctness.obstacle(session.records.read(), session.device.type, NAME)
     if reason is not None:
         session.records.add(NAME, {}, failure=reason)
         return
@@ -110,17 +103,18 @@ def run(session: Session) -> None:
     kinds = ("lora", "full")
     for number, kind in enumerate(kinds):
         now = perf_counter()
+        setting = replace(size.setting, kind=kind)
         found = {
-            (contestant, task): Measured(
-                bench_train.command(contestant, task, device, size.steps),
+            (contestant, m): Measured(
+                bench_train.command(contestant, setting, m, size.steps),
                 failure=_missing(contestant),
             )
-            for contestant, task in size.tasks(kind)
+            for contestant, m in size.contestants()
             if contestant not in session.skip
         }
         _rounds(list(found.values()), now + (session.until - now) / (len(kinds) - number))
-        _check(found)
-        _add(session, found)
+        _check(found, setting)
+        _add(session, found, setting)
 
 
 def _missing(contestant: str) -> str | None:
@@ -139,30 +133,30 @@ def _rounds(contestants: Sequence[Measured], until: float) -> None:
         longest = max(longest, perf_counter() - began)
 
 
-def _check(found: Found) -> None:
+def _check(found: Found, setting: Setting) -> None:
     """A rival that learns something else than plain torch on the same pairs is wrong."""
     running = {name: one for (name, _), one in found.items() if one.failure is None}
     if not {"plain", "trl"} <= running.keys():
         return
-    expected, task = running["plain"].learnt, next(iter(found))[1]
+    expected = running["plain"].learnt
     error = abs(running["trl"].learnt - expected) / abs(expected)
-    if not error <= _TOLERANCE[task.dtype]:
+    if not error <= _TOLERANCE[setting.dtype]:
         running["trl"].failure = f"wrong: its loss fell otherwise than plain's, error {error:.2g}"
 
 
-def _add(session: Session, found: Found) -> None:
+def _add(session: Session, found: Found, setting: Setting) -> None:
     unit_name, unit = _unit(found)
-    for (contestant, task), one in found.items():
-        params = vars(task)
-        reproduce = " ".join(["python", *map(shlex.quote, one.command)])
+    for (contestant, m), one in found.items():
+        params = setting.params(m)
+        reproduce = shlex.join(["python", *one.command])
         name = f"{NAME}/{contestant}"
         if one.failure is not None:
             session.records.add(name, params, failure=one.failure, reproduce=reproduce)
-            print(f"{name} {task.kind} m={task.m}: {one.failure}", flush=True)
+            print(f"{name} {setting.kind} m={m}: {one.failure}", flush=True)
             continue
         low, middle, high = one.times.quantiles()
         ratio = None if unit is None else middle / unit
-        rate = task.tokens_per_step / middle
+        rate = setting.sequences * setting.tokens / middle
         session.records.add(
             name,
             params,
@@ -182,7 +176,7 @@ def _add(session: Session, found: Found) -> None:
         )
         shown = "-" if ratio is None else f"{ratio:.2f} x {unit_name}"
         print(
-            f"{name:<24} {task.kind} m={task.m}: {middle:.3f} s ({low:.3f}-{high:.3f}), {shown}, "
+            f"{name:<24} {setting.kind} m={m}: {middle:.3f} s ({low:.3f}-{high:.3f}), {shown}, "
             f"{rate:.0f} tokens/s, {max(one.peaks) / 2**20:.0f} MiB above the model",
             flush=True,
         )
