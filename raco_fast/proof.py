@@ -15,24 +15,12 @@ from torch import Tensor
 from triton import TritonError
 
 from raco_fast import reference, triton_backend
-from raco_fast.reference import AdamWOptions
+from raco_fast.reference import adamw_options
 from raco_fast.rounding import Rounding
 
 _SIZES = (1, 37, 1031, 4099)
 _BOUNDS = (0, 65, 65, 66, 190)  # groups of a layer's rows, around a k-block of 64
-_OPTIONS: AdamWOptions = {
-    "lr": 0.1,
-    "beta1": 0.8,
-    "beta2": 0.9,
-    "eps": 1e-6,
-    "weight_decay": 0.1,
-    "amsgrad": False,
-    "maximize": False,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
-}
+_OPTIONS = adamw_options(lr=0.1, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.1)
 
 
 def disagreement(device: torch.device) -> str | None:

@@ -16,7 +16,7 @@ A missing gradient (None) counts as zeros.  Source: arXiv 2602.02495, Algorithm 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -53,6 +53,32 @@ class AdamWOptions(TypedDict):
     capturable: bool
     differentiable: bool
     fused: bool | None
+
+
+def adamw_options(**given: Any) -> AdamWOptions:
+    """The hyper-parameters that are given, and the others as `torch.optim.AdamW` has them.
+
+    Raises:
+        TypeError: a name that is none of them.
+    """
+    options: AdamWOptions = {
+        "lr": 1e-3,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 1e-2,
+        "amsgrad": False,
+        "maximize": False,
+        "foreach": None,
+        "capturable": False,
+        "differentiable": False,
+        "fused": None,
+    }
+    unknown = [name for name in given if name not in options]
+    if unknown:
+        raise TypeError(f"AdamW has the hyper-parameters {list(options)}, not {unknown}")
+    options.update(cast("AdamWOptions", given))
+    return options
 
 
 def gram(grads: Gradients) -> Tensor:

@@ -6,24 +6,13 @@ import torch
 from torch import Tensor
 
 from raco_fast import _C, cpu, dispatch, ops
+from raco_fast.reference import adamw_options
 from raco_fast.rounding import ROUNDINGS, WITH_RESIDUAL, Rounding
 
 bf16, fp32 = torch.bfloat16, torch.float32
 SHAPES = [(3,), (17, 5), (0, 4), (_C.BLOCK + 1,), (), (_C.CHUNK + 9,)]
 ALPHA = torch.tensor([0.9, 0.4], dtype=torch.float64)
-OPTIONS = {
-    "lr": 0.003,
-    "beta1": 0.8,
-    "beta2": 0.95,
-    "eps": 1e-3,
-    "weight_decay": 0.3,
-    "amsgrad": False,
-    "maximize": False,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
-}
+OPTIONS = adamw_options(lr=0.003, beta1=0.8, beta2=0.95, eps=1e-3, weight_decay=0.3)
 
 
 def draw(seed: int, dtype: torch.dtype) -> list[Tensor]:

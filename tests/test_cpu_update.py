@@ -6,24 +6,13 @@ import torch
 from torch import Tensor
 
 from raco_fast import _C, cpu, dispatch, ops, reference
+from raco_fast.reference import adamw_options
 
 BLOCK, CHUNK = _C.BLOCK, _C.CHUNK
 SHAPES = [(3,), (17, 5), (1,), (0, 4), (BLOCK - 1,), (BLOCK,), (BLOCK + 1,), (2, 3, 4), ()]
 SHAPES += [(CHUNK - 1,), (CHUNK,), (2 * CHUNK + 1,)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-OPTIONS = {
-    "lr": 0.02,
-    "beta1": 0.8,
-    "beta2": 0.95,
-    "eps": 1e-3,
-    "weight_decay": 0.3,
-    "amsgrad": False,
-    "maximize": False,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
-}
+OPTIONS = adamw_options(lr=0.02, beta1=0.8, beta2=0.95, eps=1e-3, weight_decay=0.3)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import torch
 
 from raco_fast import dispatch, ops, reference
 from raco_fast.dual import solve_dual
+from raco_fast.reference import adamw_options
 
 
 def two_lists() -> list[list[torch.Tensor | None]]:
@@ -32,19 +33,7 @@ def calls(monkeypatch) -> list[tuple[str, str]]:
     return made
 
 
-OPTIONS = {
-    "lr": 0.01,
-    "beta1": 0.8,
-    "beta2": 0.95,
-    "eps": 1e-7,
-    "weight_decay": 0.05,
-    "amsgrad": False,
-    "maximize": False,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
-}
+OPTIONS = adamw_options(lr=0.01, beta1=0.8, beta2=0.95, eps=1e-7, weight_decay=0.05)
 
 
 def run_all(

@@ -144,14 +144,7 @@ def test_split_weights_are_those_of_a_float32_run_with_the_same_states():
             *[[s] for s in wide],
             [],
             [torch.tensor(float(t))],
-            lr=2e-4,
-            beta1=0.8,
-            beta2=0.95,
-            eps=1e-8,
-            weight_decay=0.1,
-            **dict.fromkeys(("amsgrad", "maximize", "capturable", "differentiable"), False),
-            foreach=None,
-            fused=None,
+            **reference.adamw_options(lr=2e-4, beta1=0.8, beta2=0.95, weight_decay=0.1),
         )
         m, v = (s.to(bf16) for s in wide)
     low = opt.state[p]["split_residual"].view(torch.int16).int()

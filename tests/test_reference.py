@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raco_fast import reference
+from raco_fast import param_groups, reference
 
 SHAPES = [(3,), (17, 5), (1,), (0, 4), (300_001,), (2, 3, 4), ()]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -181,3 +181,11 @@ def test_buckets_do_not_change_a_bit_of_the_update(monkeypatch):
 
     whole, pieces = run(1 << 40), run(1)
     assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
+
+
+def test_hyper_parameters_that_are_not_given_are_those_of_adamw():
+    group = torch.optim.AdamW([torch.ones(1)]).param_groups[0]
+    assert param_groups.options_of(group) == reference.adamw_options()
+    assert reference.adamw_options(beta1=0.5)["beta1"] == 0.5
+    with pytest.raises(TypeError, match=r"\['lr', .* not \['betas'\]"):
+        reference.adamw_options(betas=(0.9, 0.99))

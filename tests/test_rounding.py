@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from raco_fast import reference
+from raco_fast.reference import adamw_options
 from raco_fast.rounding import (
     ROUNDINGS,
     Rounding,
@@ -16,19 +17,7 @@ from raco_fast.rounding import (
     random_bits,
 )
 
-OPTIONS: dict[str, Any] = {
-    "lr": 0.013,
-    "beta1": 0.85,
-    "beta2": 0.97,
-    "eps": 1e-6,
-    "weight_decay": 0.07,
-    "amsgrad": False,
-    "maximize": False,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
-}
+OPTIONS = adamw_options(lr=0.013, beta1=0.85, beta2=0.97, eps=1e-6, weight_decay=0.07)
 bf16 = torch.bfloat16
 
 

@@ -17,22 +17,18 @@ from bench.contest import Contest, contest_of_steps, our_calls
 from bench.problems import ADAMW, Weights
 from bench.rivals import rivals
 from raco_fast import ops
+from raco_fast.reference import adamw_options
 
 NAME = "combine_adamw"
 COEFFICIENTS = (0.6, 0.55, -0.25, 0.4, 1.2, 0.3, 0.8, 0.05)
-OPTIONS = {
-    "lr": ADAMW["lr"],
-    "beta1": ADAMW["betas"][0],
-    "beta2": ADAMW["betas"][1],
-    "eps": ADAMW["eps"],
-    "weight_decay": ADAMW["weight_decay"],
-    "amsgrad": False,
-    "maximize": False,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
-}
+BETA1, BETA2 = ADAMW["betas"]
+OPTIONS = adamw_options(
+    lr=ADAMW["lr"],
+    beta1=BETA1,
+    beta2=BETA2,
+    eps=ADAMW["eps"],
+    weight_decay=ADAMW["weight_decay"],
+)
 
 
 def bytes_held(case: Case) -> int:

@@ -20,6 +20,7 @@ from triton.runtime import driver
 
 from raco_fast import triton_backend
 from raco_fast.device_step import DeviceStep
+from raco_fast.reference import adamw_options
 from raco_fast.rounding import ROUNDINGS, WITH_RESIDUAL, Rounding
 
 CPU = torch.device("cpu")
@@ -87,9 +88,7 @@ def report(call: str, run: Callable[[], object]) -> None:
 def update(count: int, m: int, rounding: str, lr: float) -> Callable[[], object]:
     bf16 = torch.bfloat16
     residuals = tensors(count, bf16) if rounding in WITH_RESIDUAL else []
-    options: dict[str, Any] = {"lr": lr, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
-    options |= {"weight_decay": 0.1, "amsgrad": False, "maximize": False, "capturable": True}
-    options |= {"differentiable": False, "foreach": None, "fused": None}
+    options = adamw_options(lr=lr)
     grads = [tensors(count, bf16) for _ in range(m)]
     states = [tensors(count, torch.float32) for _ in range(2)]
     steps = [torch.zeros(()) for _ in range(count)]

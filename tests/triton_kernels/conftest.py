@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from raco_fast import dispatch
+from raco_fast.reference import adamw_options
 
 SPLIT = 2.0**27 + 1  # Veltkamp's: cuts a float64 into two halves whose products are exact
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -69,18 +70,9 @@ ALPHA = (0.6, 0.55, -0.25, 0.4, 1.2, 0.3, 0.8, 0.05)
 class Problem:
     """Parameters, gradients and AdamW states in the middle of a run."""
 
+    ADAMW: ClassVar[dict[str, float]] = {"lr": 0.013, "beta1": 0.85, "beta2": 0.97, "eps": 1e-6}
     OPTIONS: ClassVar[dict[str, Any]] = {
-        "lr": 0.013,
-        "beta1": 0.85,
-        "beta2": 0.97,
-        "eps": 1e-6,
-        "weight_decay": 0.07,
-        "amsgrad": False,
-        "maximize": False,
-        "foreach": False,
-        "capturable": False,
-        "differentiable": False,
-        "fused": False,
+        **adamw_options(**ADAMW, weight_decay=0.07, foreach=False, fused=False)
     }
 
     def __init__(self, device, m, grad, param, state, sizes=SIZES, seed=0):
