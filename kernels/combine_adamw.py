@@ -43,7 +43,7 @@ from .columns import (
     weighted_sum,
 )
 from .rounding import check_rounding, opened, random_keys, store_rounded
-from .tables import TensorTable, build, current, programs
+from .tables import TensorTable, architecture, build, current, programs
 
 HYPER = (
     "step_size",
@@ -59,6 +59,12 @@ HYPER = (
 
 # Resident programs per multiprocessor, from the register counts of the compiled kernels.
 PROGRAMS = {"nearest": 9, "stochastic": 7, "split": 10, "kahan": 9}
+PROGRAMS_SM_100 = {**PROGRAMS, "stochastic": 6}
+
+
+def resident_programs(rounding: str, architecture: int) -> int:
+    """Programs of `combine_adamw_step` per multiprocessor of sm_XY."""
+    return (PROGRAMS_SM_100 if architecture >= 100 else PROGRAMS)[rounding]
 
 
 @triton.jit
@@ -220,7 +226,8 @@ def combine_adamw(
     device = hyper.device
     columns = [*grads, params, exp_avgs, exp_avg_sqs, *([] if residuals is None else [residuals])]
     for table in build(columns, m, device) if tables is None else tables:
-        grid = min(programs(device, PROGRAMS[rounding]), len(table.chunks))
+        resident = resident_programs(rounding, architecture(device))
+        grid = min(programs(device, resident), len(table.chunks))
         with current(device):
             combine_adamw_step[(grid,)](
                 table.addresses,
