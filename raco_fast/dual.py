@@ -5,14 +5,12 @@
     coefficients  = w + (s / ||G p_clipped||) p_clipped, or w where ||G p_clipped|| is 0
 
 The arithmetic is in csrc/ (dual.hpp states the certificate, corral.hpp the method). This
-file checks what users pass and gives the numbers names. Source: arXiv 2602.02495, Algorithm 1.
+file checks the matrix and gives the numbers names. Source: arXiv 2602.02495, Algorithm 1.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,12 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from raco_fast import _C
-
-RULES = ("linear", "cagrad", "cagrad-clip", "mgda")
+from raco_fast.objectives import RULES, Weights, check_c, check_rule, checked_weights
 
 Array: TypeAlias = "NDArray[np.float64] | torch.Tensor"
-Weights: TypeAlias = "Mapping[str, float] | Sequence[float] | NDArray[Any] | torch.Tensor"
-Checked: TypeAlias = "tuple[tuple[str, ...], tuple[float, ...], NDArray[np.float64]]"
 
 _RULE_NUMBER = {rule: number for number, rule in enumerate(RULES)}
 # The scalars behind p, p_clipped and coefficients in a packed row: enum Scalar of csrc/dual.hpp.
@@ -33,94 +28,6 @@ _GAP, _VALUE, _G0_NORM, _GP_NORM, _UPDATE_NORM, _CLIP_ACTIVE, _STATUS, _ROW, _CO
     range(_C.SCALARS)
 )
 _NON_FINITE, _NEGATIVE_DIAGONAL, _ASYMMETRIC, _NOT_GRAM, _UNCONVERGED = range(1, 6)
-
-
-def check_weights(weights: Weights) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """Names and values of the objectives' weights, checked.
-
-    Args:
-        weights: a mapping from objective name to weight, or a sequence, array or tensor of m
-            weights (named "0", "1", ...). Non-negative, finite, 1 to 32 of them, sum 1 within 1e-6.
-    Returns:
-        (names, values), both of length m, in the order given. The values are not renormalised.
-    Raises:
-        TypeError: not a mapping or a sequence of numbers, or a name that is not a string.
-        ValueError: a rule above is broken; the message shows the weights and the cure.
-    """
-    names, values, _ = _checked_weights(weights)
-    return names, values
-
-
-def check_c(c: float) -> float:
-    """The radius c as a float; ValueError unless 0 <= c < 1, TypeError unless a number."""
-    try:
-        value = math.fsum((c,))  # refuses strings, which float() would read
-    except (TypeError, ValueError):
-        raise TypeError(f"`c` must be a number, got {c!r}; c = 0.4 is the usual choice") from None
-    if not 0.0 <= value < 1.0:
-        raise ValueError(
-            f"`c` must be in [0, 1), got {value}; c = 0 is plain weighting, 0.4 the usual choice"
-        )
-    return value
-
-
-def check_rule(rule: str) -> str:
-    """The rule's name; ValueError unless it is one of `RULES`."""
-    if not isinstance(rule, str) or rule not in _RULE_NUMBER:
-        raise ValueError(f"`rule` must be one of {', '.join(RULES)}, got {rule!r}")
-    return rule
-
-
-def _checked_weights(weights: Weights) -> Checked:
-    if type(weights) is dict or isinstance(weights, Mapping):  # `type` spares a microsecond
-        return _check_items(tuple(weights), _hashable(tuple(weights.values()), weights))
-    if isinstance(weights, (np.ndarray, torch.Tensor)):
-        if weights.ndim != 1:
-            raise ValueError(
-                f"`weights` must have one dimension, got shape {tuple(weights.shape)}; pass [m]"
-            )
-        return _check_items(None, tuple(weights.tolist()))
-    if isinstance(weights, Sequence) and not isinstance(weights, (str, bytes)):
-        return _check_items(None, _hashable(tuple(weights), weights))
-    raise TypeError(
-        "`weights` must be a mapping from name to number or a sequence of numbers, "
-        f"got {weights!r}; for example "
-        "{'helpful': 0.5, 'harmless': 0.5}"
-    )
-
-
-def _hashable(values: tuple[Any, ...], shown: object) -> tuple[float, ...]:
-    try:
-        math.fsum(values)  # refuses strings, which float() would read
-        return tuple(map(float, values))
-    except (TypeError, ValueError):
-        raise TypeError(f"`weights` must be numbers, got {shown!r}; pass one float each") from None
-
-
-@lru_cache(maxsize=256)
-def _check_items(names: tuple[str, ...] | None, values: tuple[float, ...]) -> Checked:
-    m = len(values)
-    shown = list(values) if names is None else dict(zip(names, values, strict=True))
-    if not 1 <= m <= _C.MAX_OBJECTIVES:
-        raise ValueError(
-            f"`weights` must hold 1 to {_C.MAX_OBJECTIVES} objectives, got {m}; "
-            "merge or leave out objectives"
-        )
-    for name in names or ():
-        if not isinstance(name, str):
-            raise TypeError(f"`weights` must have strings as names, got {name!r}; write str(name)")
-    if not all(map(math.isfinite, values)):
-        raise ValueError(f"`weights` must be finite, got {shown}; replace NaN and infinity")
-    if min(values) < 0.0:
-        raise ValueError(
-            f"`weights` must not be negative, got {shown}; a weight of 0 leaves an objective out"
-        )
-    total = math.fsum(values)
-    if abs(total - 1.0) > 1e-6:
-        raise ValueError(f"`weights` must sum to 1, got {total:g} for {shown}; divide by the sum")
-    array = np.array(values, dtype=np.float64)
-    array.flags.writeable = False
-    return names or tuple(map(str, range(m))), values, array
 
 
 class DualSolution:
@@ -302,7 +209,7 @@ def solve_dual(
             (asymmetric, negative on the diagonal, |M_ij| > ||g_i|| ||g_j||).
     Source: arXiv 2602.02495, Algorithm 1, lines 6-8.
     """
-    names, _, array = _checked_weights(weights)
+    names, _, array = checked_weights(weights)
     c = check_c(c)
     check_rule(rule)
     m = len(names)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from raco_fast.checks import check_dense
-from raco_fast.dual import check_weights
 from raco_fast.host_memory import HostMemory
 from raco_fast.inspection import Exactness
 from raco_fast.objective_grad import ObjectiveGrad, Touched, along_p_grad, stand_in_of, touched
 from raco_fast.objective_losses import ordered_losses
+from raco_fast.objectives import check_weights
 from raco_fast.one_backward import one_backward
 
 

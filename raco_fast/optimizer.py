@@ -20,10 +20,11 @@ from torch.optim import AdamW
 
 from raco_fast import dispatch, ops
 from raco_fast.combined import check_max_grad_norm, clip_factor
-from raco_fast.dual import DualSolution, check_c, check_rule, solve_dual
+from raco_fast.dual import DualSolution, solve_dual
 from raco_fast.gradients import ObjectiveGradients
 from raco_fast.gram_first import gram_first
 from raco_fast.objective_grad import Touched, along_p_grad, joined
+from raco_fast.objectives import check_c, check_rule
 from raco_fast.param_groups import Part, by_rounding, options_of
 from raco_fast.reference import Gradients
 from raco_fast.rounding import check_rounding, check_seed

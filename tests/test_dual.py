@@ -17,7 +17,8 @@ import torch
 from scipy.optimize import minimize
 
 from raco_fast import _C
-from raco_fast.dual import RULES, check_c, check_rule, check_weights, solve_dual
+from raco_fast.dual import solve_dual
+from raco_fast.objectives import RULES, check_c, check_rule, check_weights
 
 WITNESS = np.array([[17.0, -5.0], [-5.0, 2.0]])
 

@@ -11,7 +11,8 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from raco_fast.dual import RULES, solve_dual
+from raco_fast.dual import solve_dual
+from raco_fast.objectives import RULES
 
 DUAL_RULES = ("cagrad", "cagrad-clip", "mgda")
 

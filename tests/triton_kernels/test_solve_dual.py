@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from raco_fast import solve_dual
-from raco_fast.dual import RULES, DualSolution
+from raco_fast.dual import DualSolution
 from raco_fast.kernels import solve_dual as kernel
+from raco_fast.objectives import RULES
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
