@@ -1,8 +1,8 @@
 """The Triton backend: `reference.py`'s signatures, on CUDA tensors, in the kernels of `kernels/`.
 
 What is decided here and not in the kernels: which tensors they can take (`unsupported`), copies of
-gradients whose elements lie in another order than their parameter's, and the numbers of a step,
-which are computed in float64 where the step counts live and sent to the device in one copy.
+gradients whose elements lie in another order than their parameter's, and the numbers of a step
+(`triton_numbers.py`).
 Nothing here waits for the device except `gram` and `gram_beside`, whose results the host needs: one
 copy through pinned memory, and one wait. `gram_on_device` and `combine_adamw_on_device` are the two
 halves of a step that never waits.
@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,10 +29,10 @@ from raco_fast.kernels.tables import (
     same_order,
     stream_of,
     to_device,
-    upload,
 )
 from raco_fast.layout import advance
 from raco_fast.rounding import NEAREST, Rounding
+from raco_fast.triton_numbers import hyper_rows, seed_of, sent_together, to_host
 from raco_fast.triton_weight_grad import weight_grad as weight_grad
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ def gram_beside(
     if all(g is None for one in grads for g in one):
         return torch.zeros(m, m, dtype=torch.float64), [float(x) for x in numbers]
     total = gram_on_device(grads, prepared)
-    sent = _to_host(torch.cat([x.reshape(-1).to(total) for x in (total, *numbers)]))
+    sent = to_host(torch.cat([x.reshape(-1).to(total) for x in (total, *numbers)]))
     return sent[: m * m].reshape(m, m), sent[m * m :].tolist()
 
 
@@ -170,19 +169,19 @@ def combine_adamw(
     steps = advance(state_steps)
     # All alike unless a parameter joined later; then Python computes the seven numbers faster.
     counts = set(steps.tolist()) if steps.is_cpu else set()
-    rows = _hyper_rows(counts.pop() if len(counts) == 1 else steps, len(steps), options)
+    rows = hyper_rows(counts.pop() if len(counts) == 1 else steps, len(steps), options)
     shared = torch.cat([coefficients.float(), torch.tensor([1.0, 1.0, 0.0])])
     if rows.device == device:
         shared = to_device(shared, device)
     else:
-        rows, shared = _sent_together(rows, shared, device)
+        rows, shared = sent_together(rows, shared, device)
     m = len(grads)
     scalars = adamw_kernels.Scalars(
         alpha=shared[:m],
         clip=shared[m : m + 1],
         grad_scale=shared[m + 1 : m + 2],
         found_inf=shared[m + 2 :],
-        seed=_seed(rounding, device),
+        seed=seed_of(rounding, device),
     )
     _launch(params, grads, exp_avgs, exp_avg_sqs, rows, scalars, rounding, prepared)
 
@@ -210,9 +209,10 @@ def combine_adamw_on_device(
         clip=step.clip,
         grad_scale=step.grad_scale,
         found_inf=step.never,
-        seed=_seed(rounding, params[0].device),
+        seed=seed_of(rounding, params[0].device),
     )
-    rows = hyper_rows(torch.stack(list(state_steps)).reshape(-1), options)
+    steps = torch.stack(list(state_steps)).reshape(-1)
+    rows = hyper_rows(steps, len(steps), options)
     _launch(params, grads, exp_avgs, exp_avg_sqs, rows, scalars, rounding, prepared)
 
 
@@ -249,11 +249,6 @@ def _launch(
     )
 
 
-def _seed(rounding: Rounding, device: torch.device) -> Tensor:
-    """On the device: int64 [1]. It stays the same from step to step, as the bits do not."""
-    return upload(np.array([rounding.seed & 0xFFFFFFFF]), device)
-
-
 def _recalled(prepared: Prepared | None, device: torch.device) -> list[TensorTable] | None:
     """The tables left by an earlier call on this stream; inside of a graph, of any stream."""
     if not prepared:
@@ -275,63 +270,6 @@ def _leave(
     own = all(a is b for one, other in pairs for a, b in zip(one, other, strict=True))
     if prepared is not None and own and not capturing(device):
         prepared[stream_of(device)] = tables
-
-
-def hyper_rows(steps: Tensor, options: AdamWOptions) -> Tensor:
-    """The numbers of a step, one row per tensor: [n, 8] float32, columns `combine_adamw.HYPER`.
-
-    They are computed in float64, on the device where the step counts ([n], already advanced) or lr
-    and betas are: on the CPU for free, on the GPU without waiting for it.
-    """
-    return _hyper_rows(steps, len(steps), options)
-
-
-def _hyper_rows(t: float | Tensor, n: int, options: AdamWOptions) -> Tensor:
-    """`hyper_rows` of n tensors from their step counts, or from the one they all have."""
-    lr, beta1, beta2 = options["lr"], options["beta1"], options["beta2"]
-    places = [x.device for x in (t, lr, beta1, beta2) if isinstance(x, Tensor)]
-    device = next((place for place in places if place.type == "cuda"), torch.device("cpu"))
-    t = t.to(device, torch.float64) if isinstance(t, Tensor) else t
-
-    def number(x: float | Tensor) -> float | Tensor:
-        # A copy of a CPU tensor to the device would wait for it; torch reads such a number too.
-        if isinstance(x, Tensor):
-            return float(x) if x.is_cpu else x.to(device, torch.float64)
-        return x
-
-    lr, beta1, beta2 = number(lr), number(beta1), number(beta2)
-    columns = [
-        lr / (1 - beta1**t),
-        lr * options["weight_decay"],
-        1 - beta1,
-        1 - beta2,
-        (1 - beta2**t) ** -0.5,
-        options["eps"],
-        -1.0 if options["maximize"] else 1.0,
-        t,
-    ]
-    if not any(isinstance(column, Tensor) for column in columns):
-        return torch.tensor(columns, dtype=torch.float32).repeat(n, 1)
-    rows = torch.empty(n, len(columns), dtype=torch.float64, device=device)
-    for i, column in enumerate(columns):
-        rows[:, i] = column
-    return rows.float()
-
-
-def _to_host(values: Tensor) -> Tensor:
-    """A CPU copy, with the one wait of a step: for this stream, not for the device."""
-    if not values.is_cuda:
-        return values
-    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    copy.copy_(values, non_blocking=True)
-    torch.cuda.current_stream(values.device).synchronize()
-    return copy
-
-
-def _sent_together(rows: Tensor, shared: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Both on the device, in one copy."""
-    sent = to_device(torch.cat([rows.flatten(), shared.to(rows.device)]), device)
-    return sent[: rows.numel()].view_as(rows), sent[rows.numel() :]
 
 
 def _ordered(column: Sequence[Tensor | None], like: Tensor | None = None) -> list[Tensor | None]:

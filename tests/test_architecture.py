@@ -16,8 +16,9 @@ PACKAGE = ROOT / "raco_fast"
 # From the ground up; a module may import from lower layers only. Inside `dpo` and `demo` the order
 # of the list is the order of the road that data takes.
 LAYERS = [
-    ["_C", "kernels", "rounding", "host_memory", "report", "weight_grad", "objectives"],
-    ["layout", "reference", "objective_grad", "triton_weight_grad"],
+    ["_C", "kernels", "rounding", "host_memory", "report", "weight_grad"],
+    ["layout", "reference", "objective_grad", "objectives"],
+    ["triton_numbers", "triton_weight_grad"],
     ["cpu", "triton_backend", "checks"],
     ["proof"],
     ["dispatch", "dual", "segments"],

@@ -108,8 +108,8 @@ class Problem:
         self, rounding="nearest", residuals=None, alpha=None, seed=0, lr=OPTIONS["lr"], **scalars
     ) -> None:
         """The kernel itself, with everything it reads from device memory."""
-        from raco_fast import triton_backend
         from raco_fast.kernels import combine_adamw as kernels
+        from raco_fast.triton_numbers import hyper_rows
 
         device, options = self.params[0].device, {**self.OPTIONS, "lr": lr}
         for step in self.steps:
@@ -123,7 +123,7 @@ class Problem:
             self.grads,
             self.exp_avgs,
             self.exp_avg_sqs,
-            triton_backend.hyper_rows(torch.stack(self.steps), options).to(device),
+            hyper_rows(torch.stack(self.steps), len(self.steps), options).to(device),
             kernels.Scalars(
                 alpha=(self.alpha if alpha is None else alpha).float().to(device),
                 clip=one(scalars.get("clip", 1.0)),
