@@ -35,7 +35,7 @@ Why this design:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 
 import torch
@@ -46,12 +46,9 @@ from torch import Tensor
 from .gram import gram, gram_total
 from .segments import direct_blocks, running_blocks
 from .tables import architecture, current, upload
+from .weight_grad_arguments import MAX_UNROLLED, Arguments
 from .weight_grad_plan import tiling
 
-MAX_UNROLLED = 8
-FORMS = ("direct", "running")
-INPUTS = (torch.bfloat16, torch.float16)
-OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
 TOTAL = {"BLOCK": 2048, "num_warps": 8}
 
 
@@ -191,14 +188,15 @@ def weight_grad(
         ValueError: arguments that break these rules, or more than 8 objectives without `out`.
     Source: arXiv 2602.02495, Algorithm 1, line 5, for the Gram.
     """
-    _check(x, dy, segments, coefficients, out, accumulate, form)
+    arguments = Arguments(x, dy, segments, coefficients, out, accumulate, form)
+    arguments.check()
     m = len(coefficients)
     with current(x.device):
         if m > MAX_UNROLLED:
             assert out is not None
-            store_weight_grad(x, dy, segments, coefficients, out, accumulate, form=form)
+            _launch_blocks(arguments, out)
             return gram([[g] for g in out], x.device)
-        partials = _launch(x, dy, segments, coefficients, out, accumulate, form)
+        partials = _launch(arguments)
         total = torch.empty(m, m, dtype=torch.float64, device=x.device)
         gram_total[(1,)](partials, len(partials), total, M=m, **TOTAL)
         return total
@@ -215,31 +213,30 @@ def store_weight_grad(
     form: str = "direct",
 ) -> None:
     """`weight_grad` without the Gram matrix: a launch for every 8 objectives, and nothing else."""
-    _check(x, dy, segments, coefficients, out, accumulate, form)
-    m = len(coefficients)
-    count = -(-m // MAX_UNROLLED)
+    arguments = Arguments(x, dy, segments, coefficients, out, accumulate, form)
+    arguments.check()
     with current(x.device):
-        for first, stop in pairwise(m * b // count for b in range(count + 1)):
-            # Ratios are coefficients for seeded rows, so the other blocks can be direct.
-            of_block = form if first == 0 else "direct"
-            block = coefficients[first:stop]
-            _launch(x, dy, segments, block, out[first:stop], accumulate, of_block)
+        _launch_blocks(arguments, out)
 
 
-def _launch(
-    x: Tensor,
-    dy: Tensor,
-    segments: Sequence[int],
-    coefficients: Tensor,
-    out: Sequence[Tensor] | None,
-    accumulate: bool,
-    form: str,
-) -> Tensor:
+def _launch_blocks(arguments: Arguments, out: Sequence[Tensor]) -> None:
+    """A launch for every 8 objectives."""
+    m = len(out)
+    count = -(-m // MAX_UNROLLED)
+    for first, stop in pairwise(m * b // count for b in range(count + 1)):
+        # Ratios are coefficients for seeded rows, so the other blocks can be direct.
+        form = arguments.form if first == 0 else "direct"
+        block = arguments.coefficients[first:stop]
+        _launch(replace(arguments, coefficients=block, out=out[first:stop], form=form))
+
+
+def _launch(arguments: Arguments) -> Tensor:
     """Partial sums of the Gram, [tiles, m(m+1)/2] float32."""
-    m, d_out, d_in = len(coefficients), dy.shape[1], x.shape[1]
+    x, dy, out, form = arguments.x, arguments.dy, arguments.out, arguments.form
+    m, d_out, d_in = len(arguments.coefficients), dy.shape[1], x.shape[1]
     float32 = out is not None and out[0].dtype == torch.float32
     chosen = tiling(form, m, architecture(x.device), float32)
-    table, weights = _loop(form, tuple(segments), coefficients, chosen.BLOCK_K, x.device)
+    table, weights = _loop(arguments, chosen.BLOCK_K)
     tiles = -(-d_out // chosen.BLOCK_M) * -(-d_in // chosen.BLOCK_N)
     partials = torch.empty(tiles, m * (m + 1) // 2, dtype=torch.float32, device=x.device)
     weight_grad_tiles[(tiles,)](
@@ -253,21 +250,19 @@ def _launch(
         partials,
         d_out,
         d_in,
-        **constants(form, m, accumulate),
+        **constants(form, m, arguments.accumulate),
         **asdict(chosen),
     )
     return partials
 
 
-def _loop(
-    form: str, segments: tuple[int, ...], coefficients: Tensor, block_k: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _loop(arguments: Arguments, block_k: int) -> tuple[Tensor, Tensor]:
     """The table of k-blocks and the weights of the folds, on the device."""
-    if form == "running":
-        ratios = coefficients.contiguous().numpy().tobytes()
-        blocks, steps = running_blocks(segments, ratios, block_k)
+    device, segments = arguments.x.device, tuple(arguments.segments)
+    weights = arguments.coefficients.contiguous()
+    if arguments.form == "running":
+        blocks, steps = running_blocks(segments, weights.numpy().tobytes(), block_k)
         return upload(blocks, device), upload(steps, device)
-    weights = coefficients.contiguous()
     if weights.device != device:
         weights = upload(weights.numpy(), device)
     return upload(direct_blocks(segments, block_k), device), weights
@@ -276,77 +271,3 @@ def _loop(
 def constants(form: str, m: int, accumulate: bool) -> dict[str, object]:
     """What `weight_grad_tiles` is specialized on, beside its tiling."""
     return {"M": m, "RUNNING": form == "running", "ACCUMULATE": accumulate, "GROUP": 8}
-
-
-def _check(
-    x: Tensor,
-    dy: Tensor,
-    segments: Sequence[int],
-    coefficients: Tensor,
-    out: Sequence[Tensor] | None,
-    accumulate: bool,
-    form: str,
-) -> None:
-    broken = _broken_rule(x, dy, segments, coefficients, out, accumulate, form)
-    if broken is not None:
-        raise ValueError(broken)
-
-
-def _broken_rule(
-    x: Tensor,
-    dy: Tensor,
-    segments: Sequence[int],
-    coefficients: Tensor,
-    out: Sequence[Tensor] | None,
-    accumulate: bool,
-    form: str,
-) -> str | None:
-    """The rule that the arguments of `weight_grad` break, with the cure; None if none."""
-    m, S, host = len(coefficients), len(segments) - 1, torch.device("cpu")
-    if x.dtype not in INPUTS or dy.dtype != x.dtype:
-        return f"`x` and `dy` must be bfloat16 or float16, got {x.dtype} and {dy.dtype}; cast"
-    for name, rows in (("x", x), ("dy", dy)):
-        if rows.dim() != 2 or len(rows) != len(x) or not rows.is_contiguous():
-            return (
-                f"`{name}` must be [{len(x)} tokens, features] and contiguous, got shape "
-                f"{list(rows.shape)}, strides {rows.stride()}; "
-                f"pass {name}.flatten(0, -2).contiguous()"
-            )
-    if segments[0] != 0 or segments[-1] != len(x) or any(a > b for a, b in pairwise(segments)):
-        return (
-            f"`segments` must rise from 0 to {len(x)}, the number of rows, got {list(segments)}; "
-            "make rows of no sequence a segment with coefficients 0"
-        )
-    if coefficients.dtype != torch.float32 or coefficients.shape != (m, S) or m == 0:
-        return (
-            f"`coefficients` must be float32 [m, {S}], a column per segment, got "
-            f"{coefficients.dtype} {list(coefficients.shape)}; pass coefficients.float()"
-        )
-    if coefficients.device not in (x.device, host):
-        return f"`coefficients` must be on {x.device} or cpu, got {coefficients.device}; move them"
-    if form not in FORMS:
-        return f"`form` must be one of {FORMS}, got {form!r}; ask weight_grad_plan.choose"
-    if form == "running" and (coefficients.device != host or (coefficients[0] != 1).any()):
-        return (
-            "`coefficients` of the form 'running' must be ratios on the CPU with a first row of "
-            f"ones, got {coefficients[0].tolist()}; use running_ratios, or the form 'direct'"
-        )
-    if out is None:
-        if m > MAX_UNROLLED or accumulate:
-            return (
-                f"`out` must be given for more than {MAX_UNROLLED} objectives and to accumulate, "
-                f"got None, m = {m}, accumulate={accumulate}; pass m tensors"
-            )
-        return None
-    if len(out) != m:
-        return f"`out` must be {m} tensors, one per objective, got {len(out)}; pass one for each"
-    shape = (dy.shape[1], x.shape[1])
-    for i, g in enumerate(out):
-        of_one_kind = g.dtype in OUTPUTS and g.dtype == out[0].dtype and g.device == x.device
-        if not of_one_kind or g.shape != shape or not g.is_contiguous():
-            return (
-                f"`out` must be contiguous {list(shape)} tensors on {x.device}, all bfloat16, "
-                f"float16 or float32, got number {i}: {g.dtype} {list(g.shape)}, strides "
-                f"{g.stride()}, on {g.device}; pass torch.empty{shape} for each"
-            )
-    return None

@@ -12,7 +12,8 @@ from itertools import pairwise
 from torch import Tensor
 
 from raco_fast.kernels.tables import ALIGNMENT
-from raco_fast.kernels.weight_grad import INPUTS, OUTPUTS, store_weight_grad
+from raco_fast.kernels.weight_grad import store_weight_grad
+from raco_fast.kernels.weight_grad_arguments import INPUTS, OUTPUTS
 from raco_fast.kernels.weight_grad_plan import choose
 
 

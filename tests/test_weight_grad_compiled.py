@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from machine_code import Machine, assert_no_float_atomics, assert_no_spills, compiled
 
 from raco_fast.kernels import gram, weight_grad
+from raco_fast.kernels.weight_grad_arguments import FORMS
 from raco_fast.kernels.weight_grad_plan import tiling
 
 pytestmark = pytest.mark.skipif(
@@ -81,7 +82,7 @@ KINDS = [(bf16, None, False), (bf16, bf16, False), (bf16, bf16, True), (bf16, fp
          (bf16, fp32, True), (fp16, fp16, False)]  # fmt: skip
 CASES = [
     case(form, m, architecture, *kind)
-    for form in weight_grad.FORMS
+    for form in FORMS
     for m in range(1, 9)
     for architecture in TENSOR_CORES
     for kind in KINDS
@@ -104,7 +105,7 @@ def test_tiles(form, m, architecture, dtype, out, accumulate):
     assert accumulate or not re.search(r"ld\.global[.\w]*\.v4", code.ptx)
 
 
-@pytest.mark.parametrize("form", weight_grad.FORMS)
+@pytest.mark.parametrize("form", FORMS)
 def test_offsets_are_64_bits_wide(form):
     # Tokens times features, or d_out times d_in, may be beyond 2^31.
     ttir = compiled_tiles(form, 2, 90).ttir
