@@ -14,6 +14,13 @@ constexpr std::int64_t kPerThread = 1 << 17;
 // Chunks are dealt out in at most this many spans, which bounds the memory for partial sums.
 constexpr std::int64_t kSpans = 1024;
 
+// Neighbouring spans are summed by different threads at the same time: no two of them may share a
+// cache line, nor a pair of lines that the processor fetches together.
+constexpr std::int64_t kPerLine = 16;
+struct alignas(kPerLine * sizeof(double)) Line {
+  double sums[kPerLine];
+};
+
 struct Chunk {
   std::int64_t column, start, count;
 };
@@ -136,18 +143,19 @@ const char* name_of(const Target* target) { return target->name; }
 void gram(const Lists& grads, const Execution& how, double* M) {
   const Plan plan(grads);
   const int m = grads.m;
-  const std::int64_t size = static_cast<std::int64_t>(m) * m * kLanes;
-  std::vector<double> sums(static_cast<std::size_t>(plan.spans() * size), 0.0);
+  const std::int64_t lines = (static_cast<std::int64_t>(m) * m * kLanes + kPerLine - 1) / kPerLine;
+  std::vector<Line> sums(static_cast<std::size_t>(plan.spans() * lines), Line{});
+  const auto of_span = [&](std::int64_t span) {
+    return sums[static_cast<std::size_t>(span * lines)].sums;
+  };
   plan.run(how.threads, [&](std::int64_t span, const Chunk& chunk) {
-    const Present grads_of_chunk = present(grads, chunk, nullptr);
-    how.target->gram(grads_of_chunk, m, chunk.count, sums.data() + span * size);
+    how.target->gram(present(grads, chunk, nullptr), m, chunk.count, of_span(span));
   });
   for (int i = 0; i < m; ++i) {
     for (int j = i; j < m; ++j) {
       double total = 0.0;
       for (std::int64_t span = 0; span < plan.spans(); ++span)
-        for (int l = 0; l < kLanes; ++l)
-          total += sums[static_cast<std::size_t>(span * size + (i * m + j) * kLanes + l)];
+        for (int l = 0; l < kLanes; ++l) total += of_span(span)[(i * m + j) * kLanes + l];
       M[i * m + j] = M[j * m + i] = total;
     }
   }

@@ -46,7 +46,8 @@ def contest(case: Case, skip: Sequence[str]) -> Contest:
     weights = Weights([nn.Parameter(p) for p in params], exp_avgs, exp_avg_sqs, steps)
     alpha = torch.tensor(COEFFICIENTS[: case.m], dtype=torch.float64)
     states = (exp_avgs, exp_avg_sqs, [], steps)
-    calls = our_calls(case, partial(ops.combine_adamw, params, grads, alpha, *states, **OPTIONS))
+    ours = partial(ops.combine_adamw, params, grads, alpha, *states, **OPTIONS)
+    calls = our_calls(case, torch.no_grad()(ours))  # as every optimizer's step runs
     for name, rival in rivals(case.m, (*skip, "cat")).items():
         calls[name] = torch.no_grad()(partial(rival.update, weights, grads, alpha.tolist()))
     return contest_of_steps(calls, weights, grads, alpha)
