@@ -33,6 +33,9 @@ def measure(
     records: Records, setting: Setting, ms: Sequence[int], rivals: Sequence[str], seconds: float
 ) -> None:
     """Time the rivals for each number of objectives; `seconds` is for each of those."""
+    if (failure := optional.obstacle(setting.kind)) is not None:
+        records.add("backward/one_backward", setting.params(ms[0]), failure=failure)
+        return
     for name in rivals:
         if (failure := optional.obstacle(name)) is not None:
             records.add(f"backward/{name}", setting.params(0), failure=failure)

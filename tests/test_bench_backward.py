@@ -42,8 +42,18 @@ def test_a_rival_that_is_not_installed_has_a_record_that_says_so(tmp_path, monke
         ["--out", str(tmp_path), "--m", "2", "--kind", "full", "--seconds", "0", *TINY]
     )
     failures = {r["name"]: r["failure"] for r in records(tmp_path) if "failure" in r}
-    cure = "not run: no_such_package missing; pip install 'raco-fast[bench]'"
+    cure = "not run: no_such_package missing; pip install no_such_package"
     assert failures == {"backward/torchjd": cure}
+
+
+def test_without_peft_full_fine_tuning_is_measured_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setitem(optional.NEEDED, "lora", ("no_such_package",))
+    rivals = ["--rivals", "plain", "one_backward"]
+    bench_backward.main(["--out", str(tmp_path), "--m", "2", "--seconds", "0", *rivals, *TINY])
+    found = records(tmp_path)
+    assert [r["params"]["kind"] for r in found] == ["lora", "full", "full"]
+    assert found[0]["failure"].startswith("not run: no_such_package missing")
+    assert all(r["p50"] > 0 for r in found[1:])
 
 
 @pytest.mark.parametrize("name", [n for n in dpo_steps.STEPS if n not in ("plain", "autograd")])

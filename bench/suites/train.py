@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from time import perf_counter
 from typing import Any
 
-from bench import bench_train, correctness, jobs
+from bench import bench_train, correctness, jobs, optional
 from bench.dpo_problem import Setting
 from bench.session import Session
 from bench.timing import Times
@@ -107,7 +107,7 @@ def run(session: Session) -> None:
         found = {
             (contestant, m): Measured(
                 bench_train.command(contestant, setting, m, size.steps),
-                failure=_missing(contestant),
+                failure=optional.obstacle(kind) or _missing(contestant),
             )
             for contestant, m in size.contestants()
             if contestant not in session.skip
