@@ -96,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, help="folder of report.json")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=list(_TOLERANCE))
-    parser.add_argument("--kind", nargs="+", default=["lora", "full"], choices=["lora", "full"])
+    kinds = ("lora", "full")  # `--kinds`: as the first records say how to repeat them
+    parser.add_argument("--kind", "--kinds", nargs="+", default=kinds, choices=kinds)
     parser.add_argument("--rivals", nargs="+", default=list(RIVALS), choices=RIVALS)
     parser.add_argument("--m", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--shape", default="SmolLM2-135M", choices=SHAPES)

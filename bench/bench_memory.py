@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -57,7 +58,9 @@ def measure(records: Records, setting: Setting, ms: Sequence[int], until: float)
                 unit="bytes",
                 p50=used,
                 ratio=None if unit is None else used / unit,
-                reproduce=" ".join([*(f"{k}={v}" for k, v in _MALLOC.items()), "python", *command]),
+                reproduce=shlex.join(
+                    [*(f"{k}={v}" for k, v in _MALLOC.items()), "python", *command]
+                ),
             )
             print(f"m={m} {name:<30} {used / 2**20:8.0f} MiB", flush=True)
 

@@ -145,9 +145,8 @@ void gram(const Lists& grads, const Execution& how, double* M) {
   const int m = grads.m;
   const std::int64_t lines = (static_cast<std::int64_t>(m) * m * kLanes + kPerLine - 1) / kPerLine;
   std::vector<Line> sums(static_cast<std::size_t>(plan.spans() * lines), Line{});
-  const auto of_span = [&](std::int64_t span) {
-    return sums[static_cast<std::size_t>(span * lines)].sums;
-  };
+  double* const first = reinterpret_cast<double*>(sums.data());
+  const auto of_span = [&](std::int64_t span) { return first + span * lines * kPerLine; };
   plan.run(how.threads, [&](std::int64_t span, const Chunk& chunk) {
     how.target->gram(present(grads, chunk, nullptr), m, chunk.count, of_span(span));
   });

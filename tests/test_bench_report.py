@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -184,3 +186,20 @@ def test_every_suite_is_a_part_and_goes_by_its_name() -> None:
 
     assert set(page.SUITES) | {"tests", "ceilings", "scaling"} == set(PARTS)
     assert [import_module(f"bench.suites.{part}").NAME for part in PARTS] == list(PARTS)
+
+
+def test_recorded_commands_can_still_be_given() -> None:
+    from bench import bench_backward, bench_memory
+
+    parsers = {
+        "bench.bench_backward": bench_backward._parser(),
+        "bench.bench_memory": bench_memory._parser(),
+    }
+    seen = set()
+    for file in report.RESULTS.rglob("report.json"):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            words = shlex.split(json.loads(line).get("reproduce", ""))
+            if len(words) > 3 and (module := words[words.index("-m") + 1]) in parsers:
+                parsers[module].parse_args(words[words.index(module) + 1 :])
+                seen.add(module)
+    assert seen == parsers.keys()

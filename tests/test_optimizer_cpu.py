@@ -212,3 +212,18 @@ def test_autograd_notices_that_a_step_has_changed_what_it_saved(name):
         opt.zero_grad()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         saved.backward()
+
+
+def test_tables_are_built_once_for_gradients_that_stay_where_they_are(monkeypatch):
+    params = starts(torch.float32)
+    opt = ClippedCAGradAdamW(groups(params), **ADAMW, weights=WEIGHTS)
+    built, real = [], cpu.tables
+    monkeypatch.setattr(cpu, "tables", lambda *a: built.append(a) or real(*a))
+    opt.backward(losses(params, 0))
+    opt.step()
+    assert len(built) == 3  # one Gram, two groups
+    opt.step()
+    assert len(built) == 3
+    opt.state[params[0]]["exp_avg"] = opt.state[params[0]]["exp_avg"].clone()
+    opt.step()
+    assert len(built) == 4
