@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from raco_fast.checks import check_dense
+from raco_fast.exactness import Exactness
+from raco_fast.graph import ScoreGraph, other_leaves
 from raco_fast.host_memory import HostMemory
-from raco_fast.inspection import Exactness
 from raco_fast.objective_grad import ObjectiveGrad, Touched, along_p_grad, stand_in_of, touched
 from raco_fast.objective_losses import ordered_losses
 from raco_fast.objectives import check_weights
-from raco_fast.one_backward import one_backward
+from raco_fast.one_backward import one_backward, sensitivities, use_up
+from raco_fast.segments import Factored
 
 
 class ObjectiveGradients:
@@ -50,9 +52,9 @@ class ObjectiveGradients:
         if not callable(params) and not self._source:
             raise ValueError("`params` must hold at least one parameter, got none")
         self._ran: set[str] = set()
-        self._held = False
+        self._held = self._busy = False
         self._open: str | None = None
-        self._exact = Exactness()
+        self.exactness = Exactness()
         self._memory = HostMemory()
 
     def parameters(self) -> list[Tensor]:
@@ -101,13 +103,52 @@ class ObjectiveGradients:
                 "`scores` must be given in mode 'one_backward': the [B] sequence scores that the "
                 "losses are functions of, with their graph"
             )
-        if scores is not None and mode == "one_backward" and self._one_serves(ordered, scores):
-            self._one_backward(ordered, scores)
+        if scores is None or mode == "autograd" or len(ordered) == 1:
+            self._backward_of_each(ordered)
             return
-        for i, (name, loss) in enumerate(zip(self.names, ordered, strict=True)):
+        with self.alone():
+            served = self._one_backward(ordered, scores)
+        if not served:
+            self._backward_of_each(ordered)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hooks that a pass over all objectives runs must not begin another one."""
+        if self._busy:
+            raise RuntimeError(
+                "a backward pass over several objectives is under way for these gradients; wait "
+                "for it"
+            )
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
+
+    def _backward_of_each(self, losses: Sequence[Tensor]) -> None:
+        """m backward passes; the graph is kept for all but the last."""
+        others = other_leaves(losses, self.parameters()) if len(losses) > 1 else []
+        self.backward_of_others(others, losses)
+        inputs = self.trained() if others else None
+        for i, (name, loss) in enumerate(zip(self.names, losses, strict=True)):
             with self.objective(name):
                 if loss.requires_grad:
-                    loss.backward(retain_graph=i + 1 < len(ordered))  # type: ignore[no-untyped-call]
+                    torch.autograd.backward([loss], retain_graph=i + 1 < len(losses), inputs=inputs)
+
+    def backward_of_others(self, others: Sequence[Tensor], losses: Sequence[Tensor]) -> None:
+        """Give leaves that are not ours the gradient of the weighted sum Σ w_i L_i.
+
+        It adds to their .grad, as in torch; the graph is kept.
+        """
+        pairs = zip(losses, self.weights.values(), strict=True)
+        terms = [(loss, w) for loss, w in pairs if loss.requires_grad and w > 0.0]
+        if others and terms:
+            torch.autograd.backward(
+                [loss for loss, _ in terms],
+                [torch.full_like(loss, w) for loss, w in terms],
+                retain_graph=True,
+                inputs=others,
+            )
 
     @contextmanager
     def objective(self, name: str) -> Iterator[None]:
@@ -234,23 +275,54 @@ class ObjectiveGradients:
         if sparse is not None:
             check_dense(sparse, f"the gradient of objective {self.names[index]!r}")
 
-    def _one_backward(self, losses: list[Tensor], scores: Tensor) -> None:
+    def _one_backward(self, losses: list[Tensor], scores: Tensor) -> bool:
+        """Serve all losses with one pass; False, and nothing done, where it is not exact."""
+        graph = self.graph(losses, scores)
+        if graph is None:
+            return False
         self._notice_cleared(self.parameters())
-        wanted = self.trained()
-        held = {p: stand_in_of(p, self.names) for p in wanted}
+        held = {p: stand_in_of(p, self.names) for p in graph.wanted}
+        A = sensitivities(losses, scores)
+        factored = Factored.of(A)
+        check = self.exactness.check(graph, A, factored)
+        made: dict[Tensor, ObjectiveGrad] = {}
 
         def buffers(p: Tensor) -> tuple[Tensor, bool]:
+            if p in made:
+                return made[p].stacked(self._memory), False
+            stand_in = held[p]
+            # What is to be compared is formed by itself.
+            if check is None and stand_in is not None and stand_in.present:
+                return stand_in.stacked(self._memory), False
+            made[p] = ObjectiveGrad(p, self.names)
+            return made[p].allocate(self._memory), True
+
+        retained = check is not None or bool(graph.others)
+
+        def run() -> str | None:
+            one_backward(graph, factored, buffers, retain_graph=retained)
+            if check is None:
+                return None
+            return check.gradients_of({p: g.stacked(self._memory) for p, g in made.items()})
+
+        if check is None:
+            run()
+        elif not self.exactness.checked(graph, check, run):
+            return False
+        self.backward_of_others(graph.others, losses)
+        if retained:
+            use_up(graph)
+        for p, grad in made.items():
             stand_in = held[p]
             if stand_in is not None and stand_in.present:
-                return stand_in.stacked(self._memory), False
-            held[p] = stand_in = ObjectiveGrad(p, self.names)
-            return stand_in.allocate(self._memory), True
-
-        one_backward(losses, scores, wanted, buffers)
+                stand_in.stacked(self._memory).add_(grad.stacked(self._memory))
+            else:
+                held[p] = grad
         for p, stand_in in held.items():
             p.grad = stand_in
             self._held = self._held or stand_in is not None
         self._ran.update(self.names)
+        return True
 
     def _notice_cleared(self, params: Sequence[Tensor]) -> None:
         """model.zero_grad() empties p.grad without telling us: then no objective has run."""
@@ -261,12 +333,10 @@ class ObjectiveGradients:
         """The parameters that require grad."""
         return [p for p in self.parameters() if p.requires_grad]
 
-    def _one_serves(self, losses: list[Tensor], scores: Tensor) -> bool:
-        return len(losses) > 1 and self.exact(losses, scores)
-
-    def exact(self, losses: Sequence[Tensor], scores: Tensor) -> bool:
-        """Whether one backward pass serves all losses; decided at the first call that can tell."""
-        return self._exact(losses, scores, self.trained())
+    def graph(self, losses: Sequence[Tensor], scores: Tensor) -> ScoreGraph | None:
+        """The graph of losses for which one backward pass is exact, None where it is not."""
+        named = dict(zip(self.names, losses, strict=True))
+        return self.exactness.graph(named, scores, self.trained())
 
 
 def _with_own_storage(grad: Tensor) -> Tensor:

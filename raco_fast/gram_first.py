@@ -11,8 +11,10 @@ of them can see, so `gram_first` takes the whole batch of a step at once.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -22,11 +24,11 @@ from raco_fast import ops
 from raco_fast.combined import check_max_grad_norm, clip_factor, combine
 from raco_fast.dual import DualSolution, solve_dual
 from raco_fast.gradients import ObjectiveGradients
-from raco_fast.inspection import Inspection
+from raco_fast.graph import ScoreGraph
 from raco_fast.objective_losses import ordered_losses
-from raco_fast.one_backward import arranged, collect, propagate, sensitivities
-from raco_fast.segments import ALL_ROWS, Factored
-from raco_fast.tap import Call, collecting
+from raco_fast.one_backward import arranged, collect, propagate, sensitivities, use_up
+from raco_fast.segments import Factored
+from raco_fast.tap import Call
 from raco_fast.uses import Use, cross
 
 
@@ -75,35 +77,74 @@ def gram_first(
             "over micro-batches needs all of them; call zero_grad() first and pass the whole batch "
             "at once, or accumulate with backward(losses, scores=scores)"
         )
-    if len(ordered) == 1 or not gradients.exact(ordered, scores):
-        gradients.backward(losses, scores=scores)
-        solution = combine(gradients, c=c, rule=rule, max_grad_norm=max_grad_norm)
-        for p in wanted:
-            if p.grad is not None:
-                _hand_over(p, on_gradient)
-        return solution
     # A backward pass, its products included, is nothing that autocast should change.
     with torch.autocast(scores.device.type, enabled=False):
-        A = sensitivities(ordered, scores)
-        inspection = Inspection(ordered, scores, wanted)
-        collector = GramCollector(Factored.of(A), wanted, inspection.shared(), keep=keep_dy)
-        collect(collector, scores, collector.factored.seeds, wanted, retain_graph=not keep_dy)
-        M = ops.within_cauchy_schwarz(collector.gram())
-        solution = solve_dual(M, gradients.weights, c, rule)
-        if not solution.finite:
+        collected = None
+        if len(ordered) > 1:
+            with gradients.alone():
+                collected = _collected(gradients, ordered, scores, keep_dy)
+        if collected is not None:
+            graph, A, collector = collected
+            gradients.backward_of_others(graph.others, ordered)
+            if keep_dy and graph.retained:
+                use_up(graph)
+            M = ops.within_cauchy_schwarz(collector.gram())
+            solution = solve_dual(M, gradients.weights, c, rule)
+            if not solution.finite:
+                return solution
+            factor = clip_factor(float(solution.update_norm), max_grad_norm)
+            coefficients = torch.as_tensor(solution.coefficients) * factor
+            if keep_dy:
+                collector.combine(coefficients, on_gradient)
+            else:
+                _ordinary_pass(graph, coefficients @ A, on_gradient)
             return solution
-        factor = clip_factor(float(solution.update_norm), max_grad_norm)
-        coefficients = torch.as_tensor(solution.coefficients) * factor
-        if keep_dy:
-            collector.combine(coefficients, on_gradient)
-        elif on_gradient is None:
-            propagate(scores, coefficients @ A)
-        else:
-            handing_over = _HandingOver(inspection.uses, on_gradient)
-            with collecting(handing_over):
-                propagate(scores, coefficients @ A)
-            handing_over.flush()
+    gradients.backward(losses, scores=scores, mode="autograd")
+    solution = combine(gradients, c=c, rule=rule, max_grad_norm=max_grad_norm)
+    for p in wanted:
+        if p.grad is not None:
+            _hand_over(p, on_gradient)
     return solution
+
+
+def _collected(
+    gradients: ObjectiveGradients, losses: Sequence[Tensor], scores: Tensor, keep_dy: bool
+) -> tuple[ScoreGraph, Tensor, GramCollector] | None:
+    """(graph, A, all that the Gram matrix needs) by pass one; None where it would be wrong."""
+    graph = gradients.graph(losses, scores)
+    if graph is None:
+        return None
+    A = sensitivities(losses, scores)
+    factored = Factored.of(A)
+    check = gradients.exactness.check(graph, A, factored)
+    collector = GramCollector(
+        factored, graph.wanted, graph.shared(), keep=keep_dy, apart=check is not None
+    )
+    retained = not keep_dy or check is not None or bool(graph.others)
+
+    def run() -> str | None:
+        collect(collector, graph, factored.seeds, retain_graph=retained)
+        return None if check is None else check.grams_of(collector.grams())
+
+    if check is None:
+        run()
+    elif not gradients.exactness.checked(graph, check, run):
+        return None
+    graph.retained = retained
+    return graph, A, collector
+
+
+def _ordinary_pass(
+    graph: ScoreGraph, seeds: Tensor, on_gradient: Callable[[Tensor], None] | None
+) -> None:
+    """p.grad = the gradient of Σ_b seeds_b score_b, each handed over as soon as it is there."""
+    with ExitStack() as stack:
+        if on_gradient is not None:
+            for p in graph.wanted:
+                take = partial(_hand_over, on_gradient=on_gradient)
+                hook = p.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
+                stack.callback(hook.remove)
+        propagate(graph.scores, seeds, inputs=graph.wanted)
 
 
 def _hand_over(p: Tensor, on_gradient: Callable[[Tensor], None] | None) -> None:
@@ -120,15 +161,22 @@ class GramCollector:
         wanted: the parameters whose gradients count.
         shared: those that several calls use, so that products between their uses count as well.
         keep: keep every call, for `combine`.
+        apart: keep each parameter's K to itself, for `grams`.
     """
 
     def __init__(
-        self, factored: Factored, wanted: Sequence[Tensor], shared: set[Tensor], *, keep: bool
+        self,
+        factored: Factored,
+        wanted: Sequence[Tensor],
+        shared: set[Tensor],
+        *,
+        keep: bool = False,
+        apart: bool = False,
     ) -> None:
         self.factored = factored
-        self._wanted, self._shared, self._keep = set(wanted), shared, keep
-        groups = factored.coefficients.shape[1]
-        self._K = torch.zeros(groups, groups, dtype=torch.float64)
+        self._wanted, self._shared = set(wanted), shared
+        self._keep, self._apart = keep, apart
+        self._K: dict[Tensor | None, Tensor] = {}
         self._calls: list[Call] = []
         self._users: dict[Tensor, list[Call]] = defaultdict(list)
 
@@ -137,25 +185,36 @@ class GramCollector:
         used = set()
         for p, _, use in call.uses(arranged(self.factored, call)):
             if p in self._wanted:
-                self._K = self._K.to(p.device) + use.gram()
+                self._add(p, use.gram())
                 used.add(p)
         for p in used & self._shared:
             self._users[p].append(call)
         if self._keep and used:
             self._calls.append(call)
 
-    @torch.no_grad()
+    def _add(self, p: Tensor, K: Tensor) -> None:
+        place = p if self._apart else None
+        total = self._K.get(place)
+        self._K[place] = K if total is None else total.to(K.device) + K
+
     def gram(self) -> Tensor:
         """M = U K Uᵀ, float64 [m, m] on the CPU."""
-        K = self._K.cpu()
+        m = len(self.factored.coefficients)
+        return sum(self.grams().values(), torch.zeros(m, m, dtype=torch.float64))
+
+    @torch.no_grad()
+    def grams(self) -> dict[Tensor | None, Tensor]:
+        """Each parameter's part of M, where they were kept apart; else all of it, under None."""
+        groups = self.factored.coefficients.shape[1]
         for p, calls in self._users.items():
             for first, second in combinations(calls, 2):
                 a, b = (call.rows(p, arranged(self.factored, call)) for call in (first, second))
-                part = cross(a, b, p, len(K)).cpu()
-                K = K + part + part.T
+                part = cross(a, b, p, groups)
+                self._add(p, part + part.T)
+        self._users.clear()
         U = self.factored.coefficients
-        M = U @ K @ U.T
-        return (M + M.T) / 2
+        halves = {p: U @ K.cpu() @ U.T for p, K in self._K.items()}
+        return {p: (M + M.T) / 2 for p, M in halves.items()}
 
     @torch.no_grad()
     def combine(self, coefficients: Tensor, on_gradient: Callable[[Tensor], None] | None) -> None:
@@ -165,33 +224,10 @@ class GramCollector:
             uses = call.uses(arranged(self.factored, call))
             for p in _add_gradients(uses, self._wanted, U) - self._shared:
                 _hand_over(p, on_gradient)
-        for p in self._users:
-            _hand_over(p, on_gradient)
+        for p in self._shared:
+            if p.grad is not None:
+                _hand_over(p, on_gradient)
         self._calls.clear()
-
-
-class _HandingOver:
-    """Forms ordinary gradients and hands each parameter over once all its uses are added up.
-
-    It waits for the next layer's turn: until then the parameter's own layer still needs its value,
-    for the gradient of its input.
-    """
-
-    def __init__(self, uses: Counter[Tensor], on_gradient: Callable[[Tensor], None]) -> None:
-        self._left, self._on_gradient = Counter(uses), on_gradient
-        self._complete: list[Tensor] = []
-
-    def collect(self, call: Call) -> None:
-        self.flush()
-        for p in _add_gradients(call.uses(ALL_ROWS), self._left, None):
-            self._left[p] -= 1
-            if not self._left[p]:
-                self._complete.append(p)
-
-    def flush(self) -> None:
-        for p in self._complete:
-            _hand_over(p, self._on_gradient)
-        self._complete.clear()
 
 
 def _add_gradients(

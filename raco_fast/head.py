@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raco_fast.segments import ALL_ROWS, Segments, declared
-from raco_fast.tap import Tapped, parameter_gradients
+from raco_fast.segments import ALL_ROWS, Entries, Segments, declared
+from raco_fast.tap import ANCHOR, Tapped, hand_over
 from raco_fast.uses import MatrixUse, Rows, Use, VectorUse
 from raco_fast.weight_grad import blocks, widened
 
@@ -79,7 +79,9 @@ def token_logps(
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         hidden = hidden.to(torch.get_autocast_dtype(kind))
-    logps: Tensor = _TokenLogps.apply(head, hidden, *trained)  # type: ignore[no-untyped-call]
+    logps: Tensor = _TokenLogps.apply(  # type: ignore[no-untyped-call]
+        head, hidden, ANCHOR if torch.is_grad_enabled() and trained else None, *trained
+    )
     return logps
 
 
@@ -158,34 +160,51 @@ class _Backward:
 
 
 class _TokenLogps(Tapped):
-    LEADING = 1
+    BELOW = 0
 
     @staticmethod
-    def forward(ctx: Any, head: _Head, hidden: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, head: _Head, hidden: Tensor, anchor: Tensor | None, *parameters: Tensor
+    ) -> Tensor:
         total, chosen = head.log_sum_exp(hidden)
         ctx.save_for_backward(hidden, total)
-        ctx.head, ctx.parameters, ctx.strict = head, parameters, False
+        ctx.head = head
+        Tapped.note(
+            ctx,
+            layer="the head",
+            parameters=parameters,
+            index=head.index,
+            shape=hidden.shape,
+            look=len(parameters),
+            checks=None,
+            broadcasts=False,
+        )
         return (chosen - total).to(widened(hidden[:0]).dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dlogps: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dlogps: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, total = ctx.saved_tensors
-        call = _HeadCall(ctx.head, hidden, total, dlogps, ctx.parameters)
-        gradients = parameter_gradients(call, ctx.parameters)
-        return None, call.hidden_gradient(), *gradients
+        if dlogps is None:
+            return None, None, None, *[None] * len(ctx.parameters)
+        call = _HeadCall(ctx.head, ctx.entries, hidden, total, dlogps, ctx.parameters)
+        if ctx.collector is not None:
+            hand_over(ctx.collector, call)
+            return None, call.hidden_gradient(), None, *[None] * len(ctx.parameters)
+        return None, *call.ordinary_gradients()
 
 
 class _HeadCall:
     def __init__(
         self,
         head: _Head,
+        entries: Entries,
         hidden: Tensor,
         total: Tensor,
         dlogps: Tensor,
         parameters: tuple[Tensor, ...],
     ) -> None:
-        self.layer, self.index, self.shape = "the head", head.index, hidden.shape
+        self.layer, self.entries = "the head", entries
         self.dy = dlogps[:, None]
         self._head, self._total, self._parameters = head, total, parameters
         self._hidden = hidden.detach()
@@ -210,6 +229,15 @@ class _HeadCall:
         columns = (self._total[:, None], self._head.targets[:, None], self.dy)
         rows = (segments.arranged(x).flatten() for x in columns)
         return _Backward(self._head, segments, segments.arranged(self._hidden), *rows)
+
+    def ordinary_gradients(self) -> tuple[Tensor | None, ...]:
+        """Those of `hidden`, of the anchor (None) and of the parameters."""
+        gradients = {p: p.new_empty(1, *p.shape) for p in self._parameters}
+        with torch.autocast(self.dy.device.type, enabled=False):
+            for p, rows, use in self.uses(ALL_ROWS):
+                use.add_to(gradients[p][:, rows], None, fresh=True)
+            hidden = self.hidden_gradient()
+        return hidden, None, *(gradient[0] for gradient in gradients.values())
 
     def hidden_gradient(self) -> Tensor:
         """∂L/∂hidden, whether or not somebody asked for the parameters' gradients."""

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from raco_fast.segments import Segments
 from raco_fast.uses import LookupUse, Use, matrix_use, vector_use
@@ -101,14 +100,22 @@ def register_rule(module_type: type[nn.Module], rule: Rule) -> None:
 
 
 def rule_for(module: nn.Module) -> Rule | None:
-    """The rule of a layer that owns parameters; None if there is none."""
+    """The rule of a layer that owns parameters, for the mode it is in; None if there is none."""
     if "forward" in vars(module):
         return None  # somebody replaced its forward: it may compute anything
+    if any(p.is_complex() for p in module.parameters(recurse=False)):
+        return None  # their gradients have a conjugate that no rule knows
     for cls in type(module).__mro__:
         if cls in _RULES and type(module).forward is cls.forward:  # type: ignore[attr-defined]
             rule = _RULES[cls]
             return rule if rule not in _OURS or _is_plain(module) else None
-    return _recognised(module)
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return None
+    # Neither the surrounding autocast nor the caller's random numbers have a part in it.
+    devices = [weight.device] if weight.is_cuda else []
+    with torch.random.fork_rng(devices), torch.autocast(weight.device.type, enabled=False):
+        return _recognised(module)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -127,7 +134,7 @@ def _recognised(module: Any) -> Rule | None:
     """A rule for a layer that computes what a known one does, judged by random rows."""
     own = dict(module.named_parameters())
     weight = own.get("weight")
-    if weight is None or not weight.is_floating_point() or not set(own) <= {"weight", "bias"}:
+    if weight is None or not set(own) <= {"weight", "bias"}:
         return None
     if isinstance(module, nn.Embedding) and _is_plain(module):
         return _scaled_embedding(module)
@@ -179,8 +186,11 @@ def _agrees(
 
 def _output(module: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor | None:
     """What the layer makes of x; None if it wants other arguments, for then it is another layer."""
+    # A twin, because other threads may be using the module.
+    twin = object.__new__(type(module))
+    vars(twin).update(vars(module), _parameters={**module._parameters, **parameters})
     try:
-        y = functional_call(module, parameters, (x,))
+        y = type(twin).forward(twin, x)
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError):
         return None
     return y if isinstance(y, Tensor) and y.is_floating_point() else None

@@ -5,21 +5,31 @@
 A costs m tiny autograd calls above the scores. Below them Σ_b s_b score_b is propagated once, with
 seeds s_b that `segments.Factored` takes from A, and every prepared layer forms its m parameter
 gradients from the rows of its input and dY. That is exact as long as sequences do not meet inside
-the model and every trained parameter belongs to a layer with a rule. `inspection.py` finds out
-before the first time; later passes notice a gradient that came past the rules.
+the model and every trained parameter belongs to a layer with a rule; `exactness.py` sees to it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from raco_fast.graph import ScoreGraph
 from raco_fast.segments import Factored, Segments
-from raco_fast.tap import Call, Collector, collecting, name_of
+from raco_fast.tap import (
+    ANCHOR,
+    Call,
+    Collector,
+    Node,
+    Running,
+    collecting,
+    hand_over,
+    layer_call,
+    name_of,
+)
 
 Buffers = Callable[[Tensor], tuple[Tensor, bool]]
 """Parameter -> ([m, *shape] to add to, whether it is fresh memory to be overwritten)."""
@@ -71,6 +81,26 @@ def propagate(
         )
 
 
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+def use_up(graph: ScoreGraph) -> None:
+    """Free what a graph that was retained still holds.
+
+    A backward pass without any gradient computes nothing, and frees what it passes through. Left
+    to the caller's variables, the activations of one batch would live on into the next.
+    """
+    nothing: Tensor = _NoGradient.apply(graph.scores)  # type: ignore[no-untyped-call]
+    propagate(nothing, torch.ones(len(nothing)), inputs=[ANCHOR])
+
+
 @contextmanager
 def _freed_graphs_named(argument: str) -> Iterator[None]:
     try:
@@ -82,37 +112,6 @@ def _freed_graphs_named(argument: str) -> Iterator[None]:
             f"`{argument}` belong to a graph that an earlier backward pass has freed; run the "
             f"model again, once for each call of backward"
         ) from error
-
-
-def entries(call: Call, n_scores: int) -> tuple[Tensor | None, int]:
-    """(declared index of a layer's rows, or None: row b is b; how often they are repeated before).
-
-    Raises:
-        ValueError: the rows cannot be told apart by sequence.
-    """
-    shape = tuple(call.shape)
-    if call.index is None:
-        if shape[0] != n_scores:
-            raise ValueError(
-                f"`scores` has {n_scores} sequences, but the input of layer {call.layer!r} has "
-                f"shape {shape}, so its rows cannot be told apart; score the rows of one batch in "
-                f"their order, or declare them with `raco_fast.sequences` around the forward pass"
-            )
-        return None, 1
-    n = len(call.index)
-    leading = [math.prod(shape[:k]) for k in range(1, len(shape) + 1)]
-    behind = shape[2:-1] if shape[0] == 1 else ()  # tokens behind the heads: [1, heads, tokens, d]
-    if (n in leading) == (n in behind):
-        raise ValueError(
-            f"`sequences` declared {n} rows, but the input of layer {call.layer!r} has shape "
-            f"{shape}; give one index for each of its rows"
-        )
-    if n and int(call.index.max()) >= n_scores:
-        raise ValueError(
-            f"`sequences` declared sequence {int(call.index.max())}, but there are {n_scores} "
-            f"`scores`; number them from 0"
-        )
-    return call.index, 1 if n in leading else math.prod(shape[: 2 + behind.index(n)])
 
 
 class GradientCollector:
@@ -134,63 +133,78 @@ class GradientCollector:
 
 def arranged(factored: Factored, call: Call) -> Segments:
     """How the rows of one layer belong to the groups of sequences."""
-    index, outer = entries(call, len(factored.group))
+    index, outer = call.entries
     return factored.segments(index, call.dy.device, outer)
 
 
+class PastRules(RuntimeError):
+    """A parameter got a gradient that no rule has seen; what was collected is wrong."""
+
+
 @contextmanager
-def set_aside(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Empty p.grad for the block; parameters that have one at its end are put on the list."""
+def nothing_past_rules(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Empty p.grad for a pass that must leave it so; `PastRules` where it does not.
+
+    A function may run a backward pass of its own inside its backward, which no graph shows.
+    """
     held = [(p, p.grad) for p in parameters]
-    stray: list[Tensor] = []
     for p in parameters:
         p.grad = None
     try:
-        yield stray
+        yield
+        stray = [p for p in parameters if p.grad is not None]
     finally:
         for p, grad in held:
-            if p.grad is not None:
-                stray.append(p)
             p.grad = grad
-
-
-def collect(
-    collector: Collector,
-    scores: Tensor,
-    seeds: Tensor,
-    wanted: Sequence[Tensor],
-    *,
-    retain_graph: bool = False,
-) -> None:
-    """A backward pass from which the collector gets what belongs to the wanted parameters.
-
-    Raises:
-        RuntimeError: a parameter got a gradient past every rule; what was collected is wrong.
-    """
-    with set_aside(wanted) as stray, collecting(collector):
-        propagate(scores, seeds, inputs=wanted, retain_graph=retain_graph)
     if stray:
-        raise RuntimeError(
-            f"{name_of(stray[0])} got a gradient past every rule, which it did not in the first "
-            f"backward pass; call zero_grad(), and leave `scores` out for models that change"
+        raise PastRules(
+            f"{name_of(stray[0])} got a gradient past every rule, from a backward pass inside "
+            f"another; call zero_grad(), and leave `scores` out for one backward pass per objective"
         )
 
 
+def collect(
+    collector: Collector, graph: ScoreGraph, seeds: Tensor, *, retain_graph: bool = False
+) -> None:
+    """A backward pass of Σ_b seeds_b score_b from which the collector gets every layer's call.
+
+    Raises:
+        PastRules: a parameter got a gradient past every rule.
+    """
+    if not graph.taps:
+        return
+    at_taps = [node for node in graph.taps if node not in graph.lookups]
+    with ExitStack() as stack:
+        stack.enter_context(nothing_past_rules(graph.wanted))
+        running = stack.enter_context(collecting(collector, at_taps))
+        for tap, (add, shape) in graph.lookups.items():
+            hook = add.register_prehook(_of_every_sequence(running, tap, shape))
+            stack.callback(hook.remove)
+        propagate(graph.scores, seeds, inputs=[ANCHOR], retain_graph=retain_graph)
+
+
+def _of_every_sequence(
+    running: Running, tap: Node, shape: torch.Size
+) -> Callable[[Sequence[Tensor]], None]:
+    """Hands over a lookup as if it had been made for every row that its output was added to."""
+
+    def before(grad_outputs: Sequence[Tensor]) -> None:
+        ids = tap.saved_tensors[0].expand(shape)
+        hand_over(running, layer_call(tap, ids, grad_outputs[0]))
+
+    return before
+
+
 def one_backward(
-    losses: Sequence[Tensor], scores: Tensor, wanted: Sequence[Tensor], buffers: Buffers
+    graph: ScoreGraph, factored: Factored, buffers: Buffers, *, retain_graph: bool = False
 ) -> None:
     """Add every objective's gradient to its buffers, with one backward pass.
 
     Args:
-        losses: m scalars, functions of `scores`; one without a graph has gradient zero.
-        scores: [B], with the graph of a prepared model, which is used up.
-        wanted: parameters to form gradients for.
+        graph: of a prepared model, without an obstacle; it is used up unless `retain_graph`.
+        factored: A = ∂L/∂scores.
         buffers: see `Buffers`.
-    Raises:
-        RuntimeError: a parameter got a gradient past every rule; those of this batch are wrong.
-        ValueError: rows that cannot be told apart by sequence.
     """
-    factored = Factored.of(sensitivities(losses, scores))
-    if factored.coefficients.shape[1] == 0:
-        return  # no objective has anything in this batch
-    collect(GradientCollector(factored, buffers, wanted), scores, factored.seeds, wanted)
+    if factored.coefficients.shape[1]:  # else no objective has anything in this batch
+        collector = GradientCollector(factored, buffers, graph.wanted)
+        collect(collector, graph, factored.seeds, retain_graph=retain_graph)

@@ -1,14 +1,16 @@
 """`prepare(model)`: put a `Tap` behind every layer whose trained parameters have a rule.
 
-Nothing else changes: outputs, parameters, state_dict and a plain `loss.backward()` stay what they
-were, and `remove()` takes the taps out again.
+A tap is a forward hook. It changes nothing that a model computes, and nothing that the model's
+modules hold; `remove()` takes the hooks away again. Whether a call may be tapped is decided at the
+call: a rule speaks for what the layer is then, in that mode, given that one argument.
 """
 
 from __future__ import annotations
 
+import gc
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
+from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +20,10 @@ from torch.utils.hooks import RemovableHandle
 
 from raco_fast.layers import Rule, rule_for
 from raco_fast.segments import declared
-from raco_fast.tap import Site, Tap, remember_names
+from raco_fast.tap import ANCHOR, Checks, Site, Tap, remember_names, remember_reason
+
+CHECK_EVERY = 128
+"""At this distance a spot check, one more backward pass, costs a run less than 1 % of its time."""
 
 
 class Prepared:
@@ -29,16 +34,13 @@ class Prepared:
 
     def __init__(self, without_rule: tuple[str, ...]) -> None:
         self.without_rule = without_rule
-        self._layers: list[nn.Module] = []
         self._hooks: list[RemovableHandle] = []
 
     def remove(self) -> None:
         """Undo it; a graph that exists already keeps its taps."""
-        for layer in self._layers:
-            del layer.forward
         for hook in self._hooks:
             hook.remove()
-        self._layers, self._hooks = [], []
+        self._hooks = []
 
     def __enter__(self) -> Prepared:
         """Itself."""
@@ -54,161 +56,130 @@ class Prepared:
         self.remove()
 
 
-def prepare(model: nn.Module, *, strict: bool = False) -> Prepared:
+def prepare(
+    model: nn.Module, *, strict: bool = False, check_every: int | None = CHECK_EVERY
+) -> Prepared:
     """Make a model ready for `backward(losses, scores=...)`.
 
-    Every layer that owns trained parameters gets a tap, if a rule is known for it. Call it again
-    after layers were added or parameters unfrozen; layers that have their tap keep it.
+    Every layer that owns trained parameters gets a tap, if a rule is known for it. Nothing that the
+    model computes changes, ordinary gradients neither. Call it again after layers were added or
+    parameters unfrozen; layers that have their tap keep it.
 
     Args:
-        model: any module whose outputs for one sequence depend on that sequence only. It may be
-            wrapped by PEFT and use non-reentrant checkpointing, autocast and compiled blocks
-            (prepare first, then compile; the tapped layers run uncompiled).
-        strict: raise where a parameter has no rule. Otherwise the first `backward` with scores
-            warns, names it and falls back to one backward pass per objective.
+        model: any module. It may be wrapped by PEFT and use non-reentrant checkpointing, autocast
+            and compiled blocks (prepare first, then compile; the tapped layers run uncompiled).
+        strict: raise where one backward pass would not be exact: here, where a parameter has no
+            rule, and in `backward`. Otherwise `backward` warns, says why, and takes one backward
+            pass per objective.
+        check_every: compare the gradients of one backward pass with those of an ordinary one at the
+            calls 1, 2, 4, 8 ... and then at every `check_every`-th, and where a layer or the graph
+            looks new; None: never. A check costs one more backward pass.
     Raises:
         TypeError: `model` is not a module.
-        ValueError: `strict`, and a trained parameter has no rule.
+        ValueError: `strict`, and a trained parameter has no rule; `check_every` is below 1.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch module, got a {type(model).__name__}")
-    found: dict[str, tuple[nn.Module, Rule]] = {}
-    without_rule = []
+    if check_every is not None and not check_every >= 1:
+        raise ValueError(
+            f"`check_every` must be a number of calls, at least 1, got {check_every}; None "
+            f"switches the checks off"
+        )
+    checks, found, without_rule = Checks(strict, check_every), {}, []
     for name, module in model.named_modules():
         trained = [n for n, p in module.named_parameters(recurse=False) if p.requires_grad]
-        if not trained or isinstance(vars(module).get("forward"), _Forward):
+        if not trained or any(isinstance(h, _TapBehind) for h in module._forward_hooks.values()):
             continue
-        rule = rule_for(module)
-        if rule is None:
+        if rule_for(module) is None:
             without_rule += [f"{name}.{n}".lstrip(".") for n in trained]
         else:
-            found[name] = module, rule
+            found[module] = _TapBehind(name, checks)
     if strict and without_rule:
         raise ValueError(
             f"`model` has trained parameters in layers without a rule: {without_rule}; give their "
             f"layers one with register_rule, freeze them, or use strict=False"
         )
     remember_names(model)
-    return _install(model, found, tuple(without_rule), strict)
-
-
-# Not a ContextVar: on a GPU, checkpointing runs forward passes in autograd's threads.
-_taps_off = 0
-
-
-@contextmanager
-def without_taps() -> Iterator[None]:
-    """Forward passes inside the block are those of a model that was not prepared."""
-    global _taps_off
-    _taps_off += 1
-    try:
-        yield
-    finally:
-        _taps_off -= 1
-
-
-def _install(
-    model: nn.Module,
-    found: Mapping[str, tuple[nn.Module, Rule]],
-    without_rule: tuple[str, ...],
-    strict: bool,
-) -> Prepared:
-    prepared = Prepared(without_rule)
-    batch = _BatchSize()
-    lookups = {name for name, (module, _) in found.items() if isinstance(module, nn.Embedding)}
-    for name, module in model.named_modules():
-        if any(lookup.startswith(f"{name}." if name else "") for lookup in lookups - {name}):
-            prepared._hooks.append(module.register_forward_pre_hook(batch.enter, with_kwargs=True))
-            prepared._hooks.append(module.register_forward_hook(batch.leave, always_call=True))
-    for name, (module, rule) in found.items():
-        # An attribute of the instance, which nn.Module.__call__ finds before the class's method.
-        module.forward = _Forward(module, name, rule, batch, strict)
-        prepared._layers.append(module)
+    prepared = Prepared(tuple(without_rule))
+    for module, tap in found.items():
+        # First of the hooks: it has to see what the layer itself gave.
+        hook = module.register_forward_hook(tap, prepend=True, with_kwargs=True)
+        prepared._hooks.append(hook)
     return prepared
 
 
-class _BatchSize:
-    """The input's shape in the modules under way that contain an embedding.
+class _TapBehind:
+    """The forward hook of one layer."""
 
-    Positions are looked up once ([1, T] or [T]) and broadcast over the batch, where autograd adds
-    the sequences up; expanded before the lookup, each sequence has rows of its own.
-    """
+    def __init__(self, layer: str, checks: Checks) -> None:
+        self.layer, self.checks = layer, checks
+        self._rules: dict[Hashable, Rule | None] = {}
+        self._uncompiled = _uncompiled()
 
-    def __init__(self) -> None:
-        self._shapes: list[torch.Size] = []
-
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim >= 2]
-        around = self._shapes[-1] if self._shapes else torch.Size()
-        self._shapes.append(inputs[0].shape if inputs else around)
-
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._shapes.pop()
-
-    def expanded(self, ids: Tensor, positions: bool) -> Tensor:
-        """ids with a row for each sequence, if they are `positions` or cannot be anything else."""
-        if not self._shapes or len(self._shapes[-1]) < 2:
-            return ids
-        batch, length = self._shapes[-1][:2]
-        index = declared()
-        if batch == 1 or (index is not None and len(index) != batch):
-            return ids
-        row = ids.shape == (length,) and (positions or length != batch)
-        return ids.expand(batch, length) if row or ids.shape == (1, length) else ids
-
-
-class _Forward:
-    """Stands in for a layer's `forward`."""
-
-    def __init__(
-        self, module: nn.Module, name: str, rule: Rule, batch: _BatchSize, strict: bool
-    ) -> None:
-        self.module, self.name, self.rule = module, name, rule
-        self.batch, self.strict = batch, strict
-        self.positions = False  # whether a 1-D input was found to hold those
-        # Compiled code would freeze the backward pass as it was traced, without a collector.
-        # Disabled here and not by a decorator: that would load the compiler with the package.
-        self._uncompiled = torch.compiler.disable(_tapped)  # type: ignore[no-untyped-call]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._uncompiled(self, args, kwargs)
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        return self._uncompiled(self, module, args, kwargs, output)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A model is copied and pickled with its taps; what `disable` returns cannot be.
-        return _Forward, (self.module, self.name, self.rule, self.batch, self.strict)
+        # A model is copied and pickled with its taps, but a rule may be a lambda.
+        return _TapBehind, (self.layer, self.checks)
+
+    def rule(self, module: nn.Module) -> Rule | None:
+        """The rule for what the module is now, decided once for each thing it has been."""
+        kind = type(module)
+        key = (kind, kind.forward, module.training, "forward" in vars(module))
+        if key not in self._rules:
+            self._rules[key] = rule_for(module)
+        return self._rules[key]
 
 
-def _tapped(site: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    module = site.module
-    trained = {n: p for n, p in module._parameters.items() if p is not None and p.requires_grad}
-    forward = type(module).forward.__get__(module)
-    if not trained or _taps_off or not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    if not args:
-        bound = inspect.signature(forward).bind(**kwargs)
-        args, kwargs = bound.args, bound.kwargs
-    x, *others = args
-    if isinstance(module, nn.Embedding):
-        given, x = x, site.batch.expanded(x, site.positions)
-        site.positions = x.ndim > given.ndim
-    y = _with_detached(module, trained, lambda: forward(x, *others, **kwargs))
-    if not isinstance(y, Tensor):
-        raise TypeError(
-            f"layer {site.name!r} ({type(module).__name__}) returns a {type(y).__name__}, and a "
-            f"rule is for layers that return one tensor; wrap what it computes, or freeze it"
-        )
-    place = Site(site.name, module, site.rule, tuple(trained), declared(), site.strict)
-    return Tap.apply(place, y, x.detach(), *trained.values())  # type: ignore[no-untyped-call]
+@cache
+def _uncompiled() -> Callable[..., Any]:
+    """`_tapped`, kept out of compiled code, which would freeze the backward pass as it was traced.
+
+    Not by a decorator, which would load torch's compiler with the package.
+    """
+    disabled: Callable[..., Any] = torch.compiler.disable(_tapped)  # type: ignore[no-untyped-call]
+    # The compiler, loaded just now, leaves frames in a cycle, and through them their callers'
+    # models: on a GPU that is memory of the size of a model.
+    gc.collect()
+    return disabled
 
 
-def _with_detached(
-    module: nn.Module, trained: Mapping[str, Tensor], call: Callable[[], Any]
+def _tapped(
+    tap: _TapBehind, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> Any:
-    own = module._parameters
-    try:
-        for name, p in trained.items():
-            own[name] = p.detach()  # type: ignore[assignment]
-        return call()
-    finally:
-        for name, p in trained.items():
-            own[name] = p  # type: ignore[assignment]
+    if not torch.is_grad_enabled():
+        return output
+    own = module._parameters.items()
+    trained = {n: p for n, p in own if p is not None and p.requires_grad}
+    if not trained:
+        return output
+    obstacle, x = _only_argument(module, args, kwargs)
+    if obstacle is None and not (isinstance(output, Tensor) and output.requires_grad):
+        obstacle = "returned something else than one tensor with a gradient"
+    if obstacle is None and next(iter(module._forward_hooks.values())) is not tap:
+        obstacle = "has another hook that came before its tap"
+    rule = tap.rule(module) if obstacle is None else None
+    if rule is None:
+        obstacle = obstacle or "was changed after it was prepared, to something without a rule"
+        remember_reason(trained.values(), f"layer {tap.layer!r} {obstacle}")
+        return output
+    site = Site(tap.layer, module, rule, trained, declared(), tap.checks)
+    return Tap.apply(site, output, x, ANCHOR)  # type: ignore[no-untyped-call]
+
+
+def _only_argument(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[str | None, Any]:
+    """(why a call with these arguments cannot be tapped, its argument)."""
+    if args and all(value is None for value in (*args[1:], *kwargs.values())):
+        x = args[0]
+    else:
+        given = [name for name, value in kwargs.items() if value is not None]
+        first = list(inspect.signature(type(module).forward).parameters)[1:2]
+        if args or given != first:
+            return "was called with further arguments, which its rule does not see", None
+        x = kwargs[first[0]]
+    return (None, x) if isinstance(x, Tensor) else ("was not called with a tensor", None)

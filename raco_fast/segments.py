@@ -12,11 +12,13 @@ The seeds also give the rows the magnitude of an ordinary backward pass, which f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -78,6 +80,57 @@ def _packed(cu_seqlens: Sequence[int] | Tensor | None) -> Tensor:
             f"{offsets.tolist()[:8]}; build it as [0, *cumulative lengths]"
         )
     return torch.repeat_interleave(torch.arange(len(lengths), device=offsets.device), lengths)
+
+
+Entries: TypeAlias = "tuple[Tensor | None, int]"
+"""(The sequence of each entry of a layer, None where entry b is sequence b; how often the entries
+are repeated by dimensions before theirs.)"""
+
+
+class Misfit(ValueError):
+    """The rows of a layer cannot be told apart by sequence."""
+
+
+def entries(
+    layer: str, shape: Sequence[int], index: Tensor | None, n_scores: int, length: int | None = None
+) -> Entries:
+    """How the rows of a layer are told apart by sequence.
+
+    Args:
+        layer: its name, for messages.
+        shape: of its input.
+        index: what `sequences` declared for the call.
+        n_scores: how many sequences there are.
+        length: tokens of each sequence, as other layers have them: [n_scores * length, d] holds one
+            sequence after the other.
+    Raises:
+        Misfit: the rows cannot be told apart by sequence.
+        ValueError: a declared sequence that has no score.
+    """
+    if index is None:
+        flat = length is not None and len(shape) == 2 and shape[0] == n_scores * length
+        if not flat and (not shape or shape[0] != n_scores):
+            raise Misfit(
+                f"`scores` has {n_scores} sequences, but the input of layer {layer!r} has "
+                f"shape {tuple(shape)}, so its rows cannot be told apart; score the rows of one "
+                f"batch in their order, or declare them with `raco_fast.sequences` around the "
+                f"forward pass"
+            )
+        return None, 1
+    n = len(index)
+    leading = [math.prod(shape[:k]) for k in range(1, len(shape) + 1)]
+    behind = shape[2:-1] if shape[0] == 1 else ()  # tokens behind the heads: [1, heads, tokens, d]
+    if (n in leading) == (n in behind):
+        raise Misfit(
+            f"`sequences` declared {n} rows, but the input of layer {layer!r} has shape "
+            f"{tuple(shape)}; give one index for each of its rows"
+        )
+    if n and int(index.max()) >= n_scores:
+        raise ValueError(
+            f"`sequences` declared sequence {int(index.max())}, but there are {n_scores} "
+            f"`scores`; number them from 0"
+        )
+    return index, 1 if n in leading else math.prod(shape[: 2 + behind.index(n)])
 
 
 @dataclass(frozen=True)

@@ -208,8 +208,10 @@ class LookupUse(Use):
         self.group = segments.of_rows(inner, dy.device)
         self.count = segments.count
         self.all_ids, self.dy = ids.flatten(), widened(dy).flatten(0, 1) * scale
-        if padding is not None:
-            self.dy = self.dy * (self.all_ids != padding)[:, None]
+        if (
+            padding is not None
+        ):  # by choice, not by a product: what is not finite there is no gradient
+            self.dy = torch.where((self.all_ids != padding)[:, None], self.dy, 0.0)
         self.ids, self.place = torch.unique(self.all_ids, return_inverse=True)
 
     def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:

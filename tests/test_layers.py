@@ -294,7 +294,9 @@ def test_a_rule_that_forgets_a_parameter_is_named():
     register_rule(Scale, lambda module, x, dy, segments: {})
     model = nn.Sequential(Scale())
     raco_fast.prepare(model)
+    gradients = raco_fast.ObjectiveGradients(model.parameters(), [0.4, 0.6])
+    scores = model(randn(4, D, seed=1)).sum(1)
     with pytest.raises(
         ValueError, match=r"rule of layer '0' \(Scale\) gives nothing for \['factor'\]"
     ):
-        model(randn(4, D, seed=1)).sum().backward()
+        gradients.backward([scores.sum(), scores.square().sum()], scores=scores)

@@ -291,12 +291,16 @@ def small_losses(scores: Tensor) -> list[Tensor]:
 # torch's compiler reads the .grad of its inputs, which warns where warnings are errors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is")
 def test_compiled_modules(lm, how, when, backend):
-    """Prepared first, they are exact; compiled first, exact or left to autograd with a warning."""
+    """Prepared first, they are exact; compiled first, exact or left to autograd with a warning.
+
+    So are positions whose sum with the words is in compiled code, where no graph shows it.
+    """
     torch._dynamo.reset()
     model = Small()
+    served = when == "after" and not (how is compile_all and backend == "aot_eager")
     truth = lm.in_float64(model, lambda model: small_losses(model(IDS)))
     if when == "after":
-        raco_fast.prepare(model, strict=True)
+        raco_fast.prepare(model, strict=served)
         run = how(model, backend)
     else:
         run = how(model, backend)
@@ -309,8 +313,9 @@ def test_compiled_modules(lm, how, when, backend):
         gradients.zero()
         scores = run(IDS)
         with warnings.catch_warnings(record=True) as seen:
+            warnings.filterwarnings("always", "one backward pass for all objectives would be wrong")
             gradients.backward(small_losses(scores), scores=scores)
-        assert not seen if when == "after" else all("one pass per obj" in str(w) for w in seen)
+        assert not seen if served else all("one pass per obj" in str(w) for w in seen)
         assert max(lm.errors(lm.held(gradients, model), truth).values()) <= 1e-5
     model.zero_grad()
     small_losses(run(IDS))[0].backward()

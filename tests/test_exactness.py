@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import raco_fast
 from raco_fast import ObjectiveGradients
-from raco_fast.inspection import _codes
+from raco_fast.spot_check import _codes
+from raco_fast.tap import Checks
 
 D, B = 4, 5
 
@@ -120,8 +121,26 @@ class Normalised(Scorer):
 
 def test_sequences_that_meet():
     message = "a score depends on rows of another sequence"
-    assert_falls_back(Reordered(), f"{message}: .* `scores` are in another order than the rows")
-    assert_falls_back(Normalised(affine=False), message)
+    assert_falls_back(Reordered(), f"{message}.* `scores` are in another order than the rows")
+    assert_falls_back(Centred(), message)
+
+
+class Centred(Scorer):
+    def between(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_batch_normalisation_is_exact_as_long_as_it_is_off(affine):
+    model = Normalised(affine).eval()
+    model.norm.requires_grad_(False)
+    trial = Trial(model, strict=True)
+    trial.check(randn(B, D))
+    model.train()
+    with pytest.raises(ValueError, match=r"batch normalisation in training mode mixes sequences"):
+        trial.check(randn(B, D))
+    model.eval()
+    trial.check(randn(B, D))
 
 
 class Shifted(Scorer):
@@ -149,7 +168,7 @@ class Functional(Scorer):
         (Functional, "parameter 'first.weight' reaches the scores past every rule"),
         (
             lambda: Normalised(affine=True),
-            r"parameter 'norm.(weight|bias)' reaches the scores past",
+            r"parameter 'norm.(weight|bias)' reaches the scores past|batch normalisation in trai",
         ),
         (lambda: nn.Sequential(nn.Linear(D, 1), nn.PReLU(), nn.Flatten(0)), "parameter '1.weight'"),
     ],
@@ -274,7 +293,8 @@ def test_strict_raises_every_time_and_leaves_no_gradient(model):
     model = model()
     trial = Trial(model.requires_grad_(True), strict=False)
     for module in (model.first, model.last):
-        module.forward.strict = True  # as if prepare had let the model pass
+        (tap,) = module._forward_hooks.values()
+        tap.checks = Checks(strict=True, every=1)  # as if prepare had let the model pass
     for _ in range(2):
         scores = model(randn(B, D))
         with pytest.raises(
@@ -292,17 +312,23 @@ def test_strict_is_what_prepare_was_told():
         trial.gradients.backward(losses_of(scores), scores=scores)
 
 
-def test_an_exact_model_is_probed_once():
+@pytest.mark.parametrize(
+    ("every", "checked"), [(6, {1, 2, 4, 12, 18}), (1, set(range(1, 20))), (None, set())]
+)
+def test_when_an_exact_model_is_checked(every, checked):
     model, passes = Scorer(), []
-    trial = Trial(model)
+    raco_fast.prepare(model, strict=True, check_every=every)
+    gradients = ObjectiveGradients(model.parameters(), [0.4, 0.6])
     model.last.register_full_backward_hook(lambda *_: passes.append(1))
     counts = []
-    for _ in range(3):
+    for _ in range(19):
         passes.clear()
         scores = model(randn(B, D))
-        trial.gradients.backward(losses_of(scores), scores=scores)
+        gradients.backward(losses_of(scores), scores=scores)
+        gradients.zero()
         counts.append(len(passes))
-    assert counts == [1 + len(_codes(B)), 1, 1]
+    assert {n for n, count in enumerate(counts, 1) if count == 2} == checked
+    assert set(counts) <= {1, 2}
 
 
 @pytest.mark.parametrize("first", ["one sequence", "not a number"])
@@ -322,18 +348,28 @@ def test_what_proves_nothing_decides_nothing(first):
         trial.check(randn(B, D))
 
 
-def test_other_leaves_keep_their_gradients():
+def test_other_leaves_get_the_weighted_sum():
+    """They get the gradient of the weighted sum, in every mode, added to what is there."""
     model, x = Scorer(), randn(B, D).requires_grad_()
     raco_fast.prepare(model)
-    gradients = ObjectiveGradients(model.first.parameters(), [0.4, 0.6])
-    model.last.weight.grad = before = torch.ones(1, D)
-    for _ in range(2):
+    others = [x, model.last.weight, model.last.bias]
+    losses = losses_of(model(x))
+    expected = torch.autograd.grad(0.4 * losses[0] + 0.6 * losses[1], others)
+    for mode in ("autograd", "one_backward", "gram_first", "keep_dy"):
+        gradients = ObjectiveGradients(model.first.parameters(), [0.4, 0.6])
+        model.zero_grad()
+        x.grad, model.last.weight.grad = None, torch.ones(1, D)
         scores = model(x)
-        gradients.backward(losses_of(scores), scores=scores)
-    assert x.grad is None
-    assert model.last.bias.grad is None
-    assert model.last.weight.grad is before
-    assert bool((before == 1).all())
+        losses = losses_of(scores)
+        if mode in ("gram_first", "keep_dy"):
+            raco_fast.gram_first(gradients, losses, scores, keep_dy=mode == "keep_dy")
+        else:
+            given = None if mode == "autograd" else scores
+            gradients.backward(losses, scores=given, mode=mode)
+            assert gradients.of(model.first.weight)["0"] is not None
+        torch.testing.assert_close(x.grad, expected[0])
+        torch.testing.assert_close(model.last.weight.grad, expected[1] + 1)
+        torch.testing.assert_close(model.last.bias.grad, expected[2])
 
 
 def test_a_model_that_was_not_prepared():
