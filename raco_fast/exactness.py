@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raco_fast.graph import ScoreGraph
-from raco_fast.one_backward import PastRules
+from raco_fast.one_backward import PastRulesError
 from raco_fast.segments import Factored
 from raco_fast.spot_check import SpotCheck
 from raco_fast.tap import Checks, name_of
@@ -78,7 +78,7 @@ class Exactness:
         """
         try:
             mismatch = run()
-        except PastRules as error:
+        except PastRulesError as error:
             mismatch = str(error).partition("; ")[0]
         if mismatch is None:
             if check.conclusive:

@@ -15,7 +15,7 @@ from collections.abc import Collection, Hashable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from raco_fast.segments import Misfit, entries
+from raco_fast.segments import MisfitError, entries
 from raco_fast.tap import ANCHOR, Checks, Node, Tapped, is_prepared, name_of, reason_for
 
 _PLAIN, _LEAF, _TAPPED, _BATCH_NORM, _REENTRANT = range(5)
@@ -196,7 +196,7 @@ class ScoreGraph:
                 self.lookups[node], shape = lookup, lookup[1]
             try:
                 node.entries = entries(node.layer, shape, node.index, n, length)
-            except Misfit as misfit:
+            except MisfitError as misfit:
                 misfits.append((node, str(misfit)))
                 self.misfits.add(node.layer)
             else:

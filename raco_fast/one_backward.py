@@ -106,6 +106,12 @@ def _freed_graphs_named(argument: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "donated buffers" in str(error):
+            raise RuntimeError(
+                f"compiled code cannot be passed through twice, as this backward pass of "
+                f"`{argument}` has to; set torch._functorch.config.donated_buffer = False before "
+                f"the model is compiled"
+            ) from error
         if "backward through the graph a second time" not in str(error):
             raise
         raise RuntimeError(
@@ -137,13 +143,13 @@ def arranged(factored: Factored, call: Call) -> Segments:
     return factored.segments(index, call.dy.device, outer)
 
 
-class PastRules(RuntimeError):
+class PastRulesError(RuntimeError):
     """A parameter got a gradient that no rule has seen; what was collected is wrong."""
 
 
 @contextmanager
 def nothing_past_rules(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Empty p.grad for a pass that must leave it so; `PastRules` where it does not.
+    """Empty p.grad for a pass that must leave it so; `PastRulesError` where it does not.
 
     A function may run a backward pass of its own inside its backward, which no graph shows.
     """
@@ -157,7 +163,7 @@ def nothing_past_rules(parameters: Sequence[Tensor]) -> Iterator[None]:
         for p, grad in held:
             p.grad = grad
     if stray:
-        raise PastRules(
+        raise PastRulesError(
             f"{name_of(stray[0])} got a gradient past every rule, from a backward pass inside "
             f"another; call zero_grad(), and leave `scores` out for one backward pass per objective"
         )
@@ -169,7 +175,7 @@ def collect(
     """A backward pass of Σ_b seeds_b score_b from which the collector gets every layer's call.
 
     Raises:
-        PastRules: a parameter got a gradient past every rule.
+        PastRulesError: a parameter got a gradient past every rule.
     """
     if not graph.taps:
         return

@@ -87,7 +87,7 @@ Entries: TypeAlias = "tuple[Tensor | None, int]"
 are repeated by dimensions before theirs.)"""
 
 
-class Misfit(ValueError):
+class MisfitError(ValueError):
     """The rows of a layer cannot be told apart by sequence."""
 
 
@@ -104,13 +104,13 @@ def entries(
         length: tokens of each sequence, as other layers have them: [n_scores * length, d] holds one
             sequence after the other.
     Raises:
-        Misfit: the rows cannot be told apart by sequence.
+        MisfitError: the rows cannot be told apart by sequence.
         ValueError: a declared sequence that has no score.
     """
     if index is None:
         flat = length is not None and len(shape) == 2 and shape[0] == n_scores * length
         if not flat and (not shape or shape[0] != n_scores):
-            raise Misfit(
+            raise MisfitError(
                 f"`scores` has {n_scores} sequences, but the input of layer {layer!r} has "
                 f"shape {tuple(shape)}, so its rows cannot be told apart; score the rows of one "
                 f"batch in their order, or declare them with `raco_fast.sequences` around the "
@@ -121,7 +121,7 @@ def entries(
     leading = [math.prod(shape[:k]) for k in range(1, len(shape) + 1)]
     behind = shape[2:-1] if shape[0] == 1 else ()  # tokens behind the heads: [1, heads, tokens, d]
     if (n in leading) == (n in behind):
-        raise Misfit(
+        raise MisfitError(
             f"`sequences` declared {n} rows, but the input of layer {layer!r} has shape "
             f"{tuple(shape)}; give one index for each of its rows"
         )
