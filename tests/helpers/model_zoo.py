@@ -20,6 +20,9 @@ import torch
 from torch import Tensor, nn
 
 VOCAB = 61
+MAMBAS = dict.fromkeys(
+    ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), ("out_proj", "conv1d")
+)  # layers whose weight is used without calling them: PEFT refuses these
 DROP = object()  # a value that is not handed on
 # Attribute names (regular expressions, whole words of the name in full) -> value; the first counts.
 RULES: list[tuple[str, Any]] = [
@@ -74,7 +77,15 @@ CHANGES: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {k: {"rope_type": "default", "rope_theta": 1e4} for k in ("sliding_attention", "full_attention")}},
-    "dbrx": {"attn_config": {"kv_n_heads": 2}, "ffn_config": {"hidden_size": 32}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"hidden_size": 32}},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "bamba": {"attn_layer_indices": [1]},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "zaya": {"num_experts_per_tok": 1},
+    "got_ocr2": {"vision_config": {"output_channels": 16}},
+    "phi4_multimodal": {"audio_config": {"nemo_conv_channels": 16, "ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32}},
+    "dots3_note_text": {"layer_types": ["indexed_attention", "sliding_attention"], "mlp_layer_types": ["dense", "sparse"], "num_hidden_layers": 2, "head_dim": 16, "per_layer_config": {1: {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "head_dim": 16, "qk_nope_head_dim": 8, "v_head_dim": 8, "qk_rope_head_dim": 8}}},
     "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.5, 0.0] * 2, "intermediate_size": [48] * 4, "hidden_size_per_layer_input": 8},
     "lfm2_moe": {"num_hidden_layers": 3, "num_dense_layers": 1, "layer_types": ["conv", "conv", "full_attention"]},
     "longcat_flash": {"qk_rope_head_dim": 8, "head_dim": 8},
@@ -86,9 +97,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "xlstm": {"num_blocks": 2},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_key_value_heads": 4},
-    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "n_mamba_heads": 4},
+    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "n_mamba_heads": 4, "hybrid_layer_ids": [1, 3]},
     "hrm_text": {"num_layers_per_stack": 2},
 }
+CHANGES["dots3_note"] = {"text_config": CHANGES["dots3_note_text"], "audio_config": {"adapter_in_dim": 32}}
 CHANGES["qwen4_exp"] = {"text_config": CHANGES["qwen4_exp_text"]}
 NOT_BUILT: dict[str, str] = {}
 
@@ -206,7 +218,7 @@ def build(name: str) -> nn.Module:
         torch.manual_seed(0)
         config = tiny(name)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-        model.float().train(False)
+        model.float().train()
         with torch.no_grad():
             for p in model.parameters():
                 if p.ndim == 1 or p.numel() > 1 and p.min() == p.max():
@@ -229,7 +241,7 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def batch_of(rows: int = 4, longest: int = 9) -> SimpleNamespace:
+def batch_of(rows: int = 4, longest: int = 12) -> SimpleNamespace:
     """Right-padded rows of unequal length with unequal prompts."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(3, VOCAB - 6, (rows, longest), generator=generator)
@@ -244,28 +256,37 @@ def batch_of(rows: int = 4, longest: int = 9) -> SimpleNamespace:
 def forward(model: nn.Module, batch: SimpleNamespace) -> Tensor:
     """Logits of a batch; what a family's forward does not take is left out."""
     given = {"input_ids": batch.ids, "attention_mask": batch.mask.long(), "use_cache": False}
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    taken = inspect.signature(type(base).forward).parameters
+    taken = inspect.signature(type(base(model)).forward).parameters
     out = model(**{k: v for k, v in given.items() if k in taken})
     return out.logits
 
 
+def base(model: nn.Module) -> Any:
+    """The family's own model, also of one with LoRA."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def adapted(model: nn.Module) -> nn.Module:
-    """With LoRA on every linear layer, B not zero."""
+    """With LoRA on every linear layer but the head, B not zero."""
     import peft
     from transformers.pytorch_utils import Conv1D
 
-    conv = any(isinstance(m, Conv1D) for m in model.modules())
-    refused = r".*\.(out_proj|conv1d)" if "mamba" in model.config.model_type else None
+    refused = MAMBAS.get(model.config.model_type, ())
+    layers = {
+        name: m
+        for name, m in model.named_modules()
+        if type(m) in (nn.Linear, Conv1D)
+        and m is not model.get_output_embeddings()
+        and name.split(".")[-1] not in refused
+    }
     config = peft.LoraConfig(
         r=4,
         lora_alpha=8,
-        target_modules="all-linear",
-        exclude_modules=refused,
-        fan_in_fan_out=conv,
+        target_modules=list(layers),
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in layers.values()),
     )
     with quiet():
-        model = peft.get_peft_model(model, config).train(False)
+        model = peft.get_peft_model(model, config)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p, std=0.2)
