@@ -156,6 +156,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
         "layers_block_type": ["linear_attention", "hybrid"] * 2,
         "hybrid_layer_ids": [1, 3],
+        "n_mamba_heads": 4,
     },
     "zaya": {"num_experts_per_tok": 1},
 }
