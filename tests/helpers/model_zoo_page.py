@@ -28,8 +28,8 @@ INTRODUCTION = """\
 # Model zoo
 
 Every causal language model of transformers {transformers} (`AutoModelForCausalLM`), built tiny from
-its own configuration with a layer of every kind, in float32 on torch {torch}. Each is prepared and
-trained in full and with LoRA on every linear layer, with `one_backward` and with `gram_first`;
+its own configuration with a layer of every kind, in float32 on torch {torch}. Each is prepared
+and trained in full and with LoRA on every linear layer, with `one_backward` and `gram_first`;
 every parameter's gradients for three objectives (DPO, IPO, SFT), and the Gram matrix, are compared
 with float64 autograd of the model as transformers has it.
 
