@@ -226,7 +226,7 @@ def compared(
 ) -> tuple[float, float, str]:
     """`Verdict.error`, `Verdict.excess`, and the parameter that has it.
 
-    Allowed is what STYLE allows: twice the error of plain float32. Where that has no digit right
+    Allowed is 1e-5, or twice the error of plain float32. Where that has no digit right
     (the gradient of a key's bias, which softmax does not see, is 0), ten times: noise of any size.
     """
     error, excess, worst = 0.0, 0.0, ""
