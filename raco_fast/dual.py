@@ -10,7 +10,7 @@ file checks the matrix and gives the numbers names. Source: arXiv 2602.02495, Al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -180,6 +180,21 @@ class DualSolution:
             cosines = self._gram * inverse[..., :, None] * inverse[..., None, :]
         return self._array(np.clip(cosines, -1.0, 1.0))
 
+    def coefficients_of(self, names: Sequence[str]) -> torch.Tensor:
+        """[.., k] float64, the coefficients of some objectives."""
+        return torch.as_tensor(self.coefficients)[..., [self.names.index(name) for name in names]]
+
+    def among(self, names: tuple[str, ...]) -> DualSolution:
+        """The same solution of one problem where there are more objectives, all of weight 0."""
+        m, k, places = len(names), len(self.names), [names.index(name) for name in self.names]
+        gram, packed = np.zeros((m, m)), np.zeros(3 * m + _C.SCALARS)
+        gram[np.ix_(places, places)] = self._gram
+        packed[: 3 * m].reshape(3, m)[:, places] = self._packed[: 3 * k].reshape(3, k)
+        packed[3 * m :] = self._packed[3 * k :]
+        weights = np.zeros(m)
+        weights[places] = self._weights
+        return DualSolution(names, weights, self.c, self.rule, gram, packed, self._tensor)
+
     def __repr__(self) -> str:
         """One line a part for one problem, one line in all for a batch."""
         head = f"DualSolution(rule={self.rule!r}, c={self.c:g}"
@@ -237,6 +252,23 @@ def solve_dual(
     if packed.ndim == 1:
         _raise_for_status(matrix, packed[3 * m :])
     return DualSolution(names, array, c, rule, matrix, packed, tensor)
+
+
+def solve_present(
+    gram: Array, weights: Mapping[str, float], present: Sequence[str], c: float, rule: str
+) -> DualSolution:
+    """`solve_dual` for the objectives `present`; the others, of weight 0, are zeros in its arrays.
+
+    An objective without a loss is left out, as a gradient of zero would attract p.
+
+    Args:
+        gram: [k, k], of the objectives present, in their order.
+        weights: of all objectives.
+        present: their names, in the order of `weights`.
+        c, rule: as in `solve_dual`.
+    """
+    part = solve_dual(gram, {name: weights[name] for name in present}, c, rule)
+    return part if len(present) == len(weights) else part.among(tuple(weights))
 
 
 def _as_float64(gram: Array | Sequence[Any]) -> NDArray[np.float64]:

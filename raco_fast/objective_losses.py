@@ -16,7 +16,7 @@ def ordered_losses(
 
     Args:
         losses: name -> scalar, or one scalar for each name.
-        scores: [B] with a graph, or None; with scores a loss may be a constant.
+        scores: [B] with a graph, or None; with scores a loss may be a constant, but not every one.
         names: of the objectives.
     Raises:
         ValueError: objectives missing or unknown, wrong number, not a scalar, no graph.
@@ -44,7 +44,22 @@ def ordered_losses(
         )
     for name, loss in zip(names, ordered, strict=True):
         _check_loss(name, loss, constants=scores is not None)
+    if not any(loss.requires_grad for loss in ordered):
+        raise ValueError(
+            f"`losses` must have at least one that requires grad, got constants for all of "
+            f"{names}, so there is nothing to learn from; compute them from `scores`, outside of "
+            f"torch.no_grad() and without detaching, or leave this batch out"
+        )
     return ordered
+
+
+def given_names(
+    losses: Mapping[str, Tensor] | Sequence[Tensor], weights: Mapping[str, float]
+) -> tuple[str, ...]:
+    """The objectives that must have a loss: not those of weight 0 that a mapping leaves out."""
+    if not isinstance(losses, Mapping):
+        return tuple(weights)
+    return tuple(name for name, weight in weights.items() if weight > 0.0 or name in losses)
 
 
 def _check_loss(name: str, loss: Tensor, constants: bool) -> None:

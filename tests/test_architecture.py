@@ -16,7 +16,7 @@ PACKAGE = ROOT / "raco_fast"
 # From the ground up; a module may import from lower layers only. Inside `dpo` and `demo` the order
 # of the list is the order of the road that data takes.
 LAYERS = [
-    ["_C", "kernels", "rounding", "host_memory", "report", "weight_grad"],
+    ["_C", "kernels", "rounding", "host_memory", "report", "weight_grad", "clipping", "overflow"],
     ["layout", "reference", "objective_grad", "objectives"],
     ["triton_numbers", "triton_weight_grad"],
     ["cpu", "triton_backend", "checks"],
@@ -29,7 +29,7 @@ LAYERS = [
     ["prepared", "head", "one_backward"],
     ["inspection", "objective_losses"],
     ["gradients", "device_step"],
-    ["param_groups"],
+    ["param_groups", "direction", "settings"],
     ["combined", "verification"],
     ["gram_first"],
     ["optimizer"],
