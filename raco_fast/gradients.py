@@ -17,9 +17,16 @@ from torch import Tensor
 from raco_fast.checks import check_dense
 from raco_fast.host_memory import HostMemory
 from raco_fast.inspection import Exactness
-from raco_fast.objective_grad import ObjectiveGrad, Touched, along_p_grad, stand_in_of, touched
-from raco_fast.objective_losses import ordered_losses
-from raco_fast.objectives import check_weights
+from raco_fast.objective_grad import (
+    ObjectiveGrad,
+    Touched,
+    along_p_grad,
+    of_objectives,
+    stand_in_of,
+    touched,
+)
+from raco_fast.objective_losses import given_names, ordered_losses
+from raco_fast.objectives import ReadOnlyWeights, check_weights, weights_of
 from raco_fast.one_backward import one_backward
 
 
@@ -40,7 +47,7 @@ class ObjectiveGradients:
         weights: Mapping[str, float] | Sequence[float] | Tensor,
     ) -> None:
         self.names, values = check_weights(weights)
-        self.weights = dict(zip(self.names, values, strict=True))
+        self._weights = dict(zip(self.names, values, strict=True))
         if isinstance(params, Tensor | torch.nn.Module):
             raise TypeError(
                 f"`params` must be an iterable of tensors, got a {type(params).__name__}; "
@@ -54,6 +61,22 @@ class ObjectiveGradients:
         self._open: str | None = None
         self._exact = Exactness()
         self._memory = HostMemory()
+
+    @property
+    def weights(self) -> ReadOnlyWeights:
+        """Objective name -> weight; set all of them at once, in any order."""
+        return ReadOnlyWeights(self._weights)
+
+    @weights.setter
+    def weights(self, weights: Mapping[str, float] | Sequence[float] | Tensor) -> None:
+        self._weights = weights_of(self.names, weights)
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """The objectives of the next step: all, but those of weight 0 without a backward pass."""
+        if not self._ran or len(self.names) == 1:
+            return self.names
+        return tuple(name for name, w in self._weights.items() if w > 0.0 or name in self._ran)
 
     def parameters(self) -> list[Tensor]:
         """The parameters as they are now, each once."""
@@ -80,31 +103,36 @@ class ObjectiveGradients:
 
         Args:
             losses: objective name -> scalar, or m scalars in weight order. With `scores`, a loss
-                without a graph is allowed: that objective has nothing in this batch.
+                without a graph is allowed: that objective has nothing in this batch. A mapping may
+                leave out an objective of weight 0; if no batch of a step has its loss, the step is
+                solved without it.
             scores: [B] with the graph of a model that `raco_fast.prepare` prepared: one number per
                 sequence, in the order of the batch's rows (`raco_fast.sequences` declares others).
             mode: by default "one_backward" with `scores` and "autograd" without.
         Raises:
             ValueError: unknown mode, or "one_backward" without `scores`; objectives missing or
-                unknown, wrong number, not a scalar, a loss that depends on nothing that requires
-                grad; scores without a graph or of the wrong shape. Nothing has been backpropagated
-                then.
+                unknown, wrong number, not a scalar, a loss (with `scores`: every loss) that depends
+                on nothing that requires grad; scores without a graph or of the wrong shape. Nothing
+                has been backpropagated then.
             TypeError: `losses` is neither a mapping nor a sequence, or a loss is not a tensor.
             RuntimeError: the model was not prepared, or its graph is used up.
         """
         mode = mode or ("autograd" if scores is None else "one_backward")
         if mode not in ("autograd", "one_backward"):
             raise ValueError(f"`mode` must be 'autograd' or 'one_backward', got {mode!r}")
-        ordered = ordered_losses(losses, scores, self.names)
+        given = given_names(losses, self._weights)
+        ordered = ordered_losses(losses, scores, given)
         if scores is None and mode == "one_backward":
             raise ValueError(
                 "`scores` must be given in mode 'one_backward': the [B] sequence scores that the "
                 "losses are functions of, with their graph"
             )
         if scores is not None and mode == "one_backward" and self._one_serves(ordered, scores):
-            self._one_backward(ordered, scores)
+            loss_of, nothing = dict(zip(given, ordered, strict=True)), torch.zeros(())
+            self._one_backward([loss_of.get(name, nothing) for name in self.names], scores)
+            self._ran.update(given)
             return
-        for i, (name, loss) in enumerate(zip(self.names, ordered, strict=True)):
+        for i, (name, loss) in enumerate(zip(given, ordered, strict=True)):
             with self.objective(name):
                 if loss.requires_grad:
                     loss.backward(retain_graph=i + 1 < len(ordered))  # type: ignore[no-untyped-call]
@@ -147,7 +175,7 @@ class ObjectiveGradients:
         return dict(zip(self.names, buffers, strict=True))
 
     def collect(self, groups: Iterable[Sequence[Tensor]] | None = None) -> list[Touched]:
-        """What a step needs: each group's touched parameters and their gradients.
+        """What a step needs: each group's touched parameters, and the gradients of `present`.
 
         Args:
             groups: of the parameters; by default one group of all.
@@ -176,13 +204,17 @@ class ObjectiveGradients:
                 f"step without backward: the objectives {self.names} have no gradients; call "
                 f"backward(losses) or loss.backward() inside `with objective(name):` first"
             )
-        missing = [name for name in self.names if name not in self._ran]
+        present = self.present
+        missing = [name for name in present if name not in self._ran]
         if missing:
             raise RuntimeError(
                 f"the objectives {missing} have had no backward pass since the last zero_grad(); "
                 f"give each one a loss (a zero that keeps the graph, e.g. `0.0 * scores.sum()`, "
-                f"where a batch has nothing for it), or leave it out of `weights`"
+                f"where a batch has nothing for it), or give it weight 0"
             )
+        if len(present) < len(self.names):
+            chosen = [name in present for name in self.names]
+            collected = [of_objectives(one, chosen) for one in collected]
         return collected
 
     def zero(self, set_to_none: bool = True) -> None:
@@ -250,7 +282,6 @@ class ObjectiveGradients:
         for p, stand_in in held.items():
             p.grad = stand_in
             self._held = self._held or stand_in is not None
-        self._ran.update(self.names)
 
     def _notice_cleared(self, params: Sequence[Tensor]) -> None:
         """model.zero_grad() empties p.grad without telling us: then no objective has run."""
