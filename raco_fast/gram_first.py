@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 
 from raco_fast import ops
-from raco_fast.combined import check_max_grad_norm, clip_factor, combine
-from raco_fast.dual import DualSolution, solve_dual
+from raco_fast.clipping import ClippedGrad, clip_factor
+from raco_fast.combined import combine
+from raco_fast.dual import DualSolution, solve_present
 from raco_fast.gradients import ObjectiveGradients
 from raco_fast.inspection import Inspection
-from raco_fast.objective_losses import ordered_losses
+from raco_fast.objective_losses import given_names, ordered_losses
+from raco_fast.objectives import check_max_grad_norm
 from raco_fast.one_backward import arranged, collect, propagate, sensitivities
+from raco_fast.overflow import leave_overflow
 from raco_fast.segments import ALL_ROWS, Factored
 from raco_fast.tap import Call, collecting
 from raco_fast.uses import Use, cross
@@ -57,17 +60,18 @@ def gram_first(
         on_gradient: called with every parameter as soon as its p.grad is complete, and p.grad is
             freed afterwards: an optimizer that steps here never holds all gradients at once.
     Returns:
-        The solution; where it is not finite, p.grad stays None.
+        The solution; where it is not finite, p.grad is as after `raco_fast.combine`.
     Raises:
         RuntimeError: gradients have been accumulated already: there is no second micro-batch here.
         ValueError, TypeError: as for `ObjectiveGradients.backward` and `raco_fast.combine`.
     """
-    check_max_grad_norm(max_grad_norm)
+    max_grad_norm = check_max_grad_norm(max_grad_norm)
     if scores is None:
         raise ValueError(
             "`scores` must be given: the [B] sequence scores that the losses are functions of"
         )
-    ordered = ordered_losses(losses, scores, gradients.names)
+    given = given_names(losses, gradients.weights)
+    ordered = ordered_losses(losses, scores, given)
     wanted = gradients.trained()
     if any(p.grad is not None for p in wanted):
         raise RuntimeError(
@@ -78,6 +82,8 @@ def gram_first(
     if len(ordered) == 1 or not gradients.exact(ordered, scores):
         gradients.backward(losses, scores=scores)
         solution = combine(gradients, c=c, rule=rule, max_grad_norm=max_grad_norm)
+        if on_gradient is not None and not solution.finite:
+            gradients.zero()
         for p in wanted:
             if p.grad is not None:
                 _hand_over(p, on_gradient)
@@ -89,11 +95,13 @@ def gram_first(
         collector = GramCollector(Factored.of(A), wanted, inspection.shared(), keep=keep_dy)
         collect(collector, scores, collector.factored.seeds, wanted, retain_graph=not keep_dy)
         M = ops.within_cauchy_schwarz(collector.gram())
-        solution = solve_dual(M, gradients.weights, c, rule)
+        solution = solve_present(M, gradients.weights, given, c, rule)
         if not solution.finite:
+            if on_gradient is None:
+                leave_overflow(wanted)
             return solution
-        factor = clip_factor(float(solution.update_norm), max_grad_norm)
-        coefficients = torch.as_tensor(solution.coefficients) * factor
+        norm = float(solution.update_norm)
+        coefficients = solution.coefficients_of(given) * clip_factor(norm, max_grad_norm)
         if keep_dy:
             collector.combine(coefficients, on_gradient)
         elif on_gradient is None:
@@ -103,6 +111,10 @@ def gram_first(
             with collecting(handing_over):
                 propagate(scores, coefficients @ A)
             handing_over.flush()
+        if max_grad_norm is not None:
+            for p in wanted:
+                if p.grad is not None:
+                    p.grad = ClippedGrad.of(p.grad, norm, max_grad_norm)
     return solution
 
 
