@@ -2,7 +2,8 @@
 
 GradScaler has to find the overflow in p.grad, or it knows of no step to skip and of no scale to
 lower; without GradScaler an optimizer would carry the NaN into the parameters. So every gradient is
-NaN, and a hook before any torch optimizer's step takes those away that are still there.
+NaN, and those that are still there go before any torch optimizer's step and before the next
+backward pass of an objective.
 """
 
 from __future__ import annotations
@@ -21,22 +22,26 @@ _hooks: list[Any] = []
 
 
 def leave_overflow(params: Iterable[Tensor]) -> None:
-    """Give parameters a p.grad of NaN, which becomes None when their optimizer steps."""
+    """Give parameters a p.grad of NaN, which is None again when their optimizer steps."""
     for p in params:
         p.grad = torch.full_like(p, torch.nan, requires_grad=False)
         key = id(p)
         alive = weakref.ref(p, lambda _, key=key: _left.pop(key, None))  # type: ignore[misc]
         _left[key] = alive, id(p.grad)
     if _left and not _hooks:
-        _hooks.append(register_optimizer_step_pre_hook(_take_away))
+        _hooks.append(register_optimizer_step_pre_hook(_clear_before_step))
 
 
-def _take_away(optimizer: Any, args: Any, kwargs: Any) -> None:
+def clear_overflow(params: Iterable[Tensor]) -> None:
+    """Make None of what `leave_overflow` left to these parameters."""
     if not _left:
         return
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            _, grad = _left.pop(id(p), (None, None))
-            # Zeroed in place, the same tensor may hold a good gradient by now.
-            if grad is not None and id(p.grad) == grad and bool(p.grad.isnan().all()):
-                p.grad = None
+    for p in params:
+        _, left = _left.pop(id(p), (None, None))
+        # Zeroed in place, the same tensor may hold a good gradient by now.
+        if p.grad is not None and id(p.grad) == left and bool(p.grad.isnan().all()):
+            p.grad = None
+
+
+def _clear_before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    clear_overflow(p for group in optimizer.param_groups for p in group["params"])
