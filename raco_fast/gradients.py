@@ -28,6 +28,7 @@ from raco_fast.objective_grad import (
 from raco_fast.objective_losses import given_names, ordered_losses
 from raco_fast.objectives import ReadOnlyWeights, check_weights, weights_of
 from raco_fast.one_backward import one_backward
+from raco_fast.overflow import clear_overflow
 
 
 class ObjectiveGradients:
@@ -156,7 +157,7 @@ class ObjectiveGradients:
             raise RuntimeError(
                 f"objective({name!r}) was entered inside objective({self._open!r}); close it first"
             )
-        lent = [] if len(self.names) == 1 else self._lend(self.names.index(name))
+        lent = self._lend(self.names.index(name))
         self._open = name
         try:
             yield
@@ -237,6 +238,9 @@ class ObjectiveGradients:
 
     def _lend(self, index: int) -> list[tuple[Tensor, ObjectiveGrad | None, Tensor | None]]:
         params = self.parameters()
+        clear_overflow(params)
+        if len(self.names) == 1:
+            return []
         self._notice_cleared(params)
         lent = []
         for p in params:
@@ -267,6 +271,7 @@ class ObjectiveGradients:
             check_dense(sparse, f"the gradient of objective {self.names[index]!r}")
 
     def _one_backward(self, losses: list[Tensor], scores: Tensor) -> None:
+        clear_overflow(self.parameters())
         self._notice_cleared(self.parameters())
         wanted = self.trained()
         held = {p: stand_in_of(p, self.names) for p in wanted}

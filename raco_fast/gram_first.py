@@ -27,7 +27,7 @@ from raco_fast.inspection import Inspection
 from raco_fast.objective_losses import given_names, ordered_losses
 from raco_fast.objectives import check_max_grad_norm
 from raco_fast.one_backward import arranged, collect, propagate, sensitivities
-from raco_fast.overflow import leave_overflow
+from raco_fast.overflow import clear_overflow, leave_overflow
 from raco_fast.segments import ALL_ROWS, Factored
 from raco_fast.tap import Call, collecting
 from raco_fast.uses import Use, cross
@@ -73,6 +73,7 @@ def gram_first(
     given = given_names(losses, gradients.weights)
     ordered = ordered_losses(losses, scores, given)
     wanted = gradients.trained()
+    clear_overflow(wanted)
     if any(p.grad is not None for p in wanted):
         raise RuntimeError(
             "gram_first cannot add to gradients that are there already: the Gram matrix of a sum "
