@@ -1,5 +1,7 @@
 """A direction that is not finite: GradScaler hears of it, and no optimizer steps along it."""
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -122,6 +124,23 @@ def test_our_optimizer_counts_it_once(way, scale):
         assert scaler.get_scale() == scale / 2
 
 
+@WAYS
+@pytest.mark.filterwarnings("ignore:.*reaches the scores past")
+@pytest.mark.parametrize("weights", [WEIGHTS, {"a": 1.0}])
+def test_the_next_backward_pass_begins_without_it(weights, way):
+    """Also where nobody steps or zeroes in between: `if not solution.finite: continue`."""
+    found = []
+    for overflow_first in (True, False):
+        model = network(exact=way != "not exact")
+        gradients = ObjectiveGradients(model.parameters(), weights)
+        for bad in (torch.inf, torch.nan, 1.0) if overflow_first else (1.0,):
+            losses, scores = losses_of(model, bad)
+            losses = {name: losses[name] for name in weights}
+            assert direct(gradients, losses, scores, way).finite is (bad == 1.0)
+        found.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("set_to_none", [False, True])
 def test_gradients_zeroed_since_are_not_taken_away(set_to_none):
     p = nn.Parameter(torch.ones(2))
@@ -134,8 +153,6 @@ def test_gradients_zeroed_since_are_not_taken_away(set_to_none):
 
 
 def test_a_parameter_is_not_kept_alive():
-    import weakref
-
     p = nn.Parameter(torch.ones(2))
     alive = weakref.ref(p)
     leave_overflow([p])
