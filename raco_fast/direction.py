@@ -77,13 +77,19 @@ def refuse_scaled(losses: Mapping[str, Tensor] | Sequence[Tensor]) -> None:
 
 
 def _factor(loss: Tensor) -> Tensor | None:
-    """The float32 scalar that a loss was multiplied by last; None if there is none."""
+    """The float32 scalar that a loss was multiplied by; None if there is none.
+
+    Plain numbers, which are float64 scalars in the graph, may have come after it.
+    """
     node: Any = loss.grad_fn
-    if node is None or node.name() != "MulBackward0":
-        return None
-    try:
-        factor = node._saved_other
-    except RuntimeError:  # the graph is used up, which the backward pass will say
-        return None
-    fits = factor is not None and factor.ndim == 0 and factor.dtype == torch.float32
-    return factor if fits and not factor.requires_grad else None
+    while node is not None and node.name() in ("MulBackward0", "DivBackward0"):
+        try:
+            factor: Tensor | None = node._saved_other
+        except RuntimeError:  # the graph is used up, which the backward pass will say
+            return None
+        if factor is None or factor.ndim != 0 or factor.requires_grad:
+            return None
+        if factor.dtype == torch.float32 and node.name() == "MulBackward0":
+            return factor
+        node = node.next_functions[0][0]
+    return None

@@ -173,8 +173,9 @@ def stand_in_of(p: Tensor, names: tuple[str, ...]) -> ObjectiveGrad | None:
         return held
     if not isinstance(grad, ObjectiveGrad):
         raise RuntimeError(
-            f"p.grad of a parameter of shape {list(p.shape)} was filled outside of an objective, "
-            f"so it is not known which of {names} it belongs to; use backward(losses) or "
+            f"p.grad of a parameter of shape {list(p.shape)} was filled outside of an objective "
+            f"(by a plain loss.backward(), or it is the direction of combine or gram_first), so it "
+            f"is not known which of {names} it belongs to; use backward(losses) or "
             f"`with objective(name): loss.backward()`, and zero_grad() before the next step"
         )
     if grad.objectives != names:
@@ -186,7 +187,9 @@ def stand_in_of(p: Tensor, names: tuple[str, ...]) -> ObjectiveGrad | None:
 
 
 def is_zero(grad: Tensor) -> bool:
-    """Whether a gradient is dense and zero everywhere; waits for the device."""
+    """Whether a gradient, or each of a stand-in's, is dense and zero; waits for the device."""
+    if isinstance(grad, ObjectiveGrad):
+        return all(map(is_zero, grad.present))
     grad = plain(grad)
     return type(grad) is Tensor and grad.layout == torch.strided and not grad.any()
 

@@ -168,7 +168,9 @@ class AdamWWithSettings(AdamW):
         """Load a state_dict of this class or of `torch.optim.AdamW`.
 
         As torch does for lr, the saved weights, c, rule, max_grad_norm, rounding and seed replace
-        the constructor's; a checkpoint of AdamW has none, and the constructor's stay.
+        the constructor's; a checkpoint of AdamW has none, and the constructor's stay. To
+        torch.distributed.checkpoint one in files lacks a key, as it says: load it with
+        `DefaultLoadPlanner(allow_partial_load=True)`, not flattened.
 
         Raises:
             ValueError: the checkpoint is for other objectives or has a setting out of its range
