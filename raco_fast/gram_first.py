@@ -24,6 +24,7 @@ from raco_fast.combined import combine
 from raco_fast.dual import DualSolution, solve_present
 from raco_fast.gradients import ObjectiveGradients
 from raco_fast.inspection import Inspection
+from raco_fast.objective_grad import is_zero
 from raco_fast.objective_losses import given_names, ordered_losses
 from raco_fast.objectives import check_max_grad_norm
 from raco_fast.one_backward import arranged, collect, propagate, sensitivities
@@ -74,12 +75,14 @@ def gram_first(
     ordered = ordered_losses(losses, scores, given)
     wanted = gradients.trained()
     clear_overflow(wanted)
-    if any(p.grad is not None for p in wanted):
+    if not all(p.grad is None or is_zero(p.grad) for p in wanted):
         raise RuntimeError(
             "gram_first cannot add to gradients that are there already: the Gram matrix of a sum "
             "over micro-batches needs all of them; call zero_grad() first and pass the whole batch "
             "at once, or accumulate with backward(losses, scores=scores)"
         )
+    for p in wanted:
+        p.grad = None  # zeros of zero_grad(set_to_none=False)
     if len(ordered) == 1 or not gradients.exact(ordered, scores):
         gradients.backward(losses, scores=scores)
         solution = combine(gradients, c=c, rule=rule, max_grad_norm=max_grad_norm)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import raco_fast
+from raco_fast.gradients import ObjectiveGradients
 from raco_fast.optimizer import ClippedCAGradAdamW
 
 WEIGHTS = {"a": 0.3, "b": 0.7}
@@ -56,13 +57,13 @@ CLEAR = {
 }
 
 
-# Zeros are gradients to gram_first, and a plain backward pass adds to them behind our back.
+# A plain backward pass adds to zeros behind our back.
 CLEARED = [
     (mode, weights, clear)
     for clear in CLEAR
     for weights, last in ((WEIGHTS, "gram_first"), ({"a": 1.0}, "plain"))
     for mode in ("autograd", "one_backward", "objective", last)
-    if "zeros" not in clear or mode != last
+    if "zeros" not in clear or mode != "plain"
 ]
 
 
@@ -112,6 +113,24 @@ def test_nothing_is_added_to_a_direction(mode, stepped):
     assert not equal(model, network())
 
 
+@pytest.mark.parametrize("mode", ["autograd", "one_backward"])
+def test_a_direction_for_another_optimizer_is_not_added_to_either(mode):
+    model, twin = network(), network()
+    gradients = ObjectiveGradients(model.parameters(), WEIGHTS)
+    twins = ObjectiveGradients(twin.parameters(), WEIGHTS)
+    losses, scores = losses_of(model, 0)
+    raco_fast.gram_first(gradients, losses, scores)
+    losses, scores = losses_of(model, 1)
+    with pytest.raises(RuntimeError, match=r"filled .* the direction of combine or gram_first"):
+        gradients.backward(losses, scores=scores, mode=mode)
+    model.zero_grad()
+    gradients.backward(losses, scores=scores, mode=mode)  # their graph was not used up
+    losses, scores = losses_of(twin, 1)
+    twins.backward(losses, scores=scores, mode=mode)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert all(map(torch.equal, gradients.of(p).values(), twins.of(q).values()))
+
+
 @MODES
 def test_another_backward_after_an_overflow(mode):
     model, twin = network(), network()
@@ -157,6 +176,8 @@ SCALED = {
     "each": lambda scaler, losses: {n: scaler.scale(loss) for n, loss in losses.items()},
     "a list": lambda scaler, losses: scaler.scale(list(losses.values())),
     "one is a constant": lambda scaler, losses: [scaler.scale(losses["a"]), torch.tensor(0.5)],
+    "then averaged": lambda scaler, losses: [scaler.scale(loss) / 3 for loss in losses.values()],
+    "then weighed": lambda scaler, losses: [0.7 * scaler.scale(x) for x in losses.values()],
 }
 
 
@@ -249,6 +270,6 @@ def test_losses_may_be_multiplied_by_numbers_before_a_step_in_backward():
         model = network()
         opt = optimizer_of(model)
         losses, scores = losses_of(model, 0)
-        losses = {name: loss * factor for name, loss in losses.items()}
+        losses = {name: loss * factor / 2 for name, loss in losses.items()}
         opt.backward(losses, scores=scores, mode="gram_first", step_in_backward=True)
         assert not equal(model, network())
