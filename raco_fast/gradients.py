@@ -122,18 +122,23 @@ class ObjectiveGradients:
         if mode not in ("autograd", "one_backward"):
             raise ValueError(f"`mode` must be 'autograd' or 'one_backward', got {mode!r}")
         given = given_names(losses, self._weights)
-        ordered = ordered_losses(losses, scores, given)
+        ordered = ordered_losses(losses, scores, self.names, given)
         if scores is None and mode == "one_backward":
             raise ValueError(
                 "`scores` must be given in mode 'one_backward': the [B] sequence scores that the "
                 "losses are functions of, with their graph"
             )
-        if scores is not None and mode == "one_backward" and self._one_serves(ordered, scores):
-            loss_of, nothing = dict(zip(given, ordered, strict=True)), torch.zeros(())
-            self._one_backward([loss_of.get(name, nothing) for name in self.names], scores)
-            self._ran.update(given)
+        absent = set(self.names) - set(given) - self._ran
+        try:
+            self._propagate(ordered, scores if mode == "one_backward" else None)
+        finally:
+            self._ran -= absent
+
+    def _propagate(self, ordered: list[Tensor], scores: Tensor | None) -> None:
+        if scores is not None and self._one_serves(ordered, scores):
+            self._one_backward(ordered, scores)
             return
-        for i, (name, loss) in enumerate(zip(given, ordered, strict=True)):
+        for i, (name, loss) in enumerate(zip(self.names, ordered, strict=True)):
             with self.objective(name):
                 if loss.requires_grad:
                     loss.backward(retain_graph=i + 1 < len(ordered))  # type: ignore[no-untyped-call]
@@ -176,7 +181,9 @@ class ObjectiveGradients:
         return dict(zip(self.names, buffers, strict=True))
 
     def collect(self, groups: Iterable[Sequence[Tensor]] | None = None) -> list[Touched]:
-        """What a step needs: each group's touched parameters, and the gradients of `present`.
+        """What a step needs: each group's touched parameters and their gradients.
+
+        Of an objective that is not `present` there are none.
 
         Args:
             groups: of the parameters; by default one group of all.
@@ -287,6 +294,7 @@ class ObjectiveGradients:
         for p, stand_in in held.items():
             p.grad = stand_in
             self._held = self._held or stand_in is not None
+        self._ran.update(self.names)
 
     def _notice_cleared(self, params: Sequence[Tensor]) -> None:
         """model.zero_grad() empties p.grad without telling us: then no objective has run."""

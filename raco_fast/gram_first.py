@@ -72,7 +72,7 @@ def gram_first(
             "`scores` must be given: the [B] sequence scores that the losses are functions of"
         )
     given = given_names(losses, gradients.weights)
-    ordered = ordered_losses(losses, scores, given)
+    ordered = ordered_losses(losses, scores, gradients.names, given)
     wanted = gradients.trained()
     clear_overflow(wanted)
     if not all(p.grad is None or is_zero(p.grad) for p in wanted):
@@ -105,7 +105,7 @@ def gram_first(
                 leave_overflow(wanted)
             return solution
         norm = float(solution.update_norm)
-        coefficients = solution.coefficients_of(given) * clip_factor(norm, max_grad_norm)
+        coefficients = torch.as_tensor(solution.coefficients) * clip_factor(norm, max_grad_norm)
         if keep_dy:
             collector.combine(coefficients, on_gradient)
         elif on_gradient is None:
