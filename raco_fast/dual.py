@@ -180,10 +180,6 @@ class DualSolution:
             cosines = self._gram * inverse[..., :, None] * inverse[..., None, :]
         return self._array(np.clip(cosines, -1.0, 1.0))
 
-    def coefficients_of(self, names: Sequence[str]) -> torch.Tensor:
-        """[.., k] float64, the coefficients of some objectives."""
-        return torch.as_tensor(self.coefficients)[..., [self.names.index(name) for name in names]]
-
     def among(self, names: tuple[str, ...]) -> DualSolution:
         """The same solution of one problem where there are more objectives, all of weight 0."""
         m, k, places = len(names), len(self.names), [names.index(name) for name in self.names]
@@ -255,20 +251,24 @@ def solve_dual(
 
 
 def solve_present(
-    gram: Array, weights: Mapping[str, float], present: Sequence[str], c: float, rule: str
+    gram: torch.Tensor, weights: Mapping[str, float], present: Sequence[str], c: float, rule: str
 ) -> DualSolution:
     """`solve_dual` for the objectives `present`; the others, of weight 0, are zeros in its arrays.
 
     An objective without a loss is left out, as a gradient of zero would attract p.
 
     Args:
-        gram: [k, k], of the objectives present, in their order.
+        gram: [m, m], of all objectives.
         weights: of all objectives.
-        present: their names, in the order of `weights`.
+        present: some of their names, in the same order.
         c, rule: as in `solve_dual`.
     """
-    part = solve_dual(gram, {name: weights[name] for name in present}, c, rule)
-    return part if len(present) == len(weights) else part.among(tuple(weights))
+    names = tuple(weights)
+    if len(present) == len(names):
+        return solve_dual(gram, weights, c, rule)
+    places = [names.index(name) for name in present]
+    part = solve_dual(gram[places][:, places], {name: weights[name] for name in present}, c, rule)
+    return part.among(names)
 
 
 def _as_float64(gram: Array | Sequence[Any]) -> NDArray[np.float64]:

@@ -215,10 +215,14 @@ def along_p_grad(params: Sequence[Tensor]) -> Touched:
 
 
 def of_objectives(touched: Touched, chosen: Sequence[bool]) -> Touched:
-    """What is left for some of the objectives, and the parameters that these touch."""
-    grads = list(compress(touched.grads, chosen))
-    held = [any(g is not None for g in column) for column in zip(*grads, strict=True)]
-    return Touched(list(compress(touched.params, held)), [list(compress(g, held)) for g in grads])
+    """The same without the gradients of the other objectives, and what only those touch."""
+    chosen_lists = compress(touched.grads, chosen)
+    held = [any(g is not None for g in column) for column in zip(*chosen_lists, strict=True)]
+    grads = [
+        [g if kept else None for g in compress(one, held)]
+        for one, kept in zip(touched.grads, chosen, strict=True)
+    ]
+    return Touched(list(compress(touched.params, held)), grads)
 
 
 def joined(groups: Sequence[Touched]) -> Touched:

@@ -244,7 +244,7 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         if all(group["capturable"] for group in self.param_groups):
             options = [options_of(group) for group in self.param_groups]
             obstacle = dispatch.device_obstacle(grads, params, options)
-        if len(grads) < len(self.objective_names):
+        if self.gradients.present != self.objective_names:
             obstacle = "an objective of weight 0 has no loss"
         if obstacle is None:
             self._step_on_device(groups, grads, params[0].device)
@@ -261,8 +261,8 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         self._leave_device()
         M, scale = self._gram(grads)
         present = self.gradients.present
-        self._solution = solve_present(M, self.weights, present, self.c, self.rule)
-        self._update(groups, self._solution, present, scale)
+        self._solution = solution = solve_present(M, self.weights, present, self.c, self.rule)
+        self._update(groups, solution, scale)
 
     def _leave_direction(self) -> None:
         if self._direction is not None:
@@ -278,7 +278,7 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         elif not direction.taken:
             groups = [along_p_grad(group["params"]) for group in self.param_groups]
             M, scale = self._gram(joined(groups).grads)
-            self._update(groups, solve_dual(M, {"G0": 1.0}, c=0.0), ("G0",), scale)
+            self._update(groups, solve_dual(M, [1.0], c=0.0), scale)
             return  # the same gradients may be stepped along again, as with AdamW
         self._direction = None
 
@@ -294,19 +294,13 @@ class ClippedCAGradAdamW(AdamWWithSettings):
             M.fill_(torch.nan)
         return M, scale
 
-    def _update(
-        self,
-        groups: Sequence[Touched],
-        solution: DualSolution,
-        present: Sequence[str],
-        scale: float,
-    ) -> None:
-        """AdamW along the solution's combination of the gradients that each group has."""
+    def _update(self, groups: Sequence[Touched], solution: DualSolution, scale: float) -> None:
+        """AdamW along the solution's combination of each group's gradients."""
         if not solution.finite:
             self._skipped_on_host += 1
             return
         factor = clip_factor(float(solution.update_norm), self.max_grad_norm)
-        coefficients = solution.coefficients_of(present) * (factor / scale)
+        coefficients = torch.as_tensor(solution.coefficients) * (factor / scale)
         for part in self._parts(groups):
             part.update(coefficients)
 
