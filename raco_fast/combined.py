@@ -5,22 +5,11 @@ from __future__ import annotations
 import torch
 
 from raco_fast import ops
-from raco_fast.dual import DualSolution, solve_dual
+from raco_fast.clipping import ClippedGrad, clip_factor
+from raco_fast.dual import DualSolution, solve_present
 from raco_fast.gradients import ObjectiveGradients
-
-
-def clip_factor(norm: float, max_grad_norm: float | None) -> float:
-    """The factor of `torch.nn.utils.clip_grad_norm_` for a gradient whose norm is known."""
-    return 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))
-
-
-def check_max_grad_norm(max_grad_norm: float | None) -> None:
-    """Raise ValueError unless `max_grad_norm` is None or a positive number."""
-    if max_grad_norm is not None and not max_grad_norm > 0.0:
-        raise ValueError(
-            f"`max_grad_norm` must be a positive number, got {max_grad_norm}; "
-            f"None switches clipping off"
-        )
+from raco_fast.objectives import check_max_grad_norm
+from raco_fast.overflow import leave_overflow
 
 
 def combine(
@@ -34,8 +23,12 @@ def combine(
 
     The per-objective gradients are used up: G0 takes their place, so zero the gradients before
     the next backward pass as usual (`optimizer.zero_grad()` or `gradients.zero()`).
-    If a gradient is not finite, every p.grad becomes None, so that the optimizer's next step
-    changes nothing, and the solution says `finite=False`.
+    If a gradient is not finite, every p.grad becomes NaN, in which a GradScaler finds the overflow;
+    an optimizer that steps all the same finds None there and changes nothing. The solution says
+    `finite=False`.
+
+    With a GradScaler, scale each loss and unscale when you like, before or after; `max_grad_norm`
+    limits the norm of the unscaled direction.
 
     Args:
         gradients: accumulated gradients of every objective.
@@ -48,17 +41,20 @@ def combine(
         RuntimeError: an objective has had no backward pass.
     Source: arXiv 2602.02495, Algorithm 1.
     """
-    check_max_grad_norm(max_grad_norm)
+    max_grad_norm = check_max_grad_norm(max_grad_norm)
     ((params, grads),) = gradients.collect()
-    solution = solve_dual(ops.gram(grads), gradients.weights, c, rule)
+    M = ops.gram(grads)
+    solution = solve_present(M, gradients.weights, gradients.present, c, rule)
     if not solution.finite:
         gradients.zero()
+        leave_overflow(params)
         return solution
     out = [next(g for g in column if g is not None) for column in zip(*grads, strict=True)]
-    factor = clip_factor(float(solution.update_norm), max_grad_norm)
+    norm = float(solution.update_norm)
+    factor = clip_factor(norm, max_grad_norm)
     with torch.no_grad():
         ops.combine(grads, torch.as_tensor(solution.coefficients) * factor, out)
+    gradients.zero()
     for p, g in zip(params, out, strict=True):
-        p.grad = g
-    gradients.forget()
+        p.grad = g if max_grad_norm is None else ClippedGrad.of(g, norm, max_grad_norm)
     return solution

@@ -10,7 +10,7 @@ file checks the matrix and gives the numbers names. Source: arXiv 2602.02495, Al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -27,7 +27,9 @@ _RULE_NUMBER = {rule: number for number, rule in enumerate(RULES)}
 _GAP, _VALUE, _G0_NORM, _GP_NORM, _UPDATE_NORM, _CLIP_ACTIVE, _STATUS, _ROW, _COLUMN, _STEPS = (
     range(_C.SCALARS)
 )
-_NON_FINITE, _NEGATIVE_DIAGONAL, _ASYMMETRIC, _NOT_GRAM, _UNCONVERGED = range(1, 6)
+_STATUSES = ("ok", "non_finite", "negative_diagonal", "asymmetric", "not_gram", "unconverged")
+"""In the order of enum Status of csrc/dual.hpp."""
+_NON_FINITE, _NEGATIVE_DIAGONAL, _ASYMMETRIC, _NOT_GRAM = range(1, 5)
 
 
 class DualSolution:
@@ -50,6 +52,10 @@ class DualSolution:
             weights some p_i exceeds w_i, but at a vertex of the simplex only the length changes.)
         finite: False when the Gram holds NaN or infinity; every other result is NaN then.
         converged: False if the solver stopped at its cap on steps (`gap` is valid all the same).
+        status: what became of the problem, in a word; for a batch a numpy array of n of them:
+            "ok"; "non_finite"; "unconverged"; or, in a batch only, why the matrix is no Gram matrix
+            and every other result is NaN: "negative_diagonal", "asymmetric", "not_gram"
+            (|M_ij| > ||g_i|| ||g_j||).
         cosines: [m, m] between gradients, 0 where a gradient is zero.
     """
 
@@ -160,6 +166,12 @@ class DualSolution:
         return self._flag(self._status() == 0.0)
 
     @property
+    def status(self) -> Any:
+        """What became of the problem, in a word; [n] of them for a batch."""
+        words = np.array(_STATUSES)[self._status().astype(int)]
+        return str(words) if words.ndim == 0 else words
+
+    @property
     def cosines(self) -> Any:
         """[.., m, m] cosines between the gradients; 0 where a gradient is zero."""
         norms = np.sqrt(np.maximum(np.diagonal(self._gram, axis1=-2, axis2=-1), 0.0))
@@ -167,6 +179,17 @@ class DualSolution:
         with np.errstate(invalid="ignore"):  # a Gram that is not finite gives NaN
             cosines = self._gram * inverse[..., :, None] * inverse[..., None, :]
         return self._array(np.clip(cosines, -1.0, 1.0))
+
+    def among(self, names: tuple[str, ...]) -> DualSolution:
+        """The same solution of one problem where there are more objectives, all of weight 0."""
+        m, k, places = len(names), len(self.names), [names.index(name) for name in self.names]
+        gram, packed = np.zeros((m, m)), np.zeros(3 * m + _C.SCALARS)
+        gram[np.ix_(places, places)] = self._gram
+        packed[: 3 * m].reshape(3, m)[:, places] = self._packed[: 3 * k].reshape(3, k)
+        packed[3 * m :] = self._packed[3 * k :]
+        weights = np.zeros(m)
+        weights[places] = self._weights
+        return DualSolution(names, weights, self.c, self.rule, gram, packed, self._tensor)
 
     def __repr__(self) -> str:
         """One line a part for one problem, one line in all for a batch."""
@@ -203,9 +226,10 @@ def solve_dual(
             (coefficients = argmin over the simplex of ||Gp||).
     Returns:
         `DualSolution`, exact to rounding. Of several minimisers it holds the one closest to the
-        weights. g0 = 0 gives p = weights and no correction.
+        weights. g0 = 0 gives p = weights and no correction. The problems of a batch do not touch
+        each other: what is wrong with one makes its own results NaN, and its `status` says why.
     Raises:
-        TypeError, ValueError: an argument breaks a rule above, or the matrix is no Gram matrix
+        TypeError, ValueError: an argument breaks a rule above, or the only matrix is no Gram matrix
             (asymmetric, negative on the diagonal, |M_ij| > ||g_i|| ||g_j||).
     Source: arXiv 2602.02495, Algorithm 1, lines 6-8.
     """
@@ -221,10 +245,30 @@ def solve_dual(
             f"got shape {matrix.shape}; pass one weight an objective"
         )
     packed = _C.solve(matrix, array, c, _RULE_NUMBER[rule])
-    solution = DualSolution(names, array, c, rule, matrix, packed, tensor)
-    if packed.ndim == 2 or packed[3 * m + _STATUS] != 0.0:
-        _raise_for_status(matrix, packed, m)
-    return solution
+    if packed.ndim == 1:
+        _raise_for_status(matrix, packed[3 * m :])
+    return DualSolution(names, array, c, rule, matrix, packed, tensor)
+
+
+def solve_present(
+    gram: torch.Tensor, weights: Mapping[str, float], present: Sequence[str], c: float, rule: str
+) -> DualSolution:
+    """`solve_dual` for the objectives `present`; the others, of weight 0, are zeros in its arrays.
+
+    An objective without a loss is left out, as a gradient of zero would attract p.
+
+    Args:
+        gram: [m, m], of all objectives.
+        weights: of all objectives.
+        present: some of their names, in the same order.
+        c, rule: as in `solve_dual`.
+    """
+    names = tuple(weights)
+    if len(present) == len(names):
+        return solve_dual(gram, weights, c, rule)
+    places = [names.index(name) for name in present]
+    part = solve_dual(gram[places][:, places], {name: weights[name] for name in present}, c, rule)
+    return part.among(names)
 
 
 def _as_float64(gram: Array | Sequence[Any]) -> NDArray[np.float64]:
@@ -241,21 +285,15 @@ def _as_float64(gram: Array | Sequence[Any]) -> NDArray[np.float64]:
         raise TypeError(f"`gram` must be a matrix of real numbers ({error}); pass [m, m]") from None
 
 
-def _raise_for_status(matrix: NDArray[np.float64], packed: NDArray[np.float64], m: int) -> None:
-    statuses = packed[..., 3 * m + _STATUS].reshape(-1)
-    broken = np.flatnonzero((statuses >= _NEGATIVE_DIAGONAL) & (statuses <= _NOT_GRAM))
-    if broken.size == 0:
+def _raise_for_status(M: NDArray[np.float64], scalars: NDArray[np.float64]) -> None:
+    status, i, j = (int(scalars[k]) for k in (_STATUS, _ROW, _COLUMN))
+    if not _NEGATIVE_DIAGONAL <= status <= _NOT_GRAM:
         return
-    k = int(broken[0])
-    scalars = packed.reshape(-1, packed.shape[-1])[k, 3 * m :]
-    i, j = int(scalars[_ROW]), int(scalars[_COLUMN])
-    M = matrix.reshape(-1, m, m)[k]
-    where = f"gram[{k}, {{}}, {{}}]" if matrix.ndim == 3 else "gram[{}, {}]"
-    a = f"{where.format(i, j)} = {M[i, j]:g}"
-    if scalars[_STATUS] == _NEGATIVE_DIAGONAL:
+    a = f"gram[{i}, {j}] = {M[i, j]:g}"
+    if status == _NEGATIVE_DIAGONAL:
         rule, cure = "have a non-negative diagonal", "a squared norm cannot be negative"
-    elif scalars[_STATUS] == _ASYMMETRIC:
-        a += f" and {where.format(j, i)} = {M[j, i]:g}"
+    elif status == _ASYMMETRIC:
+        a += f" and gram[{j}, {i}] = {M[j, i]:g}"
         rule, cure = "be symmetric", "pass G @ G.T, or the average with its transpose"
     else:
         a += f" with diagonal entries {M[i, i]:g} and {M[j, j]:g}"

@@ -18,10 +18,18 @@ from raco_fast.checks import check_dense
 from raco_fast.exactness import Exactness
 from raco_fast.graph import ScoreGraph, other_leaves
 from raco_fast.host_memory import HostMemory
-from raco_fast.objective_grad import ObjectiveGrad, Touched, along_p_grad, stand_in_of, touched
-from raco_fast.objective_losses import ordered_losses
-from raco_fast.objectives import check_weights
+from raco_fast.objective_grad import (
+    ObjectiveGrad,
+    Touched,
+    along_p_grad,
+    of_objectives,
+    stand_in_of,
+    touched,
+)
+from raco_fast.objective_losses import given_names, ordered_losses
+from raco_fast.objectives import ReadOnlyWeights, check_weights, weights_of
 from raco_fast.one_backward import one_backward, sensitivities, use_up
+from raco_fast.overflow import clear_overflow
 from raco_fast.segments import Factored
 
 
@@ -42,7 +50,7 @@ class ObjectiveGradients:
         weights: Mapping[str, float] | Sequence[float] | Tensor,
     ) -> None:
         self.names, values = check_weights(weights)
-        self.weights = dict(zip(self.names, values, strict=True))
+        self._weights = dict(zip(self.names, values, strict=True))
         if isinstance(params, Tensor | torch.nn.Module):
             raise TypeError(
                 f"`params` must be an iterable of tensors, got a {type(params).__name__}; "
@@ -56,6 +64,22 @@ class ObjectiveGradients:
         self._open: str | None = None
         self.exactness = Exactness()
         self._memory = HostMemory()
+
+    @property
+    def weights(self) -> ReadOnlyWeights:
+        """Objective name -> weight; set all of them at once, in any order."""
+        return ReadOnlyWeights(self._weights)
+
+    @weights.setter
+    def weights(self, weights: Mapping[str, float] | Sequence[float] | Tensor) -> None:
+        self._weights = weights_of(self.names, weights)
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """The objectives of the next step: all, but those of weight 0 without a backward pass."""
+        if not self._ran or len(self.names) == 1:
+            return self.names
+        return tuple(name for name, w in self._weights.items() if w > 0.0 or name in self._ran)
 
     def parameters(self) -> list[Tensor]:
         """The parameters as they are now, each once."""
@@ -82,34 +106,43 @@ class ObjectiveGradients:
 
         Args:
             losses: objective name -> scalar, or m scalars in weight order. With `scores`, a loss
-                without a graph is allowed: that objective has nothing in this batch.
+                without a graph is allowed: that objective has nothing in this batch. A mapping may
+                leave out an objective of weight 0; if no batch of a step has its loss, the step is
+                solved without it.
             scores: [B] with the graph of a model that `raco_fast.prepare` prepared: one number per
                 sequence, in the order of the batch's rows (`raco_fast.sequences` declares others).
             mode: by default "one_backward" with `scores` and "autograd" without.
         Raises:
             ValueError: unknown mode, or "one_backward" without `scores`; objectives missing or
-                unknown, wrong number, not a scalar, a loss that depends on nothing that requires
-                grad; scores without a graph or of the wrong shape. Nothing has been backpropagated
-                then.
+                unknown, wrong number, not a scalar, a loss (with `scores`: every loss) that depends
+                on nothing that requires grad; scores without a graph or of the wrong shape. Nothing
+                has been backpropagated then.
             TypeError: `losses` is neither a mapping nor a sequence, or a loss is not a tensor.
             RuntimeError: the model was not prepared, or its graph is used up.
         """
         mode = mode or ("autograd" if scores is None else "one_backward")
         if mode not in ("autograd", "one_backward"):
             raise ValueError(f"`mode` must be 'autograd' or 'one_backward', got {mode!r}")
-        ordered = ordered_losses(losses, scores, self.names)
+        given = given_names(losses, self._weights)
+        ordered = ordered_losses(losses, scores, self.names, given)
         if scores is None and mode == "one_backward":
             raise ValueError(
                 "`scores` must be given in mode 'one_backward': the [B] sequence scores that the "
                 "losses are functions of, with their graph"
             )
-        if scores is None or mode == "autograd" or len(ordered) == 1:
-            self._backward_of_each(ordered)
-            return
-        with self.alone():
-            served = self._one_backward(ordered, scores)
-        if not served:
-            self._backward_of_each(ordered)
+        absent = set(self.names) - set(given) - self._ran
+        try:
+            self._propagate(ordered, scores if mode == "one_backward" else None)
+        finally:
+            self._ran -= absent
+
+    def _propagate(self, ordered: list[Tensor], scores: Tensor | None) -> None:
+        if scores is not None and len(ordered) > 1:
+            with self.alone():
+                served = self._one_backward(ordered, scores)
+            if served:
+                return
+        self._backward_of_each(ordered)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -169,7 +202,7 @@ class ObjectiveGradients:
             raise RuntimeError(
                 f"objective({name!r}) was entered inside objective({self._open!r}); close it first"
             )
-        lent = [] if len(self.names) == 1 else self._lend(self.names.index(name))
+        lent = self._lend(self.names.index(name))
         self._open = name
         try:
             yield
@@ -189,6 +222,8 @@ class ObjectiveGradients:
 
     def collect(self, groups: Iterable[Sequence[Tensor]] | None = None) -> list[Touched]:
         """What a step needs: each group's touched parameters and their gradients.
+
+        Of an objective that is not `present` there are none.
 
         Args:
             groups: of the parameters; by default one group of all.
@@ -217,13 +252,17 @@ class ObjectiveGradients:
                 f"step without backward: the objectives {self.names} have no gradients; call "
                 f"backward(losses) or loss.backward() inside `with objective(name):` first"
             )
-        missing = [name for name in self.names if name not in self._ran]
+        present = self.present
+        missing = [name for name in present if name not in self._ran]
         if missing:
             raise RuntimeError(
                 f"the objectives {missing} have had no backward pass since the last zero_grad(); "
                 f"give each one a loss (a zero that keeps the graph, e.g. `0.0 * scores.sum()`, "
-                f"where a batch has nothing for it), or leave it out of `weights`"
+                f"where a batch has nothing for it), or give it weight 0"
             )
+        if len(present) < len(self.names):
+            chosen = [name in present for name in self.names]
+            collected = [of_objectives(one, chosen) for one in collected]
         return collected
 
     def zero(self, set_to_none: bool = True) -> None:
@@ -246,6 +285,9 @@ class ObjectiveGradients:
 
     def _lend(self, index: int) -> list[tuple[Tensor, ObjectiveGrad | None, Tensor | None]]:
         params = self.parameters()
+        clear_overflow(params)
+        if len(self.names) == 1:
+            return []
         self._notice_cleared(params)
         lent = []
         for p in params:
@@ -280,6 +322,7 @@ class ObjectiveGradients:
         graph = self.graph(losses, scores)
         if graph is None:
             return False
+        clear_overflow(self.parameters())
         self._notice_cleared(self.parameters())
         held = {p: stand_in_of(p, self.names) for p in graph.wanted}
         A = sensitivities(losses, scores)

@@ -21,12 +21,16 @@ import torch
 from torch import Tensor
 
 from raco_fast import ops
-from raco_fast.combined import check_max_grad_norm, clip_factor, combine
-from raco_fast.dual import DualSolution, solve_dual
+from raco_fast.clipping import ClippedGrad, clip_factor
+from raco_fast.combined import combine
+from raco_fast.dual import DualSolution, solve_present
 from raco_fast.gradients import ObjectiveGradients
 from raco_fast.graph import ScoreGraph
-from raco_fast.objective_losses import ordered_losses
+from raco_fast.objective_grad import is_zero
+from raco_fast.objective_losses import given_names, ordered_losses
+from raco_fast.objectives import check_max_grad_norm
 from raco_fast.one_backward import arranged, collect, propagate, sensitivities, use_up
+from raco_fast.overflow import clear_overflow, leave_overflow
 from raco_fast.segments import Factored
 from raco_fast.tap import Call
 from raco_fast.uses import Use, cross
@@ -59,24 +63,28 @@ def gram_first(
         on_gradient: called with every parameter as soon as its p.grad is complete, and p.grad is
             freed afterwards: an optimizer that steps here never holds all gradients at once.
     Returns:
-        The solution; where it is not finite, p.grad stays None.
+        The solution; where it is not finite, p.grad is as after `raco_fast.combine`.
     Raises:
         RuntimeError: gradients have been accumulated already: there is no second micro-batch here.
         ValueError, TypeError: as for `ObjectiveGradients.backward` and `raco_fast.combine`.
     """
-    check_max_grad_norm(max_grad_norm)
+    max_grad_norm = check_max_grad_norm(max_grad_norm)
     if scores is None:
         raise ValueError(
             "`scores` must be given: the [B] sequence scores that the losses are functions of"
         )
-    ordered = ordered_losses(losses, scores, gradients.names)
+    given = given_names(losses, gradients.weights)
+    ordered = ordered_losses(losses, scores, gradients.names, given)
     wanted = gradients.trained()
-    if any(p.grad is not None for p in wanted):
+    clear_overflow(wanted)
+    if not all(p.grad is None or is_zero(p.grad) for p in wanted):
         raise RuntimeError(
             "gram_first cannot add to gradients that are there already: the Gram matrix of a sum "
             "over micro-batches needs all of them; call zero_grad() first and pass the whole batch "
             "at once, or accumulate with backward(losses, scores=scores)"
         )
+    for p in wanted:
+        p.grad = None  # zeros of zero_grad(set_to_none=False)
     # A backward pass, its products included, is nothing that autocast should change.
     with torch.autocast(scores.device.type, enabled=False):
         collected = None
@@ -89,18 +97,26 @@ def gram_first(
             if keep_dy and graph.retained:
                 use_up(graph)
             M = ops.within_cauchy_schwarz(collector.gram())
-            solution = solve_dual(M, gradients.weights, c, rule)
+            solution = solve_present(M, gradients.weights, given, c, rule)
             if not solution.finite:
+                if on_gradient is None:
+                    leave_overflow(wanted)
                 return solution
-            factor = clip_factor(float(solution.update_norm), max_grad_norm)
-            coefficients = torch.as_tensor(solution.coefficients) * factor
+            norm = float(solution.update_norm)
+            coefficients = torch.as_tensor(solution.coefficients) * clip_factor(norm, max_grad_norm)
             if keep_dy:
                 collector.combine(coefficients, on_gradient)
             else:
                 _ordinary_pass(graph, coefficients @ A, on_gradient)
+            if max_grad_norm is not None:
+                for p in wanted:
+                    if p.grad is not None:
+                        p.grad = ClippedGrad.of(p.grad, norm, max_grad_norm)
             return solution
     gradients.backward(losses, scores=scores, mode="autograd")
     solution = combine(gradients, c=c, rule=rule, max_grad_norm=max_grad_norm)
+    if on_gradient is not None and not solution.finite:
+        gradients.zero()
     for p in wanted:
         if p.grad is not None:
             _hand_over(p, on_gradient)

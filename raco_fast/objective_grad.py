@@ -8,13 +8,14 @@ finds and unscales all m buffers, and code that reads p.grad as if there were on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, compress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from raco_fast.clipping import plain
 from raco_fast.host_memory import HostMemory
 
 _aten = torch.ops.aten
@@ -22,14 +23,21 @@ _IN_PLACE_ON_LISTS = (
     _aten._amp_foreach_non_finite_check_and_unscale_.default,
     _aten._foreach_zero_.default,
 )
+# What `model.to`, `half`, `cuda`, `to_empty` ... make of a gradient.
+_CONVERSIONS = (
+    _aten._to_copy.default,
+    _aten.empty_like.default,
+    _aten.clone.default,
+    _aten._pin_memory.default,
+)
 
 
 class ObjectiveGrad(torch.Tensor):
     """The gradients of several objectives at one parameter.
 
     A tensor of p's shape, dtype and device without storage; `buffers` are the m real gradients
-    (None: that objective did not touch p). Zeroing and GradScaler's unscaling reach every buffer;
-    any other operation raises RuntimeError.
+    (None: that objective did not touch p). Zeroing, GradScaler's unscaling and the conversions of
+    a module (`model.to`, ...) reach every buffer; any other operation raises RuntimeError.
     """
 
     objectives: tuple[str, ...]  # not `names`: torch 2.11's named tensors own that attribute
@@ -47,6 +55,27 @@ class ObjectiveGrad(torch.Tensor):
         grad.objectives = objectives
         grad.buffers = [None] * len(objectives)
         return grad
+
+    @property
+    def data(self) -> Tensor:
+        """As torch's. `model.to` sets it to a converted gradient, whose buffers count then."""
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined,no-any-return]
+
+    @data.setter
+    def data(self, converted: Tensor) -> None:
+        if not isinstance(converted, ObjectiveGrad):
+            raise TypeError(
+                f"p.grad holds one gradient per objective {self.objectives}, so its `data` cannot "
+                f"be one gradient, got a {type(converted).__name__}; set p.grad itself"
+            )
+        torch.Tensor.data.__set__(self, converted)  # type: ignore[attr-defined]
+        self.buffers = converted.buffers
+
+    def share_memory_(self) -> ObjectiveGrad:
+        """As torch's, for every buffer."""
+        for buffer in self.present:
+            buffer.share_memory_()  # type: ignore[no-untyped-call]
+        return self
 
     @property
     def present(self) -> list[Tensor]:
@@ -93,21 +122,31 @@ class ObjectiveGrad(torch.Tensor):
             nested = [g.present if isinstance(g, ObjectiveGrad) else [g] for g in args[0]]
             flat = [buffer for buffers in nested for buffer in buffers]
             return func(flat, *args[1:], **(kwargs or {})) if flat else None
+        if func in _CONVERSIONS:
+            return args[0]._converted(lambda g: func(g, *args[1:], **(kwargs or {})))
         names = next((a.objectives for a in args if isinstance(a, ObjectiveGrad)), ())
         raise RuntimeError(
             f"p.grad holds one gradient per objective {names}, so {func} is not defined on it; "
             f"call loss.backward() inside `with opt.objective(name):`, clip with max_grad_norm=, "
-            f"and read the gradients with opt.gradients.of(p)"
+            f"read the gradients with opt.gradients.of(p), and call zero_grad() before a model is "
+            f"converted in such a way"
         )
+
+    def _converted(self, convert: Callable[[Tensor], Tensor]) -> ObjectiveGrad:
+        buffers = [None if g is None else convert(g) for g in self.buffers]
+        like = next((g for g in buffers if g is not None), None)
+        if like is None:
+            like = convert(torch.empty(self.shape, dtype=self.dtype, device=self.device))
+        converted = ObjectiveGrad(like, self.objectives)
+        converted.buffers = buffers
+        return converted
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         touched = [n for n, g in zip(self.objectives, self.buffers, strict=True) if g is not None]
         return f"ObjectiveGrad(shape={list(self.shape)}, objectives={touched})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ObjectiveGrad:
-        copy = ObjectiveGrad(self, self.objectives)
-        copy.buffers = [None if g is None else g.clone() for g in self.buffers]
-        memo[id(self)] = copy
+        memo[id(self)] = copy = self._converted(torch.clone)
         return copy
 
 
@@ -127,15 +166,16 @@ def stand_in_of(p: Tensor, names: tuple[str, ...]) -> ObjectiveGrad | None:
     grad = p.grad
     if grad is None:
         return None
-    if type(grad) is Tensor and grad.layout == torch.strided and not grad.any():
+    if not isinstance(grad, ObjectiveGrad) and is_zero(grad):
         # Zeros are the same gradient whichever objective they belong to.
         p.grad = held = ObjectiveGrad(p, names)
-        held.buffers[0] = grad
+        held.buffers[0] = plain(grad)
         return held
     if not isinstance(grad, ObjectiveGrad):
         raise RuntimeError(
-            f"p.grad of a parameter of shape {list(p.shape)} was filled outside of an objective, "
-            f"so it is not known which of {names} it belongs to; use backward(losses) or "
+            f"p.grad of a parameter of shape {list(p.shape)} was filled outside of an objective "
+            f"(by a plain loss.backward(), or it is the direction of combine or gram_first), so it "
+            f"is not known which of {names} it belongs to; use backward(losses) or "
             f"`with objective(name): loss.backward()`, and zero_grad() before the next step"
         )
     if grad.objectives != names:
@@ -144,6 +184,14 @@ def stand_in_of(p: Tensor, names: tuple[str, ...]) -> ObjectiveGrad | None:
             f"{grad.objectives}, not of {names}; call zero_grad() of their owner first"
         )
     return grad
+
+
+def is_zero(grad: Tensor) -> bool:
+    """Whether a gradient, or each of a stand-in's, is dense and zero; waits for the device."""
+    if isinstance(grad, ObjectiveGrad):
+        return all(map(is_zero, grad.present))
+    grad = plain(grad)
+    return type(grad) is Tensor and grad.layout == torch.strided and not grad.any()
 
 
 def touched(params: Sequence[Tensor], names: tuple[str, ...]) -> Touched | None:
@@ -163,7 +211,18 @@ def touched(params: Sequence[Tensor], names: tuple[str, ...]) -> Touched | None:
 def along_p_grad(params: Sequence[Tensor]) -> Touched:
     """What p.grad itself holds, as the gradients of one objective."""
     held = [p for p in params if p.grad is not None]
-    return Touched(held, [[p.grad for p in held]])
+    return Touched(held, [[plain(p.grad) for p in held]])  # type: ignore[arg-type]
+
+
+def of_objectives(touched: Touched, chosen: Sequence[bool]) -> Touched:
+    """The same without the gradients of the other objectives, and what only those touch."""
+    chosen_lists = compress(touched.grads, chosen)
+    held = [any(g is not None for g in column) for column in zip(*chosen_lists, strict=True)]
+    grads = [
+        [g if kept else None for g in compress(one, held)]
+        for one, kept in zip(touched.grads, chosen, strict=True)
+    ]
+    return Touched(list(compress(touched.params, held)), grads)
 
 
 def joined(groups: Sequence[Touched]) -> Touched:

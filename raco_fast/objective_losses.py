@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from raco_fast.one_backward import check_scores
 
 
 def ordered_losses(
-    losses: Mapping[str, Tensor] | Sequence[Tensor], scores: Tensor | None, names: tuple[str, ...]
+    losses: Mapping[str, Tensor] | Sequence[Tensor],
+    scores: Tensor | None,
+    names: tuple[str, ...],
+    given: tuple[str, ...] | None = None,
 ) -> list[Tensor]:
     """The losses of the objectives `names`, in that order; see `ObjectiveGradients.backward`.
 
     Args:
         losses: name -> scalar, or one scalar for each name.
-        scores: [B] with a graph, or None; with scores a loss may be a constant.
+        scores: [B] with a graph, or None; with scores a loss may be a constant, but not every one.
         names: of the objectives.
+        given: see `given_names`; the loss of another one is a constant. None: all.
     Raises:
         ValueError: objectives missing or unknown, wrong number, not a scalar, no graph.
         TypeError: neither a mapping nor a sequence, or a loss that is not a tensor.
@@ -25,14 +30,16 @@ def ordered_losses(
     if scores is not None:
         check_scores(scores)
     if isinstance(losses, Mapping):
-        missing = [name for name in names if name not in losses]
+        given = names if given is None else given
+        missing = [name for name in given if name not in losses]
         unknown = [name for name in losses if name not in names]
         if missing or unknown:
             raise ValueError(
                 f"`losses` must have exactly the objectives {names}, "
                 f"missing {missing}, unknown {unknown}; correct the keys or `weights`"
             )
-        ordered = [losses[name] for name in names]
+        nothing = torch.zeros(())
+        ordered = [losses[name] if name in given else nothing for name in names]
     elif isinstance(losses, Sequence):
         if len(losses) != len(names):
             raise ValueError(f"`losses` must hold one loss for each of {names}, got {len(losses)}")
@@ -43,8 +50,24 @@ def ordered_losses(
             f"got {type(losses).__name__}; write {{{names[0]!r}: loss, ...}}"
         )
     for name, loss in zip(names, ordered, strict=True):
-        _check_loss(name, loss, constants=scores is not None)
+        if given is None or name in given:
+            _check_loss(name, loss, constants=scores is not None)
+    if not any(loss.requires_grad for loss in ordered):
+        raise ValueError(
+            f"`losses` must have at least one that requires grad, got constants for all of "
+            f"{given or names}, so there is nothing to learn from; compute them from `scores`, "
+            f"outside of torch.no_grad() and without detaching, or leave this batch out"
+        )
     return ordered
+
+
+def given_names(
+    losses: Mapping[str, Tensor] | Sequence[Tensor], weights: Mapping[str, float]
+) -> tuple[str, ...]:
+    """The objectives that must have a loss: not those of weight 0 that a mapping leaves out."""
+    if not isinstance(losses, Mapping):
+        return tuple(weights)
+    return tuple(name for name, weight in weights.items() if weight > 0.0 or name in losses)
 
 
 def _check_loss(name: str, loss: Tensor, constants: bool) -> None:

@@ -1,4 +1,4 @@
-"""What a user asks of the dual problem: the objectives' weights, the radius c, the rule.
+"""What a user asks of the direction: the objectives' weights, the radius c, the rule, the clip.
 
 The checks are made here once, and say which rule was broken and what to do.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 import torch
@@ -37,6 +37,67 @@ def check_weights(weights: Weights) -> tuple[tuple[str, ...], tuple[float, ...]]
     """
     names, values, _ = checked_weights(weights)
     return names, values
+
+
+class ReadOnlyWeights(dict[str, float]):
+    """Objective name -> weight, to look at; whoever wants others sets all of them at once.
+
+    Weights mean something together (they sum to 1), so one cannot be edited alone, and a copy
+    would take the edit without a word. Copies and pickles are plain dicts.
+    """
+
+    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+        raise TypeError(
+            f"`weights` cannot be edited in place, got an edit of {dict(self)}; set all of them: "
+            f"weights = {{**weights, name: value, ...}}, with sum 1"
+        )
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[type[dict[str, float]], tuple[dict[str, float]]]:
+        return dict, (dict(self),)
+
+
+def weights_of(names: tuple[str, ...], weights: Weights) -> dict[str, float]:
+    """New weights of the objectives `names`, in their order.
+
+    Args:
+        names: of the objectives, which stay the same.
+        weights: a mapping from these names, in any order, or m weights in the order of `names`.
+    Raises:
+        TypeError, ValueError: as `check_weights`, or other objectives.
+    """
+    given, values = check_weights(weights)
+    if not isinstance(weights, Mapping) and len(values) == len(names):
+        given = names
+    found = dict(zip(given, values, strict=True))
+    missing = [name for name in names if name not in found]
+    unknown = [name for name in found if name not in names]
+    if missing or unknown:
+        raise ValueError(
+            f"`weights` must be of the objectives {names}, got {found}: missing {missing}, unknown "
+            f"{unknown}; a weight of 0 leaves an objective out, new ones need a new optimizer"
+        )
+    return {name: found[name] for name in names}
+
+
+def check_max_grad_norm(max_grad_norm: float | None) -> float | None:
+    """The limit of the gradient's norm; an error unless it is None or a positive number."""
+    if max_grad_norm is None:
+        return None
+    try:
+        value = math.fsum((max_grad_norm,))  # refuses strings, which float() would read
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"`max_grad_norm` must be a number or None, got {max_grad_norm!r}; 1.0 is usual"
+        ) from None
+    if not value > 0.0:
+        raise ValueError(
+            f"`max_grad_norm` must be a positive number, got {max_grad_norm}; "
+            f"None switches clipping off"
+        )
+    return value
 
 
 def check_c(c: float) -> float:

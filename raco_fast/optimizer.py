@@ -16,26 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
 
 from raco_fast import dispatch, ops
-from raco_fast.combined import check_max_grad_norm, clip_factor
-from raco_fast.dual import DualSolution, solve_dual
-from raco_fast.gradients import ObjectiveGradients
+from raco_fast.clipping import clip_factor
+from raco_fast.direction import Direction, refuse_scaled
+from raco_fast.dual import DualSolution, solve_dual, solve_present
 from raco_fast.gram_first import gram_first
 from raco_fast.objective_grad import Touched, along_p_grad, joined
-from raco_fast.objectives import check_c, check_rule
-from raco_fast.param_groups import Part, by_rounding, options_of
+from raco_fast.param_groups import Part, options_of, parts, stepping
 from raco_fast.reference import Gradients
-from raco_fast.rounding import check_rounding, check_seed
+from raco_fast.settings import AdamWWithSettings, check_group
 
 if TYPE_CHECKING:
     from raco_fast.device_step import DeviceStep
 
-_OWN_STATE = "raco"  # key of our part of a state_dict; torch.optim.AdamW reads past it
 
-
-class ClippedCAGradAdamW(AdamW):
+class ClippedCAGradAdamW(AdamWWithSettings):
     """AdamW on the CAGrad-Clip combination of several objectives' gradients.
 
     With one objective and c = 0 it is `torch.optim.AdamW` (a plain `loss.backward()` then counts
@@ -53,6 +49,11 @@ class ClippedCAGradAdamW(AdamW):
     A step with a non-finite Gram changes no parameter and no state: `skipped_steps` counts it and
     `solution.finite` is False. GradScaler works as with any optimizer: scale each loss, then
     `scaler.step(opt)`; also with `scaler.unscale_(opt)`.
+
+    The settings `weights`, `c`, `rule`, `max_grad_norm`, `rounding` and `seed` are attributes that
+    may be set between steps, and are checked then: `opt.weights = {"helpful": 0.7, ...}`. An
+    objective of weight 0 needs no loss; a step without one is solved for the others, and has zeros
+    for it in `solution`.
 
     Args:
         params: parameters or parameter groups (own lr, betas, eps, weight_decay, ... per group).
@@ -100,17 +101,11 @@ class ClippedCAGradAdamW(AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        self.c = check_c(c)
-        self.rule = check_rule(rule)
-        check_max_grad_norm(max_grad_norm)
-        self.gradients = ObjectiveGradients(self._parameters, weights)
-        self.max_grad_norm = max_grad_norm
-        self.rounding = check_rounding(rounding)
-        self.seed = check_seed(seed)
+        self.settle(weights, c, rule, max_grad_norm, rounding, seed)
         self._solution: DualSolution | None = None
         self._skipped_on_host = 0
         self._on_device: DeviceStep | None = None
-        self._along_p_grad = False
+        self._direction: Direction | None = None
         super().__init__(
             params,
             lr,
@@ -129,22 +124,6 @@ class ClippedCAGradAdamW(AdamW):
     def objective_names(self) -> tuple[str, ...]:
         """The objectives in the order of every [m] and [m, m] array in `solution`."""
         return self.gradients.names
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Objective name -> weight."""
-        return self.gradients.weights
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; the group may have an own "rounding".
-
-        Raises:
-            ValueError: `rounding` is unknown, or not "nearest" in a differentiable group.
-        """
-        if isinstance(param_group, dict):  # else torch's error
-            group = {**self.defaults, "rounding": self.rounding, **param_group}
-            check_rounding(group["rounding"], group["differentiable"])
-        super().add_param_group(param_group)
 
     @property
     def solution(self) -> DualSolution | None:
@@ -183,15 +162,23 @@ class ClippedCAGradAdamW(AdamW):
             step_in_backward: of "gram_first": update each parameter as soon as its gradient exists
                 and free the gradient; `step()` then has nothing left to do. Not with GradScaler,
                 which has to see the gradients first.
+        Raises:
+            RuntimeError: p.grad still holds the common direction of an earlier "gram_first"; or
+                `step_in_backward` with losses that a GradScaler has scaled.
         """
         if mode != "gram_first":
             if keep_dy or step_in_backward:
                 raise ValueError(
                     f"`keep_dy` and `step_in_backward` need mode='gram_first', got mode={mode!r}"
                 )
+            self._leave_direction()
             self.gradients.backward(losses, scores=scores, mode=mode)
             return
-        self._solution = gram_first(
+        on_gradient = None
+        if step_in_backward:
+            refuse_scaled(losses)
+            on_gradient = stepping(self.param_groups, self.state, self.rounding, self.seed)
+        self._solution = solution = gram_first(
             self.gradients,
             losses,
             scores,
@@ -199,19 +186,22 @@ class ClippedCAGradAdamW(AdamW):
             rule=self.rule,
             max_grad_norm=self.max_grad_norm if step_in_backward else None,
             keep_dy=keep_dy,
-            on_gradient=self._step_one if step_in_backward else None,
+            on_gradient=on_gradient,
         )
-        self._along_p_grad = True
+        self._direction = Direction(
+            self._parameters(), finite=bool(solution.finite), taken=step_in_backward
+        )
 
     def objective(self, name: str) -> AbstractContextManager[None]:
         """Backward passes inside the block belong to `name`; see `ObjectiveGradients.objective`."""
+        self._leave_direction()
         return self.gradients.objective(name)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear p.grad and with it the accumulated gradients of every objective."""
         super().zero_grad(set_to_none)
         self.gradients.forget()
-        self._along_p_grad = False
+        self._direction = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Solve for the common direction and take one AdamW step along it.
@@ -223,27 +213,39 @@ class ClippedCAGradAdamW(AdamW):
             The closure's result, or None.
         Raises:
             RuntimeError: several objectives, and one has had no backward pass since the gradients
-                were zeroed, or p.grad was filled outside of any objective.
+                were zeroed, or p.grad was filled outside of any objective; or a GradScaler steps
+                after `step_in_backward`.
             TypeError: a sparse gradient.
         """
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
-            self._step()
+        try:
+            with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
+                self._step()
+        except (RuntimeError, TypeError, ValueError):
+            # GradScaler deletes these after a step that returns, and multiplies by those it finds.
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
+            raise
         return result
 
     def _step(self) -> None:
-        if self._along_p_grad:
-            self._step_along_p_grad()
+        for group in self.param_groups:
+            check_group(group)
+        if self._direction is not None and self._direction.holds(self._parameters()):
+            self._step_along(self._direction)
             return
+        self._direction = None
         groups = self.gradients.collect(group["params"] for group in self.param_groups)
         params, grads = joined(groups)
         obstacle: str | None = "a parameter group has capturable=False"
         if all(group["capturable"] for group in self.param_groups):
             options = [options_of(group) for group in self.param_groups]
             obstacle = dispatch.device_obstacle(grads, params, options)
+        if self.gradients.present != self.objective_names:
+            obstacle = "an objective of weight 0 has no loss"
         if obstacle is None:
             self._step_on_device(groups, grads, params[0].device)
         elif params and params[0].is_cuda and torch.cuda.is_current_stream_capturing():
@@ -258,20 +260,27 @@ class ClippedCAGradAdamW(AdamW):
         """The general step: one wait for the device, for the Gram matrix."""
         self._leave_device()
         M, scale = self._gram(grads)
-        self._solution = solution = solve_dual(M, self.weights, self.c, self.rule)
+        present = self.gradients.present
+        self._solution = solution = solve_present(M, self.weights, present, self.c, self.rule)
         self._update(groups, solution, scale)
 
-    def _step_along_p_grad(self) -> None:
+    def _leave_direction(self) -> None:
+        if self._direction is not None:
+            self._direction.check_cleared(self._parameters())
+            self._direction = None
+
+    def _step_along(self, direction: Direction) -> None:
         """After mode "gram_first": p.grad holds the common direction already."""
-        self._along_p_grad = False
+        direction.check_unscaled(getattr(self, "grad_scale", None))
         self._leave_device()
-        groups = [along_p_grad(group["params"]) for group in self.param_groups]
-        params, grads = joined(groups)
-        if self._solution is not None and not self._solution.finite:
+        if not direction.finite:
             self._skipped_on_host += 1
-        elif params:
-            M, scale = self._gram(grads)
+        elif not direction.taken:
+            groups = [along_p_grad(group["params"]) for group in self.param_groups]
+            M, scale = self._gram(joined(groups).grads)
             self._update(groups, solve_dual(M, [1.0], c=0.0), scale)
+            return  # the same gradients may be stepped along again, as with AdamW
+        self._direction = None
 
     def _gram(self, grads: Gradients) -> tuple[Tensor, float]:
         """(Gram of the unscaled gradients, GradScaler's factor that is still in them)."""
@@ -294,17 +303,6 @@ class ClippedCAGradAdamW(AdamW):
         coefficients = torch.as_tensor(solution.coefficients) * (factor / scale)
         for part in self._parts(groups):
             part.update(coefficients)
-
-    def _step_one(self, p: Tensor) -> None:
-        """AdamW of one parameter along its p.grad."""
-        group = next(g for g in self.param_groups if any(p is q for q in g["params"]))
-        place = next(k for k, q in enumerate(self._parameters()) if p is q)
-        # One parameter is one call, so each needs a seed of its own, as each group has elsewhere.
-        seed = self.seed + len(self.param_groups) + place
-        ((rounding, alone),) = by_rounding(along_p_grad([p]), self._rounding_of(group))
-        with torch.no_grad():
-            part = Part(alone, self.state, group, rounding, seed)
-            part.update(torch.ones(1, dtype=torch.float64))
 
     def _step_on_device(
         self, groups: Sequence[Touched], grads: Gradients, device: torch.device
@@ -335,66 +333,15 @@ class ClippedCAGradAdamW(AdamW):
             self._on_device = None
 
     def _parts(self, groups: Sequence[Touched]) -> Iterator[Part]:
-        """Every group's touched parameters, those apart that are rounded otherwise."""
-        for i, (group, touched) in enumerate(zip(self.param_groups, groups, strict=True)):
-            for rounding, part in by_rounding(touched, self._rounding_of(group)):
-                yield Part(part, self.state, group, rounding, self.seed + i)
-
-    def _rounding_of(self, group: dict[str, Any]) -> str:
-        name: str = group.get("rounding", self.rounding)
-        return name
+        return parts(self.param_groups, groups, self.state, self.rounding, self.seed)
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def state_dict(self) -> dict[str, Any]:
-        """AdamW's state_dict plus the key "raco" (weights, c, rule, ...), which AdamW ignores."""
-        state_dict: dict[str, Any] = super().state_dict()
-        state_dict[_OWN_STATE] = {
-            "weights": dict(self.weights),
-            "c": self.c,
-            "rule": self.rule,
-            "max_grad_norm": self.max_grad_norm,
-            "rounding": self.rounding,
-            "seed": self.seed,
-            "skipped_steps": self.skipped_steps,
-        }
-        return state_dict
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state_dict of this class or of `torch.optim.AdamW`.
-
-        As torch does for lr, the saved weights, c, rule, max_grad_norm, rounding and seed replace
-        the constructor's; a checkpoint of AdamW has none, and the constructor's stay.
-
-        Raises:
-            ValueError: the checkpoint is for other objectives (nothing has been loaded then), or
-                its parameter groups do not fit.
-        """
-        own = state_dict.get(_OWN_STATE)
-        if own is not None and tuple(own["weights"]) != self.objective_names:
-            raise ValueError(
-                f"`state_dict` is of an optimizer for the objectives {tuple(own['weights'])}, this "
-                f"one has {self.objective_names}; build it with the checkpoint's `weights`, or "
-                f"delete state_dict[{_OWN_STATE!r}] to keep only AdamW's state"
-            )
-        super().load_state_dict(state_dict)
-        if own is not None:
-            self.gradients.weights = dict(own["weights"])
-            self.c = own["c"]
-            self.rule = own["rule"]
-            self.max_grad_norm = own["max_grad_norm"]
-            self.rounding = own["rounding"]
-            self.seed = own["seed"]
-            self.skipped_steps = own["skipped_steps"]
-
     def __getstate__(self) -> dict[str, Any]:
-        names = ("gradients", "c", "rule", "max_grad_norm", "rounding", "seed")
-        own = {name: getattr(self, name) for name in names}
         of_steps = {"_solution": self.solution, "_skipped_on_host": self.skipped_steps}
         # A copy begins without gradients, wherever they are: on the device or in p.grad.
-        fresh = {"_on_device": None, "_along_p_grad": False}
-        return {**super().__getstate__(), **own, **of_steps, **fresh}
+        return {**super().__getstate__(), **of_steps, "_on_device": None, "_direction": None}
 
     def __repr__(self) -> str:
         backends = [
@@ -402,7 +349,7 @@ class ClippedCAGradAdamW(AdamW):
             for group in self.param_groups
         ]
         own = {
-            "weights": self.weights,
+            "weights": dict(self.weights),
             "c": self.c,
             "rule": self.rule,
             "max_grad_norm": self.max_grad_norm,
@@ -410,4 +357,5 @@ class ClippedCAGradAdamW(AdamW):
             "backend": ", ".join(dict.fromkeys(backends)),
         }
         lines = "".join(f"{name}: {value}\n" for name, value in own.items())
-        return super().__repr__().removesuffix(")") + lines + ")"
+        groups = super().__repr__().replace("    raco: None\n", "")
+        return groups.removesuffix(")") + lines + ")"

@@ -1,8 +1,8 @@
-"""The parameters of one group that are updated together, with their AdamW states."""
+"""Which parameters of the groups are updated together, with their AdamW states."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from raco_fast import ops
-from raco_fast.objective_grad import Touched
+from raco_fast.objective_grad import Touched, along_p_grad
 from raco_fast.reference import AdamWOptions
 from raco_fast.rounding import WITH_RESIDUAL, Rounding
 
@@ -76,6 +76,49 @@ class Part:
 
     def _all(self, name: str) -> Sequence[Tensor]:
         return [state[name] for state in self._states]
+
+
+def parts(
+    groups: Sequence[dict[str, Any]],
+    touched: Sequence[Touched],
+    state: Mapping[Tensor, dict[str, Tensor]],
+    rounding: str,
+    seed: int,
+) -> Iterator[Part]:
+    """Every group's touched parameters, those apart that are rounded otherwise.
+
+    Args:
+        groups: the optimizer's.
+        touched: of each group.
+        state: the optimizer's.
+        rounding: of groups that have none of their own.
+        seed: of stochastic rounding.
+    """
+    for i, (group, of_group) in enumerate(zip(groups, touched, strict=True)):
+        for name, part in by_rounding(of_group, group.get("rounding", rounding)):
+            yield Part(part, state, group, name, seed + i)
+
+
+def stepping(
+    groups: Sequence[dict[str, Any]],
+    state: Mapping[Tensor, dict[str, Tensor]],
+    rounding: str,
+    seed: int,
+) -> Callable[[Tensor], None]:
+    """A function that takes the AdamW step of one parameter along its p.grad; see `parts`."""
+    places: dict[int, tuple[dict[str, Any], int]] = {}
+    for group in groups:
+        for p in group["params"]:
+            # One parameter is one call, so each needs a seed of its own, as each group has else.
+            places[id(p)] = group, seed + len(groups) + len(places)
+
+    @torch.no_grad()
+    def step(p: Tensor) -> None:
+        group, own_seed = places[id(p)]
+        ((name, alone),) = by_rounding(along_p_grad([p]), group.get("rounding", rounding))
+        Part(alone, state, group, name, own_seed).update(torch.ones(1, dtype=torch.float64))
+
+    return step
 
 
 def by_rounding(touched: Touched, rounding: str) -> list[tuple[str, Touched]]:

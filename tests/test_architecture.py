@@ -16,7 +16,7 @@ PACKAGE = ROOT / "raco_fast"
 # From the ground up; a module may import from lower layers only. Inside `dpo` and `demo` the order
 # of the list is the order of the road that data takes.
 LAYERS = [
-    ["_C", "kernels", "rounding", "host_memory", "report", "weight_grad"],
+    ["_C", "kernels", "rounding", "host_memory", "report", "weight_grad", "clipping", "overflow"],
     ["layout", "reference", "objective_grad", "objectives"],
     ["triton_numbers", "triton_weight_grad"],
     ["cpu", "triton_backend", "checks"],
@@ -31,7 +31,7 @@ LAYERS = [
     ["spot_check", "objective_losses"],
     ["exactness"],
     ["gradients", "device_step"],
-    ["param_groups"],
+    ["param_groups", "direction", "settings"],
     ["combined"],
     ["gram_first"],
     ["verification"],

@@ -318,16 +318,39 @@ def test_bad_rule(rule: Any) -> None:
             ValueError,
             r"\|M_ij\| <= sqrt\(M_ii M_jj\), got gram\[1, 0\] = 3",
         ),
-        (
-            [np.eye(2), [[1.0, 0.5], [0.0, 1.0]]],
-            ValueError,
-            r"symmetric, got gram\[1, 1, 0\] = 0 and",
-        ),
     ],
 )
 def test_bad_gram(gram: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         solve_dual(gram, [0.2, 0.8], 0.4)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("broken", "status"),
+    [
+        ([[np.nan, 0.0], [0.0, 1.0]], "non_finite"),
+        ([[1.0, np.inf], [np.inf, 1.0]], "non_finite"),
+        ([[-1.0, 0.0], [0.0, 1.0]], "negative_diagonal"),
+        ([[1.0, 0.5], [0.25, 1.0]], "asymmetric"),
+        ([[1.0, 3.0], [3.0, 4.0]], "not_gram"),
+    ],
+)
+def test_what_is_wrong_with_one_problem_stays_in_it(broken: Any, status: str, rule: str) -> None:
+    kept, names = solve_dual(WITNESS, [0.2, 0.8], 0.5, rule), ("p", "p_clipped", "coefficients")
+    scalars = ("gap", "value", "g0_norm", "gp_norm", "update_norm")
+    batch = solve_dual(np.stack([WITNESS, np.array(broken), WITNESS]), [0.2, 0.8], 0.5, rule)
+    assert batch.status.tolist() == ["ok", status, "ok"]
+    assert kept.status == "ok"
+    for name in (*names, *scalars):
+        values = getattr(batch, name)
+        assert np.isnan(values[1]).all(), name
+        np.testing.assert_array_equal(values[[0, 2]], [getattr(kept, name)] * 2, name)
+    assert batch.finite.tolist() == [True, status != "non_finite", True]
+    assert batch.converged.tolist() == [True, False, True]
+    assert batch.clip_active.tolist() == [kept.clip_active, False, kept.clip_active]
+    if status == "non_finite":
+        assert solve_dual(broken, [0.2, 0.8], 0.5, rule).status == status
 
 
 def test_rounding_of_a_float32_gram_is_no_error() -> None:

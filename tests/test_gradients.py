@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raco_fast.gradients import ObjectiveGradients
 from raco_fast.objective_grad import ObjectiveGrad
+from raco_fast.optimizer import ClippedCAGradAdamW
 
 WEIGHTS = {"a": 0.5, "b": 0.3, "c": 0.2}
 
@@ -332,6 +333,34 @@ def test_wrong_losses():
     with pytest.raises(ValueError, match=r"nothing that requires grad.*`0\.0 \* scores\.sum\(\)`"):
         gradients.backward({**good, "c": torch.tensor(0.0)})
     assert all(p.grad is None for p in model.parameters())
+
+
+def constants_by_no_grad(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return losses_of(model, x)
+
+
+def detached(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    return {name: loss.detach() for name, loss in losses_of(model, x).items()}
+
+
+def zeros(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    return dict.fromkeys(WEIGHTS, torch.zeros(()))
+
+
+@pytest.mark.parametrize("arrange", [dict, lambda d: list(d.values())])
+@pytest.mark.parametrize("made", [constants_by_no_grad, detached, zeros])
+@pytest.mark.parametrize("mode", [None, "one_backward", "autograd", "gram_first"])
+def test_constants_for_every_objective_are_refused(mode, made, arrange):
+    model, x = network(), batch()
+    opt = ClippedCAGradAdamW(model.parameters(), weights=WEIGHTS)
+    losses, scores = arrange(made(model, x)), model(x).sum(1)
+    message = r"at least one that requires grad, got constants for all of .*torch\.no_grad\(\)"
+    with pytest.raises(ValueError, match=message):
+        opt.backward(losses, scores=scores, mode=mode)
+    assert all(p.grad is None for p in model.parameters())
+    some = dict(zip(WEIGHTS, [0.0 * scores.sum(), *zeros(model, x).values()], strict=False))
+    opt.backward(some, scores=scores, mode="autograd")  # nothing for some of them is allowed
 
 
 def test_wrong_objective_names_and_nesting():

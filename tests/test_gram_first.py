@@ -258,7 +258,7 @@ def test_without_one_backward_the_gradients_are_handed_over_as_well(m, keep_dy):
 
 
 @WAYS
-def test_a_gram_that_is_not_finite_leaves_no_gradient(lm, keep_dy):
+def test_a_gram_that_is_not_finite_leaves_no_gradient_to_step_along(lm, keep_dy):
     model, batch = lm.build(), lm.batch()
     raco_fast.prepare(model, strict=True)
     gradients = ObjectiveGradients(model.parameters(), WEIGHTS)
@@ -267,6 +267,15 @@ def test_a_gram_that_is_not_finite_leaves_no_gradient(lm, keep_dy):
     losses[1] = losses[1] * torch.inf
     solution = gram_first(gradients, losses, scores, keep_dy=keep_dy)
     assert not solution.finite
+    assert all(p.grad.isnan().all() for p in model.parameters())
+    torch.optim.SGD(model.parameters()).step()
+    assert all(p.grad is None for p in model.parameters())
+    handed_over = []
+    scores = lm.by_head(model, batch)
+    losses = lm.losses(scores)
+    losses[1] = losses[1] * torch.inf
+    gram_first(gradients, losses, scores, keep_dy=keep_dy, on_gradient=handed_over.append)
+    assert handed_over == []
     assert all(p.grad is None for p in model.parameters())
 
 

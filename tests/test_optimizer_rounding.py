@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 from raco_fast import dispatch, reference
 from raco_fast.dpo.config import TrainConfig
 from raco_fast.optimizer import ClippedCAGradAdamW
+from raco_fast.param_groups import stepping
 from raco_fast.rounding import ROUNDINGS, WITH_RESIDUAL
 
 WEIGHTS = {"helpful": 0.3, "harmless": 0.7}
@@ -187,9 +188,10 @@ def test_groups_and_steps_draw_different_noise():
 def test_parameters_that_are_updated_one_by_one_draw_different_noise():
     params = [nn.Parameter(torch.ones(500, dtype=bf16)) for _ in range(3)]
     opt = ClippedCAGradAdamW(params, lr=1e-3, weights=[1.0], c=0.0, rounding="stochastic")
+    step = stepping(opt.param_groups, opt.state, opt.rounding, opt.seed)  # of step_in_backward
     for p in params:
         p.grad = torch.ones_like(p)
-        opt._step_one(p)  # what mode "gram_first" with step_in_backward calls
+        step(p)
     moved = [p.detach() != 1 for p in params]
     for i, a in enumerate(moved):
         assert 0.1 < a.double().mean() < 0.9

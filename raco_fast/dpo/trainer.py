@@ -193,6 +193,9 @@ class Trainer:
         (hinge) can be NaN with a finite gradient.
         """
         honest = {name: loss * (1 + 0 * loss.detach()) for name, loss in losses.items()}
+        if not any(loss.requires_grad for loss in honest.values()):
+            # A micro-batch of ties only: gradients of zero, where constants alone would be refused.
+            honest = {name: loss + 0.0 * logps.sum() for name, loss in honest.items()}
         mode = {"auto": "one_backward"}.get(self.config.gradient_mode, self.config.gradient_mode)
         self.state.optimizer.backward(honest, scores=logps, mode=mode)
 

@@ -201,6 +201,25 @@ def test_the_evaluation_at_step_0_is_that_of_the_untrained_policy(make_config):
         assert runner.held_out.evaluate(runner.model) == runner.held_out.evaluate_reference()
 
 
+@pytest.mark.parametrize("mode", ["auto", "autograd"])
+def test_a_micro_batch_of_ties_adds_nothing(runs, make_config, write_pairs, tmp_path, mode):
+    file = write_pairs("pairs.jsonl", 8, 1, {"sure": "yes", "kind": "calm"})
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows[::2]:
+        row["preferences"] = dict.fromkeys(row["preferences"], 0)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = make_config(
+        data=[{"path": str(file)}],
+        pairs_per_step=4,
+        pairs_per_micro_batch=1,
+        max_steps=2,
+        gradient_mode=mode,
+    )
+    train(config)
+    assert runs.steps(config)[-1]["step"] == 2
+    assert runs.steps(config)[-1]["raco/skipped_steps"] == 0.0
+
+
 def test_a_nan_in_a_loss_skips_the_step_and_the_run_goes_on(runs, make_config, monkeypatch, caplog):
     """The loss is NaN but its gradient is finite: the worst case, as nothing else would show it."""
     config = make_config(warmup_ratio=0.0)

@@ -1,0 +1,104 @@
+"""Clipping ‖G0‖, also where GradScaler's factor is still in the gradients.
+
+The norm is known from the Gram, so clipping needs no pass of its own. But losses that a GradScaler
+has scaled give a norm that is too large by its factor, which nobody knows before the gradients are
+unscaled. `ClippedGrad` is a gradient that then puts its clip factor right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_UNSCALE = torch._amp_foreach_non_finite_check_and_unscale_
+_FUSED = (torch._fused_adam_, torch._fused_adamw_, torch._fused_sgd_, torch._fused_adagrad_)
+_REPLACE = (Tensor.zero_, Tensor.fill_, Tensor.copy_, torch._foreach_zero_, torch._foreach_copy_)
+
+
+def clip_factor(norm: float, max_grad_norm: float | None) -> float:
+    """The factor of `torch.nn.utils.clip_grad_norm_` for a gradient whose norm is known."""
+    return 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))
+
+
+class ClippedGrad(torch.Tensor):
+    """p.grad, clipped as if it were not scaled; unscaling it clips it anew by its true norm.
+
+    A tensor like any other, with memory of its own. What it knows besides, it forgets when it is
+    overwritten; results of operations and pickles are plain tensors.
+    """
+
+    _norm: float | Tensor
+    _limit: float | None
+
+    @classmethod
+    def of(cls, grad: Tensor, norm: float | Tensor, limit: float | None) -> ClippedGrad:
+        """A clipped gradient.
+
+        Args:
+            grad: times `clip_factor(norm, limit)` already; its memory is shared.
+            norm: of the whole direction, over all parameters, before it was clipped.
+            limit: max_grad_norm.
+        """
+        clipped = grad.as_subclass(cls)
+        clipped._norm, clipped._limit = norm, limit
+        return clipped
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _FUSED and kwargs.get("grad_scale") is not None:
+                inverse = kwargs["grad_scale"].double().reciprocal()
+                torch._foreach_mul_(args[1], inverse)
+                _clip_anew(args[1], inverse)
+                kwargs["grad_scale"] = None
+            result = func(*args, **kwargs)
+            if func is _UNSCALE:
+                _clip_anew(args[0], args[2])
+            elif func in _REPLACE:
+                for grad in args[0] if isinstance(args[0], list | tuple) else args[:1]:
+                    if isinstance(grad, ClippedGrad):
+                        grad._limit = None
+            return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ClippedGrad:
+        memo[id(self)] = copy = ClippedGrad.of(plain(self).clone(), self._norm, self._limit)
+        return copy
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return plain(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+def plain(grad: Tensor) -> Tensor:
+    """The gradient as an ordinary tensor, with the same memory."""
+    return grad.as_subclass(Tensor) if isinstance(grad, ClippedGrad) else grad
+
+
+@torch.no_grad()
+def _clip_anew(grads: Sequence[Tensor], inverse: Tensor) -> None:
+    """After a multiplication by `inverse`, without waiting for the device."""
+    inverse = inverse.double()
+    known: dict[int, tuple[float | Tensor, Tensor, Tensor]] = {}  # one norm, many gradients
+    for grad in grads:
+        if isinstance(grad, ClippedGrad) and grad._limit is not None:
+            before = grad._norm
+            if id(before) not in known:
+                after = inverse * before
+                was, is_now = (_factor(n, grad._limit) for n in (after / inverse, after))
+                known[id(before)] = before, is_now / was, after
+            _, ratio, grad._norm = known[id(before)]
+            grad.mul_(ratio)
+
+
+def _factor(norm: Tensor, limit: float) -> Tensor:
+    """`clip_factor` on the device."""
+    return (limit / (norm + 1e-6)).clamp(max=1.0)
