@@ -140,6 +140,7 @@ def _collected(
 
     def run() -> str | None:
         collect(collector, graph, factored.seeds, retain_graph=retained)
+        collector.add_products_of_uses()
         return None if check is None else check.grams_of(collector.grams())
 
     if check is None:
@@ -177,7 +178,7 @@ class GramCollector:
         wanted: the parameters whose gradients count.
         shared: those that several calls use, so that products between their uses count as well.
         keep: keep every call, for `combine`.
-        apart: keep each parameter's K to itself, for `grams`.
+        apart: keep each parameter's K as well, for `grams`.
     """
 
     def __init__(
@@ -192,7 +193,9 @@ class GramCollector:
         self.factored = factored
         self._wanted, self._shared = set(wanted), shared
         self._keep, self._apart = keep, apart
-        self._K: dict[Tensor | None, Tensor] = {}
+        groups = factored.coefficients.shape[1]
+        self._K = torch.zeros(groups, groups, dtype=torch.float64)
+        self._K_of: dict[Tensor, Tensor] = {}
         self._calls: list[Call] = []
         self._users: dict[Tensor, list[Call]] = defaultdict(list)
 
@@ -209,28 +212,32 @@ class GramCollector:
             self._calls.append(call)
 
     def _add(self, p: Tensor, K: Tensor) -> None:
-        place = p if self._apart else None
-        total = self._K.get(place)
-        self._K[place] = K if total is None else total.to(K.device) + K
-
-    def gram(self) -> Tensor:
-        """M = U K Uᵀ, float64 [m, m] on the CPU."""
-        m = len(self.factored.coefficients)
-        return sum(self.grams().values(), torch.zeros(m, m, dtype=torch.float64))
+        self._K = self._K.to(K.device) + K
+        if self._apart:
+            self._K_of[p] = self._K_of[p] + K if p in self._K_of else K
 
     @torch.no_grad()
-    def grams(self) -> dict[Tensor | None, Tensor]:
-        """Each parameter's part of M, where they were kept apart; else all of it, under None."""
-        groups = self.factored.coefficients.shape[1]
+    def add_products_of_uses(self) -> None:
+        """K += what two uses of one parameter have between them; once, after the pass."""
         for p, calls in self._users.items():
             for first, second in combinations(calls, 2):
                 a, b = (call.rows(p, arranged(self.factored, call)) for call in (first, second))
-                part = cross(a, b, p, groups)
+                part = cross(a, b, p, len(self._K))
                 self._add(p, part + part.T)
         self._users.clear()
+
+    def gram(self) -> Tensor:
+        """M = U K Uᵀ, float64 [m, m] on the CPU."""
+        return self._of_objectives(self._K)
+
+    def grams(self) -> dict[Tensor, Tensor]:
+        """Each parameter's part of M, where they were kept apart."""
+        return {p: self._of_objectives(K) for p, K in self._K_of.items()}
+
+    def _of_objectives(self, K: Tensor) -> Tensor:
         U = self.factored.coefficients
-        halves = {p: U @ K.cpu() @ U.T for p, K in self._K.items()}
-        return {p: (M + M.T) / 2 for p, M in halves.items()}
+        M = U @ K.cpu() @ U.T
+        return (M + M.T) / 2
 
     @torch.no_grad()
     def combine(self, coefficients: Tensor, on_gradient: Callable[[Tensor], None] | None) -> None:

@@ -64,7 +64,7 @@ class SpotCheck:
 
         return self._mismatch(deviation)
 
-    def grams_of(self, grams: Mapping[Any, Tensor]) -> str | None:
+    def grams_of(self, grams: Mapping[Tensor, Tensor]) -> str | None:
         """What is wrong with each parameter's part [m, m] of the Gram matrix, None if nothing is.
 
         rᵀMr has to be the squared norm of the ordinary gradient.
