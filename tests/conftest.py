@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +20,27 @@ settings.load_profile("raco")
 
 
 def pytest_configure() -> None:
-    """Keep tests off the network: looking for a model there takes minutes where there is none."""
+    """Keep tests off the network and on one thread, the processes that they start as well.
+
+    Looking for a model takes minutes where there is no network. Threads wait for one another where
+    something else runs on the cores, such as other tests: a forward pass took 12 times as long.
+    OMP_NUM_THREADS=n asks for n; tests of threads use `with_threads`.
+    """
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which is later
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture
+def with_threads() -> Iterator[Callable[[int, Callable[[], Any]], Any]]:
+    """A function that calls another with torch on n threads: `with_threads(n, call)`."""
+    before = torch.get_num_threads()
+
+    def run(n: int, call: Callable[[], Any]) -> Any:
+        torch.set_num_threads(n)
+        return call()
+
+    yield run
+    torch.set_num_threads(before)
 
 
 ROOT = Path(__file__).resolve().parent.parent
