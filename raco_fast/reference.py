@@ -109,7 +109,7 @@ def gram(grads: Gradients) -> Tensor:
     for of_pair in dots.values():
         lengths = [len(of_pair[pair]) for pair in pairs]
         joined = torch.stack([dot for pair in pairs for dot in of_pair[pair]])
-        parts = joined.cpu().double().split(lengths)  # one transfer per device
+        parts = torch.split(joined.cpu().double(), lengths)  # one transfer per device
         for (i, j), part in zip(pairs, parts, strict=True):
             M[i, j] += sum(part.tolist())
     return M.triu() + M.triu(1).T

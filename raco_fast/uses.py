@@ -286,7 +286,7 @@ def products(a: Tensor, b: Tensor | None = None) -> Tensor:
     b = a if b is None else b
     runs = a.shape[1] // _RUN
     whole = runs * _RUN
-    of_a, of_b = (t[:, :whole].unflatten(1, (runs, _RUN)).transpose(0, 1) for t in (a, b))
+    of_a, of_b = (t[:, :whole].view(len(t), runs, _RUN).transpose(0, 1) for t in (a, b))
     K = torch.bmm(of_a, of_b.transpose(1, 2)).sum(0, dtype=torch.float64)
     return K.add_(a[:, whole:] @ b[:, whole:].T)
 
