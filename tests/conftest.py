@@ -106,7 +106,22 @@ def build(
     attention: str = "eager",
     **changes: Any,
 ) -> nn.Module:
-    """A tiny causal LM whose parameters are nothing special; `adapter`: "lora" or "saved"."""
+    """A tiny causal LM whose parameters are nothing special; `adapter`: "lora" or "saved".
+
+    It is built once a run; every call gets a copy, and a generator that knows nothing of it.
+    """
+    key = repr((family, dtype, adapter, attention, changes))
+    if key not in _BUILT:
+        model = initialized(family, attention, changes)
+        _BUILT[key] = adapted(model.to(dtype), adapter)
+    torch.manual_seed(1)
+    return copy.deepcopy(_BUILT[key])
+
+
+_BUILT: dict[str, nn.Module] = {}
+
+
+def initialized(family: str, attention: str, changes: dict[str, Any]) -> nn.Module:
     import transformers
 
     name, values = FAMILIES[family]
@@ -117,7 +132,7 @@ def build(
         for p in model.parameters():
             if p.ndim == 1:
                 p.add_(torch.randn_like(p), alpha=0.3)
-    return adapted(model.to(dtype), adapter)
+    return model
 
 
 def adapted(model: nn.Module, adapter: str | None, dropout: float = 0.0) -> nn.Module:
