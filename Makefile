@@ -1,25 +1,35 @@
-# make demo   run the embedded study        make check      lint and types
-# make test   run the tests                 make test-slow  run the slow tests as well
-# make bench  run the benchmarks            make clean      remove what was built
+# make demo   run the embedded study        make check          lint and types
+# make test   run the tests                 make test-slow      run the slow tests as well
+# make bench  run the benchmarks            make test-numerics  as on another CPU, with two threads
+# make clean  remove what was built
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# A test that hangs ends the run, after its time-out in pyproject.toml; pytest has this since 9.
+# A test that hangs fails and ends its process, after its time-out in pyproject.toml and with a stack
+# of every thread; pytest has this since 9. Another process takes what is left.
 PYTEST := $(BIN)/python -m pytest -q -o faulthandler_exit_on_timeout=true
 STAMP := $(VENV)/.installed
+# A process on each idle core; they take tests from each other's ends, so that files mostly stay
+# together and what a file builds once is rarely built twice.
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
+NUMERICS := $(addprefix tests/test_,$(addsuffix .py,reference cpu_gram cpu_rounding cpu_update \
+	rounding ops uses segments head gram_first one_backward optimizer_rounding weight_grad_plan))
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-slow check bench real-run clean
+.PHONY: demo test test-slow test-numerics check bench real-run clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
 	$(BIN)/raco-fast demo
 
 test: $(STAMP)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) $(PARALLEL) -m "not slow"
 
 test-slow: $(STAMP)
-	$(PYTEST)
+	$(PYTEST) $(PARALLEL)
+
+test-numerics: $(STAMP)
+	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 $(PYTEST) -m "not slow" $(NUMERICS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -8,8 +8,8 @@ layer, is in `weight_grad.py`):
     combine_adamw  the same G0, formed bucket by bucket and handed to torch's own AdamW; where
                    bfloat16 weights are rounded otherwise than to nearest, on float32 copies
 
-Products are float32 (float64 for float64 gradients) whatever the gradient dtype; sums across
-blocks and tensors are float64 and run in a fixed order, so equal inputs give equal bits.
+Products are float32 (float64 for float64 gradients) whatever the gradient dtype; their sums are
+float64 and run in a fixed order, so equal inputs give equal bits with any number of threads.
 A missing gradient (None) counts as zeros.  Source: arXiv 2602.02495, Algorithm 1.
 """
 
@@ -32,9 +32,13 @@ if TYPE_CHECKING:
 Gradients = Sequence[Sequence[Tensor | None]]
 """m lists of n gradients; None stands for a gradient of zeros."""
 
-# Elements per dot product: m blocks stay in a core's cache, so each gradient is read from memory
-# once although it takes part in m products, and the float32 part of a sum stays short.
-_BLOCK = 1 << 17
+# Elements per sum of products: m blocks stay in a cache, so each gradient is read from memory once
+# although it takes part in m products. On the CPU fewer than the 32768 from which torch cuts a sum
+# by the number of threads; on a device, whose sums know no threads, enough to outlast a launch.
+_BLOCK = 32_000
+_DEVICE_BLOCK = 1 << 20
+# Devices without float64: there sums of a block are float32, which torch forms as a tree.
+_WITHOUT_FLOAT64 = ("mps",)
 # Bytes of G0 that exist at one time in combine_adamw; a whole G0 would be an (m + 1)-th gradient.
 _BUCKET_BYTES = 64 << 20
 
@@ -100,17 +104,15 @@ def gram(grads: Gradients) -> Tensor:
             for i, j in pairs:
                 a, b = block[i], block[j]
                 if a is not None and b is not None:
-                    on_device[i, j].append(torch.dot(a, b))
-    total = torch.zeros(len(pairs), dtype=torch.float64)
+                    on_device[i, j].append(_dot(a, b))
+    M = torch.zeros(m, m, dtype=torch.float64)
     for of_pair in dots.values():
         lengths = [len(of_pair[pair]) for pair in pairs]
         joined = torch.stack([dot for pair in pairs for dot in of_pair[pair]])
-        on_cpu = joined.cpu().double()  # one transfer per device; float64 before any sum
-        total += torch.stack([part.sum() for part in torch.split(on_cpu, lengths)])
-    M = torch.empty(m, m, dtype=torch.float64)
-    for (i, j), value in zip(pairs, total.tolist(), strict=True):
-        M[i, j] = M[j, i] = value
-    return M
+        parts = torch.split(joined.cpu().double(), lengths)  # one transfer per device
+        for (i, j), part in zip(pairs, parts, strict=True):
+            M[i, j] += sum(part.tolist())
+    return M.triu() + M.triu(1).T
 
 
 def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> None:
@@ -206,9 +208,18 @@ def _blocks(
     present = [f for f in flat if f is not None]
     if not present:
         return
-    for start in range(0, present[0].numel(), _BLOCK):
-        block = [None if f is None else widened(f[start : start + _BLOCK]) for f in flat]
-        yield present[0].device, block
+    device = present[0].device
+    size = _BLOCK if device.type == "cpu" else _DEVICE_BLOCK
+    for start in range(0, present[0].numel(), size):
+        yield device, [None if f is None else widened(f[start : start + size]) for f in flat]
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ of two blocks. Not by `torch.dot`: how that adds float32 products is a matter of the
+    machine and its threads, and on some it is further from float64 than any kernel.
+    """
+    wide = torch.float32 if a.device.type in _WITHOUT_FLOAT64 else torch.float64
+    return (a * b).sum(dtype=torch.promote_types(a.dtype, wide))
 
 
 def _weighted_sum(column: Sequence[Tensor | None], alpha: Sequence[float]) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +20,27 @@ settings.load_profile("raco")
 
 
 def pytest_configure() -> None:
-    """Keep tests off the network: looking for a model there takes minutes where there is none."""
+    """Keep tests off the network and on one thread, the processes that they start as well.
+
+    Looking for a model takes minutes where there is no network. Threads wait for one another where
+    something else runs on the cores, such as other tests: a forward pass took 12 times as long.
+    OMP_NUM_THREADS=n asks for n; tests of threads use `with_threads`.
+    """
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which is later
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture
+def with_threads() -> Iterator[Callable[[int, Callable[[], Any]], Any]]:
+    """A function that calls another with torch on n threads: `with_threads(n, call)`."""
+    before = torch.get_num_threads()
+
+    def run(n: int, call: Callable[[], Any]) -> Any:
+        torch.set_num_threads(n)
+        return call()
+
+    yield run
+    torch.set_num_threads(before)
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,7 +106,22 @@ def build(
     attention: str = "eager",
     **changes: Any,
 ) -> nn.Module:
-    """A tiny causal LM whose parameters are nothing special; `adapter`: "lora" or "saved"."""
+    """A tiny causal LM whose parameters are nothing special; `adapter`: "lora" or "saved".
+
+    It is built once a run; every call gets a copy, and a generator that knows nothing of it.
+    """
+    key = repr((family, dtype, adapter, attention, changes))
+    if key not in _BUILT:
+        model = initialized(family, attention, changes)
+        _BUILT[key] = adapted(model.to(dtype), adapter)
+    torch.manual_seed(1)
+    return copy.deepcopy(_BUILT[key])
+
+
+_BUILT: dict[str, nn.Module] = {}
+
+
+def initialized(family: str, attention: str, changes: dict[str, Any]) -> nn.Module:
     import transformers
 
     name, values = FAMILIES[family]
@@ -98,7 +132,7 @@ def build(
         for p in model.parameters():
             if p.ndim == 1:
                 p.add_(torch.randn_like(p), alpha=0.3)
-    return adapted(model.to(dtype), adapter)
+    return model
 
 
 def adapted(model: nn.Module, adapter: str | None, dropout: float = 0.0) -> nn.Module:

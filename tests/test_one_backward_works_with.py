@@ -285,6 +285,7 @@ def small_losses(scores: Tensor) -> list[Tensor]:
     return [scores[:3].sin().sum(), scores[1:].square().sum() / 50]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["after", "before", "after a run"])
 @pytest.mark.parametrize("how", [compile_blocks, compile_all])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -1,5 +1,7 @@
 """The plain-torch backend against float64 arithmetic written another way."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -45,6 +47,16 @@ def test_gram_is_at_most_twice_as_far_from_float64_as_plain_torch(m, dtype):
     # A float64 matmul is the truth itself, so float64 is held to a few of its own roundings.
     floor = 1e-14 if dtype == torch.float64 else 2.0**-24
     assert relative_error(M, truth) <= 2 * max(plain_error, floor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gram_rounds_products_and_nothing_else(dtype):
+    """Whatever a BLAS library makes of a long float32 sum on this machine."""
+    grads = random_gradients(3, dtype)
+    G = rows(grads, torch.float64 if dtype == torch.float64 else torch.float32)
+    truth = [[math.fsum((a * b).tolist()) for b in G] for a in G]
+    found = reference.gram(grads)
+    assert relative_error(found, torch.tensor(truth, dtype=torch.float64)) <= 1e-14
 
 
 def test_gram_of_mixed_dtypes_in_one_model():
@@ -108,6 +120,22 @@ def test_complex_gradients_are_pairs_of_reals():
 def test_equal_inputs_give_equal_bits():
     grads = random_gradients(4, torch.float32)
     assert torch.equal(reference.gram(grads), reference.gram(grads))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_the_number_of_threads(dtype, with_threads):
+    grads = random_gradients(3, dtype)
+    alone, *others = [with_threads(n, lambda: reference.gram(grads)) for n in (1, 2, 3)]
+    assert all(torch.equal(M, alone) for M in others)
+
+
+def test_a_device_without_float64_sums_blocks_in_float32(monkeypatch):
+    grads = random_gradients(2, torch.float32)
+    G = rows(grads)
+    monkeypatch.setattr(reference, "_WITHOUT_FLOAT64", ("cpu",))
+    M = reference.gram(grads)
+    assert M.dtype == torch.float64
+    assert 0 < relative_error(M, G @ G.T) <= 1e-6
 
 
 def test_memory_layout_does_not_matter():

@@ -136,6 +136,18 @@ def test_inner_products_of_groups(monkeypatch, kind, inner, block_bytes):
         assert bool(((K - t @ t.T).abs() <= tolerance * norms[:, None] * norms).all())
 
 
+@pytest.mark.parametrize("n", [1, uses._RUN - 1, uses._RUN, 400_003])
+def test_long_rows_cost_no_accuracy(n):
+    # Roundings one after another walk this far, if chance leads them, on the slowest way to add.
+    far = uses._RUN**0.5 * torch.finfo(torch.float32).eps / 2
+    a, b = randn(2, 3, n, seed=4, dtype=torch.float32) + 0.1
+    for K, (x, y) in ((uses.products(a), (a, a)), (uses.products(a, b), (a, b))):
+        x, y = x.double(), y.double()
+        assert K.dtype == torch.float64
+        size = x.norm(dim=1)[:, None] * y.norm(dim=1)
+        assert ((K - x @ y.T).abs() / size).max() <= far
+
+
 @pytest.mark.parametrize(
     ("m", "inner", "by_groups"), [(1, 20, False), (2, 1, False), (2, 20, True), (3, 20, True)]
 )

@@ -9,13 +9,15 @@ The interpreter is repaired here in four places, in the tests only:
 - `tl.dot` multiplies the bit patterns of bfloat16 operands as if they were integers;
 - loop bounds call int() on an array of one element, which numpy >= 2.4 refuses (triton 3.6);
 - tl.fma rounds the product of float64 before it adds; devices round once.
+And it is made twice as fast: it would adapt triton's language at every call of every function, and
+undo that after every launch.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -184,6 +186,8 @@ def repair_interpreter() -> None:
             a, b = [rounding_cast(self, operand, tl.float32) for operand in (a, b)]
         return dot(self, a, b, c, *options)
 
+    interpreter._patch_lang = cache(interpreter._patch_lang)
+    interpreter._LangPatchScope.restore = lambda scope: None
     interpreter._patch_lang_tensor = patch_tensor_and_index
     interpreter.InterpreterBuilder.cast_impl = rounding_cast
     interpreter.InterpreterBuilder.create_dot = widening_dot
