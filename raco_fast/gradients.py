@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from raco_fast.accumulation import Accumulation
 from raco_fast.checks import check_dense
 from raco_fast.exactness import Exactness
 from raco_fast.graph import ScoreGraph, other_leaves
@@ -31,6 +32,7 @@ from raco_fast.objectives import ReadOnlyWeights, check_weights, weights_of
 from raco_fast.one_backward import one_backward, sensitivities, use_up
 from raco_fast.overflow import clear_overflow
 from raco_fast.segments import Factored
+from raco_fast.spot_check import SpotCheck
 
 
 class ObjectiveGradients:
@@ -324,48 +326,38 @@ class ObjectiveGradients:
             return False
         clear_overflow(self.parameters())
         self._notice_cleared(self.parameters())
-        held = {p: stand_in_of(p, self.names) for p in graph.wanted}
+        into = Accumulation(graph.wanted, self.names, self._memory)
         A = sensitivities(losses, scores)
         factored = Factored.of(A)
         check = self.exactness.check(graph, A, factored)
-        made: dict[Tensor, ObjectiveGrad] = {}
-
-        def buffers(p: Tensor) -> tuple[Tensor, bool]:
-            if p in made:
-                return made[p].stacked(self._memory), False
-            stand_in = held[p]
-            # What is to be compared is formed by itself.
-            if check is None and stand_in is not None and stand_in.present:
-                return stand_in.stacked(self._memory), False
-            made[p] = ObjectiveGrad(p, self.names)
-            return made[p].allocate(self._memory), True
-
         retained = check is not None or bool(graph.others)
-
-        def run() -> str | None:
-            one_backward(graph, factored, buffers, retain_graph=retained)
-            if check is None:
-                return None
-            return check.gradients_of({p: g.stacked(self._memory) for p, g in made.items()})
-
         if check is None:
-            run()
-        elif not self.exactness.checked(graph, check, run):
+            one_backward(graph, factored, into.buffers, retain_graph=retained)
+        elif not self._checked(graph, factored, check, into):
             return False
         self.backward_of_others(graph.others, losses)
         if retained:
             use_up(graph)
-        for p, grad in made.items():
-            stand_in = held[p]
-            if stand_in is not None and stand_in.present:
-                stand_in.stacked(self._memory).add_(grad.stacked(self._memory))
-            else:
-                held[p] = grad
-        for p, stand_in in held.items():
-            p.grad = stand_in
-            self._held = self._held or stand_in is not None
+        into.store()
+        self._held = self._held or any(p.grad is not None for p in graph.wanted)
         self._ran.update(self.names)
         return True
+
+    def _checked(
+        self, graph: ScoreGraph, factored: Factored, check: SpotCheck, into: Accumulation
+    ) -> bool:
+        """The pass and its spot check; what is compared is formed by itself."""
+        apart = into if into.is_fresh else Accumulation([], self.names, self._memory)
+
+        def run() -> str | None:
+            one_backward(graph, factored, apart.buffers, retain_graph=True)
+            return check.gradients_of(apart.gradients())
+
+        right = self.exactness.checked(graph, check, run)
+        if right and apart is not into:
+            # Anew, and not by a sum: a run has the same bits wherever it is checked.
+            one_backward(graph, factored, into.buffers, retain_graph=True)
+        return right
 
     def _notice_cleared(self, params: Sequence[Tensor]) -> None:
         """model.zero_grad() empties p.grad without telling us: then no objective has run."""

@@ -128,7 +128,8 @@ class _TapBehind:
     def rule(self, module: nn.Module) -> Rule | None:
         """The rule for what the module is now, decided once for each thing it has been."""
         kind = type(module)
-        key = (kind, kind.forward, module.training, "forward" in vars(module))
+        replaced = "forward" in vars(module)
+        key = (kind, kind.forward, module.training, replaced, *module._parameters)
         if key not in self._rules:
             self._rules[key] = rule_for(module)
         return self._rules[key]

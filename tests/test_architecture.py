@@ -28,7 +28,7 @@ LAYERS = [
     ["tap"],
     ["prepared", "head", "graph"],
     ["one_backward"],
-    ["spot_check", "objective_losses"],
+    ["spot_check", "objective_losses", "accumulation"],
     ["exactness"],
     ["gradients", "device_step"],
     ["param_groups", "direction", "settings"],

@@ -1,17 +1,27 @@
 """`prepare` changes nothing that a user can see, and can be undone."""
 
 import copy
+import gc
 import pickle
+import threading
+import warnings
+import weakref
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import raco_fast
 from raco_fast import layers, prepare
-from raco_fast.segments import sequences
+from raco_fast.graph import ScoreGraph
+from raco_fast.one_backward import GradientCollector, propagate, sensitivities
+from raco_fast.segments import Factored, sequences
+from raco_fast.tap import ANCHOR, collecting
 from raco_fast.uses import VectorUse
 
 WORDS, WIDTH = 13, 6
@@ -400,3 +410,281 @@ def test_a_refused_model_is_left_alone():
 def test_only_modules_can_be_prepared():
     with pytest.raises(TypeError, match="`model` must be a torch module, got a function"):
         prepare(mlp)
+
+
+class Lookup(nn.Module):
+    """Positions [T], put to some use."""
+
+    def __init__(self, use) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.use, self.words, self.places = use, nn.Embedding(WORDS, WIDTH), nn.Embedding(9, WIDTH)
+        self.out = nn.Linear(WIDTH, 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        place = torch.arange(ids.shape[1])
+        return self.out(self.use(self.words(ids), self.places(place)).tanh()).square().sum((1, 2))
+
+
+def recomputed(h: Tensor, p: Tensor) -> Tensor:
+    return checkpoint(lambda h, p: h + p.sin(), h, p, use_reentrant=False)
+
+
+USES = {
+    "added": (lambda h, p: h + p, True),
+    "added first": (lambda h, p: p + h, True),
+    "added in a batch of one": (lambda h, p: h + p[None], False),
+    "added twice": (lambda h, p: h + p + p, False),
+    "added after a factor": (lambda h, p: torch.add(h, p, alpha=2), False),
+    "added to a factor": (lambda h, p: torch.add(p, h, alpha=2), True),
+    "subtracted": (lambda h, p: h - p, False),
+    "multiplied": (lambda h, p: h * p, False),
+    "averaged": (lambda h, p: h + p.mean(0), False),
+    "softmax": (lambda h, p: h * p.softmax(0), False),
+    "normed": (lambda h, p: h + p / p.norm(), False),
+    "one of them": (lambda h, p: h + p[0], False),
+    "time first": (lambda h, p: (h.transpose(0, 1) + p[:, None]).transpose(0, 1), False),
+    "einsum": (lambda h, p: torch.einsum("btd,sd,se->bte", h, p, p), False),
+    "recomputed": (recomputed, False),
+    "in place": (lambda h, p: (h * 1).add_(p), True),
+}
+
+
+@pytest.mark.parametrize("length", [7, 4], ids=["", "as many as sequences"])
+@pytest.mark.parametrize("use", USES)
+def test_every_use_of_a_lookup_computes_what_it_did_and_is_exact(use, length):
+    how, served = USES[use]
+    model, ids = Lookup(how), tokens(4, length)
+    params = list(model.parameters())
+    expected = model(ids)
+    plain = torch.autograd.grad(expected.sin().sum(), params)
+    prepare(model)
+    scores = model(ids)
+    assert torch.equal(scores, expected)
+    found = torch.autograd.grad(scores.sin().sum(), params, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+    assert_served(model, not served, lambda: model(ids)[:, None], "wrong here: .*'places")
+
+
+class Dropping(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.dropout(super().forward(ids), 0.5, self.training)
+
+
+class Gated(nn.Module):
+    """An RMSNorm with a gate, as in Mamba-2."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.linspace(0.5, 2.0, d)), 1e-6
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        x = x if gate is None else x * F.silu(gate)
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(2 * x)
+
+
+class Layers(nn.Module):
+    """Words, a norm and a layer; the norm is called by `call`."""
+
+    def __init__(self, call=lambda norm, h: norm(h)) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.norm = Dropping(WORDS, WIDTH), Gated(WIDTH)
+        self.call, self.out = call, nn.Linear(WIDTH, 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return self.out(self.call(self.norm, self.words(ids)).tanh())[..., 0].sum(1)
+
+
+def changed_class(model: Layers) -> None:
+    model.out.__class__ = Doubled
+
+
+def changed_forward(model: Layers) -> None:
+    own = model.out.forward
+    model.out.forward = lambda x: own(2 * x)
+
+
+def hooked_first(model: Layers) -> None:
+    model.out.register_forward_hook(lambda module, args, y: 2 * y, prepend=True)
+
+
+def normed_weight(model: Layers) -> None:
+    nn.utils.parametrizations.weight_norm(model.out)
+
+
+def normed_weight_by_hook(model: Layers) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(model.out)
+
+
+def wrapped_by_accelerate(model: Layers) -> None:
+    class Twice(ModelHook):
+        def post_forward(self, module, output):
+            return 2 * output
+
+    add_hook_to_module(model.out, Twice())
+
+
+CHANGES = {
+    "none": (lambda model: None, False),
+    "train": (lambda model: model.train(), True),
+    "class": (changed_class, True),
+    "forward": (changed_forward, True),
+    "an earlier hook": (hooked_first, True),
+    "a later hook": (lambda m: m.out.register_forward_hook(lambda layer, args, y: 2 * y), False),
+    "an earlier pre-hook": (lambda m: m.out.register_forward_pre_hook(lambda m, x: 2 * x[0]), False),
+    "parametrized": (normed_weight, True),
+    "weight norm": (normed_weight_by_hook, True),
+    "wrapper": (wrapped_by_accelerate, True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_layer_that_becomes_another_one_is_not_taken_for_what_it_was(change):
+    """An ordinary backward pass is torch's to the bit, and m gradients are exact."""
+    apply, falls_back = CHANGES[change]
+    model, plain, ids = Layers().eval(), Layers().eval(), tokens(4, 6)
+    assert prepare(model).without_rule == ()
+    for one in (model, plain):
+        apply(one)
+        one(ids).square().sum().backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+    model.zero_grad()
+    assert_served(model, falls_back, lambda: model(ids)[:, None], "parameter '.*' reaches the scor")
+
+
+@pytest.mark.parametrize(
+    ("call", "falls_back"),
+    [
+        (lambda norm, h: norm(h), False),
+        (lambda norm, h: norm(h, None), False),
+        (lambda norm, h: norm(h, h.tanh()), True),
+        (lambda norm, h: norm(h, gate=h.tanh()), True),
+        (lambda norm, h: norm(gate=h.tanh(), x=h), True),
+    ],
+)
+def test_a_norm_with_a_gate_falls_back(call, falls_back):
+    model, ids = Layers(call).eval(), tokens(4, 6)
+    prepare(model)
+    assert_served(model, falls_back, lambda: model(ids)[:, None], "layer 'norm' was called with fu")
+
+
+def test_a_complex_layer_has_torchs_gradient():
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 6, dtype=torch.complex64), torch.randn(5, 3, 4, dtype=torch.complex64)
+    expected = torch.autograd.grad(model(x).abs().pow(3).sum(), list(model.parameters()))
+    assert prepare(model).without_rule == ("weight", "bias")
+    assert_served(model, True, lambda: model(x).abs(), "parameter '(weight|bias)' reaches the sco")
+    model(x).abs().pow(3).sum().backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
+
+
+def test_remove_leaves_what_others_have_wrapped():
+    model, x = mlp(), randn(5, 4)
+    prepared = prepare(model)
+    wrapped = SimpleNamespace(out=model[2])
+    wrapped_by_accelerate(wrapped)
+    seen = []
+    model[0].register_forward_hook(lambda *_: seen.append(1))
+    expected = model(x)
+    prepared.remove()
+    assert torch.equal(model(x), expected)
+    assert len(seen) == 2
+    assert taps(model(x)) == 0
+
+
+def test_memory_is_freed_without_the_garbage_collector():
+    gc.collect()
+    gc.disable()
+    try:
+        model = mlp()
+        prepare(model)
+        out = model(randn(5, 4)).sum(1)
+        gradients = raco_fast.ObjectiveGradients(model.parameters(), [0.5, 0.5])
+        gradients.backward([out.sum(), out.square().sum()], scores=out)
+        gone = [weakref.ref(p) for p in model.parameters()]
+        del model, out, gradients
+        assert [ref() for ref in gone] == [None] * 4
+    finally:
+        gc.enable()
+
+
+def in_threads(work, n: int = 4) -> None:
+    errors = []
+
+    def guarded(k: int) -> None:
+        try:
+            work(k)
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that joins
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(k,)) for k in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def test_threads_share_a_prepared_model():
+    """Ordinary passes beside passes for all objectives: everybody gets what belongs to them."""
+    model, inputs = mlp(), [randn(7, 4) + k for k in range(4)]
+    params = list(model.parameters())
+
+    def losses_of(k: int) -> tuple[list[Tensor], Tensor]:
+        scores = model(inputs[k]).square().sum(1)
+        return [scores.sin().sum(), scores.square().sum()], scores
+
+    truth = [[torch.autograd.grad(losses_of(k)[0][i], params) for i in (0, 1)] for k in range(4)]
+    prepare(model, strict=True, check_every=7)
+
+    def work(k: int) -> None:
+        for _ in range(40):
+            losses, scores = losses_of(k)
+            if k % 2:
+                found = [torch.autograd.grad(loss, params, retain_graph=True) for loss in losses]
+            else:
+                # Gradients of one thread's own, for p.grad belongs to all of them.
+                graph = ScoreGraph(dict(zip("ab", losses, strict=True)), scores, params, (), set())
+                made = {}
+
+                def buffers(p: Tensor, made=made) -> tuple[Tensor, bool]:
+                    fresh = p not in made
+                    made[p] = made.get(p, torch.empty(2, *p.shape))
+                    return made[p], fresh
+
+                factored = Factored.of(sensitivities(losses, scores))
+                collector = GradientCollector(factored, buffers, params)
+                with collecting(collector, graph.taps):
+                    propagate(scores, factored.seeds, inputs=[ANCHOR])
+                found = [[made[p][i] for p in params] for i in (0, 1)]
+            for i in (0, 1):
+                torch.testing.assert_close(list(found[i]), list(truth[k][i]))
+
+    in_threads(work)
+    assert all(p.grad is None for p in params)
+
+
+def test_copies_of_a_layer_use_their_own_weights():
+    model, x = mlp(), randn(5, 4)
+    prepare(model, strict=True)
+    for copied in (copy.copy, lambda layer: layer._replicate_for_data_parallel()):
+        layer = copied(model[0])
+        layer._parameters = {
+            name: nn.Parameter(2 * p.detach()) for name, p in model[0].named_parameters()
+        }
+        expected = F.linear(x, 2 * model[0].weight, 2 * model[0].bias)
+        params = list(layer.parameters())
+        assert torch.equal(layer(x), expected)
+        assert_served(layer, False, lambda layer=layer: layer(x))
+        assert all(p.grad is None for p in [*model.parameters(), *params])

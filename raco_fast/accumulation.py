@@ -1,0 +1,45 @@
+"""`Accumulation`: the buffers that a collecting pass adds the m gradients of its batch to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from raco_fast.host_memory import HostMemory
+from raco_fast.objective_grad import ObjectiveGrad, stand_in_of
+
+
+class Accumulation:
+    """Buffers for the gradients of some parameters, beginning with what p.grad holds of them.
+
+    Args:
+        params: those whose p.grad may hold gradients already; fresh buffers are made for others.
+        names: of the objectives.
+        memory: for buffers on the CPU.
+    Raises:
+        RuntimeError: p.grad was filled outside of any objective, or belongs to other ones.
+    """
+
+    def __init__(self, params: Sequence[Tensor], names: tuple[str, ...], memory: HostMemory) -> None:
+        self._names, self._memory = names, memory
+        self._held = {p: stand_in_of(p, names) for p in params}
+        self.is_fresh = not any(held is not None and held.present for held in self._held.values())
+
+    def buffers(self, p: Tensor) -> tuple[Tensor, bool]:
+        """See `one_backward.Buffers`."""
+        held = self._held.get(p)
+        if held is not None and held.present:
+            return held.stacked(self._memory), False
+        self._held[p] = held = ObjectiveGrad(p, self._names)
+        return held.allocate(self._memory), True
+
+    def gradients(self) -> dict[Tensor, Tensor]:
+        """Parameter -> [m, *shape], of those that were touched."""
+        held = ((p, grad) for p, grad in self._held.items() if grad is not None and grad.present)
+        return {p: grad.stacked(self._memory) for p, grad in held}
+
+    def store(self) -> None:
+        """Put everything in p.grad."""
+        for p, held in self._held.items():
+            p.grad = held
