@@ -1,6 +1,10 @@
 """What would make one backward pass wrong is found out, named, and done by autograd instead."""
 
+import copy
+import re
 import warnings
+from contextlib import nullcontext
+from functools import partial
 from itertools import combinations, permutations
 
 import pytest
@@ -10,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import raco_fast
-from raco_fast import ObjectiveGradients
+from raco_fast import ObjectiveGradients, layers
 from raco_fast.spot_check import _codes
 from raco_fast.tap import Checks
 
@@ -389,3 +393,373 @@ def test_several_processes_are_left_to_autograd(monkeypatch):
         Trial(Scorer(), strict=True).check(randn(B, D))
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
         assert_falls_back(Scorer(), "it does not reduce gradients over several processes yet")
+
+
+class Tokens(nn.Module):
+    """[B, T] ids -> token scores [B, T]; a subclass or an attribute spoils it from some step on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.mid, self.out = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+        self.spoil = lambda h: h
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.spoil(self.mid(self.words(ids)).tanh()))[..., 0]
+
+
+def ids_of(step: int, rows: int = 4, length: int = 5) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(0, 20, (rows, length), generator=generator)
+
+
+def in_modes(
+    model: nn.Module, scores_of, losses_of, steps: int, changed_at: int, change, **options
+):
+    """Per step and mode: (the messages, the largest relative error of what was formed)."""
+    clean = copy.deepcopy(model).double()
+    raco_fast.prepare(model, **options)
+    found = []
+    for mode in ("one_backward", "gram_first"):
+        gradients = ObjectiveGradients(model.parameters(), [0.4, 0.6])
+        of_mode = []
+        for one in (model, clean):
+            one.spoil = Tokens().spoil
+        for step in range(1, steps + 1):
+            if step == changed_at:
+                change(model)
+                change(clean)
+            gradients.zero()
+            scores = scores_of(model, step)
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                if mode == "one_backward":
+                    gradients.backward(losses_of(model, scores, step), scores=scores)
+                    combined = torch.eye(2, dtype=torch.float64)
+                else:
+                    losses = losses_of(model, scores, step)
+                    solution = raco_fast.gram_first(gradients, losses, scores)
+                    combined = torch.as_tensor(solution.coefficients)[None]
+            losses = losses_of(clean, scores_of(clean, step), step)
+            error = 0.0
+            for p, q in zip(model.parameters(), clean.parameters(), strict=True):
+                truth = torch.stack(
+                    [torch.autograd.grad(loss, q, retain_graph=True)[0] for loss in losses]
+                )
+                truth = torch.tensordot(combined, truth, 1)
+                held = [p.grad] if mode == "gram_first" else list(gradients.of(p).values())
+                error = max(error, float((torch.stack(held) - truth).norm() / truth.norm()))
+            of_mode.append(([str(w.message) for w in seen], error))
+        found.append(of_mode)
+    return found
+
+
+def sum_of_tokens(model: nn.Module, step: int) -> Tensor:
+    return model(ids_of(step)).sum(1)
+
+
+def two_losses(model: nn.Module, scores: Tensor, step: int) -> list[Tensor]:
+    return [scores.sin().sum(), scores.square().sum()]
+
+
+def with_auxiliary(model: nn.Module, scores: Tensor, step: int) -> list[Tensor]:
+    """A loss with another way to the parameters, at step 3 only."""
+    first, second = two_losses(model, scores, step)
+    return [first, second + 10 * model(ids_of(step)).square().mean() if step == 3 else second]
+
+
+def with_penalty(model: nn.Module, scores: Tensor, step: int) -> list[Tensor]:
+    first, second = two_losses(model, scores, step)
+    return [first, second + model.mid.weight.square().sum() if step == 3 else second]
+
+
+def of_another_sum(model: nn.Module, scores: Tensor, step: int) -> list[Tensor]:
+    """From step 3 on the losses are functions of another tensor than the scores that are given."""
+    return two_losses(model, scores if step < 3 else sum_of_tokens(model, step), step)
+
+
+@pytest.mark.parametrize("losses", [with_auxiliary, with_penalty, of_another_sum])
+def test_a_way_past_the_scores_is_found_whenever_it_appears(losses):
+    for steps in in_modes(Tokens(), sum_of_tokens, losses, 4, 0, None):
+        said = [messages for messages, _ in steps]
+        assert said[0] == said[1] == []
+        assert "reaches a loss other than through `scores`" in said[2][0]
+        assert said[3] == []
+        assert max(error for _, error in steps) < 1e-5
+
+
+def begin_to_mix(model: nn.Module) -> None:
+    model.spoil = lambda h: h + 0.1 * h.roll(1, 0)
+
+
+def regroup(model: nn.Module) -> None:
+    model.spoil = lambda h: h[[0, 0, 1, 3]]
+
+
+def reorder(model: nn.Module) -> None:
+    model.spoil = lambda h: h.flip(0)
+
+
+@pytest.mark.parametrize("changed_at", [1, 2, 4, 5, 8])
+@pytest.mark.parametrize("change", [begin_to_mix, regroup, reorder])
+def test_sequences_that_begin_to_meet_are_found_at_once_where_the_graph_is_new(change, changed_at):
+    for steps in in_modes(Tokens(), sum_of_tokens, two_losses, 9, changed_at, change):
+        for step, (messages, error) in enumerate(steps, 1):
+            assert bool(messages) == (step == changed_at)
+            assert error < 1e-5
+        (message,) = steps[changed_at - 1][0]
+        assert "a score depends on rows of another sequence" in message
+        assert re.search(r"the gradients of parameter '[a-z.]+' in layer '[a-z]+' differ", message)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_sequences_that_meet_in_a_graph_that_looks_the_same_are_found_by_the_next_check(every):
+    """The same nodes, other rows."""
+    model = Tokens()
+    order = torch.arange(4)
+    model.spoil = lambda h: h[order]
+    gradients = ObjectiveGradients(model.parameters(), [0.4, 0.6])
+    raco_fast.prepare(model, check_every=every)
+    found = []
+    for step in range(1, 8):
+        if step == 5:
+            order.copy_(torch.tensor([0, 0, 1, 3]))
+        gradients.zero()
+        scores = sum_of_tokens(model, step)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            gradients.backward(two_losses(model, scores, step), scores=scores)
+        found.append(len(seen))
+    assert found.index(1) + 1 == {1: 5, 3: 6}[every]
+
+
+def test_strict_raises_before_the_step_and_goes_on_raising():
+    model = Tokens()
+    raco_fast.prepare(model, strict=True)
+    gradients = ObjectiveGradients(model.parameters(), [0.4, 0.6])
+    for step in range(1, 5):
+        if step == 3:
+            begin_to_mix(model)
+        gradients.zero()
+        scores = sum_of_tokens(model, step)
+        if step < 3:
+            gradients.backward(two_losses(model, scores, step), scores=scores)
+        else:
+            for run in (gradients.backward, partial(raco_fast.gram_first, gradients)):
+                with pytest.raises(ValueError, match=r"would be wrong here: the gradients of para"):
+                    run(two_losses(model, scores, step), scores=scores)
+                assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("rows", ["one", "same"])
+def test_a_batch_in_which_nothing_can_differ_does_not_count(rows):
+    """One sequence, or objectives that agree on all: what mixes shows in neither."""
+    model = Tokens()
+    begin_to_mix(model)
+    gradients = ObjectiveGradients(model.parameters(), [0.4, 0.6])
+    raco_fast.prepare(model)
+    for step in range(1, 4):
+        scores = model(ids_of(step, rows=1 if rows == "one" and step < 3 else 4)).sum(1)
+        losses = two_losses(model, scores, step)
+        if rows == "same" and step < 3:
+            losses = [scores.square().sum(), 3 * scores.square().sum()]
+        with pytest.warns(UserWarning, match="rows of another") if step == 3 else nullcontext():
+            gradients.zero()
+            gradients.backward(losses, scores=scores)
+
+
+class Routed2(Tokens):
+    """Two experts that are layers, each with the tokens that a router gives it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.spoil = self.routed
+
+    def routed(self, h: Tensor) -> Tensor:
+        rows, found = h.reshape(-1, 8), torch.zeros(h.numel() // 8, 8).to(h)
+        for k, expert in enumerate(self.experts):
+            mine = (rows[:, 0] > 0) == bool(k)
+            found[mine] = expert(rows[mine])
+        return found.view_as(h)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_tokens_of_an_expert_are_never_taken_for_sequences(length):
+    model = Routed2()
+    raco_fast.prepare(model)
+    gradients = ObjectiveGradients(model.parameters(), [0.4, 0.6])
+    params = list(model.parameters())
+    for step in range(30):
+        scores = model(ids_of(step, rows=2, length=length)).sum(1)
+        losses = two_losses(model, scores, step)
+        truth = [
+            torch.autograd.grad(
+                x, params, retain_graph=True, materialize_grads=True, allow_unused=True
+            )
+            for x in losses
+        ]
+        gradients.zero()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "one backward pass for all objectives would be wrong")
+            gradients.backward(losses, scores=scores)
+        for p, *expected in zip(params, *truth, strict=True):
+            held = [torch.zeros_like(p) if g is None else g for g in gradients.of(p).values()]
+            torch.testing.assert_close(held, expected)
+
+
+@pytest.mark.parametrize("flat", ["sequence by sequence", "time first", "time first, T = B"])
+def test_rows_that_are_flattened_are_sequence_by_sequence_or_fall_back(flat):
+    class Flat(Tokens):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spoil = self.through
+
+        def through(self, h: Tensor) -> Tensor:
+            if flat != "sequence by sequence":
+                return (
+                    self.mid(h.transpose(0, 1).reshape(-1, 8)).view(-1, len(h), 8).transpose(0, 1)
+                )
+            return self.mid(h.reshape(-1, 8)).view_as(h)
+
+    length = 4 if "T = B" in flat else 5
+    model = Flat()
+    raco_fast.prepare(model)
+    gradients = ObjectiveGradients(model.parameters(), [0.4, 0.6])
+    params = list(model.parameters())
+    for step in range(3):
+        scores = model(ids_of(step, length=length)).sum(1)
+        losses = two_losses(model, scores, step)
+        truth = [torch.autograd.grad(x, params, retain_graph=True) for x in losses]
+        gradients.zero()
+        falls_back = flat != "sequence by sequence" and step == 0
+        with pytest.warns(UserWarning, match="'mid'") if falls_back else nullcontext():
+            gradients.backward(losses, scores=scores)
+        for p, *expected in zip(params, *truth, strict=True):
+            torch.testing.assert_close(list(gradients.of(p).values()), expected)
+
+
+@pytest.mark.parametrize("check_every", [1, 4, None])
+def test_a_check_changes_no_bit(check_every):
+    """Gradients of micro-batches add up alike wherever they are checked."""
+    found = []
+    for every in (check_every, 3):
+        model = Tokens()
+        raco_fast.prepare(model, check_every=every)
+        gradients = ObjectiveGradients(model.parameters(), [0.4, 0.6])
+        for step in range(5):
+            scores = sum_of_tokens(model, step)
+            gradients.backward(two_losses(model, scores, step), scores=scores)
+        found.append([list(gradients.of(p).values()) for p in model.parameters()])
+    for ours, others in zip(*found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, others, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["one_backward", "gram_first"])
+def test_rounding_is_no_mismatch_and_a_wrong_rule_is(lm, family, dtype, mode, monkeypatch):
+    def slightly_wrong(module, x, dy, segments):
+        return layers.linear(module, x, 1.3 * dy, segments)
+
+    for rules, wrong in ((layers._RULES, False), ({nn.Linear: slightly_wrong}, True)):
+        if wrong and family == "gpt2":
+            continue  # without a Linear
+        monkeypatch.setattr(layers, "_RULES", {**layers._RULES, **rules})
+        model, batch = lm.build(family, dtype), lm.batch()
+        raco_fast.prepare(model, check_every=1)
+        gradients = ObjectiveGradients(model.parameters(), lm.weights(3))
+        for _ in range(3):
+            gradients.zero()
+            scores = lm.by_logits(model, batch)
+            losses = lm.losses(scores)
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                if mode == "one_backward":
+                    gradients.backward(losses, scores=scores)
+                else:
+                    raco_fast.gram_first(gradients, losses, scores)
+            if wrong:
+                (warning,) = seen
+                assert "does not describe what it computed" in str(warning.message)
+                assert re.search(r"in layer '[\w.]*(proj|lm_head)'", str(warning.message))
+                break
+            assert not seen
+
+
+ADAPTERS = {
+    "IA3": lambda peft: peft.IA3Config(
+        task_type="CAUSAL_LM",
+        target_modules=["k_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
+    ),
+    "VeRA": lambda peft: peft.VeraConfig(r=4, target_modules=["q_proj", "o_proj"]),
+    "OFT": lambda peft: peft.OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj", "v_proj"]),
+    "LoHa": lambda peft: peft.LoHaConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    "AdaLoRA": lambda peft: peft.AdaLoraConfig(total_step=5, target_modules=["q_proj", "v_proj"]),
+    "prompt tuning": lambda peft: peft.PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3
+    ),
+    "DoRA": lambda peft: peft.LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "v_proj"]),
+}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.filterwarnings("ignore:.*OFT:UserWarning")
+def test_adapters_without_rules_are_done_by_autograd(lm, adapter):
+    import peft
+
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(lm.build("llama"), ADAPTERS[adapter](peft))
+    for p in lm.trained(model).values():
+        nn.init.normal_(p, std=0.2)
+    batch = lm.batch()
+
+    def scores_of(model: nn.Module) -> Tensor:
+        logits = model(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
+        logits = logits[:, -batch.ids.shape[1] :]  # virtual tokens come first
+        logps = logits[:, :-1].log_softmax(-1).gather(-1, batch.ids[:, 1:, None])[..., 0]
+        return logps.masked_fill(~batch.scored[:, 1:], 0).sum(-1)
+
+    truth = lm.by_autograd(model, lm.losses(scores_of(model)))
+    raco_fast.prepare(model)
+    gradients = ObjectiveGradients(lm.trained(model).values(), lm.weights(3))
+    scores = scores_of(model)
+    with pytest.warns(UserWarning, match="taking one pass per objective"):
+        gradients.backward(lm.losses(scores), scores=scores)
+    assert max(lm.errors(lm.held(gradients, model), truth).values()) < 1e-6
+
+
+def test_reentrant_checkpointing_that_is_switched_on_later():
+    model = Tokens()
+    raco_fast.prepare(model)
+    gradients = ObjectiveGradients(model.parameters(), [0.4, 0.6])
+    for step in range(2):
+        if step:
+            model.spoil = lambda h: checkpoint(torch.tanh, h, use_reentrant=True)
+        gradients.zero()
+        scores = sum_of_tokens(model, step)
+        with pytest.warns(UserWarning, match="reentrant check") if step else nullcontext():
+            gradients.backward(two_losses(model, scores, step), scores=scores)
+
+
+def test_a_loss_of_nothing_that_is_known_is_refused():
+    model, other = Tokens(), nn.Parameter(torch.ones(()))
+    raco_fast.prepare(model)
+    gradients = ObjectiveGradients(model.parameters(), {"a": 0.4, "b": 0.6})
+    scores = sum_of_tokens(model, 0)
+    for loss in (other, other.square()):
+        with pytest.raises(
+            ValueError, match=r"`losses`\['b'\] must be a function of `scores`, and"
+        ):
+            gradients.backward({"a": scores.sum(), "b": loss}, scores=scores)
+    assert all(p.grad is None for p in [*model.parameters(), other])
+
+
+@pytest.mark.parametrize("value", [0, -1, 0.5])
+def test_how_often_to_check_is_checked(value):
+    with pytest.raises(
+        ValueError, match="`check_every` must be a number of calls, at least 1, got"
+    ):
+        raco_fast.prepare(Tokens(), check_every=value)

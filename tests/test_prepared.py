@@ -540,7 +540,10 @@ CHANGES = {
     "forward": (changed_forward, True),
     "an earlier hook": (hooked_first, True),
     "a later hook": (lambda m: m.out.register_forward_hook(lambda layer, args, y: 2 * y), False),
-    "an earlier pre-hook": (lambda m: m.out.register_forward_pre_hook(lambda m, x: 2 * x[0]), False),
+    "an earlier pre-hook": (
+        lambda m: m.out.register_forward_pre_hook(lambda m, x: 2 * x[0]),
+        False,
+    ),
     "parametrized": (normed_weight, True),
     "weight norm": (normed_weight_by_hook, True),
     "wrapper": (wrapped_by_accelerate, True),
