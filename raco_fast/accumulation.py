@@ -21,7 +21,9 @@ class Accumulation:
         RuntimeError: p.grad was filled outside of any objective, or belongs to other ones.
     """
 
-    def __init__(self, params: Sequence[Tensor], names: tuple[str, ...], memory: HostMemory) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], names: tuple[str, ...], memory: HostMemory
+    ) -> None:
         self._names, self._memory = names, memory
         self._held = {p: stand_in_of(p, names) for p in params}
         self.is_fresh = not any(held is not None and held.present for held in self._held.values())

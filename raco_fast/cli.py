@@ -1,4 +1,4 @@
-"""`raco-fast train config.yaml --lr 2e-5` and `raco-fast demo`."""
+"""`raco-fast train config.yaml --lr 2e-5`, `raco-fast verify config.yaml` and `raco-fast demo`."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ if TYPE_CHECKING:
 
     from raco_fast.dpo.config import TrainConfig
 
+EXIT_NOT_EXACT = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-_COMMANDS = ("train", "demo")
+_COMMANDS = ("train", "verify", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the process's exit status.
 
-    0 done, 2 bad input (a message on stderr says what and how to mend it), 130 stopped by Ctrl-C.
+    0 done, 1 `verify` found that one backward pass is not exact, 2 bad input (a message on stderr
+    says what and how to mend it), 130 stopped by Ctrl-C.
     """
     from jsonargparse import ArgumentError
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else None
-    if command == "train" and len(arguments) > 1 and not arguments[1].startswith("-"):
+    if command in ("train", "verify") and len(arguments) > 1 and not arguments[1].startswith("-"):
         arguments.insert(1, "--config")  # the config file may stand without its flag
     try:
         parser = _parser(command)
         values = parser.parse_args(arguments)
-        run = _run_train if values.subcommand == "train" else _run_demo
-        return run(parser, values)
+        runs = {"train": _run_train, "verify": _run_verify, "demo": _run_demo}
+        return runs[values.subcommand](parser, values)
     except ArgumentError as error:
         about = f"raco-fast {command}" if command in _COMMANDS else "raco-fast"
         print(f"raco-fast: {error}\nsee {about} --help", file=sys.stderr)
@@ -61,18 +63,25 @@ def _parser(command: str | None) -> ArgumentParser:
         description="Multi-objective DPO on preference pairs.",
         exit_on_error=False,
     )
-    train.add_argument("--config", action="config", help="YAML file of settings")
     train.add_argument(
         "--resume",
         action=ActionYesNo,
         default=False,
         help="go on from the newest checkpoint in output_dir",
     )
-    if command == "train":
-        from raco_fast.dpo.config import TrainConfig
+    verify = ArgumentParser(
+        usage="raco-fast verify config.yaml [any setting of the file]",
+        description="Compare every gradient mode with autograd on the model and data of a run.",
+        exit_on_error=False,
+    )
+    for name, of_run in (("train", train), ("verify", verify)):
+        of_run.add_argument("--config", action="config", help="YAML file of settings")
+        if command == name:
+            from raco_fast.dpo.config import TrainConfig
 
-        train.add_class_arguments(TrainConfig)
+            of_run.add_class_arguments(TrainConfig)
     commands.add_subcommand("train", train, help="align a model on preference data")
+    commands.add_subcommand("verify", verify, help="are the gradients of this run exact?")
     demo = ArgumentParser(
         description="A miniature of the paper's study; needs no download.", exit_on_error=False
     )
@@ -105,6 +114,25 @@ def _run_train(parser: ArgumentParser, values: Any) -> int:
         if name.startswith("eval_rewards/accuracies/"):
             print(f"{name}  {value:.3f}")
     print(f"saved {config.folder / 'model'}; metrics in {config.folder / 'metrics.jsonl'}")
+    return 0
+
+
+def _run_verify(parser: ArgumentParser, values: Any) -> int:
+    from raco_fast.dpo.config import TrainConfig
+    from raco_fast.dpo.verification import verify_run
+    from raco_fast.tap import NotExactError
+
+    options = parser.instantiate(values).verify
+    try:
+        found = verify_run(TrainConfig(**_fields_of(TrainConfig, options)))
+    except NotExactError as error:
+        print(f"raco-fast: not exact: {error}", file=sys.stderr)
+        return EXIT_NOT_EXACT
+    print(found)
+    if found.wrong:
+        print("raco-fast: not exact: differences of more than rounding", file=sys.stderr)
+        return EXIT_NOT_EXACT
+    print("exact: no difference is more than rounding")
     return 0
 
 

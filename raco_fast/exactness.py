@@ -21,7 +21,7 @@ from raco_fast.graph import ScoreGraph
 from raco_fast.one_backward import PastRulesError
 from raco_fast.segments import Factored
 from raco_fast.spot_check import SpotCheck
-from raco_fast.tap import Checks, name_of
+from raco_fast.tap import Checks, NotExactError, name_of
 
 
 class Exactness:
@@ -46,8 +46,8 @@ class Exactness:
 
         Raises:
             RuntimeError: the model was not prepared.
-            ValueError: it will not do, and the model was prepared with strict=True; a loss that
-                does not depend on `scores`.
+            NotExactError: it will not do, and the model was prepared with strict=True.
+            ValueError: a loss that does not depend on `scores`.
         """
         graph = ScoreGraph(losses, scores, wanted, self._known, self._misfits)
         graph.checks = self._checks or graph.checks
@@ -74,7 +74,7 @@ class Exactness:
         """Run a pass and its spot check, which says what is wrong; whether the pass may be used.
 
         Raises:
-            ValueError: it may not, and the model was prepared with strict=True.
+            NotExactError: it may not, and the model was prepared with strict=True.
         """
         try:
             mismatch = run()
@@ -91,7 +91,7 @@ class Exactness:
     def _say(self, graph: ScoreGraph, obstacle: str) -> None:
         message = f"one backward pass for all objectives would be wrong here: {obstacle}"
         if graph.checks.strict:
-            raise ValueError(f"{message}; mend it, or prepare the model with strict=False")
+            raise NotExactError(f"{message}; mend it, or prepare the model with strict=False")
         kind = re.sub(r"\d+", "", obstacle)  # not once for every shape
         if kind not in self._said:
             self._said.add(kind)

@@ -20,7 +20,15 @@ from torch.utils.hooks import RemovableHandle
 
 from raco_fast.layers import Rule, rule_for
 from raco_fast.segments import declared
-from raco_fast.tap import ANCHOR, Checks, Site, Tap, remember_names, remember_reason
+from raco_fast.tap import (
+    ANCHOR,
+    Checks,
+    NotExactError,
+    Site,
+    Tap,
+    remember_names,
+    remember_reason,
+)
 
 CHECK_EVERY = 128
 """At this distance a spot check, one more backward pass, costs a run less than 1 % of its time."""
@@ -76,11 +84,12 @@ def prepare(
             looks new; None: never. A check costs one more backward pass.
     Raises:
         TypeError: `model` is not a module.
-        ValueError: `strict`, and a trained parameter has no rule; `check_every` is below 1.
+        NotExactError: `strict`, and a trained parameter has no rule; a ValueError.
+        ValueError: `check_every` is not a number of calls.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch module, got a {type(model).__name__}")
-    if check_every is not None and not check_every >= 1:
+    if check_every is not None and not (isinstance(check_every, int) and check_every >= 1):
         raise ValueError(
             f"`check_every` must be a number of calls, at least 1, got {check_every}; None "
             f"switches the checks off"
@@ -95,7 +104,7 @@ def prepare(
         else:
             found[module] = _TapBehind(name, checks)
     if strict and without_rule:
-        raise ValueError(
+        raise NotExactError(
             f"`model` has trained parameters in layers without a rule: {without_rule}; give their "
             f"layers one with register_rule, freeze them, or use strict=False"
         )

@@ -93,6 +93,10 @@ def reason_for(p: Tensor) -> str:
     return str(_reasons[p]) if p in _reasons else general
 
 
+class NotExactError(ValueError):
+    """One backward pass would be wrong, and the model was prepared with strict=True."""
+
+
 @dataclass(frozen=True)
 class Checks:
     """What `prepare` was told: `strict`, and how often to compare (None: never)."""

@@ -43,7 +43,7 @@ LAYERS = [
     ["dpo.tokenization"],
     ["dpo.batches", "dpo.config"],
     ["dpo.dataset", "dpo.scoring", "dpo.metrics", "dpo.checkpoint", "dpo.model_card"],
-    ["dpo.evaluation"],
+    ["dpo.evaluation", "dpo.verification"],
     ["dpo.trainer"],
     ["demo.config", "demo.documents", "demo.results"],
     ["demo.judges"],

@@ -16,6 +16,7 @@ from raco_fast.dpo.losses import LossOptions, check_loss
 from raco_fast.dpo.models import ModelOptions
 from raco_fast.dpo.tokenization import TokenOptions
 from raco_fast.optimizer import ClippedCAGradAdamW
+from raco_fast.prepared import CHECK_EVERY
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 """Learning-rate schedules and their names in transformers; each begins with the warm-up."""
@@ -56,6 +57,8 @@ class TrainConfig:
             that is not exact for the model; `auto` does the same and falls back to `autograd`, one
             pass per objective; `gram_first` stores no gradient per objective, and needs the whole
             step in one micro-batch.
+        check_every: of one backward pass, the steps between two comparisons with an ordinary one;
+            each costs one more backward pass. None never compares.
         seed: of the data order, the adapter's initialisation, dropout and stochastic rounding.
         eval_every: steps between evaluations; None evaluates at the start and the end only.
         save_every: steps between checkpoints; None saves when interrupted only.
@@ -89,6 +92,7 @@ class TrainConfig:
     pairs_per_micro_batch: int = 4
     chunk_tokens: int = 256
     gradient_mode: Literal["auto", "autograd", "one_backward", "gram_first"] = "auto"
+    check_every: int | None = CHECK_EVERY
     seed: int = 0
     eval_every: int | None = None
     save_every: int | None = None
@@ -110,7 +114,7 @@ class TrainConfig:
                 f"{sorted(self.weights)}; add it there or leave `concise` out"
             )
         counts = ("epochs", "pairs_per_step", "pairs_per_micro_batch", "chunk_tokens", "log_every")
-        for name in (*counts, "max_steps", "eval_every", "save_every"):
+        for name in (*counts, "max_steps", "eval_every", "save_every", "check_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}")
@@ -167,6 +171,7 @@ _FREE_TO_CHANGE = frozenset(
         "cache_dir",
         "tensorboard",
         "gradient_mode",
+        "check_every",
     }
 )
 """Settings that may differ on `--resume`: none changes what is learnt, but by rounding."""

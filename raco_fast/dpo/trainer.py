@@ -99,7 +99,8 @@ class Trainer:
         probe = train_pairs[0].prompt_ids + train_pairs[0].a_ids
         check_head(self.model, torch.tensor(probe, device=self.device))
         if config.gradient_mode != "autograd":
-            prepare(self.model, strict=config.gradient_mode != "auto")
+            strict = config.gradient_mode != "auto"
+            prepare(self.model, strict=strict, check_every=config.check_every)
         self.pairs = train_pairs
         self.reference = self._reference(train_pairs, model_hash)
         self.held_out = self._held_out(eval_pairs, model_hash) if eval_pairs else None

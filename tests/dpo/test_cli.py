@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import resource
 import signal
 import subprocess
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch import nn
 
-from raco_fast import cli
+from raco_fast import cli, layers
 from raco_fast.dpo.checkpoint import latest
 from raco_fast.dpo.interrupt import Interrupt
 
@@ -120,14 +122,14 @@ def test_help_reads_no_models_library():
     assert run.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", [None, "train", "demo"])
+@pytest.mark.parametrize("command", [None, "train", "verify", "demo"])
 def test_help_lists_the_options(capfd, command):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"] if command else ["--help"])
     assert stop.value.code == 0
     out = capfd.readouterr().out
     for text in {
-        None: ("train", "demo"),
+        None: ("train", "verify", "demo"),
         "train": ("--config", "--resume", "--lr", "--model.lora", "peak learning rate"),
         "demo": ("--quick", "--seeds"),
     }[command]:
@@ -239,3 +241,44 @@ def test_stopping_at_once_says_what_there_is(config_file, settings, capfd, monke
         assert "step-00000007 is the last checkpoint. Run the same command with --resume" in err
     else:
         assert "stopped before any checkpoint was written; run the same command again" in err
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4, "alpha": 8}], ids=["full", "lora"])
+def test_verify_compares_every_mode_and_writes_nothing(config_file, settings, capfd, lora):
+    model = settings["model"] | {"lora": lora}
+    assert cli.main(["verify", config_file(model=model), "--pairs_per_micro_batch", "3"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[-1] == "exact: no difference is more than rounding"
+    assert [line.split(":")[0] for line in lines[-4:-1]] == [
+        "mode one_backward",
+        "mode gram_first",
+        "mode gram_first, keep_dy",
+    ]
+    errors = [float(line.split()[-1]) for line in lines[:-4]]
+    assert len(errors) > 10
+    assert 0 < max(errors) < 1e-4
+    assert not Path(settings["output_dir"]).exists()
+
+
+def test_verify_says_what_is_wrong_and_exits_with_1(config_file, capfd, monkeypatch):
+    def wrong(module, x, dy, segments):
+        return layers.linear(module, x, 1.01 * dy, segments)
+
+    monkeypatch.setattr(layers, "_RULES", {**layers._RULES, nn.Linear: wrong})
+    assert cli.main(["verify", config_file()]) == cli.EXIT_NOT_EXACT
+    out, err = capfd.readouterr()
+    assert re.search(
+        r"more than rounding: model\.layers.*the rule of that layer does not desc", out
+    )
+    assert err.endswith("raco-fast: not exact: differences of more than rounding\n")
+    monkeypatch.setattr(layers, "_RULES", {nn.Embedding: layers.embedding})
+    assert cli.main(["verify", config_file()]) == cli.EXIT_NOT_EXACT
+    assert "raco-fast: not exact: `model` has trained parameters in layers without" in (
+        capfd.readouterr().err
+    )
+
+
+def test_verify_has_the_messages_of_train(config_file, capfd):
+    assert "`weights` must sum to 1" in run_bad(
+        capfd, "verify", config_file(), "--weights", "{sure: 0.4, kind: 0.4}"
+    )
