@@ -102,9 +102,10 @@ class ObjectiveGradients:
         functions of `scores` and the model was prepared. Gradients add to what earlier calls left
         (micro-batches).
 
-        The first call in mode "one_backward" also checks that one pass is exact for this model,
-        with a few more backward passes; where it is not, it warns, names the reason, and this and
-        all later calls take m passes.
+        Every call in mode "one_backward" looks whether one pass is exact, and some compare it with
+        an ordinary one (`raco_fast.prepare` says when); where it is not, it warns, names the
+        reason, and takes m passes. Leaves that are not of these parameters get the gradient of the
+        weighted sum Σ w_i L_i in every mode, by one more pass.
 
         Args:
             losses: objective name -> scalar, or m scalars in weight order. With `scores`, a loss

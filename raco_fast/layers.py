@@ -48,8 +48,8 @@ def embedding(
 
 
 def layer_norm(module: Any, x: Tensor, dy: Tensor, segments: Segments) -> dict[str, Use]:
-    """y = w (x - mean x) / √(var x + ε) + b."""
-    normed = F.layer_norm(widened(x), module.normalized_shape, eps=module.eps)
+    """y = w (x - mean x) / √(var x + ε) + b, also with 1 + w in place of w."""
+    normed = F.layer_norm(widened(x), module.weight.shape, eps=_eps(module, x))
     return _norm(module, normed, dy, segments)
 
 
@@ -146,10 +146,17 @@ def _recognised(module: Any) -> Rule | None:
 
     if weight.ndim == 1 and (hasattr(module, "eps") or hasattr(module, "variance_epsilon")):
         # With a mean, and as small as ε: neither may be treated in another way.
-        x, w = random(2, 3, len(weight)) + 1, random(len(weight))
+        x, parameters = (
+            random(2, 3, len(weight)) + 1,
+            {name: random(*p.shape) for name, p in own.items()},
+        )
         x[:, 0] *= _eps(module, x) ** 0.5
-        normed = F.rms_norm(x, weight.shape, eps=_eps(module, x))
-        return rms_norm if _agrees(module, {"weight": w}, x, w * normed, (1 + w) * normed) else None
+        w, b = parameters["weight"], parameters.get("bias", 0.0)
+        for rule, norm in ((rms_norm, F.rms_norm), (layer_norm, F.layer_norm)):
+            normed = norm(x, weight.shape, eps=_eps(module, x))
+            if _agrees(module, parameters, x, w * normed + b, (1 + w) * normed + b):
+                return rule
+        return None
     if weight.ndim == 2 and "bias" in own and own["bias"].shape == weight.shape[1:]:
         x, w, b = random(2, 3, len(weight)), random(*weight.shape), random(weight.shape[1])
         return conv1d if _agrees(module, {"weight": w, "bias": b}, x, x @ w + b) else None

@@ -131,6 +131,7 @@ def test_help_lists_the_options(capfd, command):
     for text in {
         None: ("train", "verify", "demo"),
         "train": ("--config", "--resume", "--lr", "--model.lora", "peak learning rate"),
+        "verify": ("--config", "--lr", "--model.lora", "peak learning rate"),
         "demo": ("--quick", "--seeds"),
     }[command]:
         assert text in out

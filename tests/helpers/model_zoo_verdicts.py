@@ -161,12 +161,13 @@ def judge(of: Subject, mode: str) -> Verdict:
                 logits = model_zoo.logits_of(of.model, of.batch)
                 if not torch.equal(logits, of.logits):
                     return verdict("outputs differ", f"by {(logits - of.logits).abs().max():.1e}")
-                found, expected = MODES[mode](of, scores_of(logits, of.batch))
+                found, expected, plain = MODES[mode](of, scores_of(logits, of.batch))
     except Exception as error:  # noqa: BLE001  # whatever it is, it is the verdict
         return verdict("raises", described(error))
     finally:
         of.model.zero_grad(set_to_none=True)
-    error, excess, worst = compared(found, expected(of.truth), [expected(g) for g in of.plain])
+    plain += [expected(g) for g in of.plain]
+    error, excess, worst = compared(found, expected(of.truth), plain)
     said = [str(w.message) for w in caught if "one pass per objective" in str(w.message)]
     if not excess <= 1:
         return verdict(
@@ -183,19 +184,24 @@ def described(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-Found: TypeAlias = tuple[Gradients, Callable[[Gradients], Gradients]]
+Found: TypeAlias = tuple[Gradients, Callable[[Gradients], Gradients], list[Gradients]]
+"""(What a mode gave, what it should be as a function of the gradients, further draws of plain
+float32.)"""
 
 
 def one_backward(of: Subject, scores: Tensor) -> Found:
-    """All m gradients, and what they should be as a function of the gradients."""
+    """All m gradients."""
     params = trained(of.model)
     gradients = raco_fast.ObjectiveGradients(list(params.values()), WEIGHTS)
     gradients.backward(losses_of(scores), scores=scores)
-    return {n: stacked(p, gradients.of(p).values()) for n, p in params.items()}, dict
+    return {n: stacked(p, gradients.of(p).values()) for n, p in params.items()}, dict, []
 
 
 def gram_first(of: Subject, scores: Tensor) -> Found:
-    """G0, with the Gram matrix as if it were one more parameter's gradients."""
+    """G0, with the Gram matrix as if it were one more parameter's gradients.
+
+    Plain float32 makes G0 in two ways: of its m gradients, and by one backward pass of Σ α_i L_i.
+    """
     params = trained(of.model)
     gradients = raco_fast.ObjectiveGradients(list(params.values()), WEIGHTS)
     solution = raco_fast.gram_first(gradients, losses_of(scores), scores, c=0.4)
@@ -210,7 +216,12 @@ def gram_first(of: Subject, scores: Tensor) -> Found:
         return with_gram(combined, gram(gradients))
 
     found = {n: stacked(p, [p.grad]) for n, p in params.items()}
-    return with_gram(found, torch.as_tensor(solution.gram)), expected
+    of.model.zero_grad(set_to_none=True)
+    losses = losses_of(scores_of(model_zoo.logits_of(of.model, of.batch), of.batch))
+    sum(a * loss for a, loss in zip(coefficients.tolist(), losses, strict=True)).backward()
+    at_once = {n: stacked(p, [p.grad]) for n, p in params.items()}
+    plain = with_gram(at_once, gram(of.plain[0]))
+    return with_gram(found, torch.as_tensor(solution.gram)), expected, [plain]
 
 
 MODES = {"one_backward": one_backward, "gram_first": gram_first}
