@@ -8,6 +8,8 @@ import torch
 
 import raco_fast
 from bench.dpo_problem import Problem
+from raco_fast.exactness import Exactness
+from raco_fast.tap import Checks
 
 UNPREPARED = ("plain", "passes", "torchjd")
 """The steps that know nothing of this library's engine; the others want a prepared model."""
@@ -68,11 +70,14 @@ def torchjd(problem: Problem, m: int) -> Callable[[], None]:
     return step
 
 
-def ours(mode: str, **options: bool) -> Callable[[Problem, int], Callable[[], None]]:
-    """`ClippedCAGradAdamW` with one of its gradient modes."""
+def ours(
+    mode: str, check_every: int | None = None, **options: bool
+) -> Callable[[Problem, int], Callable[[], None]]:
+    """`ClippedCAGradAdamW` with one of its gradient modes; checked every so many calls."""
 
     def build(problem: Problem, m: int) -> Callable[[], None]:
         optimizer = raco_fast.ClippedCAGradAdamW(problem.params, lr=1e-6, weights=[1 / m] * m)
+        optimizer.gradients.exactness = Exactness(Checks(strict=True, every=check_every))
 
         def step() -> None:
             scores = problem.scores()
@@ -92,6 +97,7 @@ STEPS: dict[str, Callable[[Problem, int], Callable[[], None]]] = {
     "torchjd": torchjd,
     "autograd": ours("autograd"),
     "one_backward": ours("one_backward"),
+    "one_backward, checked": ours("one_backward", check_every=1),
     "gram_first": ours("gram_first"),
     "gram_first, keep_dy": ours("gram_first", keep_dy=True),
     "gram_first, step_in_backward": ours("gram_first", step_in_backward=True),

@@ -10,6 +10,7 @@ itself, when its seeds are scaled, is rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import combinations, count
 from math import comb, isfinite
 from typing import Any
@@ -80,43 +81,58 @@ class SpotCheck:
 
         return self._mismatch(deviation)
 
-    @torch.no_grad()
     def _mismatch(self, deviation: Deviation) -> str | None:
-        expected = self._ordinary(self._graph.wanted, 1.0)
-        found = {p: deviation(p, g) for p, g in expected.items()}
-        self.conclusive = all(
-            isfinite(float(difference) + float(size)) for difference, size in found.values()
-        )
+        """What is wrong; no more gradients are held at a time than those that are doubtful."""
+        doubtful: dict[Tensor, tuple[float, float, Tensor]] = {}
+        self.conclusive = True
+
+        def compare(p: Tensor, expected: Tensor) -> None:
+            difference, size = map(float, deviation(p, expected))
+            self.conclusive = self.conclusive and isfinite(difference + size)
+            if difference > rounding_bound(p, size, 0.0):
+                doubtful[p] = difference, size, expected
+
+        self._ordinary(self._graph.wanted, 1.0, compare)
         if not self.conclusive:
             return None
-        doubtful = {
-            p: (float(difference), float(size))
-            for p, (difference, size) in found.items()
-            if difference > rounding_bound(p, size, 0.0)
-        }
-        again = self._ordinary(list(doubtful), ANOTHER_SCALE)
         wrong = {}
-        for p, (difference, size) in doubtful.items():
-            noise = float((again[p] - expected[p]).norm())
-            if difference > rounding_bound(p, size, noise):
-                wrong[p] = difference / max(size, float(expected[p].norm()))
+
+        def judge(p: Tensor, again: Tensor) -> None:
+            difference, size, expected = doubtful[p]
+            if difference > rounding_bound(p, size, float((again - expected).norm())):
+                wrong[p] = difference / max(size, float(expected.norm()))
+
+        self._ordinary(list(doubtful), ANOTHER_SCALE, judge)
         return self._described(wrong) if wrong else None
 
-    def _ordinary(self, parameters: Sequence[Tensor], scale: float) -> dict[Tensor, Tensor]:
-        """Σ_i r_i g_i of some parameters, by autograd."""
+    def _ordinary(
+        self, parameters: Sequence[Tensor], scale: float, take: Callable[[Tensor, Tensor], None]
+    ) -> None:
+        """Hand over Σ_i r_i g_i of each parameter, by autograd, and free it."""
         if not parameters:
-            return {}
-        scores = self._graph.scores
-        with torch.enable_grad(), nothing_past_rules(self._graph.wanted):
-            found = torch.autograd.grad(
+            return
+        scores, left = self._graph.scores, set(parameters)
+
+        @torch.no_grad()
+        def hand_over(p: Tensor) -> None:
+            assert p.grad is not None
+            grad, p.grad = p.grad, None
+            left.discard(p)
+            take(p, _wide(grad) / scale)
+
+        with ExitStack() as stack:
+            stack.enter_context(nothing_past_rules(self._graph.wanted))
+            for p in parameters:
+                hook = p.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
+                stack.callback(hook.remove)
+            torch.autograd.backward(
                 [scores],
-                list(parameters),
                 [(self._seeds * scale).to(scores)],
                 retain_graph=True,
-                allow_unused=True,
+                inputs=list(parameters),
             )
-        pairs = zip(parameters, found, strict=True)
-        return {p: _wide(torch.zeros_like(p) if g is None else g) / scale for p, g in pairs}
+        for p in left:  # no score depends on it
+            take(p, _wide(torch.zeros_like(p)))
 
     def _described(self, wrong: dict[Tensor, float]) -> str:
         p = max(wrong, key=lambda p: wrong[p])

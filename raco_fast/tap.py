@@ -168,7 +168,12 @@ class Tap(Tapped):
             parameters=tuple(site.parameters.values()),
             index=site.index,
             shape=x.shape,
-            look=(type(site.module).__name__, site.module.training, type(y.grad_fn).__name__),
+            look=(
+                type(site.module).__name__,
+                site.module.training,
+                type(y.grad_fn).__name__,
+                *site.parameters,
+            ),
             checks=site.checks,
             broadcasts=not x.is_floating_point(),
         )
