@@ -1,4 +1,4 @@
-"""`Accumulation`: the buffers that a collecting pass adds the m gradients of its batch to."""
+"""`Accumulation`: what a pass over all objectives adds the m gradients of its batch to."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from raco_fast.exactness import Exactness
+from raco_fast.graph import ScoreGraph
 from raco_fast.host_memory import HostMemory
 from raco_fast.objective_grad import ObjectiveGrad, stand_in_of
+from raco_fast.one_backward import one_backward, sensitivities
+from raco_fast.segments import Factored
 
 
 class Accumulation:
@@ -45,3 +49,34 @@ class Accumulation:
         """Put everything in p.grad."""
         for p, held in self._held.items():
             p.grad = held
+
+
+def accumulated(
+    graph: ScoreGraph,
+    losses: Sequence[Tensor],
+    exactness: Exactness,
+    names: tuple[str, ...],
+    memory: HostMemory,
+) -> Accumulation | None:
+    """What p.grad holds and the gradients of one batch; None where a spot check says no.
+
+    What is compared is formed by itself, and then anew on top of what is there: a run has the same
+    bits wherever it is checked.
+    """
+    into = Accumulation(graph.wanted, names, memory)
+    A = sensitivities(losses, graph.scores)
+    factored = Factored.of(A)
+    check = exactness.check(graph, A, factored)
+    graph.retained = check is not None or bool(graph.others)
+    if check is not None:
+        apart = into if into.is_fresh else Accumulation([], names, memory)
+
+        def run() -> str | None:
+            one_backward(graph, factored, apart.buffers, retain_graph=True)
+            return check.gradients_of(apart.gradients())
+
+        if not exactness.checked(graph, check, run):
+            return None
+    if check is None or not into.is_fresh:
+        one_backward(graph, factored, into.buffers, retain_graph=graph.retained)
+    return into

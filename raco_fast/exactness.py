@@ -60,6 +60,8 @@ class Exactness:
     def check(self, graph: ScoreGraph, A: Tensor, factored: Factored) -> SpotCheck | None:
         """The spot check that is due at this call, if one is."""
         every, groups = graph.checks.every, factored.coefficients.shape[1]
+        if every is None:
+            self._known |= graph.facts
         if every is None or groups == 0:
             return None
         self._calls += 1

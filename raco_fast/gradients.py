@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from raco_fast.accumulation import Accumulation
+from raco_fast.accumulation import accumulated
 from raco_fast.checks import check_dense
 from raco_fast.exactness import Exactness
 from raco_fast.graph import ScoreGraph, other_leaves
@@ -29,10 +29,8 @@ from raco_fast.objective_grad import (
 )
 from raco_fast.objective_losses import given_names, ordered_losses
 from raco_fast.objectives import ReadOnlyWeights, check_weights, weights_of
-from raco_fast.one_backward import one_backward, sensitivities, use_up
+from raco_fast.one_backward import backward_of_others, use_up
 from raco_fast.overflow import clear_overflow
-from raco_fast.segments import Factored
-from raco_fast.spot_check import SpotCheck
 
 
 class ObjectiveGradients:
@@ -164,27 +162,12 @@ class ObjectiveGradients:
     def _backward_of_each(self, losses: Sequence[Tensor]) -> None:
         """m backward passes; the graph is kept for all but the last."""
         others = other_leaves(losses, self.parameters()) if len(losses) > 1 else []
-        self.backward_of_others(others, losses)
+        backward_of_others(others, losses, self._weights.values())
         inputs = self.trained() if others else None
         for i, (name, loss) in enumerate(zip(self.names, losses, strict=True)):
             with self.objective(name):
                 if loss.requires_grad:
                     torch.autograd.backward([loss], retain_graph=i + 1 < len(losses), inputs=inputs)
-
-    def backward_of_others(self, others: Sequence[Tensor], losses: Sequence[Tensor]) -> None:
-        """Give leaves that are not ours the gradient of the weighted sum Σ w_i L_i.
-
-        It adds to their .grad, as in torch; the graph is kept.
-        """
-        pairs = zip(losses, self.weights.values(), strict=True)
-        terms = [(loss, w) for loss, w in pairs if loss.requires_grad and w > 0.0]
-        if others and terms:
-            torch.autograd.backward(
-                [loss for loss, _ in terms],
-                [torch.full_like(loss, w) for loss, w in terms],
-                retain_graph=True,
-                inputs=others,
-            )
 
     @contextmanager
     def objective(self, name: str) -> Iterator[None]:
@@ -327,38 +310,16 @@ class ObjectiveGradients:
             return False
         clear_overflow(self.parameters())
         self._notice_cleared(self.parameters())
-        into = Accumulation(graph.wanted, self.names, self._memory)
-        A = sensitivities(losses, scores)
-        factored = Factored.of(A)
-        check = self.exactness.check(graph, A, factored)
-        retained = check is not None or bool(graph.others)
-        if check is None:
-            one_backward(graph, factored, into.buffers, retain_graph=retained)
-        elif not self._checked(graph, factored, check, into):
+        formed = accumulated(graph, losses, self.exactness, self.names, self._memory)
+        if formed is None:
             return False
-        self.backward_of_others(graph.others, losses)
-        if retained:
+        backward_of_others(graph.others, losses, self._weights.values())
+        if graph.retained:
             use_up(graph)
-        into.store()
+        formed.store()
         self._held = self._held or any(p.grad is not None for p in graph.wanted)
         self._ran.update(self.names)
         return True
-
-    def _checked(
-        self, graph: ScoreGraph, factored: Factored, check: SpotCheck, into: Accumulation
-    ) -> bool:
-        """The pass and its spot check; what is compared is formed by itself."""
-        apart = into if into.is_fresh else Accumulation([], self.names, self._memory)
-
-        def run() -> str | None:
-            one_backward(graph, factored, apart.buffers, retain_graph=True)
-            return check.gradients_of(apart.gradients())
-
-        right = self.exactness.checked(graph, check, run)
-        if right and apart is not into:
-            # Anew, and not by a sum: a run has the same bits wherever it is checked.
-            one_backward(graph, factored, into.buffers, retain_graph=True)
-        return right
 
     def _notice_cleared(self, params: Sequence[Tensor]) -> None:
         """model.zero_grad() empties p.grad without telling us: then no objective has run."""

@@ -29,7 +29,14 @@ from raco_fast.graph import ScoreGraph
 from raco_fast.objective_grad import is_zero
 from raco_fast.objective_losses import given_names, ordered_losses
 from raco_fast.objectives import check_max_grad_norm
-from raco_fast.one_backward import arranged, collect, propagate, sensitivities, use_up
+from raco_fast.one_backward import (
+    arranged,
+    backward_of_others,
+    collect,
+    propagate,
+    sensitivities,
+    use_up,
+)
 from raco_fast.overflow import clear_overflow, leave_overflow
 from raco_fast.segments import Factored
 from raco_fast.tap import Call
@@ -93,7 +100,7 @@ def gram_first(
                 collected = _collected(gradients, ordered, scores, keep_dy)
         if collected is not None:
             graph, A, collector = collected
-            gradients.backward_of_others(graph.others, ordered)
+            backward_of_others(graph.others, ordered, gradients.weights.values())
             if keep_dy and graph.retained:
                 use_up(graph)
             M = ops.within_cauchy_schwarz(collector.gram())

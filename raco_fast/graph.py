@@ -138,7 +138,7 @@ class ScoreGraph:
     def _is_other(self, p: Tensor) -> bool:
         """Whether p is not wanted; it is then noted as such."""
         other = id(p) not in self._wanted
-        if other and id(p) not in self._others:
+        if other and p.is_leaf and id(p) not in self._others:
             self._others.add(id(p))
             self.others.append(p)
         return other
@@ -187,7 +187,8 @@ class ScoreGraph:
     def _place_rows(self) -> None:
         """Tell the rows of every layer apart."""
         misfits, n = [], len(self.scores)
-        lengths = Counter(node.shape[1] for node in self.taps if len(node.shape) > 2)
+        tokens = [node for node in self.taps if len(node.shape) > 2 - node.broadcasts]
+        lengths = Counter(node.shape[1] for node in tokens if node.shape[0] == n)
         length = max(lengths, key=lambda size: lengths[size]) if lengths else None
         for node in self.taps:
             shape: Sequence[int] = node.shape

@@ -81,6 +81,24 @@ def propagate(
         )
 
 
+def backward_of_others(
+    others: Sequence[Tensor], losses: Sequence[Tensor], weights: Iterable[float]
+) -> None:
+    """Give leaves that belong to no objective the gradient of the weighted sum Σ w_i L_i.
+
+    It adds to their .grad, as in torch; the graph is kept.
+    """
+    pairs = zip(losses, weights, strict=True)
+    terms = [(loss, w) for loss, w in pairs if loss.requires_grad and w > 0.0]
+    if others and terms:
+        torch.autograd.backward(
+            [loss for loss, _ in terms],
+            [torch.full_like(loss, w) for loss, w in terms],
+            retain_graph=True,
+            inputs=others,
+        )
+
+
 class _NoGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -477,8 +477,10 @@ class Gated(nn.Module):
     def __init__(self, d: int) -> None:
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.linspace(0.5, 2.0, d)), 1e-6
+        self.kept: Tensor | None = None
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        gate = self.kept if gate is None else gate
         x = x if gate is None else x * F.silu(gate)
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
@@ -563,6 +565,17 @@ def test_a_layer_that_becomes_another_one_is_not_taken_for_what_it_was(change):
         assert torch.equal(p.grad, q.grad)
     model.zero_grad()
     assert_served(model, falls_back, lambda: model(ids)[:, None], "parameter '.*' reaches the scor")
+
+
+def test_a_layer_that_depends_on_what_it_keeps_falls_back():
+    def call(norm, h):
+        norm.kept = h.tanh()
+        return norm(h)
+
+    model, ids = Layers(call).eval(), tokens(4, 6)
+    prepare(model)
+    message = "layer 'norm' depends on more than its first argument and its parameters"
+    assert_served(model, True, lambda: model(ids)[:, None], message)
 
 
 @pytest.mark.parametrize(
