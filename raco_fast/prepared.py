@@ -99,10 +99,11 @@ def prepare(
         trained = [n for n, p in module.named_parameters(recurse=False) if p.requires_grad]
         if not trained or any(isinstance(h, _TapBehind) for h in module._forward_hooks.values()):
             continue
-        if rule_for(module) is None:
+        tap = _TapBehind(name, checks)
+        if tap.rule(module) is None:
             without_rule += [f"{name}.{n}".lstrip(".") for n in trained]
         else:
-            found[module] = _TapBehind(name, checks)
+            found[module] = tap
     if strict and without_rule:
         raise NotExactError(
             f"`model` has trained parameters in layers without a rule: {without_rule}; give their "

@@ -282,7 +282,7 @@ def test_a_forced_backend_reaches_the_threads_of_autograd(monkeypatch):
     monkeypatch.setattr(torch.autograd, "backward", in_a_thread)
     monkeypatch.setattr(ops, "backend_of_weight_grad", backend_of)
     gradients = ObjectiveGradients(model.parameters(), [0.4, 0.6])
-    with raco_fast.prepare(model, strict=True):
+    with raco_fast.prepare(model, strict=True, check_every=None):
         for name in ("reference", "cpu"):
             scores = model(IDS).sum(-1)
             with raco_fast.backend(name):
