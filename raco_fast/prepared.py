@@ -71,7 +71,7 @@ def prepare(
 
     Every layer that owns trained parameters gets a tap, if a rule is known for it. Nothing that the
     model computes changes, ordinary gradients neither. Call it again after layers were added or
-    parameters unfrozen; layers that have their tap keep it.
+    parameters unfrozen; layers that have their tap keep it, with the options it was given.
 
     Args:
         model: any module. It may be wrapped by PEFT and use non-reentrant checkpointing, autocast

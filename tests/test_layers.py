@@ -302,3 +302,15 @@ def test_a_rule_that_forgets_a_parameter_is_named():
         ValueError, match=r"rule of layer '0' \(Scale\) gives nothing for \['factor'\]"
     ):
         gradients.backward([scores.sum(), scores.square().sum()], scores=scores)
+
+
+def test_the_row_of_a_padding_token_has_no_gradient_whatever_comes_to_it():
+    """As in torch, which leaves those rows of dY out: a product with zero would keep NaN."""
+    layer, ids = nn.Embedding(VOCAB, D, padding_idx=3), torch.tensor([[1, 3], [3, 2]])
+    dy = randn(2, 2, D, seed=1)
+    dy[ids == 3] = torch.nan
+    found = torch.empty(1, VOCAB, D)
+    rule_for(layer)(layer, ids, dy, Segments(1, None, (0, 1)))["weight"].add_to(found, None, True)
+    (expected,) = torch.autograd.grad(layer(ids), layer.weight, dy)
+    torch.testing.assert_close(found[0], expected)
+    assert found.isfinite().all()
