@@ -94,26 +94,39 @@ class ScoreGraph:
         self.obstacle = self.obstacle or obstacle
 
     def _walk_scores(self) -> None:
+        # Thousands of nodes at every call: what a type means is looked up once.
+        roles: dict[type, int] = {}
+        kinds: set[tuple[type, type]] = set()
         root = self.scores.grad_fn
-        stack, seen = [root], {root}
-        self._see(root, _role(root))
+        stack: list[Node] = [root]
+        seen = {root}
+        roles[type(root)] = _role(root)
+        self._see(root, roles[type(root)])
         while stack:
             node = stack.pop()
-            name = type(node).__name__
-            for place, (below, _) in enumerate(_edges(node)):
+            kind = type(node)
+            edges = node.next_functions
+            if roles.get(kind) == _TAPPED:
+                edges = edges[_below(node) : _below(node) + 1]
+            for place, (below, _) in enumerate(edges):
                 if below is None:
                     continue
-                self.facts.add((name, type(below).__name__))
-                role = _role(below)
+                kind_below = type(below)
+                role = roles.get(kind_below)
+                if role is None:
+                    role = roles[kind_below] = _role(below)
                 if role == _LEAF:
                     self._leaf(below.variable, node, "the scores past every rule")
                     continue
+                kinds.add((kind, kind_below))
                 if role == _TAPPED:
                     self._into[below].append((node, place))
                 if below not in seen:
                     seen.add(below)
                     stack.append(below)
-                    self._see(below, role)
+                    if role != _PLAIN:
+                        self._see(below, role)
+        self.facts.update((above.__name__, below.__name__) for above, below in kinds)
 
     def _see(self, node: Node, role: int) -> None:
         """What a node below the scores means by itself."""

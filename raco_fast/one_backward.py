@@ -124,12 +124,6 @@ def _freed_graphs_named(argument: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "donated buffers" in str(error):
-            raise RuntimeError(
-                f"compiled code cannot be passed through twice, as this backward pass of "
-                f"`{argument}` has to; set torch._functorch.config.donated_buffer = False before "
-                f"the model is compiled"
-            ) from error
         if "backward through the graph a second time" not in str(error):
             raise
         raise RuntimeError(

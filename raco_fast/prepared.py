@@ -152,6 +152,9 @@ def _uncompiled() -> Callable[..., Any]:
     Not by a decorator, which would load torch's compiler with the package.
     """
     disabled: Callable[..., Any] = torch.compiler.disable(_tapped)  # type: ignore[no-untyped-call]
+    # Graphs of prepared models are passed through more than once; the compiler would reuse their
+    # memory in the first pass, and then refuse the second.
+    torch._functorch.config.donated_buffer = False
     # The compiler, loaded just now, leaves frames in a cycle, and through them their callers'
     # models: on a GPU that is memory of the size of a model.
     gc.collect()
