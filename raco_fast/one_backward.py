@@ -67,13 +67,13 @@ def propagate(
     scores: Tensor,
     seeds: Tensor,
     *,
-    inputs: Sequence[Tensor] | None = None,
+    inputs: Sequence[Tensor],
     retain_graph: bool = False,
 ) -> None:
     """The backward pass of Σ_b seeds_b scores_b; seeds are rounded to the scores' dtype.
 
     Args:
-        inputs: the tensors whose gradients count; others keep their .grad (None: all leaves).
+        inputs: the leaves whose gradients count; others keep their .grad.
     """
     with _freed_graphs_named("scores"):
         torch.autograd.backward(

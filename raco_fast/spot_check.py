@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from raco_fast.graph import ScoreGraph
-from raco_fast.one_backward import collect, nothing_past_rules
+from raco_fast.one_backward import collect, nothing_past_rules, propagate
 from raco_fast.tap import Call, name_of
 
 # A difference is looked into from this size on, in units of the parameter's own gradients, and is
@@ -125,12 +125,7 @@ class SpotCheck:
             for p in parameters:
                 hook = p.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
                 stack.callback(hook.remove)
-            torch.autograd.backward(
-                [scores],
-                [(self._seeds * scale).to(scores)],
-                retain_graph=True,
-                inputs=list(parameters),
-            )
+            propagate(scores, self._seeds * scale, inputs=parameters, retain_graph=True)
         for p in left:  # no score depends on it
             take(p, _wide(torch.zeros_like(p)))
 
