@@ -12,9 +12,10 @@ STAMP := $(VENV)/.installed
 # A process on each idle core; they take tests from each other's ends, so that files mostly stay
 # together and what a file builds once is rarely built twice.
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
-NUMERICS := $(addprefix tests/test_,$(addsuffix .py,reference cpu_gram cpu_rounding cpu_update \
-	rounding ops uses segments head gram_first one_backward optimizer_rounding weight_grad_plan))
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+NUMERICS := tests/backends tests/kernels/test_weight_grad_plan.py $(addprefix tests/,$(addsuffix .py,\
+	$(addprefix engine/test_,contributions sequences lm_head backward) \
+	$(addprefix optim/test_,gram_first rounding)))
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 
 .PHONY: demo test test-slow test-numerics check bench real-run clean
 .DEFAULT_GOAL := test

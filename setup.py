@@ -28,9 +28,9 @@ setup(
     ext_modules=[
         Extension(
             "raco_fast._C",
-            sorted(glob("csrc/*.cpp")),
-            depends=sorted(glob("csrc/*.hpp")),
-            include_dirs=[pybind11_headers()],
+            sorted(glob("csrc/*/*.cpp")),
+            depends=sorted(glob("csrc/*/*.hpp")),
+            include_dirs=["csrc", pybind11_headers()],
             language="c++",
             # No -ffast-math: the solver's error-free sums rely on IEEE rounding, and the kernels
             # give the same bits on every target. errno and trap flags, which nobody reads, would

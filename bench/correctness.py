@@ -16,7 +16,7 @@ from bench.jobs import Done
 from bench.machine import ROOT
 from bench.records import Record, Records
 
-KERNEL_TESTS = ROOT / "tests" / "triton_kernels"
+KERNEL_TESTS = ROOT / "tests" / "kernels" / "executed"
 _STEP_ON_CPU = ("test_cpu_gram", "test_cpu_update", "test_optimizer_cpu")
 _STEP_ON_CUDA = ("test_gram", "test_combine_adamw", "test_solve_dual", "test_capturable")
 # Device -> suite -> test files that it relies on.

@@ -8,8 +8,8 @@ import torch
 
 import raco_fast
 from bench.dpo_problem import Problem
-from raco_fast.exactness import Exactness
-from raco_fast.tap import Checks
+from raco_fast.engine.exactness import Exactness
+from raco_fast.engine.tap import Checks
 
 UNPREPARED = ("plain", "passes", "torchjd")
 """The steps that know nothing of this library's engine; the others want a prepared model."""

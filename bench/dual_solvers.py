@@ -19,8 +19,8 @@ import torch
 
 from bench import optional
 from raco_fast import _C
-from raco_fast.dual import solve_dual
-from raco_fast.objectives import RULES
+from raco_fast.solver.dual import solve_dual
+from raco_fast.solver.weights import RULES
 
 C = 0.4
 SIZES = (2, 3, 4, 8, 16, 32)

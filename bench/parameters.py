@@ -1,7 +1,7 @@
 """Names and shapes of the parameters of real models, in the order of `model.named_parameters()`.
 
 From the numbers of the published configs, so that no file, network or import of transformers is
-needed; `tests/test_bench.py` compares them with transformers' models on the meta device.
+needed; `tests/bench/test_bench.py` compares them with transformers' models on the meta device.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def record(records: Records, name: str, done: Done) -> None:
 
 def launch_all(device: torch.device) -> None:
     """Every kernel, in every variant that accesses memory in its own way."""
-    from raco_fast import ops
+    from raco_fast.backends import ops
 
     variants: list[tuple[int, torch.dtype]] = [
         (2, torch.bfloat16), (3, torch.float32), (8, torch.bfloat16), (12, torch.float16)
@@ -110,7 +110,7 @@ def _layer_gradients(
     m: int, dtype: torch.dtype, out: torch.dtype, d_in: int, d_out: int, device: torch.device
 ) -> None:
     """Written and added to, from ragged groups; rows that are no whole vectors among them."""
-    from raco_fast import ops
+    from raco_fast.backends import ops
 
     bounds = [0, 1, 66, 66, 99, 163]
     generator = torch.Generator().manual_seed(m)

@@ -8,7 +8,8 @@ h = ⟨d, g0⟩ (at most 2 x 2, in closed form; the problem and its letters are 
     y = b + Mq,  q = p0 / τ + v       ‖Gq‖ <= s, so min y is a lower bound of f on the simplex
 
 Faces on which D is singular or s <= ‖Gv‖ are no candidates: f has a minimiser on their boundary
-too, which is another lane. The constants mean what they do in csrc/problem.hpp and corral.hpp.
+too, which is another lane. The constants mean what they do in csrc/solver/problem.hpp and
+active_set.hpp.
 """
 
 from __future__ import annotations

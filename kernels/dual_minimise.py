@@ -2,7 +2,7 @@
 
 Gp is unique, p is not when gradients are dependent. With m <= 3 the minimisers form a segment
 p + t d (Gd = 0, or Gd along Gp where f* = 0), on which w is projected, or with identical gradients
-the whole simplex, where the answer is w itself. Formulas: csrc/projection.hpp.
+the whole simplex, where the answer is w itself. Formulas: csrc/solver/projection.hpp.
 """
 
 from __future__ import annotations

@@ -29,17 +29,17 @@ from .tables import current
 MAX_OBJECTIVES = 3
 RULES = ("linear", "cagrad", "cagrad-clip", "mgda")
 SCALARS = 10
-"""Numbers behind p, p_clipped and coefficients in a packed row; csrc/dual.hpp names them."""
+"""Numbers behind p, p_clipped and coefficients in a packed row; csrc/solver/dual.hpp names them."""
 
 
 @dataclass(frozen=True)
 class Outputs:
     """Where `solve_dual` writes, on the device.
 
-    `packed` [3m + SCALARS] float64: p, p_clipped, coefficients and the scalars of csrc/dual.hpp;
-    `used` [m, m] float64: the Gram that was solved (unscaled, NaN under found_inf); `step` [m + 2]
-    float32: alpha, clip factor, and 1 where the step runs, 0 where it is skipped; `skipped` [1]
-    int64: counts the skipped steps.
+    `packed` [3m + SCALARS] float64: p, p_clipped, coefficients and the scalars of
+    csrc/solver/dual.hpp; `used` [m, m] float64: the Gram that was solved (unscaled, NaN under
+    found_inf); `step` [m + 2] float32: alpha, clip factor, and 1 where the step runs, 0 where it is
+    skipped; `skipped` [1] int64: counts the skipped steps.
     """
 
     packed: Tensor

@@ -10,8 +10,8 @@ costs m products, here the tensor cores run once:
   (m + 1 tiles). For any coefficients.
 - running: the backward pass was seeded with A_0n, not 1. Then the accumulator is G_0 itself and is
   never reset, and sum_i += (r_in - r_i,n+1) accumulator wherever the ratios r = A_i / A_0 change
-  (m tiles, fewer folds). `segments.py` has the derivation, the order of segments that keeps it
-  exact, and the tables of k-blocks that both loops run over.
+  (m tiles, fewer folds). `weight_grad_blocks.py` has the derivation, the order of segments that
+  keeps it exact, and the tables of k-blocks that both loops run over.
 
 Bytes: X and dY are read d_out / BLOCK_M and d_in / BLOCK_N times, mostly from L2 (tiles run in
 groups for that); each G_i is written once, and read once where it is accumulated into. The Gram
@@ -44,9 +44,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .gram import gram, gram_total
-from .segments import direct_blocks, running_blocks
 from .tables import architecture, current, upload
 from .weight_grad_arguments import MAX_UNROLLED, Arguments
+from .weight_grad_blocks import direct_blocks, running_blocks
 from .weight_grad_plan import tiling
 
 TOTAL = {"BLOCK": 2048, "num_warps": 8}

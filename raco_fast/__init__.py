@@ -7,15 +7,15 @@ The method is RACO with CAGrad-Clip (arXiv 2602.02495). `ClippedCAGradAdamW` is 
 
 from importlib.metadata import version
 
-from raco_fast.combined import combine
-from raco_fast.dispatch import backend
-from raco_fast.dual import DualSolution, solve_dual
-from raco_fast.gradients import ObjectiveGradients
-from raco_fast.gram_first import gram_first
-from raco_fast.layers import register_rule
-from raco_fast.optimizer import ClippedCAGradAdamW
-from raco_fast.prepared import prepare
-from raco_fast.segments import sequences
+from raco_fast.backends.choose import backend
+from raco_fast.engine.layer_rules import register_rule
+from raco_fast.engine.prepare import prepare
+from raco_fast.engine.sequences import sequences
+from raco_fast.gradients.objective_gradients import ObjectiveGradients
+from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
+from raco_fast.optim.combine import combine
+from raco_fast.optim.gram_first import gram_first
+from raco_fast.solver.dual import DualSolution, solve_dual
 from raco_fast.verification import verify
 
 __version__ = version("raco-fast")

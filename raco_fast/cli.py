@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-    from raco_fast.dpo.config import TrainConfig
+    from raco_fast.dpo.run.config import TrainConfig
 
 EXIT_NOT_EXACT = 1
 EXIT_BAD_INPUT = 2
@@ -77,7 +77,7 @@ def _parser(command: str | None) -> ArgumentParser:
     for name, of_run in (("train", train), ("verify", verify)):
         of_run.add_argument("--config", action="config", help="YAML file of settings")
         if command == name:
-            from raco_fast.dpo.config import TrainConfig
+            from raco_fast.dpo.run.config import TrainConfig
 
             of_run.add_class_arguments(TrainConfig)
     commands.add_subcommand("train", train, help="align a model on preference data")
@@ -95,8 +95,8 @@ def _parser(command: str | None) -> ArgumentParser:
 
 
 def _run_train(parser: ArgumentParser, values: Any) -> int:
-    from raco_fast.dpo.config import TrainConfig
-    from raco_fast.dpo.trainer import Interrupted, train
+    from raco_fast.dpo.run.config import TrainConfig
+    from raco_fast.dpo.run.trainer import Interrupted, train
 
     logging.basicConfig(format="raco-fast: %(message)s")
     logging.getLogger("raco_fast").setLevel(logging.INFO)
@@ -118,9 +118,9 @@ def _run_train(parser: ArgumentParser, values: Any) -> int:
 
 
 def _run_verify(parser: ArgumentParser, values: Any) -> int:
-    from raco_fast.dpo.config import TrainConfig
-    from raco_fast.dpo.verification import verify_run
-    from raco_fast.tap import NotExactError
+    from raco_fast.dpo.run.config import TrainConfig
+    from raco_fast.dpo.run.verification import verify_run
+    from raco_fast.engine.tap import NotExactError
 
     options = parser.instantiate(values).verify
     try:
@@ -138,7 +138,7 @@ def _run_verify(parser: ArgumentParser, values: Any) -> int:
 
 def _stopped_at_once(config: TrainConfig) -> str:
     """What is left of a run that Ctrl-C stopped outside of the training steps, or twice."""
-    from raco_fast.dpo.checkpoint import latest
+    from raco_fast.dpo.run.checkpoint import latest
 
     found = latest(config.folder / "checkpoints")
     if found is None:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raco_fast.exactness import Exactness
-from raco_fast.gradients import ObjectiveGradients
-from raco_fast.gram_first import gram_first
-from raco_fast.prepared import prepare
-from raco_fast.spot_check import ANOTHER_SCALE, rounding_bound
-from raco_fast.tap import Checks
+from raco_fast.engine.exactness import Exactness
+from raco_fast.engine.prepare import prepare
+from raco_fast.engine.spot_check import ANOTHER_SCALE, rounding_bound
+from raco_fast.engine.tap import Checks
+from raco_fast.gradients.objective_gradients import ObjectiveGradients
+from raco_fast.optim.gram_first import gram_first
 
 Batch = Callable[[nn.Module], tuple[Mapping[str, Tensor], Tensor]]
 """model -> (objective name -> loss, scores [B]), with a fresh graph at every call."""

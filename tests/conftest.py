@@ -12,8 +12,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-from raco_fast.gradients import ObjectiveGradients
-from raco_fast.segments import sequences
+from raco_fast.engine.sequences import sequences
+from raco_fast.gradients.objective_gradients import ObjectiveGradients
 
 settings.register_profile("raco", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("raco")

@@ -47,11 +47,17 @@ def test_sdist_to_wheel_to_use(tmp_path: Path) -> None:
     (sdist,), (wheel,) = tmp_path.glob("*.tar.gz"), tmp_path.glob("*.whl")
     with tarfile.open(sdist) as archive:
         shipped = {"/".join(name.split("/")[1:]) for name in archive.getnames()}
-    assert {"csrc/dual.cpp", "csrc/dual.hpp", "LICENSE", "README.md", "setup.py"} <= shipped
+    assert {
+        "csrc/solver/dual.cpp",
+        "csrc/solver/dual.hpp",
+        "LICENSE",
+        "README.md",
+        "setup.py",
+    } <= shipped
     with zipfile.ZipFile(wheel) as archive:
         installed = set(archive.namelist())
         archive.extractall(tmp_path / "site")
-    wanted = {"py.typed", "_C.pyi", "optimizer.py", "kernels/README.md", "dpo/trainer.py"}
+    wanted = {"py.typed", "_C.pyi", "optim/combine.py", "kernels/README.md", "dpo/run/trainer.py"}
     assert {f"raco_fast/{name}" for name in wanted} <= installed
     assert not any(name.startswith(("tests/", "bench/", "csrc/")) for name in installed)
     code = (

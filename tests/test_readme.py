@@ -43,19 +43,39 @@ def test_the_config_example_is_a_config(tmp_path: Path) -> None:
     assert parser.instantiate(values).train.lr == 2e-5
 
 
-def test_the_file_tree_is_the_tree() -> None:
-    (tree,) = blocks("text")
-    listed = {line.split()[0].rstrip("/") for line in tree.splitlines() if line[:1].strip()}
+def tracked_files() -> list[str]:
+    """Paths of the files in the repository."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if tracked.returncode != 0:
         pytest.skip("not a git checkout")
-    assert listed == {line.split("/")[0] for line in tracked.stdout.splitlines()}
-    folder = ""
+    return tracked.stdout.splitlines()
+
+
+def named_paths() -> list[str]:
+    """What the README's tree names, as paths; a level is two spaces."""
+    (tree,) = blocks("text")
+    parents: list[str] = []
+    paths = []
     for line in tree.splitlines():
-        name = line.split()[0].rstrip("/")
-        folder = folder if line.startswith(" ") else name
-        path = f"{folder}/{name}" if line.startswith(" ") else name
+        depth = (len(line) - len(line.lstrip())) // 2
+        parents = [*parents[:depth], line.split()[0].rstrip("/")]
+        paths.append("/".join(parents))
+    return paths
+
+
+def test_the_file_tree_is_the_tree() -> None:
+    named = named_paths()
+    for path in named:
         assert (ROOT / path).exists(), path
+    top = {path for path in named if "/" not in path}
+    assert top == {path.split("/")[0] for path in tracked_files()}
+
+
+def test_the_file_tree_names_every_room() -> None:
+    folders = {str(Path(path).parent) for path in tracked_files()}
+    rooms = {f for f in folders if f.startswith(("raco_fast/", "csrc/", "bench/"))}
+    deeper = {f for f in rooms if f.startswith("bench/results/")}
+    assert rooms - deeper <= set(named_paths())
 
 
 @pytest.mark.parametrize("command", ["demo", "test", "test-slow", "check", "bench", "real-run"])

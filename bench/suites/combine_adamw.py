@@ -16,8 +16,8 @@ from bench.cases import Case
 from bench.contest import Contest, contest_of_steps, our_calls
 from bench.problems import ADAMW, Weights
 from bench.rivals import rivals
-from raco_fast import ops
-from raco_fast.reference import adamw_options
+from raco_fast.backends import ops
+from raco_fast.backends.reference import adamw_options
 
 NAME = "combine_adamw"
 COEFFICIENTS = (0.6, 0.55, -0.25, 0.4, 1.2, 0.3, 0.8, 0.05)

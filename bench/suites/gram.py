@@ -11,7 +11,7 @@ from bench.cases import Case
 from bench.contest import Contest, our_calls
 from bench.problems import Tensors, exact_gram, gram_error
 from bench.rivals import Rival, rivals
-from raco_fast import ops
+from raco_fast.backends import ops
 
 NAME = "gram"
 

@@ -18,7 +18,7 @@ from bench.problems import ADAMW, Tensors, Weights, exact_gram
 from bench.records import OURS
 from bench.rivals import Rival, rivals
 from raco_fast import ClippedCAGradAdamW, solve_dual
-from raco_fast.dispatch import MAX_ON_DEVICE
+from raco_fast.backends.choose import MAX_ON_DEVICE
 
 NAME = "step"
 C = 0.4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from raco_fast.objectives import RULES, check_c, check_rule
+from raco_fast.solver.weights import RULES, check_c, check_rule
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from raco_fast.demo.results import Aligned, WarmStart
 from raco_fast.dpo.logps import sequence_logps
 from raco_fast.dpo.losses import LossOptions, PairScores, preference_losses
 from raco_fast.dpo.metrics import PreferenceMetrics, solution_metrics
-from raco_fast.optimizer import ClippedCAGradAdamW
+from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 
 # Six facts in full sentences and two fillers, the longest candidate, are 39 tokens with <eos>.
 _MAX_SUMMARY_TOKENS = 44

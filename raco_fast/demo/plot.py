@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raco_fast.demo.summary import Row, weights_name
-from raco_fast.dpo.files import atomic_file
+from raco_fast.dpo.run.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

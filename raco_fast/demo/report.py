@@ -15,7 +15,7 @@ from raco_fast.demo.judges import OBJECTIVES
 from raco_fast.demo.plot import plot_scores
 from raco_fast.demo.results import Aligned, WarmStart
 from raco_fast.demo.summary import Row, Spread, summarize, weights_name
-from raco_fast.dpo.files import atomic_file
+from raco_fast.dpo.run.files import atomic_file
 from raco_fast.report import markdown_table
 
 _HEADER = ("rule", "weights", *OBJECTIVES, "clipped", "cosine")

@@ -1,1 +1,1 @@
-"""Compact multi-objective DPO: data, log-probabilities, losses, trainer, evaluation."""
+"""Multi-objective DPO: scores of preference pairs, their losses and their metrics."""

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from raco_fast.head import LogitShape, token_logps
-from raco_fast.segments import declared, sequences
+from raco_fast.engine.lm_head import LogitShape, token_logps
+from raco_fast.engine.sequences import declared, sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

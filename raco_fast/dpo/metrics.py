@@ -1,4 +1,4 @@
-"""Metrics under TRL's names, and the JSONL file they go to.
+"""Metrics under TRL's names.
 
 `rewards/*` and `logps/*` describe labelled (pair, objective) entries; a suffix `/<objective>`
 restricts them to one objective. `raco/*` describe the combination of the gradients.
@@ -6,17 +6,13 @@ restricts them to one objective. `raco/*` describe the combination of the gradie
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from raco_fast.dpo.files import atomic_file
 from raco_fast.dpo.losses import PairScores, preference_margins
-from raco_fast.dual import DualSolution
+from raco_fast.solver.dual import DualSolution
 
 
 class PreferenceMetrics:
@@ -104,70 +100,3 @@ def solution_metrics(solution: DualSolution, objectives: Sequence[str]) -> dict[
         for j in range(i + 1, len(objectives)):
             result[f"raco/cosine/{name}:{objectives[j]}"] = float(solution.cosines[i, j])
     return result
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file, in order; none where there is no file.
-
-    A last line cut off by a crash or a full disk is left out.
-
-    Raises:
-        ValueError: any other line is not JSON (file and line named).
-    """
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}:{number}: not a JSON record; remove the line") from error
-    return records
-
-
-class MetricsFile:
-    """One JSON object a line; non-finite numbers become null, as JSON has none.
-
-    Args:
-        path: the file.
-        resumed_at: steps completed before a resumed run goes on: later records are dropped, for
-            they are written again. None starts a new file.
-        tensorboard: also write event files to `tensorboard/` beside it.
-    """
-
-    def __init__(
-        self, path: Path, *, resumed_at: int | None = None, tensorboard: bool = False
-    ) -> None:
-        self.path = path
-        first = 0 if resumed_at is None else resumed_at + 1
-        kept = [] if resumed_at is None else [r for r in read_records(path) if r["step"] < first]
-        with atomic_file(path) as partial:
-            partial.write_text("".join(f"{json.dumps(r)}\n" for r in kept), encoding="utf-8")
-        self._board = _tensorboard(path.parent / "tensorboard", first) if tensorboard else None
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record; `record["step"]` counts completed optimizer steps."""
-        clean = {k: _json_number(v) for k, v in record.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(clean, allow_nan=False) + "\n")
-        if self._board is not None:
-            for name, value in clean.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, clean["step"])
-
-    def close(self) -> None:
-        """Flush what TensorBoard still holds."""
-        if self._board is not None:
-            self._board.close()
-
-
-def _json_number(value: Any) -> Any:
-    if isinstance(value, float) and value - value != 0:
-        return None
-    return value
-
-
-def _tensorboard(folder: Path, first_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=first_step)

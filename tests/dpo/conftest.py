@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from raco_fast.dpo import trainer
-from raco_fast.dpo.checkpoint import latest
-from raco_fast.dpo.metrics import read_records
+from raco_fast.dpo.run import trainer
+from raco_fast.dpo.run.checkpoint import latest
+from raco_fast.dpo.run.metrics_file import read_records
 
 TOPICS = ("tea", "rain", "chess", "bread", "music")
 ANSWERS = ("yes", "no", "sure", "calm", "mad", "fine")
@@ -157,11 +157,11 @@ def settings(tiny, preference_files, tmp_path) -> dict[str, Any]:
 @pytest.fixture
 def make_config(settings) -> Callable[..., Any]:
     """A function that makes a TrainConfig of `settings`, changed by its arguments."""
-    from raco_fast.dpo.config import TrainConfig
-    from raco_fast.dpo.data import DataSource
+    from raco_fast.dpo.data.sources import DataSource
+    from raco_fast.dpo.data.tokenization import TokenOptions
     from raco_fast.dpo.losses import LossOptions
     from raco_fast.dpo.models import LoraOptions, ModelOptions
-    from raco_fast.dpo.tokenization import TokenOptions
+    from raco_fast.dpo.run.config import TrainConfig
 
     def make(model: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:
         values = settings | changes

@@ -18,10 +18,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from raco_fast import triton_backend
-from raco_fast.device_step import DeviceStep
-from raco_fast.reference import adamw_options
-from raco_fast.rounding import ROUNDINGS, WITH_RESIDUAL, Rounding
+from raco_fast.backends import cuda
+from raco_fast.backends.reference import adamw_options
+from raco_fast.backends.rounding import ROUNDINGS, WITH_RESIDUAL, Rounding
+from raco_fast.solver.on_device import DeviceStep
 
 CPU = torch.device("cpu")
 launched: list[str] = []
@@ -95,21 +95,19 @@ def update(count: int, m: int, rounding: str, lr: float) -> Callable[[], object]
     how = Rounding(rounding, residuals, seed=count)
     params = tensors(count, bf16)
     alpha = torch.ones(m, dtype=torch.float64)
-    return lambda: triton_backend.combine_adamw(
-        params, grads, alpha, *states, [], steps, how, **options
-    )
+    return lambda: cuda.combine_adamw(params, grads, alpha, *states, [], steps, how, **options)
 
 
 def combination(count: int, m: int, dtype: torch.dtype) -> Callable[[], object]:
     grads, out = [tensors(count, dtype) for _ in range(m)], tensors(count, dtype)
-    return lambda: triton_backend.combine(grads, torch.ones(m, dtype=torch.float64), out)
+    return lambda: cuda.combine(grads, torch.ones(m, dtype=torch.float64), out)
 
 
 def whole_step(m: int) -> None:
     """Gram, dual problem and update that stay on the device."""
     grads = [tensors(2, torch.bfloat16) for _ in range(m)]
     step = DeviceStep(m, CPU)
-    M = triton_backend.gram_on_device(grads)
+    M = cuda.gram_on_device(grads)
     weights = {str(i): 1.0 / m for i in range(m)}
     step.solve(M, weights, 0.4, "cagrad-clip", 1.0, None, None)
 
@@ -118,7 +116,7 @@ def layer(rows: int, features: int, m: int, dtype: torch.dtype, fresh: bool) -> 
     x, dy = (torch.zeros(rows, features, dtype=torch.bfloat16) for _ in range(2))
     out = torch.zeros(m, features, features, dtype=dtype)
     U = torch.ones(m, 2, dtype=torch.float64)
-    triton_backend.weight_grad(x, dy, [0, rows // 2, rows], U, out, fresh)
+    cuda.weight_grad(x, dy, [0, rows // 2, rows], U, out, fresh)
 
 
 def main() -> None:
@@ -127,7 +125,7 @@ def main() -> None:
     for count in (2, 40):
         for dtype in (torch.bfloat16, torch.float32):
             grads = [tensors(count, dtype) for _ in range(2)]
-            report("gram", lambda grads=grads: triton_backend.gram_on_device(grads))
+            report("gram", lambda grads=grads: cuda.gram_on_device(grads))
             report("combine", combination(count, 2, dtype))
         for rounding in ROUNDINGS:
             report(f"combine_adamw, {rounding}", update(count, 2, rounding, 0.1 / count))

@@ -42,7 +42,8 @@ with float64 autograd of the model as transformers has it.
 
 *max error* is the largest relative error of a parameter's gradients in any of the four runs, of
 those that plain float32 gets to 1e-5 (the gradient of a key's bias, say, is 0 but for rounding).
-Written by `python tests/helpers/model_zoo_page.py`; `tests/test_model_zoo.py` holds to it."""
+Written by `python tests/helpers/model_zoo_page.py`; `tests/engine/test_model_zoo.py` holds to
+it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

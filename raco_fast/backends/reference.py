@@ -1,0 +1,254 @@
+"""The plain-torch backend: the twin that every fast kernel is compared with, and its fallback.
+
+Three operations over lists of tensors, without a flattened copy of the model (the fourth, for one
+layer, is in `weight_grad.py`):
+
+    gram           M_ij = ⟨g_i, g_j⟩, summed over the tensors of a model
+    combine        G0 = Σ α_i g_i, written to one tensor per parameter
+    combine_adamw  the same G0, formed bucket by bucket and handed to torch's own AdamW; where
+                   bfloat16 weights are rounded otherwise than to nearest, on float32 copies
+
+Products are float32 (float64 for float64 gradients) whatever the gradient dtype; their sums are
+float64 and run in a fixed order, so equal inputs give equal bits with any number of threads.
+A missing gradient (None) counts as zeros.  Source: arXiv 2602.02495, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict, cast
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from raco_fast.backends.rounding import NEAREST, Rounding
+from raco_fast.backends.weight_grad import weight_grad as weight_grad
+from raco_fast.backends.weight_grad import widened
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Gradients = Sequence[Sequence[Tensor | None]]
+"""m lists of n gradients; None stands for a gradient of zeros."""
+
+# Elements per sum of products: m blocks stay in a cache, so each gradient is read from memory once
+# although it takes part in m products. On the CPU fewer than the 32768 from which torch cuts a sum
+# by the number of threads; on a device, whose sums know no threads, enough to outlast a launch.
+_BLOCK = 32_000
+_DEVICE_BLOCK = 1 << 20
+# Devices without float64: there sums of a block are float32, which torch forms as a tree.
+_WITHOUT_FLOAT64 = ("mps",)
+# Bytes of G0 that exist at one time in combine_adamw; a whole G0 would be an (m + 1)-th gradient.
+_BUCKET_BYTES = 64 << 20
+
+
+class AdamWOptions(TypedDict):
+    """The hyper-parameters of one parameter group, as `torch.optim.AdamW` names them."""
+
+    lr: float | Tensor
+    beta1: float | Tensor
+    beta2: float | Tensor
+    eps: float
+    weight_decay: float
+    amsgrad: bool
+    maximize: bool
+    foreach: bool | None
+    capturable: bool
+    differentiable: bool
+    fused: bool | None
+
+
+def adamw_options(**given: Any) -> AdamWOptions:
+    """The hyper-parameters that are given, and the others as `torch.optim.AdamW` has them.
+
+    Raises:
+        TypeError: a name that is none of them.
+    """
+    options: AdamWOptions = {
+        "lr": 1e-3,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 1e-2,
+        "amsgrad": False,
+        "maximize": False,
+        "foreach": None,
+        "capturable": False,
+        "differentiable": False,
+        "fused": None,
+    }
+    unknown = [name for name in given if name not in options]
+    if unknown:
+        raise TypeError(f"AdamW has the hyper-parameters {list(options)}, not {unknown}")
+    options.update(cast("AdamWOptions", given))
+    return options
+
+
+def gram(grads: Gradients) -> Tensor:
+    """Gram matrix of m per-objective gradients.
+
+    Args:
+        grads: m lists of n tensors; tensor k has the same shape, dtype and device in every list
+            where it is not None. Complex tensors count as pairs of real numbers.
+    Returns:
+        [m, m] float64 on the CPU, exactly symmetric.
+    Source: arXiv 2602.02495, Algorithm 1, line 5.
+    """
+    m = len(grads)
+    pairs = [(i, j) for i in range(m) for j in range(i, m)]
+    dots: dict[torch.device, dict[tuple[int, int], list[Tensor]]] = {}
+    for column in zip(*grads, strict=True):
+        for device, block in _blocks(column):
+            on_device = dots.setdefault(device, {pair: [] for pair in pairs})
+            for i, j in pairs:
+                a, b = block[i], block[j]
+                if a is not None and b is not None:
+                    on_device[i, j].append(_dot(a, b))
+    M = torch.zeros(m, m, dtype=torch.float64)
+    for of_pair in dots.values():
+        lengths = [len(of_pair[pair]) for pair in pairs]
+        joined = torch.stack([dot for pair in pairs for dot in of_pair[pair]])
+        parts = torch.split(joined.cpu().double(), lengths)  # one transfer per device
+        for (i, j), part in zip(pairs, parts, strict=True):
+            M[i, j] += sum(part.tolist())
+    return M.triu() + M.triu(1).T
+
+
+def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> None:
+    """Write G0 = Σ α_i g_i.
+
+    Args:
+        grads: m lists of n tensors or None.
+        coefficients: [m] float64 on the CPU, α.
+        out: n tensors, overwritten; out[k] may be one of the gradients of tensor k. Zeros are
+            written where every gradient is None.
+    """
+    alpha = coefficients.tolist()
+    for column, target in zip(zip(*grads, strict=True), out, strict=True):
+        total = _weighted_sum(column, alpha)
+        if total is None:
+            target.zero_()
+        elif total is not target:
+            target.copy_(total)
+
+
+def combine_adamw(
+    params: Sequence[Tensor],
+    grads: Gradients,
+    coefficients: Tensor,
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    state_steps: Sequence[Tensor],
+    rounding: Rounding = NEAREST,
+    **options: Unpack[AdamWOptions],
+) -> None:
+    """One AdamW step along G0 = Σ α_i g_i; parameters and states change in place.
+
+    With one objective and α = 1 the gradient itself goes to torch's `adamw`, so the result is
+    that of `torch.optim.AdamW` to the last bit. With another rounding than to nearest, `adamw`
+    runs on float32 weights and states, which are then rounded: "split" with float32 states is
+    `torch.optim.AdamW` on float32 parameters, to the last bit.
+
+    Args:
+        params: n tensors.
+        grads: m lists of n tensors or None; every parameter has at least one that is not None.
+        coefficients: [m] float64 on the CPU, α (with gradient clipping and unscaling folded in).
+        exp_avgs, exp_avg_sqs: n states of the parameters' shapes and dtypes.
+        max_exp_avg_sqs: n states for amsgrad, else empty.
+        state_steps: n scalar tensors.
+        rounding: of the parameters.
+        **options: see `AdamWOptions`.
+    """
+    alpha = coefficients.tolist()
+    columns = list(zip(*grads, strict=True))
+    for bucket in _buckets(params):
+        maxima = bucket if options["amsgrad"] else []
+        stored = [
+            [exp_avgs[k] for k in bucket],
+            [exp_avg_sqs[k] for k in bucket],
+            [max_exp_avg_sqs[k] for k in maxima],
+        ]
+        weights, states = [params[k] for k in bucket], stored
+        if rounding.name != "nearest":
+            weights = [rounding.opened(params[k], k) for k in bucket]
+            states = [[s.float() for s in one] for one in stored]
+        combined = [_g0(columns[k], alpha, w.dtype) for k, w in zip(bucket, weights, strict=True)]
+        adamw(
+            weights,
+            combined,
+            states[0],
+            states[1],
+            states[2],
+            [state_steps[k] for k in bucket],
+            has_complex=any(w.is_complex() for w in weights),
+            **options,
+        )
+        if rounding.name != "nearest":
+            for k, w in zip(bucket, weights, strict=True):
+                rounding.store(w, params[k], k, state_steps[k])
+            for one, wide in zip(stored, states, strict=True):
+                for state, new in zip(one, wide, strict=True):
+                    state.copy_(new)
+
+
+def _g0(column: Sequence[Tensor | None], alpha: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """Σ α_i g_i of one parameter, in the dtype that `adamw` wants."""
+    total = _weighted_sum(column, alpha)
+    assert total is not None, "a parameter without any gradient reached combine_adamw"
+    return total.to(dtype)
+
+
+def _blocks(
+    column: Sequence[Tensor | None],
+) -> Iterator[tuple[torch.device, list[Tensor | None]]]:
+    """Cut the m gradients of one parameter alike into flat blocks of product precision."""
+    flat = [None if g is None else _as_real(g.detach()).reshape(-1) for g in column]
+    present = [f for f in flat if f is not None]
+    if not present:
+        return
+    device = present[0].device
+    size = _BLOCK if device.type == "cpu" else _DEVICE_BLOCK
+    for start in range(0, present[0].numel(), size):
+        yield device, [None if f is None else widened(f[start : start + size]) for f in flat]
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ of two blocks. Not by `torch.dot`: how that adds float32 products is a matter of the
+    machine and its threads, and on some it is further from float64 than any kernel.
+    """
+    wide = torch.float32 if a.device.type in _WITHOUT_FLOAT64 else torch.float64
+    return (a * b).sum(dtype=torch.promote_types(a.dtype, wide))
+
+
+def _weighted_sum(column: Sequence[Tensor | None], alpha: Sequence[float]) -> Tensor | None:
+    """Σ α_i g_i in at least float32; the gradient itself where it is alone with α = 1."""
+    terms = [(a, g) for a, g in zip(alpha, column, strict=True) if g is not None]
+    if not terms:
+        return None
+    (a, g), *rest = terms
+    if not rest and a == 1.0:
+        return g
+    total = widened(g) * a
+    for a, g in rest:
+        total.add_(g, alpha=a)
+    return total
+
+
+def _buckets(params: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Consecutive indices whose tensors together stay near `_BUCKET_BYTES`."""
+    bucket: list[int] = []
+    size = 0
+    for k, p in enumerate(params):
+        bucket.append(k)
+        size += p.numel() * p.element_size()
+        if size >= _BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
+
+
+def _as_real(g: Tensor) -> Tensor:
+    return torch.view_as_real(g.resolve_conj()) if g.is_complex() else g

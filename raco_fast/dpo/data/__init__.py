@@ -1,0 +1,1 @@
+"""Preference data: from files to batches of token ids."""

@@ -1,0 +1,58 @@
+"""Which pairs a step sees: a pure function of the step, so that resuming needs no replay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from raco_fast.dpo.data.tokenization import EncodedPair
+
+
+class BatchSchedule:
+    """Shuffled epochs over `n_pairs` pairs, cut into steps.
+
+    Every pair is seen once an epoch; an epoch's last step may be smaller.
+
+    Args:
+        n_pairs: pairs in the training set.
+        pairs_per_step: pairs in one optimizer step.
+        seed: of the shuffles; epoch e uses seed + e.
+    """
+
+    def __init__(self, n_pairs: int, pairs_per_step: int, seed: int) -> None:
+        self.n_pairs, self.pairs_per_step, self.seed = n_pairs, pairs_per_step, seed
+        self.steps_per_epoch = math.ceil(n_pairs / pairs_per_step)
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data completed before `step` (counted from 0)."""
+        return step / self.steps_per_epoch
+
+    def indices(self, step: int) -> list[int]:
+        """Indices of the pairs of `step` (counted from 0)."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        order = torch.randperm(self.n_pairs, generator=generator)
+        start = place * self.pairs_per_step
+        indices: list[int] = order[start : start + self.pairs_per_step].tolist()
+        return indices
+
+
+def micro_batches(pairs: Sequence[EncodedPair], size: int) -> list[list[EncodedPair]]:
+    """Cut a step into micro-batches of like length, longest first.
+
+    Like length saves padding; longest first meets the memory peak at once.
+    """
+    by_length = sorted(pairs, key=lambda pair: (-pair_length(pair), pair.id))
+    return [by_length[start : start + size] for start in range(0, len(by_length), size)]
+
+
+def pair_length(pair: EncodedPair) -> int:
+    """Tokens of the longer of a pair's two sequences."""
+    return len(pair.prompt_ids) + max(len(pair.a_ids), len(pair.b_ids))
+
+
+def labelled_counts(pairs: Sequence[EncodedPair], objectives: Sequence[str]) -> dict[str, int]:
+    """Objective name -> pairs labelled for it."""
+    return {name: sum(pair.labels[name] != 0 for pair in pairs) for name in objectives}

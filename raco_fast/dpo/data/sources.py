@@ -1,0 +1,285 @@
+"""Preference pairs from files: reading, strict labels, and labels derived from length.
+
+A pair carries one label per objective: +1 (response a preferred), -1 (response b) or 0 (a tie, or
+not labelled for this objective). Several files may be mixed, each labelling its own objectives:
+
+    sources = [DataSource("helpful.jsonl", objective="helpful"), DataSource("pairs.jsonl.gz")]
+    pairs = read_sources(sources, ["helpful", "harmless"])
+
+Which labels a source must carry is decided per source:
+
+- `objective` not given: every objective of the run, in every row. A missing field is an error.
+- `objective` given (one name or several): exactly those; the source's pairs are unlabelled (0)
+  for the others. Files without a label field (chosen / rejected) take exactly one.
+- an objective derived from length (`ConciseRule`) needs no field anywhere.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from raco_fast.dpo.data.formats import Format, detect_format, format_named
+from raco_fast.dpo.data.pairs import ConciseRule, PreferencePair, check_content
+from raco_fast.dpo.data.rows import Row, RowError, read_rows, show
+
+__all__ = [
+    "ConciseRule",
+    "DataSource",
+    "PreferencePair",
+    "read_pairs",
+    "read_sources",
+]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One file of a run.
+
+    Args:
+        path: JSON Lines or a JSON list, gzip or not.
+        objective: the objective(s) this file labels; None: every objective of the run.
+        format: a name in `raco_fast.dpo.formats.FORMATS`, or "auto" (from the first row's keys).
+        limit: read only the first `limit` usable pairs.
+        columns: objective -> the field that labels it, where the names differ; a leading "-"
+            turns the sign ({"concise": "-verbosity"}).
+        on_bad: "error", or "skip" to leave out rows that cannot be a pair (empty or identical
+            responses, several turns in one, no partner with the same prompt), with a warning that
+            counts them. Unreadable lines and unknown labels are errors either way.
+    """
+
+    path: str
+    objective: str | list[str] | None = None
+    format: str = "auto"
+    limit: int | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    on_bad: Literal["error", "skip"] = "error"
+
+    @property
+    def declared(self) -> tuple[str, ...] | None:
+        """The objectives this file is said to label, or None for all of the run."""
+        if self.objective is None:
+            return None
+        return (self.objective,) if isinstance(self.objective, str) else tuple(self.objective)
+
+
+def read_pairs(
+    path: str | Path,
+    objectives: Sequence[str],
+    *,
+    format: str = "auto",
+    concise: ConciseRule | None = None,
+    limit: int | None = None,
+) -> list[PreferencePair]:
+    """Read the pairs of one file; `read_sources` with one source.
+
+    Args:
+        path: JSON Lines or a JSON list, gzip or not.
+        objectives: names to label. A file without label fields takes one (besides `concise`).
+        format: a name in `raco_fast.dpo.formats.FORMATS`, or "auto".
+        concise: derives one objective from length.
+        limit: read only the first `limit` pairs.
+    Returns:
+        The pairs, in file order; each labels every objective.
+    Raises:
+        ValueError, FileNotFoundError: see `read_sources`.
+    """
+    return read_sources(
+        [DataSource(str(path), format=format, limit=limit)], objectives, concise=concise
+    )
+
+
+def read_sources(
+    sources: Sequence[DataSource | str],
+    objectives: Sequence[str],
+    *,
+    concise: ConciseRule | None = None,
+) -> list[PreferencePair]:
+    """Read the pairs of several files, each labelling its own objectives.
+
+    Args:
+        sources: files, in order; a plain string is a `DataSource` with that path.
+        objectives: names of the run; every pair gets a label for each.
+        concise: derives one objective from length where the data has no label for it.
+    Returns:
+        The pairs of all sources, in order. A row without an id gets "<file name>:<row number>".
+    Raises:
+        FileNotFoundError: a file does not exist.
+        ValueError: an empty or half-written line, an unknown label, a missing label field, an
+            empty or identical response, a prompt that does not end with a user turn, or an id
+            used twice. Names file, line, field, value, rule and cure; quotes no text.
+    """
+    names = _checked_objectives(objectives, concise)
+    files = [DataSource(s) if isinstance(s, str) else s for s in sources]
+    if not files:
+        raise ValueError("`sources` must name at least one file, got none; add a path")
+    pairs: list[PreferencePair] = []
+    seen: dict[str, str] = {}
+    stems: Counter[str] = Counter()
+    for source in files:
+        _check_source(source, names)
+        stem = Path(source.path).name
+        stems[stem] += 1
+        prefix = stem if stems[stem] == 1 else f"{stem}#{stems[stem]}"
+        for where, pair in _source_pairs(source, names, concise, prefix):
+            if pair.id in seen:
+                raise ValueError(
+                    f"{where}: `id` must be unique over all sources, got {show(pair.id)} again "
+                    f"(first at {seen[pair.id]}); rename it, or remove the repeated row or file"
+                )
+            seen[pair.id] = where
+            pairs.append(pair)
+    return pairs
+
+
+def _checked_objectives(objectives: Sequence[str], concise: ConciseRule | None) -> tuple[str, ...]:
+    if isinstance(objectives, str):
+        raise TypeError(
+            f"`objectives` must be a sequence of names, got the string {objectives!r}; "
+            f"write [{objectives!r}]"
+        )
+    names = tuple(objectives)
+    if not names or not all(isinstance(n, str) and n.strip() for n in names):
+        raise ValueError(
+            f"`objectives` must hold at least one name and no blank one, got {list(names)}; "
+            "name each objective as in `weights`"
+        )
+    if len(set(names)) != len(names):
+        raise ValueError(f"`objectives` must be distinct, got {list(names)}; remove the repetition")
+    if concise is not None and concise.objective not in names:
+        raise ValueError(
+            f"`concise.objective` must be one of the objectives {list(names)}, "
+            f"got {concise.objective!r}; add it or leave `concise` out"
+        )
+    return names
+
+
+def _check_source(source: DataSource, names: tuple[str, ...]) -> None:
+    given = {"objective": source.declared or (), "columns": tuple(source.columns)}
+    for what, used in given.items():
+        unknown = [name for name in used if name not in names]
+        if unknown:
+            raise ValueError(
+                f"`{what}` of {source.path} must name objectives of the run {list(names)}, "
+                f"got {unknown}; add them to the weights or correct the name"
+            )
+    if source.declared == ():
+        raise ValueError(
+            f"`objective` of {source.path} must name at least one objective, got []; leave it out "
+            "when the file labels all of them"
+        )
+    if source.limit is not None and source.limit < 1:
+        raise ValueError(
+            f"`limit` of {source.path} must be at least 1, got {source.limit}; leave it out to "
+            "read the whole file"
+        )
+    if source.on_bad not in ("error", "skip"):
+        raise ValueError(
+            f"`on_bad` of {source.path} must be 'error' or 'skip', got {source.on_bad!r}"
+        )
+
+
+def _source_pairs(
+    source: DataSource, names: tuple[str, ...], concise: ConciseRule | None, prefix: str
+) -> Iterator[tuple[str, PreferencePair]]:
+    """The usable pairs of one source with their places."""
+    rows = read_rows(source.path)
+    first = next(rows)
+    form = detect_format(first) if source.format == "auto" else format_named(source.format)
+    kept, skipped, reason = 0, 0, ""
+    for row in form.join(itertools.chain([first], rows)):
+        try:
+            pair = _pair(row, form, source, names, concise, prefix)
+        except RowError as error:
+            if source.on_bad == "error":
+                raise
+            skipped += 1
+            reason = reason or str(error)
+            continue
+        kept += 1
+        yield row.where, pair
+        if kept == source.limit:
+            break
+    if skipped:
+        logger.warning("%s: left out %d rows, the first because: %s", source.path, skipped, reason)
+    if not kept:
+        raise ValueError(
+            f"{source.path}: a source must give at least one pair, got none ({skipped} left out, "
+            f"the first because: {reason}); mend the rows or remove the source"
+        )
+
+
+def _pair(
+    row: Row,
+    form: Format,
+    source: DataSource,
+    names: tuple[str, ...],
+    concise: ConciseRule | None,
+    prefix: str,
+) -> PreferencePair:
+    prompt, response_a, response_b = form.content(row)
+    check_content(row, prompt, response_a, response_b)
+    labels = _labels(row, form, source, names, concise)
+    if concise is not None and (concise.overwrite or concise.objective not in labels):
+        labels[concise.objective] = concise.label(response_a, response_b)
+    return PreferencePair(
+        _pair_id(row, prefix), prompt, response_a, response_b, {n: labels.get(n, 0) for n in names}
+    )
+
+
+def _labels(
+    row: Row,
+    form: Format,
+    source: DataSource,
+    names: tuple[str, ...],
+    concise: ConciseRule | None,
+) -> dict[str, int]:
+    """The labels this row carries; an objective the source is not said to label is left out."""
+    derived = None if concise is None else concise.objective
+    wanted = source.declared or names
+    if form.label is None:
+        if source.columns:
+            raise ValueError(
+                f"{row.where}: `columns` must be empty for a {form.name!r} file, which has no "
+                f"label fields, got {source.columns}; use `objective`"
+            )
+        own = source.declared or tuple(n for n in names if n != derived)
+        if len(own) != 1:
+            raise ValueError(
+                f"{row.where}: `objective` must name the one objective that a {form.name!r} file "
+                f"labels, got {list(own)}; add e.g. `objective: {own[0] if own else names[0]}` to "
+                "the source"
+            )
+        return {own[0]: 1}
+    labels = {}
+    for name in wanted:
+        column = source.columns.get(name, name)
+        value = form.label(row, column.removeprefix("-"))
+        if value is not None:
+            labels[name] = -value if column.startswith("-") else value
+        elif name != derived:
+            raise ValueError(
+                f"{row.where}: a row must label every objective of its source, got no field for "
+                f"{name!r} ({form.name!r} format, fields {form.fields(row)}); write 0 where a pair "
+                f"is not labelled, set `objective` to the ones this file labels, or map the name "
+                f"with `columns`"
+            )
+    return labels
+
+
+def _pair_id(row: Row, prefix: str) -> str:
+    given = row.data.get("id")
+    if given is None:
+        return f"{prefix}:{row.number}"
+    if isinstance(given, bool) or not isinstance(given, (str, int)) or not str(given).strip():
+        raise row.error(
+            "id", "be a non-empty string or an integer", show(given), "write a unique name"
+        )
+    return str(given)

@@ -1,0 +1,243 @@
+"""Preference pairs as token ids: exact response boundary, one BOS, one EOS, lengths, padding.
+
+Prompt and response are tokenized apart (TRL's convention), so the boundary between them is exact
+and both responses share the prompt's ids. `raco_fast.dpo.rendering` makes their texts.
+
+- End: a response ends with exactly one stop token, the one with which the chat template closes an
+  answer (`<|im_end|>`, `<|eot_id|>`, `<end_of_turn>`, `</s>` ...); what the template writes after
+  it (a newline, a second EOS) is left out. Where the template closes with no special token, and
+  where there is no template, it is the tokenizer's EOS. A truncated response has no stop token:
+  the model must not learn to stop in the middle of a sentence.
+- Begin: exactly one BOS if the template writes one or the tokenizer puts one before plain text;
+  none otherwise.
+- A text that contains a special token's spelling would be read as that token and break both
+  rules; such pairs are an error, or dropped (`special_text`).
+- Without a chat template, `PlainTemplate` is used: "\\n\\nHuman: ...\\n\\nAssistant: ...".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from raco_fast.dpo.data.rendering import PlainTemplate, TokenOptions, Writer, token_ids
+from raco_fast.dpo.data.sources import PreferencePair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "EncodeReport",
+    "EncodedPair",
+    "PairBatch",
+    "PlainTemplate",
+    "TokenOptions",
+    "collate",
+    "encode_pairs",
+    "token_counter",
+]
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """Token ids of a pair.
+
+    Attributes:
+        id: the pair's id.
+        prompt_ids: ends right where the response begins; shared by both responses.
+        a_ids: response a; ends with its one stop token unless it was truncated.
+        b_ids: response b, likewise.
+        labels: +1, -1 or 0 for each objective.
+    """
+
+    id: str
+    prompt_ids: list[int]
+    a_ids: list[int]
+    b_ids: list[int]
+    labels: dict[str, int]
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What `encode_pairs` did, in numbers of pairs (responses for `responses_truncated`).
+
+    Attributes:
+        pairs: given.
+        kept: returned.
+        dropped_overlength: too long, with `overlength="drop"`.
+        dropped_special_text: spelled a special token, with `special_text="drop"`.
+        dropped_identical: both responses became the same tokens (by truncation, most likely).
+        prompts_truncated: among the kept.
+        responses_truncated: among the kept; up to two a pair.
+    """
+
+    pairs: int = 0
+    kept: int = 0
+    dropped_overlength: int = 0
+    dropped_special_text: int = 0
+    dropped_identical: int = 0
+    prompts_truncated: int = 0
+    responses_truncated: int = 0
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """B pairs, right-padded to T tokens. Rows 0..B-1 hold response a, rows B..2B-1 response b.
+
+    Attributes:
+        input_ids: [2B, T] int64.
+        attention_mask: [2B, T] int64, 0 on padding.
+        completion_mask: [2B, T] bool, True on the tokens of the response, stop token included.
+        labels: objective -> [B] float32 in {-1, 0, 1}.
+        ids: the B pair ids.
+        tokens_a: [B] float32, tokens of response a.
+        tokens_b: [B] float32, tokens of response b.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    completion_mask: Tensor
+    labels: dict[str, Tensor]
+    ids: list[str]
+    tokens_a: Tensor
+    tokens_b: Tensor
+
+    def to(self, device: torch.device | str) -> PairBatch:
+        """The same batch on another device."""
+        return PairBatch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.completion_mask.to(device),
+            {name: label.to(device) for name, label in self.labels.items()},
+            self.ids,
+            self.tokens_a.to(device),
+            self.tokens_b.to(device),
+        )
+
+
+def token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
+    """A function text -> number of tokens, without special tokens (for `ConciseRule`)."""
+    return lambda text: len(token_ids(tokenizer, [text])[0])
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[PreferencePair],
+    options: TokenOptions | None = None,
+) -> tuple[list[EncodedPair], EncodeReport]:
+    """Tokenize pairs; the rules are at the head of this file.
+
+    Args:
+        tokenizer: any Hugging Face tokenizer, with or without a chat template.
+        pairs: as read by `raco_fast.dpo.data`.
+        options: lengths and policies.
+    Returns:
+        The encoded pairs, in order, and the counts of what was dropped or truncated.
+    Raises:
+        ValueError: the chat template rejects a conversation, ignores the system turn, or renders
+            an answer that does not continue its prompt; no EOS to end a response with; a special
+            token in a text; a pair too long with `overlength="error"`. Names the pair.
+    """
+    options = options or TokenOptions()
+    writer = Writer(tokenizer, options)
+    clean = [pair for pair in pairs if writer.is_clean(pair)]
+    rendered = [writer.render(pair) for pair in clean]
+    ids = token_ids(tokenizer, [text for texts in rendered for text in texts])
+    report = EncodeReport(pairs=len(pairs), dropped_special_text=len(pairs) - len(clean))
+    encoded = []
+    for k, pair in enumerate(clean):
+        prompt, a, b = ids[3 * k : 3 * k + 3]
+        whole = EncodedPair(
+            pair.id,
+            writer.begun(pair.id, prompt),
+            writer.ended(a),
+            writer.ended(b),
+            dict(pair.preferences),
+        )
+        fitted = _fit(whole, options, writer.bos_id)
+        report = _counted(report, whole, fitted)
+        if fitted is not None and fitted.a_ids != fitted.b_ids:
+            encoded.append(fitted)
+    return encoded, report
+
+
+def collate(pairs: Sequence[EncodedPair], pad_id: int, *, pad_to_multiple_of: int = 1) -> PairBatch:
+    """Pad pairs to one batch.
+
+    Args:
+        pairs: B encoded pairs that label the same objectives.
+        pad_id: token id of the padding; masked, so any valid id serves (EOS is usual).
+        pad_to_multiple_of: round T up to a multiple of this.
+    Raises:
+        ValueError: no pairs, or pairs that label different objectives.
+    """
+    if not pairs:
+        raise ValueError("`pairs` must hold at least one pair, got none; skip empty batches")
+    names = list(pairs[0].labels)
+    for pair in pairs:
+        if set(pair.labels) != set(names):
+            raise ValueError(
+                f"`pairs` must label the same objectives, got {sorted(pair.labels)} for "
+                f"{pair.id!r} and {sorted(names)} for {pairs[0].id!r}; label the rest 0"
+            )
+    rows = [(p.prompt_ids, p.a_ids) for p in pairs] + [(p.prompt_ids, p.b_ids) for p in pairs]
+    longest = max(len(prompt) + len(response) for prompt, response in rows)
+    length = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
+    input_ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    completion_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    for k, (prompt, response) in enumerate(rows):
+        end = len(prompt) + len(response)
+        input_ids[k, :end] = torch.tensor(prompt + response, dtype=torch.int64)
+        attention_mask[k, :end] = 1
+        completion_mask[k, len(prompt) : end] = True
+    tokens = completion_mask.sum(dim=1).to(torch.float32)
+    labels = {n: torch.tensor([p.labels[n] for p in pairs], dtype=torch.float32) for n in names}
+    a, b = tokens[: len(pairs)], tokens[len(pairs) :]
+    return PairBatch(
+        input_ids, attention_mask, completion_mask, labels, [p.id for p in pairs], a, b
+    )
+
+
+def _fit(pair: EncodedPair, options: TokenOptions, bos_id: int | None) -> EncodedPair | None:
+    """The pair within the limits, or None where it is to be dropped."""
+    prompt, longest = pair.prompt_ids, max(len(pair.a_ids), len(pair.b_ids))
+    cap = options.max_prompt_length or options.max_length
+    if len(prompt) <= cap and len(prompt) + longest <= options.max_length:
+        return pair
+    if options.overlength == "drop":
+        return None
+    if options.overlength == "error":
+        raise ValueError(
+            f"pair {pair.id!r}: prompt and response must fit max_length = {options.max_length} and "
+            f"max_prompt_length = {options.max_prompt_length}, got {len(prompt)} + {longest} "
+            "tokens; raise the limits, or set overlength to 'truncate' or 'drop'"
+        )
+    floor = options.max_prompt_length or max(options.max_length // 2, 1)
+    room = min(cap, max(options.max_length - longest, floor))
+    if len(prompt) > room:
+        begins = bos_id is not None and prompt[0] == bos_id and prompt.count(bos_id) == 1
+        head = prompt[:1] if begins and options.keep == "end" else []
+        tail = room - len(head)
+        kept = prompt[:room] if options.keep == "start" else prompt[len(prompt) - tail :]
+        prompt = [*head, *kept]
+    left = options.max_length - len(prompt)
+    return replace(pair, prompt_ids=prompt, a_ids=pair.a_ids[:left], b_ids=pair.b_ids[:left])
+
+
+def _counted(report: EncodeReport, whole: EncodedPair, fitted: EncodedPair | None) -> EncodeReport:
+    if fitted is None:
+        return replace(report, dropped_overlength=report.dropped_overlength + 1)
+    if fitted.a_ids == fitted.b_ids:
+        return replace(report, dropped_identical=report.dropped_identical + 1)
+    cut = (fitted.a_ids != whole.a_ids) + (fitted.b_ids != whole.b_ids)
+    return replace(
+        report,
+        kept=report.kept + 1,
+        prompts_truncated=report.prompts_truncated + (fitted.prompt_ids != whole.prompt_ids),
+        responses_truncated=report.responses_truncated + cut,
+    )

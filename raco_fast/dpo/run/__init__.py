@@ -1,0 +1,1 @@
+"""A training run: its config, trainer, evaluation, checkpoints and files."""

@@ -1,0 +1,198 @@
+"""The configuration of a training run: one dataclass, one YAML file, one CLI."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from raco_fast.dpo.data.sources import DataSource
+from raco_fast.dpo.data.tokenization import TokenOptions
+from raco_fast.dpo.losses import LossOptions, check_loss
+from raco_fast.dpo.models import ModelOptions
+from raco_fast.engine.prepare import CHECK_EVERY
+from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
+
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+"""Learning-rate schedules and their names in transformers; each begins with the warm-up."""
+
+GRADIENT_MODES = ("auto", "autograd", "one_backward", "gram_first")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Multi-objective DPO on preference pairs.
+
+    Args:
+        model: the policy and how it is loaded.
+        data: files of preference pairs to train on.
+        eval_data: files of held-out pairs; none skips evaluation.
+        weights: objective name -> weight; at least 0, summing to 1.
+        c: radius of the correction, in [0, 1); 0 is the weighted sum.
+        rule: how the gradients are combined.
+        loss: preference loss: sigmoid (DPO), hinge, ipo or simpo.
+        loss_options: beta, label smoothing and the like.
+        tokens: chat template, lengths and truncation.
+        concise: objective whose labels are derived from length (the shorter response is
+            preferred); None derives none.
+        lr: peak learning rate.
+        betas: AdamW's averaging coefficients.
+        eps: AdamW's epsilon.
+        weight_decay: decoupled weight decay.
+        max_grad_norm: clip the norm of the combined gradient; None does not clip.
+        rounding: of bfloat16 weights: nearest, stochastic, split or kahan.
+        schedule: learning-rate schedule after the warm-up.
+        warmup_ratio: share of the steps spent warming up linearly.
+        epochs: passes over the data.
+        max_steps: stop after so many optimizer steps; None runs all epochs.
+        pairs_per_step: pairs in one optimizer step.
+        pairs_per_micro_batch: pairs held in memory at once; divides a step into micro-batches.
+        chunk_tokens: full rows of logits whose memory the head may take at any time.
+        gradient_mode: `one_backward` takes one backward pass for all objectives and fails where
+            that is not exact for the model; `auto` does the same and falls back to `autograd`, one
+            pass per objective; `gram_first` stores no gradient per objective, and needs the whole
+            step in one micro-batch.
+        check_every: of one backward pass, the steps between two comparisons with an ordinary one;
+            each costs one more backward pass. None never compares.
+        seed: of the data order, the adapter's initialisation, dropout and stochastic rounding.
+        eval_every: steps between evaluations; None evaluates at the start and the end only.
+        save_every: steps between checkpoints; None saves when interrupted only.
+        log_every: steps between records in metrics.jsonl.
+        output_dir: where checkpoints, metrics and the trained model go.
+        cache_dir: where reference log-probabilities are kept between runs.
+        tensorboard: also write the metrics for TensorBoard.
+    """
+
+    model: ModelOptions
+    data: list[DataSource]
+    weights: dict[str, float]
+    eval_data: list[DataSource] = field(default_factory=list)
+    c: float = 0.4
+    rule: str = "cagrad-clip"
+    loss: str = "sigmoid"
+    loss_options: LossOptions = field(default_factory=LossOptions)
+    tokens: TokenOptions = field(default_factory=TokenOptions)
+    concise: str | None = None
+    lr: float = 5e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    rounding: str = "nearest"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = 0.1
+    epochs: int = 1
+    max_steps: int | None = None
+    pairs_per_step: int = 16
+    pairs_per_micro_batch: int = 4
+    chunk_tokens: int = 256
+    gradient_mode: Literal["auto", "autograd", "one_backward", "gram_first"] = "auto"
+    check_every: int | None = CHECK_EVERY
+    seed: int = 0
+    eval_every: int | None = None
+    save_every: int | None = None
+    log_every: int = 1
+    output_dir: str = "runs/dpo"
+    cache_dir: str = "runs/cache"
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        """Check everything that can be checked before a model is loaded."""
+        # The optimizer knows what weights, c, rule, lr, ... may be: let it look at them.
+        ClippedCAGradAdamW([torch.zeros(1)], **self.optimizer_arguments)
+        check_loss(self.loss, self.loss_options)
+        if not self.data:
+            raise ValueError("`data` must name at least one file of preference pairs, got none")
+        if self.concise is not None and self.concise not in self.weights:
+            raise ValueError(
+                f"`concise` must be one of the objectives in `weights`, got {self.concise!r} for "
+                f"{sorted(self.weights)}; add it there or leave `concise` out"
+            )
+        counts = ("epochs", "pairs_per_step", "pairs_per_micro_batch", "chunk_tokens", "log_every")
+        for name in (*counts, "max_steps", "eval_every", "save_every", "check_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"`warmup_ratio` must be in [0, 1], got {self.warmup_ratio}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"`schedule` must be one of {sorted(SCHEDULES)}, got {self.schedule!r}"
+            )
+        self._check_gradient_mode()
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise ValueError(
+                "`tensorboard: true` needs the package tensorboard; "
+                "pip install 'raco-fast[tensorboard]'"
+            )
+
+    def _check_gradient_mode(self) -> None:
+        if self.gradient_mode not in GRADIENT_MODES:
+            raise ValueError(
+                f"`gradient_mode` must be one of {GRADIENT_MODES}, got {self.gradient_mode!r}"
+            )
+        if self.gradient_mode == "gram_first" and self.pairs_per_micro_batch < self.pairs_per_step:
+            raise ValueError(
+                f"`gradient_mode` 'gram_first' needs the whole step in one micro-batch (products "
+                f"between micro-batches are part of its Gram matrix), got {self.pairs_per_step} "
+                f"`pairs_per_step` in micro-batches of {self.pairs_per_micro_batch}; set both to "
+                f"the same number, or use 'one_backward'"
+            )
+
+    @property
+    def optimizer_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `ClippedCAGradAdamW`."""
+        names = ("lr", "betas", "eps", "weight_decay", "weights", "c", "rule", "max_grad_norm")
+        return {name: getattr(self, name) for name in (*names, "rounding", "seed")}
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Objective names in the order of the weights."""
+        return tuple(self.weights)
+
+    @property
+    def folder(self) -> Path:
+        """`output_dir` as a path."""
+        return Path(self.output_dir)
+
+
+_FREE_TO_CHANGE = frozenset(
+    {
+        "eval_data",
+        "eval_every",
+        "save_every",
+        "log_every",
+        "output_dir",
+        "cache_dir",
+        "tensorboard",
+        "gradient_mode",
+        "check_every",
+    }
+)
+"""Settings that may differ on `--resume`: none changes what is learnt, but by rounding."""
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """The settings that define a run, as plain JSON values."""
+    settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {name: value for name, value in settings.items() if name not in _FREE_TO_CHANGE}
+
+
+def check_same_run(config: TrainConfig, saved: dict[str, Any], checkpoint: Path) -> None:
+    """Raise ValueError, naming every differing setting, unless `saved` is this run's identity."""
+    current = identity(config)
+    differing = [
+        f"{name}: {saved.get(name)!r} in the checkpoint, {current.get(name)!r} now"
+        for name in sorted(current.keys() | saved.keys())
+        if saved.get(name) != current.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"checkpoint {checkpoint} belongs to another configuration ({'; '.join(differing)}); "
+            "restore these settings or choose another `output_dir`"
+        )

@@ -1,0 +1,78 @@
+"""The pairs of a run: files -> labelled pairs -> token ids."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from raco_fast.dpo.data.batches import pair_length
+from raco_fast.dpo.data.sources import ConciseRule, DataSource, read_sources
+from raco_fast.dpo.data.tokenization import EncodedPair, encode_pairs, token_counter
+from raco_fast.dpo.run.config import TrainConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+def load_pairs(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[EncodedPair], list[EncodedPair]]:
+    """Encoded training pairs and held-out pairs (empty without `eval_data`).
+
+    Raises:
+        ValueError, FileNotFoundError: unreadable files, bad rows (file and line named), or an
+            objective for which no training pair is labelled.
+    """
+    training = _encoded(config, tokenizer, config.data, "data")
+    for name in config.objectives:
+        if not any(pair.labels[name] for pair in training):
+            raise ValueError(
+                f"`weights` names {name!r}, but no training pair is labelled for it; "
+                "check the data's label fields or take the objective out"
+            )
+    if not config.eval_data:
+        return training, []
+    return training, _encoded(config, tokenizer, config.eval_data, "eval_data")
+
+
+def _encoded(
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[DataSource],
+    argument: str,
+) -> list[EncodedPair]:
+    concise = None
+    if config.concise is not None:
+        concise = ConciseRule(token_counter(tokenizer), config.concise)
+    pairs = read_sources(sources, config.objectives, concise=concise)
+    encoded, report = encode_pairs(tokenizer, pairs, config.tokens)
+    logger.info("%s: %s", argument, report)
+    if not encoded:
+        raise ValueError(
+            f"`{argument}` holds no usable pair ({report}); raise `tokens.max_length` or mend it"
+        )
+    return encoded
+
+
+def check_pairs_fit(model: PreTrainedModel, pairs: Sequence[EncodedPair]) -> None:
+    """Raise ValueError if a pair is longer than the model can read or uses tokens it lacks.
+
+    Without this the embedding would fail with an index out of range, in the middle of the run.
+    """
+    known = model.get_input_embeddings().weight.shape[0]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for pair in pairs:
+        length, largest = pair_length(pair), max(pair.prompt_ids + pair.a_ids + pair.b_ids)
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"`tokens.max_length` must be at most the model's {limit} positions, got a pair of "
+                f"{length} tokens ({pair.id!r}); lower `tokens.max_length`"
+            )
+        if largest >= known:
+            raise ValueError(
+                f"`model.tokenizer` must give token ids below the model's {known}, got {largest} "
+                f"for pair {pair.id!r}; use the tokenizer that belongs to the model"
+            )

@@ -1,0 +1,82 @@
+"""Held-out preference accuracy, margin and loss per objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from raco_fast.dpo.data.batches import labelled_counts, micro_batches
+from raco_fast.dpo.data.tokenization import EncodedPair, PairBatch, collate
+from raco_fast.dpo.losses import LossOptions, PairScores, preference_losses
+from raco_fast.dpo.metrics import PreferenceMetrics
+from raco_fast.dpo.scoring import ReferenceLogps, pair_logps, score_pairs
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A held-out set and how it is scored.
+
+    Args:
+        pairs: encoded held-out pairs.
+        reference: their reference log-probabilities.
+        objectives: names to report.
+        loss, options: as in `preference_losses`; losses are means over all labelled pairs.
+        pad_id: padding token.
+        batch_pairs: pairs scored at once.
+        chunk_tokens: as in `sequence_logps`.
+    """
+
+    pairs: Sequence[EncodedPair]
+    reference: ReferenceLogps
+    objectives: Sequence[str]
+    loss: str
+    options: LossOptions
+    pad_id: int
+    batch_pairs: int
+    chunk_tokens: int
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Preference metrics and losses of `model` without dropout, each name after `eval_`."""
+        was_training = model.training
+        model.eval()
+
+        def score(batch: PairBatch) -> PairScores:
+            return score_pairs(pair_logps(model, batch, self.chunk_tokens), batch, self.reference)
+
+        result = self._evaluate(score)
+        model.train(was_training)
+        return result
+
+    def evaluate_reference(self) -> dict[str, float]:
+        """The same metrics for the reference model itself, without running it again.
+
+        Before the first step the policy is the reference, so this is the evaluation at step 0.
+        """
+
+        def score(batch: PairBatch) -> PairScores:
+            a, b = self.reference.of(batch.ids, batch.input_ids.device)
+            return PairScores(a, b, a, b, batch.tokens_a, batch.tokens_b)
+
+        return self._evaluate(score)
+
+    def _evaluate(self, score: Callable[[PairBatch], PairScores]) -> dict[str, float]:
+        counts = labelled_counts(self.pairs, self.objectives)
+        metrics = PreferenceMetrics(self.options.beta)
+        losses = {name: torch.zeros(()) for name in self.objectives}
+        groups = micro_batches(self.pairs, self.batch_pairs)
+        for group in tqdm(groups, desc="evaluate", leave=False):
+            batch = collate(group, self.pad_id)
+            scores = score(batch)
+            parts = preference_losses(
+                scores, batch.labels, loss=self.loss, options=self.options, counts=counts
+            )
+            losses = {name: parts[name] + losses[name] for name in self.objectives}
+            metrics.add(scores, batch.labels)
+        result = metrics.result()
+        result |= {f"loss/{name}": float(losses[name]) for name in self.objectives if counts[name]}
+        return {f"eval_{name}": value for name, value in result.items()}

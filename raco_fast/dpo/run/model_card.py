@@ -1,0 +1,123 @@
+"""Saving the trained model with a card that says what it was trained on and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from raco_fast.dpo.run.config import TrainConfig
+from raco_fast.dpo.run.files import atomic_folder
+from raco_fast.report import markdown_table, share_with_interval
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """What a model card tells of a finished run.
+
+    Args:
+        config: the run.
+        steps: optimizer steps, skipped ones included.
+        skipped_steps: those with a gradient that was not finite.
+        pairs: training pairs.
+        labelled: objective name -> training pairs labelled for it.
+        evaluations: records of metrics.jsonl with `eval_` metrics, in order; may be empty.
+    """
+
+    config: TrainConfig
+    steps: int
+    skipped_steps: int
+    pairs: int
+    labelled: Mapping[str, int]
+    evaluations: Sequence[Mapping[str, Any]]
+
+
+def save_trained_model(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, summary: TrainingSummary
+) -> Path:
+    """Write `output_dir/model`: weights (the adapter with LoRA), tokenizer and model card.
+
+    Returns:
+        The folder, loadable with `from_pretrained`.
+    Raises:
+        OSError: it could not be written whole; what was there before is untouched.
+    """
+    folder = summary.config.folder / "model"
+    with atomic_folder(folder) as partial:
+        model.save_pretrained(partial)  # type: ignore[operator]
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(model_card(summary), encoding="utf-8")
+    return folder
+
+
+def model_card(summary: TrainingSummary) -> str:
+    """The card in the hub's format: a YAML header, then Markdown."""
+    from huggingface_hub import ModelCardData
+
+    model = summary.config.model
+    on_this_machine = Path(model.name).expanduser().exists()
+    header = ModelCardData(
+        library_name="peft" if model.lora else "transformers",
+        base_model=None if on_this_machine else model.name,  # the hub takes hub names only
+        tags=["raco-fast", "dpo", "multi-objective", "preference-alignment"],
+    )
+    return f"---\n{header.to_yaml()}\n---\n\n{_body(summary)}"
+
+
+def _body(summary: TrainingSummary) -> str:
+    config = summary.config
+    how = "LoRA adapter" if config.model.lora else "full fine-tuning"
+    objectives = [
+        [name, f"{weight:g}", str(summary.labelled[name])]
+        for name, weight in config.weights.items()
+    ]
+    files = [f"- train: `{source.path}` ({_selection(source.limit)})" for source in config.data]
+    files += [f"- held out: `{s.path}` ({_selection(s.limit)})" for s in config.eval_data]
+    skipped = f", {summary.skipped_steps} of them skipped" if summary.skipped_steps else ""
+    parts = [
+        f"# {Path(config.model.name).stem} aligned with raco-fast",
+        f"`{config.model.name}` trained by multi-objective DPO ({how}) on preference pairs. "
+        f"Gradients of the objectives were combined by `{config.rule}`"
+        + (f" with c = {config.c}" if config.rule.startswith("cagrad") else "")
+        + " (RACO, arXiv:2602.02495).",
+        "## Objectives\n\n" + markdown_table(["objective", "weight", "labelled pairs"], objectives),
+        f"## Data\n\n{summary.pairs} training pairs.\n\n" + "\n".join(files),
+        f"## Training\n\nloss `{config.loss}`, beta {config.loss_options.beta}, "
+        f"{summary.steps} steps{skipped} of up to {config.pairs_per_step} pairs, "
+        f"peak learning rate {config.lr}, weights in {config.model.dtype}, seed {config.seed}.",
+    ]
+    if summary.evaluations:
+        table = result_table(config, summary.evaluations)
+        parts.append("## Results on the held-out pairs\n\n" + table)
+    return "\n\n".join(parts) + "\n"
+
+
+def _selection(limit: int | None) -> str:
+    return "all usable pairs" if limit is None else f"the first {limit} usable pairs"
+
+
+def result_table(config: TrainConfig, evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """Accuracies per objective, before and after, with the pairs and a 95 % Wilson interval.
+
+    `likelihood` ranks the responses by log-probability, which the untrained model can do too;
+    `reward` ranks them by the implicit reward, which is all zeros (50 %) before training.
+    """
+    first, last = evaluations[0], evaluations[-1]
+    rows = []
+    for name in config.objectives:
+        pairs = int(last.get(f"eval_pairs/{name}", 0))
+        if pairs:
+            before = first[f"eval_logps/accuracies/{name}"]
+            after = last[f"eval_logps/accuracies/{name}"]
+            reward = last[f"eval_rewards/accuracies/{name}"]
+            cells = [share_with_interval(value, pairs) for value in (before, after, reward)]
+            margin = last[f"eval_rewards/margins/{name}"]
+            rows.append([name, str(pairs), *cells, "-" if margin is None else f"{margin:.3f}"])
+    titles = ["objective", "pairs", "likelihood, before", "likelihood, after"]
+    return markdown_table([*titles, "reward, after", "reward margin, after"], rows)

@@ -1,0 +1,106 @@
+"""Reference log-probabilities, computed once and cached.
+
+The reference model is the policy before training, so its log-probabilities are computed once, at
+the start, and no second model stays in memory. They are cached on disk under a hash of everything
+they depend on: the weights, and the token ids of every pair (which hold the data, the tokenizer,
+the chat template and the truncation).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from raco_fast.dpo.data.batches import micro_batches
+from raco_fast.dpo.data.tokenization import EncodedPair, collate
+from raco_fast.dpo.run.files import atomic_file
+from raco_fast.dpo.scoring import ReferenceLogps, adapter_off, pair_logps
+
+logger = logging.getLogger(__name__)
+
+
+def data_hash(pairs: Sequence[EncodedPair], *, with_labels: bool = True) -> str:
+    """Hash of the ids, token ids and labels of every pair, in order."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        content: tuple[object, ...] = (pair.id, pair.prompt_ids, pair.a_ids, pair.b_ids)
+        if with_labels:
+            content += (sorted(pair.labels.items()),)
+        digest.update(repr(content).encode())
+    return digest.hexdigest()
+
+
+def reference_logps(
+    model: nn.Module,
+    pairs: Sequence[EncodedPair],
+    *,
+    model_hash: str,
+    pad_id: int,
+    cache_dir: Path,
+    batch_pairs: int,
+    chunk_tokens: int,
+) -> ReferenceLogps:
+    """Reference log-probabilities of `pairs`, from the cache or computed and cached.
+
+    Args:
+        model: the model before training; of a PEFT model, the adapter is switched off.
+        pairs: encoded pairs with unique ids.
+        model_hash: `models.fingerprint` of the model.
+        pad_id: padding token.
+        cache_dir: folder of the cache; created where missing.
+        batch_pairs: pairs scored at once.
+        chunk_tokens: as in `sequence_logps`.
+    Raises:
+        ValueError: one of them is not finite.
+        OSError: the cache cannot be written.
+    """
+    data = data_hash(pairs, with_labels=False)
+    key = hashlib.sha256(f"{model_hash}{data}".encode()).hexdigest()[:32]
+    file = cache_dir / f"reference-{key}.safetensors"
+    if file.is_file():
+        logger.info("reference log-probabilities of %d pairs: from %s", len(pairs), file)
+    else:
+        values = _compute(model, pairs, pad_id, batch_pairs, chunk_tokens)
+        wrong = [p.id for p, ok in zip(pairs, values.isfinite().all(dim=1), strict=True) if not ok]
+        if wrong:
+            raise ValueError(
+                f"`model` gives log-probabilities that are not finite for {len(wrong)} of "
+                f"{len(pairs)} pairs, the first {wrong[0]!r}; check its weights, or try "
+                "`model.dtype: fp32`"
+            )
+        with atomic_file(file) as partial:
+            save_file({"logps": values}, partial)
+    values = load_file(file)["logps"]
+    return ReferenceLogps(
+        {pair.id: (a, b) for pair, (a, b) in zip(pairs, values.tolist(), strict=True)}
+    )
+
+
+@torch.no_grad()
+def _compute(
+    model: nn.Module,
+    pairs: Sequence[EncodedPair],
+    pad_id: int,
+    batch_pairs: int,
+    chunk_tokens: int,
+) -> Tensor:
+    """float32 [n, 2] reference log-probabilities in the order of `pairs`."""
+    by_id: dict[str, tuple[float, float]] = {}
+    was_training = model.training
+    model.eval()
+    with adapter_off(model), tqdm(total=len(pairs), desc="reference", unit="pair") as progress:
+        for group in micro_batches(pairs, batch_pairs):
+            batch = collate(group, pad_id)
+            logps_a, logps_b = pair_logps(model, batch, chunk_tokens).chunk(2)
+            both = zip(logps_a.tolist(), logps_b.tolist(), strict=True)
+            by_id |= dict(zip(batch.ids, both, strict=True))
+            progress.update(len(group))
+    model.train(was_training)
+    return torch.tensor([by_id[pair.id] for pair in pairs], dtype=torch.float32)

@@ -1,0 +1,311 @@
+"""The training loop: batch -> scores -> losses -> per-objective gradients -> one combined step."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
+
+from raco_fast.dpo.data.batches import BatchSchedule, labelled_counts, micro_batches
+from raco_fast.dpo.data.tokenization import EncodedPair, collate
+from raco_fast.dpo.logps import check_head
+from raco_fast.dpo.losses import preference_losses
+from raco_fast.dpo.metrics import PreferenceMetrics, solution_metrics
+from raco_fast.dpo.models import (
+    add_adapter,
+    fingerprint,
+    load_base_model,
+    load_tokenizer,
+    trainable,
+)
+from raco_fast.dpo.run.checkpoint import TrainingState, latest, read_state
+from raco_fast.dpo.run.config import SCHEDULES, TrainConfig, check_same_run, identity
+from raco_fast.dpo.run.dataset import check_pairs_fit, load_pairs
+from raco_fast.dpo.run.evaluation import HeldOut
+from raco_fast.dpo.run.interrupt import Interrupt
+from raco_fast.dpo.run.metrics_file import MetricsFile, read_records
+from raco_fast.dpo.run.model_card import TrainingSummary, save_trained_model
+from raco_fast.dpo.run.reference_cache import data_hash, reference_logps
+from raco_fast.dpo.scoring import ReferenceLogps, pair_logps, score_pairs
+from raco_fast.engine.prepare import prepare
+from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """The run was stopped by Ctrl-C after saving a checkpoint."""
+
+    def __init__(self, step: int, checkpoint: Path) -> None:
+        self.step, self.checkpoint = step, checkpoint
+        super().__init__(
+            f"stopped after step {step}; {checkpoint} holds everything. "
+            "Run the same command with --resume to go on"
+        )
+
+
+def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
+    """Run a whole training: load, score the reference, train, evaluate, save.
+
+    Args:
+        config: the run.
+        resume: go on from the newest checkpoint in `config.output_dir`.
+    Returns:
+        The last evaluation's record in metrics.jsonl (empty without `eval_data`).
+    Raises:
+        ValueError: bad configuration, data, model path or checkpoint.
+        OSError: something could not be written; the last checkpoint is whole.
+        Interrupted: Ctrl-C, after a checkpoint was written.
+    """
+    return Trainer(config, resume=resume).run()
+
+
+class Trainer:
+    """One run. `Trainer(config).run()` is `train(config)`."""
+
+    def __init__(self, config: TrainConfig, resume: bool = False) -> None:
+        self.config = config
+        self._checkpoints = config.folder / "checkpoints"
+        found = _checkpoint_to_resume(config.folder, resume)
+        if found is not None:
+            check_same_run(config, read_state(found)["run"]["settings"], found)
+        torch.manual_seed(config.seed)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.model)
+        train_pairs, eval_pairs = load_pairs(config, self.tokenizer)
+        base = load_base_model(config.model)
+        check_pairs_fit(base, [*train_pairs, *eval_pairs])
+        model_hash = fingerprint(base)
+        self.model: nn.Module = add_adapter(base, config.model.lora)
+        self.device = next(self.model.parameters()).device
+        probe = train_pairs[0].prompt_ids + train_pairs[0].a_ids
+        check_head(self.model, torch.tensor(probe, device=self.device))
+        if config.gradient_mode != "autograd":
+            strict = config.gradient_mode != "auto"
+            prepare(self.model, strict=strict, check_every=config.check_every)
+        self.pairs = train_pairs
+        self.reference = self._reference(train_pairs, model_hash)
+        self.held_out = self._held_out(eval_pairs, model_hash) if eval_pairs else None
+        self.batches = BatchSchedule(len(train_pairs), config.pairs_per_step, config.seed)
+        self.total_steps = _total_steps(config, self.batches)
+        self.state = self._new_state(train_pairs, model_hash)
+        if found is not None:
+            self._resume(found)
+        self.metrics = MetricsFile(
+            config.folder / "metrics.jsonl",
+            resumed_at=None if found is None else self.state.step,
+            tensorboard=config.tensorboard,
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end, evaluate before and after, save the model and its card."""
+        config = self.config
+        if self.held_out is not None and self.state.step == 0:
+            self._record(self.held_out.evaluate_reference())
+        self.model.train()
+        progress = tqdm(total=self.total_steps, initial=self.state.step, desc="train", unit="step")
+        with Interrupt() as interrupt, progress:
+            while self.state.step < self.total_steps:
+                self._step(progress)
+                last = self.state.step == self.total_steps
+                if self.held_out is not None and (last or _due(self.state.step, config.eval_every)):
+                    self._record(self.held_out.evaluate(self.model))
+                if interrupt.requested and not last:
+                    raise Interrupted(self.state.step, self.state.save(self._checkpoints))
+                if last or _due(self.state.step, config.save_every):
+                    self.state.save(self._checkpoints)
+        self.metrics.close()
+        summary = self._summary()
+        save_trained_model(self.model, self.tokenizer, summary)
+        return dict(summary.evaluations[-1]) if summary.evaluations else {}
+
+    def _step(self, progress: tqdm[Any]) -> None:
+        """One optimizer step over the pairs of this step, in micro-batches."""
+        began = time.perf_counter()
+        state, config = self.state, self.config
+        pairs = [self.pairs[i] for i in self.batches.indices(state.step)]
+        lr = state.scheduler.get_last_lr()[0]
+        preference, losses, tokens = self._accumulate(pairs)
+        state.optimizer.step()
+        state.scheduler.step()
+        state.optimizer.zero_grad()
+        state.step += 1
+        self._report_skip()
+        progress.update()
+        if _due(state.step, config.log_every):
+            seconds = time.perf_counter() - began
+            record = {
+                "step": state.step,
+                "epoch": self.batches.epoch(state.step),
+                "learning_rate": lr,
+                **{f"loss/{name}": float(loss) for name, loss in losses.items()},
+                **preference.result(),
+                **self._combination(),
+                "seconds": seconds,
+                "tokens_per_second": tokens / seconds,
+            }
+            self.metrics.write(record)
+            progress.set_postfix(_brief(record, config.objectives))
+
+    def _accumulate(
+        self, pairs: Sequence[EncodedPair]
+    ) -> tuple[PreferenceMetrics, dict[str, Tensor], int]:
+        """Fill every objective's gradient; return metrics, losses and the tokens processed."""
+        config = self.config
+        counts = labelled_counts(pairs, config.objectives)
+        preference = PreferenceMetrics(config.loss_options.beta)
+        totals = {name: torch.zeros((), device=self.device) for name in config.objectives}
+        tokens = 0
+        for group in micro_batches(pairs, config.pairs_per_micro_batch):
+            batch = collate(group, self._pad_id)
+            logps = pair_logps(self.model, batch, config.chunk_tokens)
+            scores = score_pairs(logps, batch, self.reference)
+            losses = preference_losses(
+                scores, batch.labels, loss=config.loss, options=config.loss_options, counts=counts
+            )
+            self._backward(losses, logps)
+            preference.add(scores, batch.labels)
+            totals = {name: totals[name] + losses[name].detach() for name in totals}
+            tokens += int(batch.attention_mask.sum())
+        return preference, totals, tokens
+
+    def _backward(self, losses: dict[str, Tensor], logps: Tensor) -> None:
+        """Every objective's gradient, in the configured mode.
+
+        A loss that is not finite makes its gradient so too, which skips the step: clamped losses
+        (hinge) can be NaN with a finite gradient.
+        """
+        honest = {name: loss * (1 + 0 * loss.detach()) for name, loss in losses.items()}
+        if not any(loss.requires_grad for loss in honest.values()):
+            # A micro-batch of ties only: gradients of zero, where constants alone would be refused.
+            honest = {name: loss + 0.0 * logps.sum() for name, loss in honest.items()}
+        mode = {"auto": "one_backward"}.get(self.config.gradient_mode, self.config.gradient_mode)
+        self.state.optimizer.backward(honest, scores=logps, mode=mode)
+
+    def _report_skip(self) -> None:
+        optimizer = self.state.optimizer
+        if optimizer.solution is not None and not optimizer.solution.finite:
+            logger.warning(
+                "step %d: a loss or gradient is not finite; the step was skipped (%d so far), "
+                "weights and optimizer state are unchanged",
+                self.state.step,
+                optimizer.skipped_steps,
+            )
+
+    def _combination(self) -> dict[str, float]:
+        """How the last step combined the objectives; skipped steps are counted, not hidden."""
+        optimizer = self.state.optimizer
+        assert optimizer.solution is not None
+        combination = solution_metrics(optimizer.solution, self.config.objectives)
+        return combination | {"raco/skipped_steps": float(optimizer.skipped_steps)}
+
+    def _record(self, evaluation: dict[str, float]) -> None:
+        self.metrics.write({"step": self.state.step, **evaluation})
+
+    def _held_out(self, pairs: list[EncodedPair], model_hash: str) -> HeldOut:
+        config = self.config
+        return HeldOut(
+            pairs,
+            self._reference(pairs, model_hash),
+            config.objectives,
+            config.loss,
+            config.loss_options,
+            pad_id=self._pad_id,
+            batch_pairs=2 * config.pairs_per_micro_batch,
+            chunk_tokens=config.chunk_tokens,
+        )
+
+    def _new_state(self, pairs: Sequence[EncodedPair], model_hash: str) -> TrainingState:
+        from transformers import get_scheduler
+
+        config = self.config
+        optimizer = ClippedCAGradAdamW(trainable(self.model).values(), **config.optimizer_arguments)
+        warmup = round(config.warmup_ratio * self.total_steps)
+        scheduler: LRScheduler = get_scheduler(
+            SCHEDULES[config.schedule], optimizer, warmup, self.total_steps
+        )
+        run = {"settings": identity(config), "data": data_hash(pairs), "model": model_hash}
+        return TrainingState(self.model, optimizer, scheduler, run)
+
+    def _resume(self, checkpoint: Path) -> None:
+        saved = read_state(checkpoint)["run"]
+        for what in ("data", "model"):
+            if saved[what] != self.state.run[what]:
+                raise ValueError(
+                    f"checkpoint {checkpoint} was made with another {what}: the settings agree but "
+                    f"its content changed; restore it or choose another `output_dir`"
+                )
+        self.state.load(checkpoint)
+
+    def _summary(self) -> TrainingSummary:
+        records = read_records(self.metrics.path)
+        return TrainingSummary(
+            self.config,
+            steps=self.state.step,
+            skipped_steps=self.state.optimizer.skipped_steps,
+            pairs=len(self.pairs),
+            labelled=labelled_counts(self.pairs, self.config.objectives),
+            evaluations=[r for r in records if any(name.startswith("eval_") for name in r)],
+        )
+
+    def _reference(self, pairs: list[EncodedPair], model_hash: str) -> ReferenceLogps:
+        config = self.config
+        return reference_logps(
+            self.model,
+            pairs,
+            model_hash=model_hash,
+            pad_id=self._pad_id,
+            cache_dir=Path(config.cache_dir),
+            batch_pairs=2 * config.pairs_per_micro_batch,
+            chunk_tokens=config.chunk_tokens,
+        )
+
+    @property
+    def _pad_id(self) -> int:
+        """Padding is masked, so any id will do for a tokenizer that has none."""
+        pad_id = self.tokenizer.pad_token_id
+        return pad_id if isinstance(pad_id, int) else 0
+
+
+def _checkpoint_to_resume(output_dir: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from; refuses to mix two runs in one folder."""
+    found = latest(output_dir / "checkpoints")
+    if resume and found is None:
+        raise ValueError(
+            f"`resume`: there is no checkpoint under {output_dir / 'checkpoints'}; "
+            "leave `--resume` out to start"
+        )
+    if not resume and found is not None:
+        raise ValueError(
+            f"`output_dir` already holds {found}; add --resume to go on from it, "
+            "or choose another `output_dir`"
+        )
+    if not resume and (output_dir / "model").exists():
+        raise ValueError(
+            f"`output_dir` already holds a trained model, {output_dir / 'model'}; "
+            "choose another `output_dir`"
+        )
+    return found
+
+
+def _total_steps(config: TrainConfig, batches: BatchSchedule) -> int:
+    steps = config.epochs * batches.steps_per_epoch
+    return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _brief(record: dict[str, Any], objectives: Sequence[str]) -> dict[str, str]:
+    """What the progress bar shows: the loss of each objective."""
+    return {name: f"{record[f'loss/{name}']:.3f}" for name in objectives}

@@ -1,0 +1,228 @@
+"""One backward pass for any number of objectives whose losses are functions of sequence scores.
+
+    L_i = F_i(score_1 ... score_B)     A_ib = ∂L_i/∂score_b     g_i = Σ_b A_ib ∇score_b
+
+A costs m tiny autograd calls above the scores. Below them Σ_b s_b score_b is propagated once, with
+seeds s_b that `segments.Factored` takes from A, and every prepared layer forms its m parameter
+gradients from the rows of its input and dY. That is exact as long as sequences do not meet inside
+the model and every trained parameter belongs to a layer with a rule; `exactness.py` sees to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raco_fast.engine.graph import ScoreGraph
+from raco_fast.engine.sequences import Factored, Segments
+from raco_fast.engine.tap import (
+    ANCHOR,
+    Call,
+    Collector,
+    Node,
+    Running,
+    collecting,
+    hand_over,
+    layer_call,
+    name_of,
+)
+
+Buffers = Callable[[Tensor], tuple[Tensor, bool]]
+"""Parameter -> ([m, *shape] to add to, whether it is fresh memory to be overwritten)."""
+
+
+def sensitivities(losses: Sequence[Tensor], scores: Tensor) -> Tensor:
+    """A = ∂L/∂scores, float64 [m, B] on the CPU; zeros for a loss that does not depend on them."""
+    rows = []
+    for loss in losses:
+        row = None
+        if loss.requires_grad:
+            with _freed_graphs_named("losses"):
+                (row,) = torch.autograd.grad(loss, scores, retain_graph=True, allow_unused=True)
+        rows.append(torch.zeros_like(scores) if row is None else row)
+    return torch.stack(rows).detach().double().cpu()
+
+
+def check_scores(scores: Tensor) -> None:
+    """Raise unless `scores` is a [B] tensor with a graph."""
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"`scores` must be a tensor [B], got {type(scores).__name__}")
+    if scores.ndim != 1:
+        raise ValueError(
+            f"`scores` must have shape [B], one score per sequence, got {list(scores.shape)}; sum "
+            f"the token log-probabilities of each sequence"
+        )
+    if not scores.requires_grad:
+        raise ValueError(
+            "`scores` must require grad: it has no graph to the model; compute it outside of "
+            "torch.no_grad() and do not detach it before the losses"
+        )
+
+
+def propagate(
+    scores: Tensor,
+    seeds: Tensor,
+    *,
+    inputs: Sequence[Tensor],
+    retain_graph: bool = False,
+) -> None:
+    """The backward pass of Σ_b seeds_b scores_b; seeds are rounded to the scores' dtype.
+
+    Args:
+        inputs: the leaves whose gradients count; others keep their .grad.
+    """
+    with _freed_graphs_named("scores"):
+        torch.autograd.backward(
+            [scores], [seeds.to(scores)], retain_graph=retain_graph, inputs=inputs
+        )
+
+
+def backward_of_others(
+    others: Sequence[Tensor], losses: Sequence[Tensor], weights: Iterable[float]
+) -> None:
+    """Give leaves that belong to no objective the gradient of the weighted sum Σ w_i L_i.
+
+    It adds to their .grad, as in torch; the graph is kept.
+    """
+    pairs = zip(losses, weights, strict=True)
+    terms = [(loss, w) for loss, w in pairs if loss.requires_grad and w > 0.0]
+    if others and terms:
+        torch.autograd.backward(
+            [loss for loss, _ in terms],
+            [torch.full_like(loss, w) for loss, w in terms],
+            retain_graph=True,
+            inputs=others,
+        )
+
+
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+def use_up(graph: ScoreGraph) -> None:
+    """Free what a graph that was retained still holds.
+
+    A backward pass without any gradient computes nothing, and frees what it passes through. Left
+    to the caller's variables, the activations of one batch would live on into the next.
+    """
+    nothing: Tensor = _NoGradient.apply(graph.scores)  # type: ignore[no-untyped-call]
+    propagate(nothing, torch.ones(len(nothing)), inputs=[ANCHOR])
+
+
+@contextmanager
+def _freed_graphs_named(argument: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise RuntimeError(
+            f"`{argument}` belong to a graph that an earlier backward pass has freed; run the "
+            f"model again, once for each call of backward"
+        ) from error
+
+
+class GradientCollector:
+    """Adds every layer's share to the m gradients of each parameter."""
+
+    def __init__(self, factored: Factored, buffers: Buffers, wanted: Iterable[Tensor]) -> None:
+        self._factored, self._buffers, self._wanted = factored, buffers, set(wanted)
+
+    def collect(self, call: Call) -> None:
+        """G_i += Σ_g U_ig t_g for the parameters of one layer."""
+        out: dict[Tensor, tuple[Tensor, bool]] = {}
+        for p, rows, use in call.uses(arranged(self._factored, call)):
+            if p in self._wanted:
+                if p not in out:
+                    out[p] = self._buffers(p)
+                gradients, fresh = out[p]
+                use.add_to(gradients[:, rows], self._factored.coefficients, fresh)
+
+
+def arranged(factored: Factored, call: Call) -> Segments:
+    """How the rows of one layer belong to the groups of sequences."""
+    index, outer = call.entries
+    return factored.segments(index, call.dy.device, outer)
+
+
+class PastRulesError(RuntimeError):
+    """A parameter got a gradient that no rule has seen; what was collected is wrong."""
+
+
+@contextmanager
+def nothing_past_rules(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Empty p.grad for a pass that must leave it so; `PastRulesError` where it does not.
+
+    A function may run a backward pass of its own inside its backward, which no graph shows.
+    """
+    held = [(p, p.grad) for p in parameters]
+    for p in parameters:
+        p.grad = None
+    try:
+        yield
+        stray = [p for p in parameters if p.grad is not None]
+    finally:
+        for p, grad in held:
+            p.grad = grad
+    if stray:
+        raise PastRulesError(
+            f"{name_of(stray[0])} got a gradient past every rule, from a backward pass inside "
+            f"another; call zero_grad(), and leave `scores` out for one backward pass per objective"
+        )
+
+
+def collect(
+    collector: Collector, graph: ScoreGraph, seeds: Tensor, *, retain_graph: bool = False
+) -> None:
+    """A backward pass of Σ_b seeds_b score_b from which the collector gets every layer's call.
+
+    Raises:
+        PastRulesError: a parameter got a gradient past every rule.
+    """
+    if not graph.taps:
+        return
+    at_taps = [node for node in graph.taps if node not in graph.lookups]
+    with ExitStack() as stack:
+        stack.enter_context(nothing_past_rules(graph.wanted))
+        running = stack.enter_context(collecting(collector, at_taps))
+        for tap, (add, shape) in graph.lookups.items():
+            hook = add.register_prehook(_of_every_sequence(running, tap, shape))
+            stack.callback(hook.remove)
+        propagate(graph.scores, seeds, inputs=[ANCHOR], retain_graph=retain_graph)
+
+
+def _of_every_sequence(
+    running: Running, tap: Node, shape: torch.Size
+) -> Callable[[Sequence[Tensor]], None]:
+    """Hands over a lookup as if it had been made for every row that its output was added to."""
+
+    def before(grad_outputs: Sequence[Tensor]) -> None:
+        ids = tap.saved_tensors[0].expand(shape)
+        hand_over(running, layer_call(tap, ids, grad_outputs[0]))
+
+    return before
+
+
+def one_backward(
+    graph: ScoreGraph, factored: Factored, buffers: Buffers, *, retain_graph: bool = False
+) -> None:
+    """Add every objective's gradient to its buffers, with one backward pass.
+
+    Args:
+        graph: of a prepared model, without an obstacle; it is used up unless `retain_graph`.
+        factored: A = ∂L/∂scores.
+        buffers: see `Buffers`.
+    """
+    if factored.coefficients.shape[1]:  # else no objective has anything in this batch
+        collector = GradientCollector(factored, buffers, graph.wanted)
+        collect(collector, graph, factored.seeds, retain_graph=retain_graph)

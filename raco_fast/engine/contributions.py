@@ -1,0 +1,297 @@
+"""What one use of a parameter in a forward pass adds to its per-objective gradients.
+
+A use knows, for each group g of sequences (`sequences.py`), the gradient t_g of the parameter; the
+m gradients are G_i = Σ_g U_ig t_g. It can add them to m buffers, or give the inner products
+K_gh = ⟨t_g, t_h⟩ from which the Gram matrix follows as U K Uᵀ without any of the m gradients:
+
+    MatrixUse   t_g = dY_gᵀ X_g: every weight that multiplies (Linear, Conv1D, a block of a head)
+    VectorUse   t_g = rows summed over the group: biases, norm weights
+    EntryUse    either of them, from the t of every sequence, where that is small
+    LookupUse   t_g = rows of dY added up by token id: embeddings
+
+Sums are float32 (float64 for float64) whatever the dtype of x and dY, so a bfloat16 gradient is
+rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from raco_fast.backends import ops
+from raco_fast.backends.weight_grad import (
+    batched_product,
+    blocks,
+    of_groups,
+    operand,
+    product,
+    row_blocks,
+    store,
+    widened,
+)
+from raco_fast.engine.sequences import Segments
+
+# Rows of a tied weight whose t_g exist at one time while its two uses are multiplied.
+_CROSS_ROWS = 1024
+# Products that are added in float32.
+_RUN = 1024
+
+
+class Use(Protocol):
+    """One use of one parameter; see the module's docstring."""
+
+    def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
+        """out [m, *shape of the parameter] += Σ_g U_ig t_g; = where `fresh`.
+
+        Args:
+            U: [m, groups]; None stands for one group with coefficient 1.
+        """
+
+    def gram(self) -> Tensor:
+        """K [groups, groups] float64 on the parameter's device."""
+
+    def at(self, ids: Tensor) -> Tensor:
+        """[groups, len(ids), *rest]: the rows `ids` (sorted, distinct) of every t_g."""
+
+
+class MatrixUse(Use):
+    """t_g = dY_gᵀ X_g, of shape [d_out, d_in].
+
+    Args:
+        x, dy: [entries, inner, d_in] and [entries, inner, d_out], ordered by `segments`.
+    """
+
+    def __init__(self, x: Tensor, dy: Tensor, segments: Segments) -> None:
+        for rows in (x, dy):
+            _check_arranged(rows, segments)
+        inner = x.shape[1]
+        self._x, self._dy = x.flatten(0, 1), dy.flatten(0, 1)
+        self.bounds = [offset * inner for offset in segments.offsets]
+
+    @cached_property
+    def x(self) -> Tensor:
+        """[rows, d_in] as plain products read it."""
+        return operand(self._x)
+
+    @cached_property
+    def dy(self) -> Tensor:
+        """[rows, d_out] as plain products read it."""
+        return operand(self._dy)
+
+    def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
+        """See `Use`."""
+        ops.weight_grad(self._x, self._dy, self.bounds, U, out, fresh)
+
+    def gram(self) -> Tensor:
+        """From token pairs where that is the smaller product ("ghost"), else from blocks of t_g."""
+        rows, (d_out, d_in) = len(self.x), (self.dy.shape[1], self.x.shape[1])
+        if rows * (d_out + d_in) < 2 * d_out * d_in:
+            return self._gram_of_token_pairs()
+        K = _zeros(len(self.bounds) - 1, self.x)
+        for start, stop in row_blocks(d_out, 4 * len(K) * d_in):
+            K += products(self._t(self.dy[:, start:stop]).flatten(1))
+        return K
+
+    def _gram_of_token_pairs(self) -> Tensor:
+        """K_gh = Σ over tokens s of g and t of h of (x_s · x_t)(dy_s · dy_t)."""
+        groups = len(self.bounds) - 1
+        K = _zeros(groups, self.x)
+        for g in range(groups):
+            of_g, later = slice(*self.bounds[g : g + 2]), slice(self.bounds[g], None)
+            pairs = product(self.x[of_g], self.x[later].T)
+            pairs.mul_(product(self.dy[of_g], self.dy[later].T))
+            columns = pairs.sum(0, dtype=torch.float64)
+            sizes = [b - a for a, b in zip(self.bounds[g:], self.bounds[g + 1 :], strict=False)]
+            row = torch.stack([part.sum() for part in torch.split(columns, sizes)])
+            K[g, g:] = K[g:, g] = row
+        return K
+
+    def at(self, ids: Tensor) -> Tensor:
+        """See `Use`."""
+        return self._t(self.dy.index_select(1, ids))
+
+    def _t(self, dy: Tensor) -> Tensor:
+        return of_groups(self.x, dy, self.bounds)
+
+
+class VectorUse(Use):
+    """t_g = the sum of the group's rows, of shape [d].
+
+    Args:
+        rows: [entries, inner, d], ordered by `segments`.
+    """
+
+    def __init__(self, rows: Tensor, segments: Segments) -> None:
+        _check_arranged(rows, segments)
+        wide = widened(rows)
+        self.t = wide.new_zeros(segments.count, wide.shape[-1])
+        for t, start, stop in zip(self.t, segments.offsets, segments.offsets[1:], strict=False):
+            torch.sum(wide[start:stop], (0, 1), out=t)
+
+    def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
+        """See `Use`."""
+        store(out, self.t if U is None else U.to(self.t) @ self.t, fresh)
+
+    def gram(self) -> Tensor:
+        """See `Use`."""
+        return products(self.t)
+
+    def at(self, ids: Tensor) -> Tensor:
+        """See `Use`."""
+        return self.t.index_select(1, ids)
+
+
+class EntryUse(Use):
+    """t of each entry, small enough to be held: nothing large is put in the order of the groups.
+
+    Args:
+        t: [entries, *shape of the parameter], float32 or wider, in the order of the layer.
+    """
+
+    def __init__(self, t: Tensor, segments: Segments) -> None:
+        self.t, self.segments = t, segments
+
+    def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
+        """See `Use`."""
+        if U is None:
+            store(out, self.segments.summed(self.t), fresh)
+            return
+        U, t, target = self.segments.spread(U).to(self.t), self.t.flatten(1), out.flatten(1)
+        if fresh and out.dtype == t.dtype:
+            torch.mm(U, t, out=target)
+        else:
+            store(target, U @ t, fresh)
+
+    def gram(self) -> Tensor:
+        """See `Use`."""
+        return products(self.segments.summed(self.t).flatten(1))
+
+    def at(self, ids: Tensor) -> Tensor:
+        """See `Use`."""
+        return self.segments.summed(self.t).index_select(1, ids)
+
+
+def vector_use(rows: Tensor, segments: Segments) -> EntryUse:
+    """`VectorUse` of a layer's rows [..., d] as they lie."""
+    return EntryUse(widened(segments.split(rows)).sum(1), segments)
+
+
+def matrix_use(x: Tensor, dy: Tensor, segments: Segments) -> Use:
+    """t_g = dY_gᵀ X_g of a layer's x [..., d_in] and dy [..., d_out] as they lie.
+
+    A thin matrix (LoRA's) costs less to form for every entry than its rows cost to put in order.
+    """
+    rows, weight = x.numel() // max(1, x.shape[-1]), x.shape[-1] * dy.shape[-1]
+    if segments.order is None or segments.entries * weight > rows * (x.shape[-1] + dy.shape[-1]):
+        return MatrixUse(segments.arranged(x), segments.arranged(dy), segments)
+    x, dy = segments.split(operand(x)), segments.split(operand(dy))
+    return EntryUse(batched_product(dy.transpose(1, 2), x), segments)
+
+
+class LookupUse(Use):
+    """t_g = Σ over the group's rows r of dY_r at row ids_r, of shape [vocabulary, d].
+
+    Args:
+        ids: [entries, inner, 1] int64; dy: [entries, inner, d]; both ordered by `segments`.
+        scale: factor of the lookup's output.
+        padding: the id whose row gets no gradient, or None.
+    """
+
+    def __init__(
+        self, ids: Tensor, dy: Tensor, segments: Segments, scale: float, padding: int | None
+    ) -> None:
+        for rows in (ids, dy):
+            _check_arranged(rows, segments)
+        inner = ids.shape[1]
+        self.group = segments.of_rows(inner, dy.device)
+        self.count = segments.count
+        self.all_ids, self.dy = ids.flatten(), widened(dy).flatten(0, 1) * scale
+        if (
+            padding is not None
+        ):  # by choice, not by a product: what is not finite there is no gradient
+            self.dy = torch.where((self.all_ids != padding)[:, None], self.dy, 0.0)
+        self.ids, self.place = torch.unique(self.all_ids, return_inverse=True)
+
+    def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
+        """See `Use`."""
+        if fresh:
+            out.zero_()
+        U = self.dy.new_ones(1, 1) if U is None else U.to(self.dy)
+        for target, scale in zip(out, U[:, self.group], strict=True):
+            rows = self.dy.new_zeros(len(self.ids), self.dy.shape[1])
+            # Not index_add_, which adds in no fixed order on a GPU.
+            rows.index_put_((self.place,), self.dy * scale[:, None], accumulate=True)
+            target[self.ids] += rows.to(target.dtype)
+
+    def gram(self) -> Tensor:
+        """See `Use`."""
+        K = _zeros(self.count, self.dy)
+        for start, stop in self.blocks():
+            K += products(self.at(self.ids[start:stop]).flatten(1))
+        return K
+
+    def at(self, ids: Tensor) -> Tensor:
+        """See `Use`."""
+        t = self.dy.new_zeros(self.count, len(ids), self.dy.shape[1])
+        place = torch.searchsorted(ids, self.all_ids).clamp_(max=len(ids) - 1)
+        here = ids[place] == self.all_ids
+        t.index_put_((self.group[here], place[here]), self.dy[here], accumulate=True)
+        return t
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Ranges of `ids` whose t_g together stay small."""
+        row_bytes = self.count * self.dy.shape[1] * self.dy.element_size()
+        return row_blocks(len(self.ids), row_bytes)
+
+
+class Rows(Protocol):
+    """Something that can give some rows of its t_g without the others."""
+
+    def at(self, ids: Tensor) -> Tensor:
+        """[groups, len(ids), *rest]: the rows `ids` (sorted, distinct) of every t_g."""
+
+
+def cross(a: Rows, b: Rows, parameter: Tensor, groups: int) -> Tensor:
+    """⟨t_g, t'_h⟩ between two uses of one parameter.
+
+    Returns:
+        [groups, groups] float64 on its device. A lookup has few rows that are not zero, and only
+        those are formed of the other use.
+    """
+    lookup = next((use for use in (a, b) if isinstance(use, LookupUse)), None)
+    ids = torch.arange(len(parameter), device=parameter.device) if lookup is None else lookup.ids
+    K = _zeros(groups, parameter)
+    for start, stop in blocks(len(ids), _CROSS_ROWS):
+        here = ids[start:stop]
+        K += products(a.at(here).flatten(1), b.at(here).flatten(1))
+    return K
+
+
+def _check_arranged(rows: Tensor, segments: Segments) -> None:
+    if rows.ndim != 3 or len(rows) != segments.offsets[-1]:
+        raise ValueError(
+            f"the rows of a use must have shape [{segments.offsets[-1]} entries, inner, d], got "
+            f"{list(rows.shape)}; order them by segments.arranged(rows)"
+        )
+
+
+def products(a: Tensor, b: Tensor | None = None) -> Tensor:
+    """⟨a_g, b_h⟩ of the rows of a and b (else a) [groups, n], float64 on their device.
+
+    How one product adds up long rows depends on the machine: half a million numbers were off by
+    2e-5. In float32 only runs of `_RUN` are added, which costs about as much.
+    """
+    b = a if b is None else b
+    runs = a.shape[1] // _RUN
+    whole = runs * _RUN
+    of_a, of_b = (t[:, :whole].view(len(t), runs, _RUN).transpose(0, 1) for t in (a, b))
+    K = torch.bmm(of_a, of_b.transpose(1, 2)).sum(0, dtype=torch.float64)
+    return K.add_(a[:, whole:] @ b[:, whole:].T)
+
+
+def _zeros(groups: int, like: Tensor) -> Tensor:
+    return torch.zeros(groups, groups, dtype=torch.float64, device=like.device)

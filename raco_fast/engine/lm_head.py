@@ -1,0 +1,271 @@
+"""Token log-probabilities through a language model's head, without its full logits.
+
+    logp_n = z_n[target_n] - log Σ_v exp z_n[v],        z = shape(h Wᵀ + b)
+
+The vocabulary is cut into blocks: a block's logits [N, block] exist one at a time, in the forward
+pass for the running log-sum-exp, and again in the backward pass. A block of W's rows then gets its
+whole gradient in one product over all tokens, rounded once, and each objective's share of it (or
+its part of the Gram matrix) while the block is there; cut by tokens instead, a gradient of the
+whole head would have to be kept for every objective, and a bfloat16 one be rounded in every chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raco_fast.backends.weight_grad import blocks, widened
+from raco_fast.engine.contributions import MatrixUse, Rows, Use, VectorUse
+from raco_fast.engine.sequences import ALL_ROWS, Entries, Segments, declared
+from raco_fast.engine.tap import ANCHOR, Tapped, hand_over
+
+
+@dataclass(frozen=True)
+class LogitShape:
+    """What some architectures do to logits before the softmax: z = cap tanh(factor y / cap)."""
+
+    factor: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, y: Tensor) -> Tensor:
+        """The logits z; may overwrite y."""
+        return self.logits(self.squashed(y))
+
+    def squashed(self, y: Tensor) -> Tensor:
+        """tanh(factor y / cap), or factor y without a cap; in place."""
+        t = y.mul_(self.factor) if self.factor != 1.0 else y
+        return t if self.cap is None else t.div_(self.cap).tanh_()
+
+    def logits(self, t: Tensor) -> Tensor:
+        """z of what `squashed` gave."""
+        return t if self.cap is None else t * self.cap
+
+    def chained(self, dz: Tensor, t: Tensor) -> Tensor:
+        """∂L/∂y from ∂L/∂z, in place; from t, for z / cap is rounded where 1 - t² is small."""
+        if self.cap is not None:
+            dz.mul_(1 - t.square())
+        return dz.mul_(self.factor) if self.factor != 1.0 else dz
+
+
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    shape: LogitShape | None = None,
+    max_logits: int = 1 << 25,
+) -> Tensor:
+    """log p(target) of every row.
+
+    Args:
+        hidden: [N, d] float.
+        weight: [V, d] of the head; bias: [V] or None.
+        targets: int64 [N].
+        shape: what the model does to its logits.
+        max_logits: logits that exist at one time.
+    Returns:
+        float32 [N] (float64 for float64), differentiable in hidden, weight and bias. With
+        `raco_fast.sequences(index)` around the call, index[n] is the sequence of row n.
+    """
+    block = _block_of(max_logits, len(targets), cuda=hidden.is_cuda)
+    head = _Head(weight, bias, targets, shape or LogitShape(), block, declared())
+    trained = [p for p in (weight, bias) if p is not None and p.requires_grad]
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
+    logps: Tensor = _TokenLogps.apply(  # type: ignore[no-untyped-call]
+        head, hidden, ANCHOR if torch.is_grad_enabled() and trained else None, *trained
+    )
+    return logps
+
+
+def _block_of(max_logits: int, tokens: int, *, cuda: bool) -> int:
+    """Rows of W at a time; whole vectors of memory, which its kernels need, where they run."""
+    block = max(1, max_logits // max(1, tokens))
+    return block // 16 * 16 or block if cuda else block
+
+
+@dataclass(frozen=True)
+class _Head:
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    shape: LogitShape
+    block: int
+    index: Tensor | None
+
+    def blocks(self) -> Iterator[slice]:
+        """Rows of W whose logits exist at one time."""
+        return (slice(*ends) for ends in blocks(len(self.weight), self.block))
+
+    def squashed(self, hidden: Tensor, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """(those rows of W in hidden's dtype, `LogitShape.squashed` of y [N, rows])."""
+        weight = self.weight.detach()[rows].to(hidden.dtype)
+        bias = None if self.bias is None else self.bias.detach()[rows].to(hidden.dtype)
+        return weight, self.shape.squashed(widened(F.linear(hidden, weight, bias)))
+
+    def log_sum_exp(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(log Σ exp z, z[target]) of every row, float64: rounded once, not in every block."""
+        total = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float64)
+        chosen = torch.zeros_like(total)
+        for rows in self.blocks():
+            z = self.shape.logits(self.squashed(hidden, rows)[1])
+            inside = (self.targets >= rows.start) & (self.targets < rows.stop)
+            place = torch.where(inside, self.targets - rows.start, 0)[:, None]
+            chosen += torch.where(inside, z.gather(1, place)[:, 0], 0.0)
+            total = torch.logaddexp(total, z.logsumexp(1).double())
+        return total, chosen
+
+
+@dataclass(frozen=True)
+class _Backward:
+    """∂L/∂y of the head's logits, block by block; all rows ordered by `segments`.
+
+    `hidden`: [entries, inner, d]; `total`, `targets`, `dlogps`: [entries * inner].
+    """
+
+    head: _Head
+    segments: Segments
+    hidden: Tensor
+    total: Tensor
+    targets: Tensor
+    dlogps: Tensor
+
+    def use(self, parameter: Tensor, dy: Tensor) -> MatrixUse | VectorUse:
+        """What rows of the weight or the bias get from ∂L/∂y [entries * inner, rows]."""
+        by_entry = dy.view(*self.hidden.shape[:2], dy.shape[1])
+        if parameter is self.head.bias:
+            return VectorUse(by_entry, self.segments)
+        return MatrixUse(self.hidden, by_entry, self.segments)
+
+    def at(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """(those rows of W, ∂L/∂y [entries * inner, rows]) in hidden's dtype."""
+        weight, t = self.head.squashed(self.hidden.flatten(0, 1), rows)
+        dz = (self.head.shape.logits(t) - self.total[:, None].to(t.dtype)).exp_().neg_()
+        if isinstance(rows, slice):
+            inside = (self.targets >= rows.start) & (self.targets < rows.stop)
+            place = torch.where(inside, self.targets - rows.start, 0)
+        else:
+            place = torch.searchsorted(rows, self.targets).clamp_(max=len(rows) - 1)
+            inside = rows[place] == self.targets
+        dz.scatter_add_(1, place[:, None], inside.to(dz.dtype)[:, None])
+        dy = self.head.shape.chained(dz.mul_(self.dlogps[:, None]), t)
+        return weight, dy.to(self.hidden.dtype)
+
+
+class _TokenLogps(Tapped):
+    BELOW = 0
+
+    @staticmethod
+    def forward(
+        ctx: Any, head: _Head, hidden: Tensor, anchor: Tensor | None, *parameters: Tensor
+    ) -> Tensor:
+        total, chosen = head.log_sum_exp(hidden)
+        ctx.save_for_backward(hidden, total)
+        ctx.head = head
+        Tapped.note(
+            ctx,
+            layer="the head",
+            parameters=parameters,
+            index=head.index,
+            shape=hidden.shape,
+            look=len(parameters),
+            checks=None,
+            broadcasts=False,
+        )
+        return (chosen - total).to(widened(hidden[:0]).dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dlogps: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, total = ctx.saved_tensors
+        if dlogps is None:
+            return None, None, None, *[None] * len(ctx.parameters)
+        call = _HeadCall(ctx.head, ctx.entries, hidden, total, dlogps, ctx.parameters)
+        if ctx.collector is not None:
+            hand_over(ctx.collector, call)
+            return None, call.hidden_gradient(), None, *[None] * len(ctx.parameters)
+        return None, *call.ordinary_gradients()
+
+
+class _HeadCall:
+    def __init__(
+        self,
+        head: _Head,
+        entries: Entries,
+        hidden: Tensor,
+        total: Tensor,
+        dlogps: Tensor,
+        parameters: tuple[Tensor, ...],
+    ) -> None:
+        self.layer, self.entries = "the head", entries
+        self.dy = dlogps[:, None]
+        self._head, self._total, self._parameters = head, total, parameters
+        self._hidden = hidden.detach()
+        self._hidden_gradient: Tensor | None = None
+
+    def uses(self, segments: Segments) -> Iterator[tuple[Tensor, slice, Use]]:
+        """A block of the head at a time; the gradient of `hidden` grows on the way."""
+        back = self._arranged(segments)
+        dx = widened(back.hidden[:0]).new_zeros(back.hidden.shape)
+        for rows in self._head.blocks():
+            weight, dy = back.at(rows)
+            _add_product(dx.flatten(0, 1), dy, weight)
+            for p in self._parameters:
+                yield p, rows, back.use(p, dy)
+        self._hidden_gradient = segments.restored(dx, self._hidden)
+
+    def rows(self, parameter: Tensor, segments: Segments) -> Rows:
+        """Rows of a parameter's t_g at the price of their own logits."""
+        return _HeadRows(self._arranged(segments), parameter)
+
+    def _arranged(self, segments: Segments) -> _Backward:
+        columns = (self._total[:, None], self._head.targets[:, None], self.dy)
+        rows = (segments.arranged(x).flatten() for x in columns)
+        return _Backward(self._head, segments, segments.arranged(self._hidden), *rows)
+
+    def ordinary_gradients(self) -> tuple[Tensor | None, ...]:
+        """Those of `hidden`, of the anchor (None) and of the parameters."""
+        gradients = {p: p.new_empty(1, *p.shape) for p in self._parameters}
+        with torch.autocast(self.dy.device.type, enabled=False):
+            for p, rows, use in self.uses(ALL_ROWS):
+                use.add_to(gradients[p][:, rows], None, fresh=True)
+            hidden = self.hidden_gradient()
+        return hidden, None, *(gradient[0] for gradient in gradients.values())
+
+    def hidden_gradient(self) -> Tensor:
+        """∂L/∂hidden, whether or not somebody asked for the parameters' gradients."""
+        if self._hidden_gradient is None:
+            for _ in self.uses(ALL_ROWS):
+                pass
+        assert self._hidden_gradient is not None
+        return self._hidden_gradient
+
+
+@dataclass(frozen=True)
+class _HeadRows:
+    back: _Backward
+    parameter: Tensor
+
+    def at(self, ids: Tensor) -> Tensor:
+        parts = []
+        for start, stop in blocks(len(ids), self.back.head.block):
+            some = ids[start:stop]
+            _, dy = self.back.at(some)
+            use = self.back.use(self.parameter, dy)
+            parts.append(use.at(torch.arange(len(some), device=ids.device)))
+        return torch.cat(parts, 1)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b, with the sum over blocks in out's dtype."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b)
+    else:
+        out += a @ b

@@ -1,0 +1,199 @@
+"""`prepare(model)`: put a `Tap` behind every layer whose trained parameters have a rule.
+
+A tap is a forward hook. It changes nothing that a model computes, and nothing that the model's
+modules hold; `remove()` takes the hooks away again. Whether a call may be tapped is decided at the
+call: a rule speaks for what the layer is then, in that mode, given that one argument.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from collections.abc import Callable, Hashable
+from functools import cache
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from raco_fast.engine.layer_rules import Rule, rule_for
+from raco_fast.engine.sequences import declared
+from raco_fast.engine.tap import (
+    ANCHOR,
+    Checks,
+    NotExactError,
+    Site,
+    Tap,
+    remember_names,
+    remember_reason,
+)
+
+CHECK_EVERY = 128
+"""At this distance a spot check, one more backward pass, costs a run less than 1 % of its time."""
+
+
+class Prepared:
+    """What `prepare` did to a model; also a context manager that undoes it at its end.
+
+    `without_rule`: the names of trained parameters that no rule covers.
+    """
+
+    def __init__(self, without_rule: tuple[str, ...]) -> None:
+        self.without_rule = without_rule
+        self._hooks: list[RemovableHandle] = []
+
+    def remove(self) -> None:
+        """Undo it; a graph that exists already keeps its taps."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def __enter__(self) -> Prepared:
+        """Itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Undo it."""
+        self.remove()
+
+
+def prepare(
+    model: nn.Module, *, strict: bool = False, check_every: int | None = CHECK_EVERY
+) -> Prepared:
+    """Make a model ready for `backward(losses, scores=...)`.
+
+    Every layer that owns trained parameters gets a tap, if a rule is known for it. Nothing that the
+    model computes changes, ordinary gradients neither. Call it again after layers were added or
+    parameters unfrozen; layers that have their tap keep it, with the options it was given.
+
+    Args:
+        model: any module. It may be wrapped by PEFT and use non-reentrant checkpointing, autocast
+            and compiled blocks (prepare first, then compile; the tapped layers run uncompiled).
+        strict: raise where one backward pass would not be exact: here, where a parameter has no
+            rule, and in `backward`. Otherwise `backward` warns, says why, and takes one backward
+            pass per objective.
+        check_every: compare the gradients of one backward pass with those of an ordinary one at the
+            calls 1, 2, 4, 8 ... and then at every `check_every`-th, and where a layer or the graph
+            looks new; None: never. A check costs one more backward pass.
+    Raises:
+        TypeError: `model` is not a module.
+        NotExactError: `strict`, and a trained parameter has no rule; a ValueError.
+        ValueError: `check_every` is not a number of calls.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch module, got a {type(model).__name__}")
+    if check_every is not None and not (isinstance(check_every, int) and check_every >= 1):
+        raise ValueError(
+            f"`check_every` must be a number of calls, at least 1, got {check_every}; None "
+            f"switches the checks off"
+        )
+    checks, found, without_rule = Checks(strict, check_every), {}, []
+    for name, module in model.named_modules():
+        trained = [n for n, p in module.named_parameters(recurse=False) if p.requires_grad]
+        if not trained or any(isinstance(h, _TapBehind) for h in module._forward_hooks.values()):
+            continue
+        tap = _TapBehind(name, checks)
+        if tap.rule(module) is None:
+            without_rule += [f"{name}.{n}".lstrip(".") for n in trained]
+        else:
+            found[module] = tap
+    if strict and without_rule:
+        raise NotExactError(
+            f"`model` has trained parameters in layers without a rule: {without_rule}; give their "
+            f"layers one with register_rule, freeze them, or use strict=False"
+        )
+    remember_names(model)
+    prepared = Prepared(tuple(without_rule))
+    for module, tap in found.items():
+        # First of the hooks: it has to see what the layer itself gave.
+        hook = module.register_forward_hook(tap, prepend=True, with_kwargs=True)
+        prepared._hooks.append(hook)
+    return prepared
+
+
+class _TapBehind:
+    """The forward hook of one layer."""
+
+    def __init__(self, layer: str, checks: Checks) -> None:
+        self.layer, self.checks = layer, checks
+        self._rules: dict[Hashable, Rule | None] = {}
+        self._uncompiled = _uncompiled()
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        return self._uncompiled(self, module, args, kwargs, output)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A model is copied and pickled with its taps, but a rule may be a lambda.
+        return _TapBehind, (self.layer, self.checks)
+
+    def rule(self, module: nn.Module) -> Rule | None:
+        """The rule for what the module is now, decided once for each thing it has been."""
+        kind = type(module)
+        replaced = "forward" in vars(module)
+        key = (kind, kind.forward, module.training, replaced, *module._parameters)
+        if key not in self._rules:
+            self._rules[key] = rule_for(module)
+        return self._rules[key]
+
+
+@cache
+def _uncompiled() -> Callable[..., Any]:
+    """`_tapped`, kept out of compiled code, which would freeze the backward pass as it was traced.
+
+    Not by a decorator, which would load torch's compiler with the package.
+    """
+    disabled: Callable[..., Any] = torch.compiler.disable(_tapped)  # type: ignore[no-untyped-call]
+    # Graphs of prepared models are passed through more than once; the compiler would reuse their
+    # memory in the first pass, and then refuse the second.
+    torch._functorch.config.donated_buffer = False
+    # The compiler, loaded just now, leaves frames in a cycle, and through them their callers'
+    # models: on a GPU that is memory of the size of a model.
+    gc.collect()
+    return disabled
+
+
+def _tapped(
+    tap: _TapBehind, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    if not torch.is_grad_enabled():
+        return output
+    own = module._parameters.items()
+    trained = {n: p for n, p in own if p is not None and p.requires_grad}
+    if not trained:
+        return output
+    obstacle, x = _only_argument(module, args, kwargs)
+    if obstacle is None and not (isinstance(output, Tensor) and output.requires_grad):
+        obstacle = "returned something else than one tensor with a gradient"
+    if obstacle is None and next(iter(module._forward_hooks.values())) is not tap:
+        obstacle = "has another hook that came before its tap"
+    rule = tap.rule(module) if obstacle is None else None
+    if rule is None:
+        obstacle = obstacle or "was changed after it was prepared, to something without a rule"
+        remember_reason(trained.values(), f"layer {tap.layer!r} {obstacle}")
+        return output
+    site = Site(tap.layer, module, rule, trained, declared(), tap.checks)
+    return Tap.apply(site, output, x, ANCHOR)  # type: ignore[no-untyped-call]
+
+
+def _only_argument(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[str | None, Any]:
+    """(why a call with these arguments cannot be tapped, its argument)."""
+    if args and all(value is None for value in (*args[1:], *kwargs.values())):
+        x = args[0]
+    else:
+        given = [name for name, value in kwargs.items() if value is not None]
+        first = list(inspect.signature(type(module).forward).parameters)[1:2]
+        if args or given != first:
+            return "was called with further arguments, which its rule does not see", None
+        x = kwargs[first[0]]
+    return (None, x) if isinstance(x, Tensor) else ("was not called with a tensor", None)

@@ -1,0 +1,200 @@
+"""`SpotCheck`: what one collecting pass gave, held against an ordinary backward pass.
+
+For random numbers r_i, Σ_i r_i g_i is the gradient of Σ_b (rᵀA)_b score_b: one ordinary backward
+pass of the same graph, in which no rule and no grouping of rows has a part. Whatever the collecting
+pass did wrong at this batch, a rule that does not fit, sequences that met, scores in another order,
+makes a difference. A difference that is no larger than what rounding makes of the ordinary gradient
+itself, when its seeds are scaled, is rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import combinations, count
+from math import comb, isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raco_fast.engine.backward import collect, nothing_past_rules, propagate
+from raco_fast.engine.graph import ScoreGraph
+from raco_fast.engine.tap import Call, name_of
+
+# A difference is looked into from this size on, in units of the parameter's own gradients, and is
+# an error if it is besides this many times as large as that between two ordinary passes.
+_DOUBTFUL = 1e-4
+_TIMES_NOISE = 6.0
+ANOTHER_SCALE = 1.37  # not a power of two: every product is rounded anew
+
+Deviation = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(parameter, Σ r_i g_i of an ordinary pass) -> (size of the difference, of the gradients)."""
+
+
+class SpotCheck:
+    """One comparison.
+
+    Args:
+        graph: of the batch; it has to be retained.
+        A: ∂L/∂scores, float64 [m, B].
+        seed: of the random numbers.
+
+    `r`: float64 [m], in units in which every objective counts alike.
+    """
+
+    def __init__(self, graph: ScoreGraph, A: Tensor, seed: int) -> None:
+        self._graph = graph
+        generator = torch.Generator().manual_seed(seed)
+        largest = A.abs().amax(1)
+        signs = torch.randint(0, 2, largest.shape, generator=generator) * 2.0 - 1.0
+        sizes = 0.5 + torch.rand(largest.shape, generator=generator, dtype=torch.float64)
+        self.r = torch.where(largest > 0, signs * sizes / largest, 0.0)
+        self._seeds = self.r @ A
+
+    def gradients_of(self, formed: dict[Tensor, Tensor]) -> str | None:
+        """What is wrong with gradients [m, *shape] of the parameters, None if nothing is."""
+
+        def deviation(p: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+            if p not in formed:
+                return expected.norm(), expected.new_zeros(())
+            r = self.r.to(p.device)
+            found = torch.tensordot(r.to(_wide(formed[p])), _wide(formed[p]), 1)
+            sizes = torch.linalg.vector_norm(_wide(formed[p]).flatten(1), dim=1).double()
+            return (found - expected).norm(), (r * sizes).norm()
+
+        return self._mismatch(deviation)
+
+    def grams_of(self, grams: Mapping[Tensor, Tensor]) -> str | None:
+        """What is wrong with each parameter's part [m, m] of the Gram matrix, None if nothing is.
+
+        rᵀMr has to be the squared norm of the ordinary gradient.
+        """
+
+        def deviation(p: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+            squared = expected.double().square().sum().cpu()
+            if p not in grams:
+                return squared.sqrt(), squared.new_zeros(())
+            size = (self.r.square() @ grams[p].diagonal()).clamp(min=0.0).sqrt()
+            difference = (self.r @ grams[p] @ self.r - squared).abs()
+            return difference / torch.maximum(size, squared.sqrt()).clamp(min=1e-300), size
+
+        return self._mismatch(deviation)
+
+    def _mismatch(self, deviation: Deviation) -> str | None:
+        """What is wrong; no more gradients are held at a time than those that are doubtful."""
+        doubtful: dict[Tensor, tuple[float, float, Tensor]] = {}
+        self.conclusive = True
+
+        def compare(p: Tensor, expected: Tensor) -> None:
+            difference, size = map(float, deviation(p, expected))
+            self.conclusive = self.conclusive and isfinite(difference + size)
+            if difference > rounding_bound(p, size, 0.0):
+                doubtful[p] = difference, size, expected
+
+        self._ordinary(self._graph.wanted, 1.0, compare)
+        if not self.conclusive:
+            return None
+        wrong = {}
+
+        def judge(p: Tensor, again: Tensor) -> None:
+            difference, size, expected = doubtful[p]
+            if difference > rounding_bound(p, size, float((again - expected).norm())):
+                wrong[p] = difference / max(size, float(expected.norm()))
+
+        self._ordinary(list(doubtful), ANOTHER_SCALE, judge)
+        return self._described(wrong) if wrong else None
+
+    def _ordinary(
+        self, parameters: Sequence[Tensor], scale: float, take: Callable[[Tensor, Tensor], None]
+    ) -> None:
+        """Hand over Σ_i r_i g_i of each parameter, by autograd, and free it."""
+        if not parameters:
+            return
+        scores, left = self._graph.scores, set(parameters)
+
+        @torch.no_grad()
+        def hand_over(p: Tensor) -> None:
+            assert p.grad is not None
+            grad, p.grad = p.grad, None
+            left.discard(p)
+            take(p, _wide(grad) / scale)
+
+        with ExitStack() as stack:
+            stack.enter_context(nothing_past_rules(self._graph.wanted))
+            for p in parameters:
+                hook = p.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
+                stack.callback(hook.remove)
+            propagate(scores, self._seeds * scale, inputs=parameters, retain_graph=True)
+        for p in left:  # no score depends on it
+            take(p, _wide(torch.zeros_like(p)))
+
+    def _described(self, wrong: dict[Tensor, float]) -> str:
+        p = max(wrong, key=lambda p: wrong[p])
+        layer = self._graph.layer_of.get(p)
+        where = "" if layer is None else f" in layer {layer!r}"
+        why = mixing(self._graph) or (
+            "the rule of that layer does not describe what it computed"
+            if layer is not None
+            else "no rule sees it"
+        )
+        return (
+            f"the gradients of {name_of(p)}{where} differ from those of an ordinary backward pass "
+            f"by {wrong[p]:.1e} of their size: {why}"
+        )
+
+
+def rounding_bound(p: Tensor, size: Any, noise: float) -> Any:
+    """The largest difference between two ways to a gradient of p that can be rounding.
+
+    Args:
+        size: of the gradients that are combined.
+        noise: how far an ordinary gradient moves when its seeds are scaled by `ANOTHER_SCALE`.
+    """
+    return max(_DOUBTFUL, torch.finfo(p.dtype).eps) * size + _TIMES_NOISE * noise
+
+
+def _wide(g: Tensor) -> Tensor:
+    return g.float() if g.dtype in (torch.bfloat16, torch.float16) else g
+
+
+def mixing(graph: ScoreGraph) -> str | None:
+    """Where sequences meet, found by backward passes of some scores, which are dear; None: nowhere.
+
+    A score may depend on no row but its own. For any two sequences there is a pass with a seed on
+    the one and none on the other, and one the other way round. The graph is kept.
+    """
+    for seeded in _codes(len(graph.scores)):
+        probe = _Probe(seeded)
+        collect(probe, graph, seeded, retain_graph=True)
+        if probe.mixing is not None:
+            return (
+                f"in layer {probe.mixing!r} a score depends on rows of another sequence, so the "
+                f"model mixes sequences, or `scores` are in another order than the rows"
+            )
+    return None
+
+
+def _codes(n: int) -> Tensor:
+    """bool [digits, n]: n codes of as many ones, so that none contains another; fewest digits."""
+    digits = next(k for k in count() if comb(k, k // 2) >= n)
+    codes = torch.zeros(digits, n, dtype=torch.bool)
+    for b, ones in zip(range(n), combinations(range(digits), digits // 2), strict=False):
+        codes[list(ones), b] = True
+    return codes
+
+
+class _Probe:
+    """Looks for rows with a gradient that belong to sequences without a seed."""
+
+    def __init__(self, seeded: Tensor) -> None:
+        self._seeded = seeded
+        self.mixing: str | None = None
+
+    def collect(self, call: Call) -> None:
+        index, outer = call.entries
+        seeded = self._seeded if index is None else self._seeded[index]
+        others = (~seeded).nonzero()[:, 0].to(call.dy.device)
+        reached = call.dy.reshape(outer, len(seeded), -1).index_select(1, others)
+        if bool((reached != 0).any()):
+            self.mixing = call.layer

@@ -1,0 +1,242 @@
+"""`Tap`: where the backward pass of a prepared layer meets the per-objective gradients.
+
+A prepared layer runs as it always did, and autograd's graph of it is complete. Its output then
+passes through `Tap`, an identity whose backward pass sees x and dY. In an ordinary backward pass
+that is all: every gradient is autograd's own. In a *collecting* pass the gradient asked of autograd
+is that of `ANCHOR`, a leaf that hangs on every tap. So autograd goes wherever there is a tap, forms
+no parameter's gradient on its way, and each tap hands its layer's x and dY to the collector, which
+makes of them what it wants (m gradients, a Gram matrix).
+
+Collectors are set on the nodes of one graph, so passes in other threads, and ordinary passes over
+other graphs, have nothing to do with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import Context, copy_context
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from raco_fast.engine.contributions import Rows, Use
+from raco_fast.engine.layer_rules import Rule
+from raco_fast.engine.sequences import Entries, Segments
+
+Node: TypeAlias = Any
+"""A node of autograd's graph; a `Tapped` one has the attributes that `Tapped` lists."""
+
+ANCHOR = torch.zeros((), device="cpu", requires_grad=True)
+
+
+class Call(Protocol):
+    """One call of a layer, on its way back.
+
+    `layer`: its name; `entries`: see `segments.entries`; `dy`: the gradient of its output, with the
+    leading dimensions of the input.
+    """
+
+    layer: str
+    entries: Entries
+    dy: Tensor
+
+    def uses(self, segments: Segments) -> Iterable[tuple[Tensor, slice, Use]]:
+        """(parameter, rows of it, what this call adds to their gradients); may be asked again."""
+
+    def rows(self, parameter: Tensor, segments: Segments) -> Rows:
+        """What this call adds to some rows of one parameter's gradients."""
+
+
+class Collector(Protocol):
+    """Takes what the layers of one backward pass give."""
+
+    def collect(self, call: Call) -> None:
+        """Called for every prepared layer, in the order of the backward pass."""
+
+
+_names = WeakIdKeyDictionary()
+_reasons = WeakIdKeyDictionary()
+
+
+def remember_names(model: nn.Module) -> None:
+    """So that messages can call parameters by their names."""
+    for name, p in model.named_parameters():
+        _names[p] = name
+
+
+def is_prepared(p: Tensor) -> bool:
+    """Whether p belongs to a model that was prepared."""
+    return p in _names
+
+
+def name_of(p: Tensor) -> str:
+    """What a message calls a parameter."""
+    return f"parameter {_names[p]!r}" if p in _names else f"a parameter of shape {list(p.shape)}"
+
+
+def remember_reason(parameters: Iterable[Tensor], reason: str) -> None:
+    """Note why the layer of some parameters has no tap, for messages."""
+    for p in parameters:
+        _reasons[p] = reason
+
+
+def reason_for(p: Tensor) -> str:
+    """Why no rule sees p, as far as it is known."""
+    general = (
+        "its layer has no rule (register_rule), was compiled or wrapped before it was prepared, or "
+        "the parameter is used directly"
+    )
+    return str(_reasons[p]) if p in _reasons else general
+
+
+class NotExactError(ValueError):
+    """One backward pass would be wrong, and the model was prepared with strict=True."""
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What `prepare` was told: `strict`, and how often to compare (None: never)."""
+
+    strict: bool = False
+    every: int | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """A call of a layer: its trained parameters, and how its rows were declared."""
+
+    layer: str
+    module: nn.Module
+    rule: Rule
+    parameters: Mapping[str, Tensor]
+    index: Tensor | None
+    checks: Checks
+
+
+class Tapped(torch.autograd.Function):
+    """A function that hands the gradients of some parameters to collectors.
+
+    Its nodes have the attributes that `note` sets, and two that are set for a collecting pass:
+    `entries`, how their rows are told apart, and `collector`.
+    """
+
+    BELOW: int  # which of its edges leads on to where the layer's input comes from
+
+    @staticmethod
+    def note(
+        ctx: Node,
+        *,
+        layer: str,
+        parameters: tuple[Tensor, ...],
+        index: Tensor | None,
+        shape: torch.Size,
+        look: Hashable,
+        checks: Checks | None,
+        broadcasts: bool,
+    ) -> None:
+        """Set the attributes of a node.
+
+        `index`: what `sequences` declared; `shape`: of the layer's input; `look`: by which a layer
+        that is no longer what it was is noticed; `checks`: None where nobody asked for any;
+        `broadcasts`: whether its output may be added to more rows than it has.
+        """
+        ctx.layer, ctx.parameters, ctx.index, ctx.shape = layer, parameters, index, shape
+        ctx.set_materialize_grads(False)
+        ctx.look, ctx.checks, ctx.broadcasts = look, checks, broadcasts
+        ctx.entries = ctx.collector = None
+
+
+class Tap(Tapped):
+    """Identity on y = layer(x) that keeps x."""
+
+    BELOW = 1
+
+    @staticmethod
+    def forward(ctx: Node, site: Site, y: Tensor, x: Tensor, anchor: Tensor) -> Tensor:
+        """y again."""
+        # Autocast has multiplied x in y's dtype; kept in its own it would take twice the memory.
+        narrower = x.is_floating_point() and y.element_size() < x.element_size()
+        ctx.save_for_backward(x.to(y.dtype) if narrower else x)
+        ctx.site = site
+        Tapped.note(
+            ctx,
+            layer=site.layer,
+            parameters=tuple(site.parameters.values()),
+            index=site.index,
+            shape=x.shape,
+            look=(
+                type(site.module).__name__,
+                site.module.training,
+                type(y.grad_fn).__name__,
+                *site.parameters,
+            ),
+            checks=site.checks,
+            broadcasts=not x.is_floating_point(),
+        )
+        # Shares y's version counter, so a later in-place change is noticed where it would do harm;
+        # y itself would be a view, on which in-place changes are forbidden.
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Node, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        """dY for the layer, whose own backward pass goes on from there."""
+        if ctx.collector is not None and dy is not None:
+            hand_over(ctx.collector, layer_call(ctx, ctx.saved_tensors[0], dy))
+        return None, dy, None, None
+
+
+def layer_call(node: Node, x: Tensor, dy: Tensor) -> Call:
+    """What the tap `node` hands over for the input x and the gradient dy of the output."""
+    return _LayerCall(node.site, node.entries, x, dy)
+
+
+class _LayerCall:
+    def __init__(self, site: Site, entries: Entries, x: Tensor, dy: Tensor) -> None:
+        self.layer, self.entries, self.dy = site.layer, entries, dy
+        self._site, self._x = site, x.detach()
+
+    def uses(self, segments: Segments) -> list[tuple[Tensor, slice, Use]]:
+        site = self._site
+        by_name = site.rule(site.module, self._x, self.dy, segments)
+        if missing := [name for name in site.parameters if name not in by_name]:
+            raise ValueError(
+                f"the rule of layer {site.layer!r} ({type(site.module).__name__}) gives nothing "
+                f"for {missing}; return a use for each of its parameters, or freeze them"
+            )
+        return [(p, slice(None), by_name[name]) for name, p in site.parameters.items()]
+
+    def rows(self, parameter: Tensor, segments: Segments) -> Rows:
+        return next(use for p, _, use in self.uses(segments) if p is parameter)
+
+
+Running: TypeAlias = tuple[Collector, Context]
+
+
+def hand_over(running: Running, call: Call) -> None:
+    """Give a call to the collector of its pass."""
+    collector, context = running
+    with torch.no_grad(), torch.autocast(call.dy.device.type, enabled=False):
+        # On a GPU autograd runs the backward pass in threads of its own; what is a context variable
+        # (a forced backend) comes from the one that started it. A context serves one at a time.
+        context.copy().run(collector.collect, call)
+
+
+@contextmanager
+def collecting(collector: Collector, nodes: Sequence[Node]) -> Iterator[Running]:
+    """Backward passes through the taps `nodes` inside the block feed the collector."""
+    if any(node.collector is not None for node in nodes):
+        raise RuntimeError(
+            "a backward pass over several objectives is under way in this graph; wait for it"
+        )
+    running = (collector, copy_context())
+    for node in nodes:
+        node.collector = running
+    try:
+        yield running
+    finally:
+        for node in nodes:
+            node.collector = None

@@ -1,0 +1,1 @@
+"""Where m per-objective gradients live until they are combined."""

@@ -1,0 +1,82 @@
+"""`Accumulation`: what a pass over all objectives adds the m gradients of its batch to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from raco_fast.engine.backward import one_backward, sensitivities
+from raco_fast.engine.exactness import Exactness
+from raco_fast.engine.graph import ScoreGraph
+from raco_fast.engine.sequences import Factored
+from raco_fast.gradients.buffer_pool import HostMemory
+from raco_fast.gradients.objective_grad import ObjectiveGrad, stand_in_of
+
+
+class Accumulation:
+    """Buffers for the gradients of some parameters, beginning with what p.grad holds of them.
+
+    Args:
+        params: those whose p.grad may hold gradients already; fresh buffers are made for others.
+        names: of the objectives.
+        memory: for buffers on the CPU.
+    Raises:
+        RuntimeError: p.grad was filled outside of any objective, or belongs to other ones.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], names: tuple[str, ...], memory: HostMemory
+    ) -> None:
+        self._names, self._memory = names, memory
+        self._held = {p: stand_in_of(p, names) for p in params}
+        self.is_fresh = not any(held is not None and held.present for held in self._held.values())
+
+    def buffers(self, p: Tensor) -> tuple[Tensor, bool]:
+        """See `one_backward.Buffers`."""
+        held = self._held.get(p)
+        if held is not None and held.present:
+            return held.stacked(self._memory), False
+        self._held[p] = held = ObjectiveGrad(p, self._names)
+        return held.allocate(self._memory), True
+
+    def gradients(self) -> dict[Tensor, Tensor]:
+        """Parameter -> [m, *shape], of those that were touched."""
+        held = ((p, grad) for p, grad in self._held.items() if grad is not None and grad.present)
+        return {p: grad.stacked(self._memory) for p, grad in held}
+
+    def store(self) -> None:
+        """Put everything in p.grad."""
+        for p, held in self._held.items():
+            p.grad = held
+
+
+def accumulated(
+    graph: ScoreGraph,
+    losses: Sequence[Tensor],
+    exactness: Exactness,
+    names: tuple[str, ...],
+    memory: HostMemory,
+) -> Accumulation | None:
+    """What p.grad holds and the gradients of one batch; None where a spot check says no.
+
+    What is compared is formed by itself, and then anew on top of what is there: a run has the same
+    bits wherever it is checked.
+    """
+    into = Accumulation(graph.wanted, names, memory)
+    A = sensitivities(losses, graph.scores)
+    factored = Factored.of(A)
+    check = exactness.check(graph, A, factored)
+    graph.retained = check is not None or bool(graph.others)
+    if check is not None:
+        apart = into if into.is_fresh else Accumulation([], names, memory)
+
+        def run() -> str | None:
+            one_backward(graph, factored, apart.buffers, retain_graph=True)
+            return check.gradients_of(apart.gradients())
+
+        if not exactness.checked(graph, check, run):
+            return None
+    if check is None or not into.is_fresh:
+        one_backward(graph, factored, into.buffers, retain_graph=graph.retained)
+    return into

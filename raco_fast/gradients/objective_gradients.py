@@ -1,0 +1,346 @@
+"""Per-objective gradients, accumulated over micro-batches.
+
+With one objective p.grad is its gradient, as always in torch. With m objectives p.grad holds an
+`ObjectiveGrad`, a stand-in that owns one buffer per objective (its file says why).
+`objective(name)` lends that objective's buffers to p.grad, so autograd accumulates in place and
+hooks, DDP and micro-batches work as they do for a single loss; afterwards the stand-in is back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from raco_fast.backends.arguments import check_dense
+from raco_fast.engine.backward import backward_of_others, use_up
+from raco_fast.engine.exactness import Exactness
+from raco_fast.engine.graph import ScoreGraph, other_leaves
+from raco_fast.gradients.accumulation import accumulated
+from raco_fast.gradients.buffer_pool import HostMemory
+from raco_fast.gradients.check_losses import given_names, ordered_losses
+from raco_fast.gradients.objective_grad import (
+    ObjectiveGrad,
+    Touched,
+    along_p_grad,
+    of_objectives,
+    stand_in_of,
+    touched,
+)
+from raco_fast.gradients.overflow import clear_overflow
+from raco_fast.solver.weights import ReadOnlyWeights, check_weights, weights_of
+
+
+class ObjectiveGradients:
+    """The gradients of m objectives with respect to the same parameters.
+
+    Args:
+        params: the parameters, or a function that returns them. A function is asked anew at every
+            backward pass, so parameters may be added or swapped in between.
+        weights: objective name -> weight, or a sequence of weights (names "0", "1", ...).
+    Raises:
+        ValueError: wrong weights, or no parameter.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Callable[[], Iterable[Tensor]],
+        weights: Mapping[str, float] | Sequence[float] | Tensor,
+    ) -> None:
+        self.names, values = check_weights(weights)
+        self._weights = dict(zip(self.names, values, strict=True))
+        if isinstance(params, Tensor | torch.nn.Module):
+            raise TypeError(
+                f"`params` must be an iterable of tensors, got a {type(params).__name__}; "
+                f"pass model.parameters(), or a list"
+            )
+        self._source = params if callable(params) else list(params)
+        if not callable(params) and not self._source:
+            raise ValueError("`params` must hold at least one parameter, got none")
+        self._ran: set[str] = set()
+        self._held = self._busy = False
+        self._open: str | None = None
+        self.exactness = Exactness()
+        self._memory = HostMemory()
+
+    @property
+    def weights(self) -> ReadOnlyWeights:
+        """Objective name -> weight; set all of them at once, in any order."""
+        return ReadOnlyWeights(self._weights)
+
+    @weights.setter
+    def weights(self, weights: Mapping[str, float] | Sequence[float] | Tensor) -> None:
+        self._weights = weights_of(self.names, weights)
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """The objectives of the next step: all, but those of weight 0 without a backward pass."""
+        if not self._ran or len(self.names) == 1:
+            return self.names
+        return tuple(name for name, w in self._weights.items() if w > 0.0 or name in self._ran)
+
+    def parameters(self) -> list[Tensor]:
+        """The parameters as they are now, each once."""
+        source = self._source() if callable(self._source) else self._source
+        return list({id(p): p for p in source}.values())  # Tensor's own hash is Python code
+
+    def backward(
+        self,
+        losses: Mapping[str, Tensor] | Sequence[Tensor],
+        *,
+        scores: Tensor | None = None,
+        mode: str | None = None,
+    ) -> None:
+        """Backpropagate every objective's loss into that objective's gradients.
+
+        Mode "autograd": m backward passes in weight order; the graph is kept for all but the last,
+        so the losses may share a forward pass. Mode "one_backward": one pass, if the losses are
+        functions of `scores` and the model was prepared. Gradients add to what earlier calls left
+        (micro-batches).
+
+        Every call in mode "one_backward" looks whether one pass is exact, and some compare it with
+        an ordinary one (`raco_fast.prepare` says when); where it is not, it warns, names the
+        reason, and takes m passes. Leaves that are not of these parameters get the gradient of the
+        weighted sum Σ w_i L_i in every mode, by one more pass.
+
+        Args:
+            losses: objective name -> scalar, or m scalars in weight order. With `scores`, a loss
+                without a graph is allowed: that objective has nothing in this batch. A mapping may
+                leave out an objective of weight 0; if no batch of a step has its loss, the step is
+                solved without it.
+            scores: [B] with the graph of a model that `raco_fast.prepare` prepared: one number per
+                sequence, in the order of the batch's rows (`raco_fast.sequences` declares others).
+            mode: by default "one_backward" with `scores` and "autograd" without.
+        Raises:
+            ValueError: unknown mode, or "one_backward" without `scores`; objectives missing or
+                unknown, wrong number, not a scalar, a loss (with `scores`: every loss) that depends
+                on nothing that requires grad; scores without a graph or of the wrong shape. Nothing
+                has been backpropagated then.
+            TypeError: `losses` is neither a mapping nor a sequence, or a loss is not a tensor.
+            RuntimeError: the model was not prepared, or its graph is used up.
+        """
+        mode = mode or ("autograd" if scores is None else "one_backward")
+        if mode not in ("autograd", "one_backward"):
+            raise ValueError(f"`mode` must be 'autograd' or 'one_backward', got {mode!r}")
+        given = given_names(losses, self._weights)
+        ordered = ordered_losses(losses, scores, self.names, given)
+        if scores is None and mode == "one_backward":
+            raise ValueError(
+                "`scores` must be given in mode 'one_backward': the [B] sequence scores that the "
+                "losses are functions of, with their graph"
+            )
+        absent = set(self.names) - set(given) - self._ran
+        try:
+            self._propagate(ordered, scores if mode == "one_backward" else None)
+        finally:
+            self._ran -= absent
+
+    def _propagate(self, ordered: list[Tensor], scores: Tensor | None) -> None:
+        if scores is not None and len(ordered) > 1:
+            with self.alone():
+                served = self._one_backward(ordered, scores)
+            if served:
+                return
+        self._backward_of_each(ordered)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hooks that a pass over all objectives runs must not begin another one."""
+        if self._busy:
+            raise RuntimeError(
+                "a backward pass over several objectives is under way for these gradients; wait "
+                "for it"
+            )
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
+
+    def _backward_of_each(self, losses: Sequence[Tensor]) -> None:
+        """m backward passes; the graph is kept for all but the last."""
+        others = other_leaves(losses, self.parameters()) if len(losses) > 1 else []
+        backward_of_others(others, losses, self._weights.values())
+        inputs = self.trained() if others else None
+        for i, (name, loss) in enumerate(zip(self.names, losses, strict=True)):
+            with self.objective(name):
+                if loss.requires_grad:
+                    torch.autograd.backward([loss], retain_graph=i + 1 < len(losses), inputs=inputs)
+
+    @contextmanager
+    def objective(self, name: str) -> Iterator[None]:
+        """Everything that backward passes add to p.grad inside the block belongs to `name`.
+
+        p.grad is handed back when the block ends, also by an exception; what a failed backward
+        pass had already added stays until the gradients are zeroed.
+
+        Raises:
+            ValueError: unknown objective.
+            RuntimeError: inside another objective's block, or with more than one objective when
+                p.grad was filled outside of any.
+            TypeError: the block left a sparse gradient.
+        """
+        if name not in self.names:
+            raise ValueError(f"`name` must be one of the objectives {self.names}, got {name!r}")
+        if self._open is not None:
+            raise RuntimeError(
+                f"objective({name!r}) was entered inside objective({self._open!r}); close it first"
+            )
+        lent = self._lend(self.names.index(name))
+        self._open = name
+        try:
+            yield
+        finally:
+            self._open = None
+            if lent:
+                self._take_back(self.names.index(name), lent)
+        self._ran.add(name)
+
+    def of(self, p: Tensor) -> dict[str, Tensor | None]:
+        """The accumulated gradient of each objective at `p`; None where it did not touch p."""
+        if len(self.names) == 1:
+            return {self.names[0]: p.grad}
+        held = stand_in_of(p, self.names)
+        buffers = [None] * len(self.names) if held is None else held.buffers
+        return dict(zip(self.names, buffers, strict=True))
+
+    def collect(self, groups: Iterable[Sequence[Tensor]] | None = None) -> list[Touched]:
+        """What a step needs: each group's touched parameters and their gradients.
+
+        Of an objective that is not `present` there are none.
+
+        Args:
+            groups: of the parameters; by default one group of all.
+        Raises:
+            RuntimeError: no backward pass since the gradients were zeroed, an objective left out,
+                or p.grad filled (other than with zeros) outside of any objective. One objective:
+                never, p.grad is its gradient.
+        """
+        groups = [self.parameters()] if groups is None else list(groups)
+        if len(self.names) == 1:
+            return [along_p_grad(params) for params in groups]
+        found = [touched(params, self.names) for params in groups]
+        by_hand = None in found
+        if by_hand:
+            for params in groups:
+                for p in params:
+                    stand_in_of(p, self.names)
+            found = [touched(params, self.names) for params in groups]
+        collected = [one for one in found if one is not None]
+        if self._held and not any(one.params for one in collected):
+            self.forget()  # model.zero_grad() empties p.grad without telling us
+        if by_hand and not self._ran:
+            return collected  # zeros: how torch.distributed.checkpoint has states created
+        if not self._ran:
+            raise RuntimeError(
+                f"step without backward: the objectives {self.names} have no gradients; call "
+                f"backward(losses) or loss.backward() inside `with objective(name):` first"
+            )
+        present = self.present
+        missing = [name for name in present if name not in self._ran]
+        if missing:
+            raise RuntimeError(
+                f"the objectives {missing} have had no backward pass since the last zero_grad(); "
+                f"give each one a loss (a zero that keeps the graph, e.g. `0.0 * scores.sum()`, "
+                f"where a batch has nothing for it), or give it weight 0"
+            )
+        if len(present) < len(self.names):
+            chosen = [name in present for name in self.names]
+            collected = [of_objectives(one, chosen) for one in collected]
+        return collected
+
+    def zero(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of all objectives.
+
+        Args:
+            set_to_none: False fills them with zeros and keeps their memory, as in torch.
+        """
+        for p in self.parameters():
+            if set_to_none:
+                p.grad = None
+            elif p.grad is not None:
+                p.grad.detach_().zero_() if p.grad.requires_grad else p.grad.zero_()
+        self.forget()
+
+    def forget(self) -> None:
+        """Note that somebody else cleared p.grad: every objective needs a new backward pass."""
+        self._ran.clear()
+        self._held = False
+
+    def _lend(self, index: int) -> list[tuple[Tensor, ObjectiveGrad | None, Tensor | None]]:
+        params = self.parameters()
+        clear_overflow(params)
+        if len(self.names) == 1:
+            return []
+        self._notice_cleared(params)
+        lent = []
+        for p in params:
+            held = stand_in_of(p, self.names)
+            buffer = None if held is None else held.buffers[index]
+            lent.append((p, held, buffer))
+        for p, _, buffer in lent:
+            p.grad = buffer
+        return lent
+
+    def _take_back(
+        self, index: int, lent: list[tuple[Tensor, ObjectiveGrad | None, Tensor | None]]
+    ) -> None:
+        sparse = None
+        for p, stand_in, buffer in lent:
+            held, grad = stand_in, p.grad
+            if grad is not None and grad.layout != torch.strided:
+                sparse, grad = grad, buffer
+            if grad is not None and grad is not buffer:
+                grad = _with_own_storage(grad)
+            if held is None and grad is not None:
+                held = ObjectiveGrad(p, self.names)
+            if held is not None:
+                held.buffers[index] = grad
+            p.grad = held if held is not None and held.present else None
+            self._held = self._held or p.grad is not None
+        if sparse is not None:
+            check_dense(sparse, f"the gradient of objective {self.names[index]!r}")
+
+    def _one_backward(self, losses: list[Tensor], scores: Tensor) -> bool:
+        """Serve all losses with one pass; False, and nothing done, where it is not exact."""
+        graph = self.graph(losses, scores)
+        if graph is None:
+            return False
+        clear_overflow(self.parameters())
+        self._notice_cleared(self.parameters())
+        formed = accumulated(graph, losses, self.exactness, self.names, self._memory)
+        if formed is None:
+            return False
+        backward_of_others(graph.others, losses, self._weights.values())
+        if graph.retained:
+            use_up(graph)
+        formed.store()
+        self._held = self._held or any(p.grad is not None for p in graph.wanted)
+        self._ran.update(self.names)
+        return True
+
+    def _notice_cleared(self, params: Sequence[Tensor]) -> None:
+        """model.zero_grad() empties p.grad without telling us: then no objective has run."""
+        if self._held and all(p.grad is None for p in params):
+            self.forget()
+
+    def trained(self) -> list[Tensor]:
+        """The parameters that require grad."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def graph(self, losses: Sequence[Tensor], scores: Tensor) -> ScoreGraph | None:
+        """The graph of losses for which one backward pass is exact, None where it is not."""
+        named = dict(zip(self.names, losses, strict=True))
+        return self.exactness.graph(named, scores, self.trained())
+
+
+def _with_own_storage(grad: Tensor) -> Tensor:
+    """A gradient that is a view of a larger buffer (DDP's buckets) is overwritten by the next
+    objective's backward pass, so it is copied out.
+    """
+    if type(grad) is not Tensor or grad.requires_grad:
+        return grad
+    nbytes = grad.numel() * grad.element_size()
+    return grad if grad.untyped_storage().nbytes() == nbytes else grad.clone()

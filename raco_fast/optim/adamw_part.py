@@ -1,0 +1,184 @@
+"""Which parameters of the groups are updated together, with their AdamW states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import compress
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from raco_fast.backends import ops
+from raco_fast.backends.reference import AdamWOptions
+from raco_fast.backends.rounding import WITH_RESIDUAL, Rounding
+from raco_fast.gradients.objective_grad import Touched, along_p_grad
+
+if TYPE_CHECKING:
+    from raco_fast.solver.on_device import DeviceStep
+
+
+class Part:
+    """Some parameters of a group.
+
+    Args:
+        touched: the parameters, each with a gradient, and their gradients.
+        state: the optimizer's; states that are missing are made, as AdamW makes them.
+        group: the parameter group.
+        rounding: of all these parameters.
+        seed: of stochastic rounding, one that no other part has.
+    """
+
+    def __init__(
+        self,
+        touched: Touched,
+        state: Mapping[Tensor, dict[str, Tensor]],
+        group: dict[str, Any],
+        rounding: str,
+        seed: int,
+    ) -> None:
+        self._params, self._grads = touched
+        self._states = [state[p] for p in touched.params]
+        self._options = options_of(group)
+        last_made = _residual(rounding) if rounding in WITH_RESIDUAL else "step"
+        for p, of_p in zip(self._params, self._states, strict=True):
+            if last_made not in of_p:
+                _make_state(p, of_p, group, rounding)
+        residuals = self._all(last_made) if rounding in WITH_RESIDUAL else []
+        self._rounding = Rounding(rounding, residuals, seed)
+
+    def update(self, coefficients: Tensor) -> None:
+        """One AdamW step along Σ α_i g_i."""
+        ops.combine_adamw(
+            self._params,
+            self._grads,
+            coefficients,
+            self._all("exp_avg"),
+            self._all("exp_avg_sq"),
+            self._all("max_exp_avg_sq") if self._options["amsgrad"] else [],
+            self._all("step"),
+            self._rounding,
+            **self._options,
+        )
+
+    def update_on_device(self, step: DeviceStep) -> None:
+        """The same along the coefficients that only the device knows."""
+        ops.combine_adamw_on_device(
+            self._params,
+            self._grads,
+            step,
+            self._all("exp_avg"),
+            self._all("exp_avg_sq"),
+            self._all("step"),
+            self._rounding,
+            **self._options,
+        )
+
+    def _all(self, name: str) -> Sequence[Tensor]:
+        return [state[name] for state in self._states]
+
+
+def parts(
+    groups: Sequence[dict[str, Any]],
+    touched: Sequence[Touched],
+    state: Mapping[Tensor, dict[str, Tensor]],
+    rounding: str,
+    seed: int,
+) -> Iterator[Part]:
+    """Every group's touched parameters, those apart that are rounded otherwise.
+
+    Args:
+        groups: the optimizer's.
+        touched: of each group.
+        state: the optimizer's.
+        rounding: of groups that have none of their own.
+        seed: of stochastic rounding.
+    """
+    for i, (group, of_group) in enumerate(zip(groups, touched, strict=True)):
+        for name, part in by_rounding(of_group, group.get("rounding", rounding)):
+            yield Part(part, state, group, name, seed + i)
+
+
+def stepping(
+    groups: Sequence[dict[str, Any]],
+    state: Mapping[Tensor, dict[str, Tensor]],
+    rounding: str,
+    seed: int,
+) -> Callable[[Tensor], None]:
+    """A function that takes the AdamW step of one parameter along its p.grad; see `parts`."""
+    places: dict[int, tuple[dict[str, Any], int]] = {}
+    for group in groups:
+        for p in group["params"]:
+            # One parameter is one call, so each needs a seed of its own, as each group has else.
+            places[id(p)] = group, seed + len(groups) + len(places)
+
+    @torch.no_grad()
+    def step(p: Tensor) -> None:
+        group, own_seed = places[id(p)]
+        ((name, alone),) = by_rounding(along_p_grad([p]), group.get("rounding", rounding))
+        Part(alone, state, group, name, own_seed).update(torch.ones(1, dtype=torch.float64))
+
+    return step
+
+
+def by_rounding(touched: Touched, rounding: str) -> list[tuple[str, Touched]]:
+    """Parameters that are rounded alike: bfloat16 ones as asked, others to nearest."""
+    narrow = [rounding != "nearest" and p.dtype == torch.bfloat16 for p in touched.params]
+    if not any(narrow):
+        return [("nearest", touched)] if touched.params else []
+    wide = [not chosen for chosen in narrow]
+    parts = [(rounding, _chosen(touched, narrow)), ("nearest", _chosen(touched, wide))]
+    return [(name, part) for name, part in parts if part.params]
+
+
+def _chosen(touched: Touched, chosen: Sequence[bool]) -> Touched:
+    grads = [list(compress(one, chosen)) for one in touched.grads]
+    return Touched(list(compress(touched.params, chosen)), grads)
+
+
+def _make_state(p: Tensor, state: dict[str, Tensor], group: dict[str, Any], rounding: str) -> None:
+    """AdamW's state of p, made at p's first step: same keys, dtypes and devices.
+
+    With a residual there is one key more, which a checkpoint of AdamW does not have.
+    """
+    if p.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"the state of a parameter of shape {list(p.shape)} would be made anew at "
+            f"every replay; take a step before capturing one in a CUDA graph"
+        )
+    if not state:
+        wide = torch.get_default_dtype() == torch.float64 and not group["fused"]
+        on_device = group["capturable"] or group["fused"]
+        state["step"] = torch.zeros(
+            (),
+            dtype=torch.float64 if wide else torch.float32,
+            device=p.device if on_device else "cpu",
+        )
+        names = ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * group["amsgrad"]]
+        for name in names:
+            state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    if rounding in WITH_RESIDUAL:
+        state[_residual(rounding)] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+
+def _residual(rounding: str) -> str:
+    """The state key of a rounding's residual; each its own, as one means nothing to the other."""
+    return f"{rounding}_residual"
+
+
+def options_of(group: dict[str, Any]) -> AdamWOptions:
+    """A group's AdamW hyper-parameters, as the operations name them."""
+    beta1, beta2 = group["betas"]
+    return {
+        "lr": group["lr"],
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": group["eps"],
+        "weight_decay": group["weight_decay"],
+        "amsgrad": group["amsgrad"],
+        "maximize": group["maximize"],
+        "foreach": group["foreach"],
+        "capturable": group["capturable"],
+        "differentiable": group["differentiable"],
+        "fused": group["fused"],
+    }

@@ -1,0 +1,360 @@
+"""`ClippedCAGradAdamW`: AdamW along one direction that respects m objectives and their weights.
+
+step():   M = ⟨g_i, g_j⟩        of the accumulated gradients, once per step
+          α = solve_dual(M)     DESIGN: CAGrad-Clip, on m numbers
+          G0 = Σ α_i g_i        AdamW's gradient; ‖G0‖ is known from M, so clipping costs nothing
+
+Everything else is `torch.optim.AdamW`: constructor, state, checkpoints, schedulers, hooks.
+Source: arXiv 2602.02495, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from raco_fast.backends import choose, ops
+from raco_fast.backends.reference import Gradients
+from raco_fast.gradients.norm_clip import clip_factor
+from raco_fast.gradients.objective_grad import Touched, along_p_grad, joined
+from raco_fast.optim.adamw_part import Part, options_of, parts, stepping
+from raco_fast.optim.direction import Direction, refuse_scaled
+from raco_fast.optim.gram_first import gram_first
+from raco_fast.optim.settings import AdamWWithSettings, check_group
+from raco_fast.solver.dual import DualSolution, solve_dual, solve_present
+
+if TYPE_CHECKING:
+    from raco_fast.solver.on_device import DeviceStep
+
+
+class ClippedCAGradAdamW(AdamWWithSettings):
+    """AdamW on the CAGrad-Clip combination of several objectives' gradients.
+
+    With one objective and c = 0 it is `torch.optim.AdamW` (a plain `loss.backward()` then counts
+    as that objective's), except that a step whose gradient is not finite is skipped: to the last
+    bit on the "reference" backend, to rounding on the faster "cpu" backend, which repr names and
+    `raco_fast.backend` forces. With several, each backward pass belongs to an objective:
+
+        opt.backward({"helpful": loss_h, "harmless": loss_s}); opt.step(); opt.zero_grad()
+
+    Gradients add up over backward passes until `zero_grad()`; the dual problem is solved once per
+    `step()`. A parameter that an objective does not touch has gradient zero there; one that no
+    objective touches is left alone, with its state. `step()` leaves p.grad as it was (one
+    objective: the gradient; several: an `ObjectiveGrad`, read it with `opt.gradients.of(p)`).
+
+    A step with a non-finite Gram changes no parameter and no state: `skipped_steps` counts it and
+    `solution.finite` is False. GradScaler works as with any optimizer: scale each loss, then
+    `scaler.step(opt)`; also with `scaler.unscale_(opt)`.
+
+    The settings `weights`, `c`, `rule`, `max_grad_norm`, `rounding` and `seed` are attributes that
+    may be set between steps, and are checked then: `opt.weights = {"helpful": 0.7, ...}`. An
+    objective of weight 0 needs no loss; a step without one is solved for the others, and has zeros
+    for it in `solution`.
+
+    Args:
+        params: parameters or parameter groups (own lr, betas, eps, weight_decay, ... per group).
+        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
+        weights: objective name -> weight, or a sequence of weights (names "0", "1", ...);
+            non-negative, sum 1.
+        c: radius of the search around the weighted gradient, 0 <= c < 1.
+        rule: "cagrad-clip", "cagrad", "linear" or "mgda".
+        max_grad_norm: clip ‖G0‖ over all parameters, as `torch.nn.utils.clip_grad_norm_`.
+        rounding: of bfloat16 parameters (others are not affected): "nearest", "stochastic",
+            "split" (an exact float32 weight, 2 bytes more) or "kahan" (nearly so, 2 bytes more);
+            docs/backends.md compares them. A parameter group may have its own.
+        seed: of stochastic rounding, together with the step count; any integer.
+        amsgrad, maximize, foreach, capturable, differentiable, fused: as in `torch.optim.AdamW`.
+            With `capturable` in every group, parameters on one CUDA device and at most 3
+            objectives, `step()` never waits for the device and can be captured in a CUDA graph,
+            after at least one step outside of it (see docs/backends.md); `solution` and
+            `skipped_steps` wait for the device when they are read. Elsewhere `capturable` fixes
+            the state's layout only.
+    Raises:
+        ValueError, TypeError: an argument outside its range (names it, the rule and the cure).
+    """
+
+    # Makes GradScaler hand over grad_scale and found_inf instead of unscaling p.grad itself.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        weights: Mapping[str, float] | Sequence[float],
+        c: float = 0.4,
+        rule: str = "cagrad-clip",
+        max_grad_norm: float | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        self.settle(weights, c, rule, max_grad_norm, rounding, seed)
+        self._solution: DualSolution | None = None
+        self._skipped_on_host = 0
+        self._on_device: DeviceStep | None = None
+        self._direction: Direction | None = None
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+
+    @property
+    def objective_names(self) -> tuple[str, ...]:
+        """The objectives in the order of every [m] and [m, m] array in `solution`."""
+        return self.gradients.names
+
+    @property
+    def solution(self) -> DualSolution | None:
+        """The dual solution of the last step; read from the device if it was solved there."""
+        return self._solution if self._on_device is None else self._on_device.solution()
+
+    @property
+    def skipped_steps(self) -> int:
+        """The number of steps whose gradients were not finite."""
+        on_device = 0 if self._on_device is None else self._on_device.skipped()
+        return self._skipped_on_host + on_device
+
+    @skipped_steps.setter
+    def skipped_steps(self, count: int) -> None:
+        if self._on_device is not None:
+            self._on_device.outputs.skipped.zero_()
+        self._skipped_on_host = count
+
+    def backward(
+        self,
+        losses: Mapping[str, Tensor] | Sequence[Tensor],
+        *,
+        scores: Tensor | None = None,
+        mode: str | None = None,
+        keep_dy: bool = False,
+        step_in_backward: bool = False,
+    ) -> None:
+        """Backpropagate every objective's loss; see `ObjectiveGradients.backward`.
+
+        Args:
+            losses, scores: as there.
+            mode: "autograd", "one_backward" (the default with `scores`), or "gram_first": the
+                common direction is found before any gradient is formed, and p.grad holds it until
+                `step()`; see `raco_fast.gram_first`.
+            keep_dy: of "gram_first".
+            step_in_backward: of "gram_first": update each parameter as soon as its gradient exists
+                and free the gradient; `step()` then has nothing left to do. Not with GradScaler,
+                which has to see the gradients first.
+        Raises:
+            RuntimeError: p.grad still holds the common direction of an earlier "gram_first"; or
+                `step_in_backward` with losses that a GradScaler has scaled.
+        """
+        if mode != "gram_first":
+            if keep_dy or step_in_backward:
+                raise ValueError(
+                    f"`keep_dy` and `step_in_backward` need mode='gram_first', got mode={mode!r}"
+                )
+            self._leave_direction()
+            self.gradients.backward(losses, scores=scores, mode=mode)
+            return
+        on_gradient = None
+        if step_in_backward:
+            refuse_scaled(losses)
+            on_gradient = stepping(self.param_groups, self.state, self.rounding, self.seed)
+        self._solution = solution = gram_first(
+            self.gradients,
+            losses,
+            scores,
+            c=self.c,
+            rule=self.rule,
+            max_grad_norm=self.max_grad_norm if step_in_backward else None,
+            keep_dy=keep_dy,
+            on_gradient=on_gradient,
+        )
+        self._direction = Direction(
+            self._parameters(), finite=bool(solution.finite), taken=step_in_backward
+        )
+
+    def objective(self, name: str) -> AbstractContextManager[None]:
+        """Backward passes inside the block belong to `name`; see `ObjectiveGradients.objective`."""
+        self._leave_direction()
+        return self.gradients.objective(name)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear p.grad and with it the accumulated gradients of every objective."""
+        super().zero_grad(set_to_none)
+        self.gradients.forget()
+        self._direction = None
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Solve for the common direction and take one AdamW step along it.
+
+        Args:
+            closure: re-evaluates the model: zeroes the gradients, runs `backward` for every
+                objective, and returns whatever `step` is to return (a loss, or a dict of losses).
+        Returns:
+            The closure's result, or None.
+        Raises:
+            RuntimeError: several objectives, and one has had no backward pass since the gradients
+                were zeroed, or p.grad was filled outside of any objective; or a GradScaler steps
+                after `step_in_backward`.
+            TypeError: a sparse gradient.
+        """
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        try:
+            with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
+                self._step()
+        except (RuntimeError, TypeError, ValueError):
+            # GradScaler deletes these after a step that returns, and multiplies by those it finds.
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
+            raise
+        return result
+
+    def _step(self) -> None:
+        for group in self.param_groups:
+            check_group(group)
+        if self._direction is not None and self._direction.holds(self._parameters()):
+            self._step_along(self._direction)
+            return
+        self._direction = None
+        groups = self.gradients.collect(group["params"] for group in self.param_groups)
+        params, grads = joined(groups)
+        obstacle: str | None = "a parameter group has capturable=False"
+        if all(group["capturable"] for group in self.param_groups):
+            options = [options_of(group) for group in self.param_groups]
+            obstacle = choose.device_obstacle(grads, params, options)
+        if self.gradients.present != self.objective_names:
+            obstacle = "an objective of weight 0 has no loss"
+        if obstacle is None:
+            self._step_on_device(groups, grads, params[0].device)
+        elif params and params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"this step cannot be captured in a CUDA graph: {obstacle}; take it outside of "
+                f"the graph"
+            )
+        else:
+            self._step_through_host(groups, grads)
+
+    def _step_through_host(self, groups: Sequence[Touched], grads: Gradients) -> None:
+        """The general step: one wait for the device, for the Gram matrix."""
+        self._leave_device()
+        M, scale = self._gram(grads)
+        present = self.gradients.present
+        self._solution = solution = solve_present(M, self.weights, present, self.c, self.rule)
+        self._update(groups, solution, scale)
+
+    def _leave_direction(self) -> None:
+        if self._direction is not None:
+            self._direction.check_cleared(self._parameters())
+            self._direction = None
+
+    def _step_along(self, direction: Direction) -> None:
+        """After mode "gram_first": p.grad holds the common direction already."""
+        direction.check_unscaled(getattr(self, "grad_scale", None))
+        self._leave_device()
+        if not direction.finite:
+            self._skipped_on_host += 1
+        elif not direction.taken:
+            groups = [along_p_grad(group["params"]) for group in self.param_groups]
+            M, scale = self._gram(joined(groups).grads)
+            self._update(groups, solve_dual(M, [1.0], c=0.0), scale)
+            return  # the same gradients may be stepped along again, as with AdamW
+        self._direction = None
+
+    def _gram(self, grads: Gradients) -> tuple[Tensor, float]:
+        """(Gram of the unscaled gradients, GradScaler's factor that is still in them)."""
+        asked = [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
+        M, values = ops.gram_beside(grads, [x for x in asked if isinstance(x, Tensor)])
+        read = iter(values)
+        scale, found_inf = (next(read) if isinstance(x, Tensor) else x for x in asked)
+        scale = 1.0 if scale is None else float(scale)
+        M /= scale**2
+        if found_inf:
+            M.fill_(torch.nan)
+        return M, scale
+
+    def _update(self, groups: Sequence[Touched], solution: DualSolution, scale: float) -> None:
+        """AdamW along the solution's combination of each group's gradients."""
+        if not solution.finite:
+            self._skipped_on_host += 1
+            return
+        factor = clip_factor(float(solution.update_norm), self.max_grad_norm)
+        coefficients = torch.as_tensor(solution.coefficients) * (factor / scale)
+        for part in self._parts(groups):
+            part.update(coefficients)
+
+    def _step_on_device(
+        self, groups: Sequence[Touched], grads: Gradients, device: torch.device
+    ) -> None:
+        """The step of `capturable`: nothing waits, nothing is read back."""
+        if self._on_device is None or self._on_device.outputs.step.device != device:
+            from raco_fast.solver.on_device import DeviceStep
+
+            self._leave_device()
+            self._on_device = DeviceStep(len(grads), device)
+        step = self._on_device
+        step.solve(
+            ops.gram_on_device(grads),
+            self.weights,
+            self.c,
+            self.rule,
+            self.max_grad_norm,
+            getattr(self, "grad_scale", None),
+            getattr(self, "found_inf", None),
+        )
+        for part in self._parts(groups):
+            part.update_on_device(step)
+
+    def _leave_device(self) -> None:
+        """Keep what the device knows, as this optimizer's steps go on elsewhere."""
+        if self._on_device is not None:
+            self._solution, self._skipped_on_host = self.solution, self.skipped_steps
+            self._on_device = None
+
+    def _parts(self, groups: Sequence[Touched]) -> Iterator[Part]:
+        return parts(self.param_groups, groups, self.state, self.rounding, self.seed)
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def __getstate__(self) -> dict[str, Any]:
+        of_steps = {"_solution": self.solution, "_skipped_on_host": self.skipped_steps}
+        # A copy begins without gradients, wherever they are: on the device or in p.grad.
+        return {**super().__getstate__(), **of_steps, "_on_device": None, "_direction": None}
+
+    def __repr__(self) -> str:
+        backends = [
+            choose.update_backend(group["params"], options_of(group)) for group in self.param_groups
+        ]
+        own = {
+            "weights": dict(self.weights),
+            "c": self.c,
+            "rule": self.rule,
+            "max_grad_norm": self.max_grad_norm,
+            "rounding": self.rounding,
+            "backend": ", ".join(dict.fromkeys(backends)),
+        }
+        lines = "".join(f"{name}: {value}\n" for name, value in own.items())
+        groups = super().__repr__().replace("    raco: None\n", "")
+        return groups.removesuffix(")") + lines + ")"

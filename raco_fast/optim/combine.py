@@ -1,0 +1,60 @@
+"""`combine`: the common update direction in p.grad, for any torch optimizer."""
+
+from __future__ import annotations
+
+import torch
+
+from raco_fast.backends import ops
+from raco_fast.gradients.norm_clip import ClippedGrad, clip_factor
+from raco_fast.gradients.objective_gradients import ObjectiveGradients
+from raco_fast.gradients.overflow import leave_overflow
+from raco_fast.solver.dual import DualSolution, solve_present
+from raco_fast.solver.weights import check_max_grad_norm
+
+
+def combine(
+    gradients: ObjectiveGradients,
+    *,
+    c: float = 0.4,
+    rule: str = "cagrad-clip",
+    max_grad_norm: float | None = None,
+) -> DualSolution:
+    """Write the common update direction G0 = Σ α_i g_i into p.grad, for any torch optimizer.
+
+    The per-objective gradients are used up: G0 takes their place, so zero the gradients before
+    the next backward pass as usual (`optimizer.zero_grad()` or `gradients.zero()`).
+    If a gradient is not finite, every p.grad becomes NaN, in which a GradScaler finds the overflow;
+    an optimizer that steps all the same finds None there and changes nothing. The solution says
+    `finite=False`.
+
+    With a GradScaler, scale each loss and unscale when you like, before or after; `max_grad_norm`
+    limits the norm of the unscaled direction.
+
+    Args:
+        gradients: accumulated gradients of every objective.
+        c: radius, 0 <= c < 1.
+        rule: "linear", "cagrad", "cagrad-clip" or "mgda".
+        max_grad_norm: clip ‖G0‖ to this, as `torch.nn.utils.clip_grad_norm_` does; its factor is
+            not part of the solution's coefficients.
+    Raises:
+        ValueError: wrong `c`, `rule` or `max_grad_norm`.
+        RuntimeError: an objective has had no backward pass.
+    Source: arXiv 2602.02495, Algorithm 1.
+    """
+    max_grad_norm = check_max_grad_norm(max_grad_norm)
+    ((params, grads),) = gradients.collect()
+    M = ops.gram(grads)
+    solution = solve_present(M, gradients.weights, gradients.present, c, rule)
+    if not solution.finite:
+        gradients.zero()
+        leave_overflow(params)
+        return solution
+    out = [next(g for g in column if g is not None) for column in zip(*grads, strict=True)]
+    norm = float(solution.update_norm)
+    factor = clip_factor(norm, max_grad_norm)
+    with torch.no_grad():
+        ops.combine(grads, torch.as_tensor(solution.coefficients) * factor, out)
+    gradients.zero()
+    for p, g in zip(params, out, strict=True):
+        p.grad = g if max_grad_norm is None else ClippedGrad.of(g, norm, max_grad_norm)
+    return solution

@@ -1,0 +1,274 @@
+"""The Gram matrix before any gradient: full fine-tuning in the memory of plain DPO.
+
+    pass one   one backward pass from which only K_gh = ⟨t_g, t_h⟩ is kept;  M = U K Uᵀ, solve for α
+    pass two   one ordinary backward pass of Σ_b (αᵀA)_b score_b:  p.grad = G0
+
+The m gradients are never stored. Pass two costs a second activation backward; where memory allows
+to keep every layer's dY until α is known, `keep_dy` forms G0 from those instead. The Gram matrix of
+gradients accumulated over micro-batches has products between micro-batches, which no pass over one
+of them can see, so `gram_first` takes the whole batch of a step at once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from raco_fast.backends import ops
+from raco_fast.engine.backward import (
+    arranged,
+    backward_of_others,
+    collect,
+    propagate,
+    sensitivities,
+    use_up,
+)
+from raco_fast.engine.contributions import Use, cross
+from raco_fast.engine.graph import ScoreGraph
+from raco_fast.engine.sequences import Factored
+from raco_fast.engine.tap import Call
+from raco_fast.gradients.check_losses import given_names, ordered_losses
+from raco_fast.gradients.norm_clip import ClippedGrad, clip_factor
+from raco_fast.gradients.objective_grad import is_zero
+from raco_fast.gradients.objective_gradients import ObjectiveGradients
+from raco_fast.gradients.overflow import clear_overflow, leave_overflow
+from raco_fast.optim.combine import combine
+from raco_fast.solver.dual import DualSolution, solve_present
+from raco_fast.solver.weights import check_max_grad_norm
+
+
+def gram_first(
+    gradients: ObjectiveGradients,
+    losses: Mapping[str, Tensor] | Sequence[Tensor],
+    scores: Tensor | None,
+    *,
+    c: float = 0.4,
+    rule: str = "cagrad-clip",
+    max_grad_norm: float | None = None,
+    keep_dy: bool = False,
+    on_gradient: Callable[[Tensor], None] | None = None,
+) -> DualSolution:
+    """Write the common update direction G0 into p.grad without forming m gradients.
+
+    Any torch optimizer can step then. Where one backward pass is not exact for the model
+    (`ObjectiveGradients.backward` says when and warns), m gradients are formed after all and
+    combined.
+
+    Args:
+        gradients: says which parameters and weights; its gradients must have been zeroed.
+        losses, scores: as for `ObjectiveGradients.backward`, of the whole batch of a step.
+        c, rule, max_grad_norm: as for `raco_fast.combine`.
+        keep_dy: keep the gradient of every layer's output until α is known, and form G0 with one
+            product per layer instead of a second backward pass: faster, at the price of memory
+            that grows with the number of tokens.
+        on_gradient: called with every parameter as soon as its p.grad is complete, and p.grad is
+            freed afterwards: an optimizer that steps here never holds all gradients at once.
+    Returns:
+        The solution; where it is not finite, p.grad is as after `raco_fast.combine`.
+    Raises:
+        RuntimeError: gradients have been accumulated already: there is no second micro-batch here.
+        ValueError, TypeError: as for `ObjectiveGradients.backward` and `raco_fast.combine`.
+    """
+    max_grad_norm = check_max_grad_norm(max_grad_norm)
+    if scores is None:
+        raise ValueError(
+            "`scores` must be given: the [B] sequence scores that the losses are functions of"
+        )
+    given = given_names(losses, gradients.weights)
+    ordered = ordered_losses(losses, scores, gradients.names, given)
+    wanted = gradients.trained()
+    clear_overflow(wanted)
+    if not all(p.grad is None or is_zero(p.grad) for p in wanted):
+        raise RuntimeError(
+            "gram_first cannot add to gradients that are there already: the Gram matrix of a sum "
+            "over micro-batches needs all of them; call zero_grad() first and pass the whole batch "
+            "at once, or accumulate with backward(losses, scores=scores)"
+        )
+    for p in wanted:
+        p.grad = None  # zeros of zero_grad(set_to_none=False)
+    # A backward pass, its products included, is nothing that autocast should change.
+    with torch.autocast(scores.device.type, enabled=False):
+        collected = None
+        if len(ordered) > 1:
+            with gradients.alone():
+                collected = _collected(gradients, ordered, scores, keep_dy)
+        if collected is not None:
+            graph, A, collector = collected
+            backward_of_others(graph.others, ordered, gradients.weights.values())
+            if keep_dy and graph.retained:
+                use_up(graph)
+            M = ops.within_cauchy_schwarz(collector.gram())
+            solution = solve_present(M, gradients.weights, given, c, rule)
+            if not solution.finite:
+                if on_gradient is None:
+                    leave_overflow(wanted)
+                return solution
+            norm = float(solution.update_norm)
+            coefficients = torch.as_tensor(solution.coefficients) * clip_factor(norm, max_grad_norm)
+            if keep_dy:
+                collector.combine(coefficients, on_gradient)
+            else:
+                _ordinary_pass(graph, coefficients @ A, on_gradient)
+            if max_grad_norm is not None:
+                for p in wanted:
+                    if p.grad is not None:
+                        p.grad = ClippedGrad.of(p.grad, norm, max_grad_norm)
+            return solution
+    gradients.backward(losses, scores=scores, mode="autograd")
+    solution = combine(gradients, c=c, rule=rule, max_grad_norm=max_grad_norm)
+    if on_gradient is not None and not solution.finite:
+        gradients.zero()
+    for p in wanted:
+        if p.grad is not None:
+            _hand_over(p, on_gradient)
+    return solution
+
+
+def _collected(
+    gradients: ObjectiveGradients, losses: Sequence[Tensor], scores: Tensor, keep_dy: bool
+) -> tuple[ScoreGraph, Tensor, GramCollector] | None:
+    """(graph, A, all that the Gram matrix needs) by pass one; None where it would be wrong."""
+    graph = gradients.graph(losses, scores)
+    if graph is None:
+        return None
+    A = sensitivities(losses, scores)
+    factored = Factored.of(A)
+    check = gradients.exactness.check(graph, A, factored)
+    collector = GramCollector(
+        factored, graph.wanted, graph.shared(), keep=keep_dy, apart=check is not None
+    )
+    retained = not keep_dy or check is not None or bool(graph.others)
+
+    def run() -> str | None:
+        collect(collector, graph, factored.seeds, retain_graph=retained)
+        collector.add_products_of_uses()
+        return None if check is None else check.grams_of(collector.grams())
+
+    if check is None:
+        run()
+    elif not gradients.exactness.checked(graph, check, run):
+        return None
+    graph.retained = retained
+    return graph, A, collector
+
+
+def _ordinary_pass(
+    graph: ScoreGraph, seeds: Tensor, on_gradient: Callable[[Tensor], None] | None
+) -> None:
+    """p.grad = the gradient of Σ_b seeds_b score_b, each handed over as soon as it is there."""
+    with ExitStack() as stack:
+        if on_gradient is not None:
+            for p in graph.wanted:
+                take = partial(_hand_over, on_gradient=on_gradient)
+                hook = p.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
+                stack.callback(hook.remove)
+        propagate(graph.scores, seeds, inputs=graph.wanted)
+
+
+def _hand_over(p: Tensor, on_gradient: Callable[[Tensor], None] | None) -> None:
+    if on_gradient is not None:
+        on_gradient(p)
+        p.grad = None
+
+
+class GramCollector:
+    """Adds up K over the layers; keeps the calls that are needed again.
+
+    Args:
+        factored: A = U · seeds.
+        wanted: the parameters whose gradients count.
+        shared: those that several calls use, so that products between their uses count as well.
+        keep: keep every call, for `combine`.
+        apart: keep each parameter's K as well, for `grams`.
+    """
+
+    def __init__(
+        self,
+        factored: Factored,
+        wanted: Sequence[Tensor],
+        shared: set[Tensor],
+        *,
+        keep: bool = False,
+        apart: bool = False,
+    ) -> None:
+        self.factored = factored
+        self._wanted, self._shared = set(wanted), shared
+        self._keep, self._apart = keep, apart
+        groups = factored.coefficients.shape[1]
+        self._K = torch.zeros(groups, groups, dtype=torch.float64)
+        self._K_of: dict[Tensor, Tensor] = {}
+        self._calls: list[Call] = []
+        self._users: dict[Tensor, list[Call]] = defaultdict(list)
+
+    def collect(self, call: Call) -> None:
+        """K += ⟨t_g, t_h⟩ of the parameters of one layer."""
+        used = set()
+        for p, _, use in call.uses(arranged(self.factored, call)):
+            if p in self._wanted:
+                self._add(p, use.gram())
+                used.add(p)
+        for p in used & self._shared:
+            self._users[p].append(call)
+        if self._keep and used:
+            self._calls.append(call)
+
+    def _add(self, p: Tensor, K: Tensor) -> None:
+        self._K = self._K.to(K.device) + K
+        if self._apart:
+            self._K_of[p] = self._K_of[p] + K if p in self._K_of else K
+
+    @torch.no_grad()
+    def add_products_of_uses(self) -> None:
+        """K += what two uses of one parameter have between them; once, after the pass."""
+        for p, calls in self._users.items():
+            for first, second in combinations(calls, 2):
+                a, b = (call.rows(p, arranged(self.factored, call)) for call in (first, second))
+                part = cross(a, b, p, len(self._K))
+                self._add(p, part + part.T)
+        self._users.clear()
+
+    def gram(self) -> Tensor:
+        """M = U K Uᵀ, float64 [m, m] on the CPU."""
+        return self._of_objectives(self._K)
+
+    def grams(self) -> dict[Tensor, Tensor]:
+        """Each parameter's part of M, where they were kept apart."""
+        return {p: self._of_objectives(K) for p, K in self._K_of.items()}
+
+    def _of_objectives(self, K: Tensor) -> Tensor:
+        U = self.factored.coefficients
+        M = U @ K.cpu() @ U.T
+        return (M + M.T) / 2
+
+    @torch.no_grad()
+    def combine(self, coefficients: Tensor, on_gradient: Callable[[Tensor], None] | None) -> None:
+        """p.grad = Σ_g (αᵀU)_g t_g, one product per layer."""
+        U = (coefficients @ self.factored.coefficients)[None]
+        for call in self._calls:
+            uses = call.uses(arranged(self.factored, call))
+            for p in _add_gradients(uses, self._wanted, U) - self._shared:
+                _hand_over(p, on_gradient)
+        for p in self._shared:
+            if p.grad is not None:
+                _hand_over(p, on_gradient)
+        self._calls.clear()
+
+
+def _add_gradients(
+    uses: Iterable[tuple[Tensor, slice, Use]], wanted: Container[Tensor], U: Tensor | None
+) -> set[Tensor]:
+    """p.grad += Σ_g U_g t_g for the wanted parameters of one layer, which are returned."""
+    fresh: dict[Tensor, bool] = {}
+    for p, rows, use in uses:
+        if p in wanted:
+            fresh.setdefault(p, p.grad is None)
+            if p.grad is None:
+                p.grad = torch.empty_like(p, memory_format=torch.contiguous_format)
+            use.add_to(p.grad[None, rows], U, fresh[p])
+    return set(fresh)

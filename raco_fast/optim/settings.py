@@ -1,0 +1,243 @@
+"""What `ClippedCAGradAdamW` is asked for beyond AdamW's arguments, and how it is kept.
+
+Each setting is checked whenever it is set, so schedules may change it between steps, and travels in
+copies, pickles and checkpoints. A checkpoint has it twice: under "raco", and as JSON in every
+parameter group, because torch.distributed.checkpoint and FSDP keep nothing of a state_dict but the
+state and the groups (with all their keys; a dict among them would be taken to pieces).
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from raco_fast.backends.rounding import check_rounding, check_seed
+from raco_fast.gradients.objective_gradients import ObjectiveGradients
+from raco_fast.solver.weights import (
+    ReadOnlyWeights,
+    check_c,
+    check_max_grad_norm,
+    check_rule,
+    weights_of,
+)
+
+_KEY = "raco"
+"""Of our part of a state_dict and of its groups. In groups of an optimizer it is None: a flattened
+state_dict is read by the keys that the optimizer's own groups have."""
+
+_OF_ALL_GROUPS = ("weights", "c", "rule", "max_grad_norm", "seed")
+
+
+class ParametersOf:
+    """An optimizer's parameters, asked for anew at each call, without keeping the optimizer alive.
+
+    With a bound method in its place the optimizer would be a reference cycle, and its memory would
+    wait for the garbage collector.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = weakref.ref(optimizer)
+
+    def __call__(self) -> list[Tensor]:
+        """Every parameter, in the order of the groups."""
+        return [p for group in self._owner().param_groups for p in group["params"]]
+
+    def __reduce__(self) -> tuple[type[ParametersOf], tuple[Optimizer]]:
+        return ParametersOf, (self._owner(),)
+
+    def _owner(self) -> Optimizer:
+        optimizer = self._optimizer()
+        if optimizer is None:
+            raise RuntimeError(
+                "the optimizer that these gradients belong to is gone; keep it as long as its "
+                "`gradients` are used"
+            )
+        return optimizer
+
+
+class AdamWWithSettings(AdamW):
+    """AdamW and the settings of a common direction; `ClippedCAGradAdamW` says what they mean."""
+
+    gradients: ObjectiveGradients
+    skipped_steps: int
+
+    def settle(
+        self,
+        weights: Mapping[str, float] | Sequence[float],
+        c: float,
+        rule: str,
+        max_grad_norm: float | None,
+        rounding: str,
+        seed: int,
+    ) -> None:
+        """Take the first settings; before AdamW's own constructor, which adds groups."""
+        self._c = check_c(c)
+        self._rule = check_rule(rule)
+        self._max_grad_norm = check_max_grad_norm(max_grad_norm)
+        self._rounding = check_rounding(rounding)
+        self._seed = check_seed(seed)
+        self.gradients = ObjectiveGradients(ParametersOf(self), weights)
+
+    @property
+    def weights(self) -> ReadOnlyWeights:
+        """Objective name -> weight, read-only; set all of them at once, in any order."""
+        return self.gradients.weights
+
+    @weights.setter
+    def weights(self, weights: Mapping[str, float] | Sequence[float]) -> None:
+        self.gradients.weights = weights
+
+    @property
+    def c(self) -> float:
+        """The radius of the search around the weighted gradient."""
+        return self._c
+
+    @c.setter
+    def c(self, c: float) -> None:
+        self._c = check_c(c)
+
+    @property
+    def rule(self) -> str:
+        """ "cagrad-clip", "cagrad", "linear" or "mgda"."""
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: str) -> None:
+        self._rule = check_rule(rule)
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The limit of ‖G0‖, or None."""
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, max_grad_norm: float | None) -> None:
+        self._max_grad_norm = check_max_grad_norm(max_grad_norm)
+
+    @property
+    def rounding(self) -> str:
+        """Of bfloat16 parameters in groups that have no "rounding" of their own."""
+        return self._rounding
+
+    @rounding.setter
+    def rounding(self, rounding: str) -> None:
+        groups = [group for group in self.param_groups if "rounding" not in group]
+        self._rounding = check_rounding(rounding, any(g["differentiable"] for g in groups))
+
+    @property
+    def seed(self) -> int:
+        """Of stochastic rounding."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self._seed = check_seed(seed)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; the group may have an own "rounding".
+
+        Raises:
+            ValueError: `rounding` is unknown, or not "nearest" in a differentiable group; or the
+                group has a setting that holds for all groups together.
+        """
+        if isinstance(param_group, dict):  # else torch's error
+            check_group(param_group)
+            group = {**self.defaults, "rounding": self.rounding, **param_group}
+            check_rounding(group["rounding"], group["differentiable"])
+            param_group[_KEY] = None  # in the caller's dict, which torch fills and keeps
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """AdamW's state_dict plus the key "raco" (weights, c, rule, ...), which AdamW ignores.
+
+        The groups have it as well, for what keeps nothing but state and groups.
+        """
+        state_dict: dict[str, Any] = super().state_dict()
+        own = self._settings()
+        state_dict[_KEY] = own
+        for group in state_dict["param_groups"]:
+            group[_KEY] = json.dumps(own)
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict of this class or of `torch.optim.AdamW`.
+
+        As torch does for lr, the saved weights, c, rule, max_grad_norm, rounding and seed replace
+        the constructor's; a checkpoint of AdamW has none, and the constructor's stay. To
+        torch.distributed.checkpoint one in files lacks a key, as it says: load it with
+        `DefaultLoadPlanner(allow_partial_load=True)`, not flattened.
+
+        Raises:
+            ValueError: the checkpoint is for other objectives or has a setting out of its range
+                (nothing has been loaded then), or its parameter groups do not fit.
+        """
+        own = {**self._settings(), **_own_part(state_dict)}
+        if set(own["weights"]) != set(self.gradients.names):
+            raise ValueError(
+                f"`state_dict` is of an optimizer for the objectives {tuple(own['weights'])}, this "
+                f"one has {self.gradients.names}; build it with the checkpoint's `weights`, or "
+                f"delete {_KEY!r} from the state_dict and its param_groups to keep only AdamW's "
+                f"state"
+            )
+        groups = state_dict["param_groups"]
+        for group in groups:
+            check_group(group)
+        plain = [group for group in groups if "rounding" not in group]
+        weights_of(self.gradients.names, own["weights"])
+        check_c(own["c"])
+        check_rule(own["rule"])
+        check_max_grad_norm(own["max_grad_norm"])
+        check_rounding(own["rounding"], any(group.get("differentiable") for group in plain))
+        check_seed(own["seed"])
+        super().load_state_dict(state_dict)
+        for name, value in own.items():
+            setattr(self, name, value)
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "weights": dict(self.weights),
+            "c": self.c,
+            "rule": self.rule,
+            "max_grad_norm": self.max_grad_norm,
+            "rounding": self.rounding,
+            "seed": self.seed,
+            "skipped_steps": self.skipped_steps,
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("gradients", "_c", "_rule", "_max_grad_norm", "_rounding", "_seed")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for group in self.param_groups:
+            group[_KEY] = None
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raise ValueError if a parameter group has a setting that groups cannot differ in."""
+    for name in _OF_ALL_GROUPS:
+        if name in group:
+            raise ValueError(
+                f"`{name}` holds for all parameter groups together, got {group[name]!r} in one of "
+                f"them; give it to the optimizer: ClippedCAGradAdamW(..., {name}=...), or later "
+                f"opt.{name} = ..."
+            )
+
+
+def _own_part(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Our part of a state_dict, from wherever it is; empty for a checkpoint of AdamW."""
+    if _KEY in state_dict:
+        return dict(state_dict[_KEY])
+    texts = {group[_KEY] for group in state_dict["param_groups"] if group.get(_KEY) is not None}
+    if len(texts) > 1:
+        raise ValueError(
+            f"`state_dict` must have the same {_KEY!r} in all param_groups, got {sorted(texts)}; "
+            f"they are of different runs: load the groups of one"
+        )
+    return dict(json.loads(texts.pop())) if texts else {}

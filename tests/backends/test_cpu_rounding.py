@@ -1,0 +1,148 @@
+"""The C++ kernel's roundings of bfloat16 weights against their plain twin, to the bit."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from raco_fast import _C
+from raco_fast.backends import choose, cpu, ops
+from raco_fast.backends.reference import adamw_options
+from raco_fast.backends.rounding import ROUNDINGS, WITH_RESIDUAL, Rounding
+
+bf16, fp32 = torch.bfloat16, torch.float32
+SHAPES = [(3,), (17, 5), (0, 4), (_C.BLOCK + 1,), (), (_C.CHUNK + 9,)]
+ALPHA = torch.tensor([0.9, 0.4], dtype=torch.float64)
+OPTIONS = adamw_options(lr=0.003, beta1=0.8, beta2=0.95, eps=1e-3, weight_decay=0.3)
+
+
+def draw(seed: int, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=generator).to(dtype) for s in SHAPES]
+
+
+def transposed(t: Tensor) -> Tensor:
+    return t.t().contiguous().t() if t.dim() == 2 else t
+
+
+def bits(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.view(torch.int16 if t.dtype == bf16 else torch.int32) for t in tensors]
+
+
+class Run:
+    """Weights and states, and how the weights are rounded."""
+
+    def __init__(self, rounding: str, state: torch.dtype) -> None:
+        self.params = [transposed(p) for p in draw(1, bf16)]
+        self.states = [[transposed(s) for s in draw(2, state)], draw(3, state)]
+        self.states[1] = [transposed(s.square()) for s in self.states[1]]
+        self.steps = [torch.tensor(float(k)) for k in range(len(SHAPES))]
+        residuals = [torch.zeros_like(p) for p in self.params] if rounding in WITH_RESIDUAL else []
+        self.rounding = Rounding(rounding, residuals, seed=2**33 + 5)
+
+    def update(self, params: list[Tensor], grads: list[list[Tensor]], rounding: Rounding) -> None:
+        """One step on the C++ backend."""
+        with choose.backend("cpu"):
+            ops.combine_adamw(
+                params, grads, ALPHA, *self.states, [], self.steps, rounding, **OPTIONS
+            )
+
+
+@pytest.mark.parametrize("state", [bf16, fp32])
+@pytest.mark.parametrize("rounding", ROUNDINGS[1:])
+def test_the_kernel_stores_what_the_twin_stores(rounding, state):
+    ours, plain = Run(rounding, state), Run(rounding, state)
+    for t in range(4):
+        grads = [[transposed(g) for g in draw(10 * t + i, bf16)] for i in range(2)]
+        ours.update(ours.params, grads, ours.rounding)
+        # The same arithmetic with a float32 result, which the twin then stores.
+        weights = [plain.rounding.opened(p, k) for k, p in enumerate(plain.params)]
+        plain.update(weights, grads, Rounding())
+        for k, (w, p) in enumerate(zip(weights, plain.params, strict=True)):
+            plain.rounding.store(w.clone(), p, k, plain.steps[k])
+    found = [*ours.params, *ours.states[0], *ours.rounding.residuals]
+    expected = [*plain.params, *plain.states[0], *plain.rounding.residuals]
+    for a, b in zip(bits(found), bits(expected), strict=True):
+        assert torch.equal(a, b)
+    nearest = Run("nearest", state)
+    for t in range(4):
+        grads = [[transposed(g) for g in draw(10 * t + i, bf16)] for i in range(2)]
+        nearest.update(nearest.params, grads, Rounding())
+    assert not torch.equal(nearest.params[-1], ours.params[-1])
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS[1:])
+def test_nan_and_infinity_stay_what_they_are(rounding):
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0], dtype=bf16)
+    residuals = [torch.zeros(4, dtype=bf16)] if rounding in WITH_RESIDUAL else []
+    params, zeros = [special.clone()], [[torch.zeros(4, dtype=bf16)] for _ in range(3)]
+    with choose.backend("cpu"):
+        ops.combine_adamw(
+            params,
+            [zeros[0]],
+            torch.ones(1, dtype=torch.float64),
+            *zeros[1:],
+            [],
+            [torch.zeros(())],
+            Rounding(rounding, residuals),
+            **OPTIONS,
+        )
+    assert torch.equal(params[0].nan_to_num(nan=7.0), special.nan_to_num(nan=7.0))
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS[1:])
+def test_same_bits_for_any_thread_count_and_target(rounding):
+    grads = [draw(i, bf16) for i in range(2)]
+    results = []
+    for target in range(len(_C.CPU_TARGETS)):
+        for threads in (1, 2, 5):
+            run = Run(rounding, bf16)
+            step(run, grads, threads=threads, target=target)
+            results.append([*run.params, *run.states[0], *run.rounding.residuals])
+    for other in results[1:]:
+        for a, b in zip(bits(results[0]), bits(other), strict=True):
+            assert torch.equal(a, b)
+
+
+def step(run: Run, grads: list[list[Tensor]], **how) -> None:
+    """One step through the extension itself; `how` overrides its arguments."""
+    n = len(run.params)
+    found = cpu.tables(grads, [run.params, *run.states, run.rounding.residuals])
+    arguments = {
+        "decay": 0.99,
+        "beta1": 0.8,
+        "beta2": 0.95,
+        "eps": 1e-3,
+        "step_sizes": np.full(n, 0.01),
+        "root_corrections": np.full(n, 2.0),
+        "rounding": _C.ROUNDINGS.index(run.rounding.name),
+        "steps": np.arange(1.0, n + 1),
+        "seed": 5,
+        "residuals": found.written[3][0],
+        "residual_dtypes": found.written[3][1],
+        "threads": 1,
+        "target": 0,
+    }
+    of_each = [x for pair in found.written[:3] for x in pair]
+    _C.combine_adamw(*found.grads, ALPHA.numpy(), *of_each, **{**arguments, **how})
+
+
+def test_the_extension_knows_the_roundings_of_the_twin():
+    assert _C.ROUNDINGS == ROUNDINGS
+
+
+def test_the_extension_refuses_what_would_write_elsewhere():
+    grads = [draw(i, bf16) for i in range(2)]
+    split = Run("split", bf16)
+    none = {"residuals": np.empty(0, np.int64), "residual_dtypes": np.empty(0, np.uint8)}
+    for how, message in [
+        ({"rounding": 4}, "rounding must index ROUNDINGS"),
+        (none, r"addresses must be \[n\]"),
+        ({"residual_dtypes": np.zeros(len(SHAPES), np.uint8)}, "residuals must be stored as bfl"),
+        ({"steps": np.ones(1)}, r"steps must be \[n\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            step(split, grads, **how)
+    split.params = [p.float() for p in split.params]
+    with pytest.raises(ValueError, match="rounding is for bfloat16 parameters"):
+        step(split, grads)

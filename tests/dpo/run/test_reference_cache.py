@@ -1,0 +1,117 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from raco_fast.dpo.data.batches import micro_batches
+from raco_fast.dpo.data.tokenization import EncodedPair, collate
+from raco_fast.dpo.models import LoraOptions, add_adapter
+from raco_fast.dpo.run import reference_cache
+from raco_fast.dpo.run.reference_cache import data_hash, reference_logps
+from raco_fast.dpo.scoring import adapter_off, pair_logps, score_pairs
+
+
+def make_pairs(n: int = 9) -> list[EncodedPair]:
+    g = torch.Generator().manual_seed(8)
+
+    def ids() -> list[int]:
+        length = int(torch.randint(1, 8, (), generator=g))
+        return torch.randint(3, 32, (length,), generator=g).tolist()
+
+    return [EncodedPair(f"p{k}", [1, *ids()], [*ids(), 2], [*ids(), 2], {"x": 1}) for k in range(n)]
+
+
+def reference(model, pairs, folder, **changes):
+    arguments = {"model_hash": "m", "pad_id": 0, "batch_pairs": 4, "chunk_tokens": 5}
+    return reference_logps(model, pairs, cache_dir=folder, **(arguments | changes))
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Counts the passes over the data that really ran a model."""
+    calls = []
+    original = reference_cache._compute
+    monkeypatch.setattr(reference_cache, "_compute", lambda *a: calls.append(1) or original(*a))
+    return calls
+
+
+def test_reference_logps_are_the_models_own_by_pair(make_model, tmp_path, computed):
+    model, pairs = make_model().train(), make_pairs()
+    ours = reference(model, pairs, tmp_path)
+    assert model.training
+    model.eval()
+    for pair in pairs:
+        for side, response in enumerate((pair.a_ids, pair.b_ids)):
+            ids = torch.tensor([pair.prompt_ids + response])
+            with torch.no_grad():
+                logps = model(ids).logits[0, :-1].log_softmax(-1)
+            each = logps.gather(-1, ids[0, 1:, None])[len(pair.prompt_ids) - 1 :]
+            assert ours.by_id[pair.id][side] == pytest.approx(float(each.sum()), rel=1e-5)
+    a, b = ours.of(["p3", "p0"], torch.device("cpu"))
+    assert a.tolist() == pytest.approx([ours.by_id["p3"][0], ours.by_id["p0"][0]])
+    assert b.tolist() == pytest.approx([ours.by_id["p3"][1], ours.by_id["p0"][1]])
+    assert len(computed) == 1
+
+
+def test_the_cache_is_used_again_for_the_same_model_and_tokens_only(make_model, tmp_path, computed):
+    model, pairs = make_model(), make_pairs()
+    first = reference(model, pairs, tmp_path)
+    other_labels = [EncodedPair(p.id, p.prompt_ids, p.a_ids, p.b_ids, {"z": -1}) for p in pairs]
+    assert reference(model, other_labels, tmp_path, chunk_tokens=50).by_id == first.by_id
+    assert len(computed) == 1
+    reference(model, pairs, tmp_path, model_hash="another")
+    assert len(computed) == 2
+    swapped = [EncodedPair(p.id, p.prompt_ids, p.b_ids, p.a_ids, p.labels) for p in pairs]
+    assert reference(model, swapped, tmp_path).by_id != first.by_id
+    assert len(computed) == 3
+    reference(model, pairs[:-1], tmp_path)
+    assert len(computed) == 4
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_data_hash_knows_labels_unless_told_otherwise():
+    pairs = make_pairs(3)
+    relabelled = [EncodedPair(p.id, p.prompt_ids, p.a_ids, p.b_ids, {"x": -1}) for p in pairs]
+    assert data_hash(pairs) == data_hash(make_pairs(3)) != data_hash(relabelled)
+    assert data_hash(pairs, with_labels=False) == data_hash(relabelled, with_labels=False)
+    assert data_hash(pairs, with_labels=False) != data_hash(pairs[::-1], with_labels=False)
+
+
+def test_the_adapter_is_off_in_the_reference_and_on_in_the_policy(make_model, tmp_path):
+    pairs = make_pairs(4)
+    base = reference(make_model(), pairs, tmp_path / "a").by_id
+    policy = add_adapter(make_model(), LoraOptions(r=2))
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    ours = reference(policy, pairs, tmp_path / "b")
+    assert ours.by_id == base
+    scores = score_pairs(pair_logps(policy, collate(pairs, 0), 5), collate(pairs, 0), ours)
+    assert (scores.logps_a - scores.ref_logps_a).abs().min() > 1e-3
+    assert scores.logps_a.requires_grad
+    assert not scores.ref_logps_a.requires_grad
+    with adapter_off(policy), torch.no_grad():
+        again = pair_logps(policy, collate(pairs, 0), 5)
+    torch.testing.assert_close(again.chunk(2)[0], scores.ref_logps_a, rtol=1e-5, atol=1e-5)
+
+
+def test_the_untrained_policy_scores_exactly_as_its_reference(make_model, tmp_path):
+    model, pairs = make_model().eval(), make_pairs()
+    ours = reference(model, pairs, tmp_path)
+    for group in micro_batches(pairs, 4):
+        batch = collate(group, 0)
+        scores = score_pairs(pair_logps(model, batch, 5), batch, ours)
+        assert torch.equal(scores.logps_a, scores.ref_logps_a)
+        assert torch.equal(scores.logps_b, scores.ref_logps_b)
+
+
+def test_a_reference_that_is_not_finite_is_an_error_and_not_cached(make_model, tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight[5] = math.nan
+    with pytest.raises(
+        ValueError, match="`model` gives log-probabilities that are not finite for 9"
+    ):
+        reference(model, make_pairs(), tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,374 @@
+"""Whole runs of a tiny model, and what must hold between them."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from raco_fast.dpo.data.batches import labelled_counts
+from raco_fast.dpo.data.tokenization import collate
+from raco_fast.dpo.run import reference_cache, trainer
+from raco_fast.dpo.run.trainer import Trainer, train
+from raco_fast.dpo.scoring import pair_logps
+
+LORA = {"lora": {"r": 4, "alpha": 8, "dropout": 0.2}}
+
+
+@pytest.mark.parametrize("lora", [None, LORA["lora"]], ids=["full", "lora"])
+def test_learnable_preferences_are_learnt(runs, make_config, write_pairs, save_tiny, lora):
+    file = write_pairs("more.jsonl", 160, 1, {"sure": "yes", "kind": "calm"})
+    held_out = write_pairs("held_out.jsonl", 60, 2, {"sure": "yes", "kind": "calm"})
+    config = make_config(
+        {"name": str(save_tiny()), "lora": lora},
+        data=[{"path": str(file)}],
+        eval_data=[{"path": str(held_out)}],
+        lr=0.01 if lora else 0.003,
+    )
+    last = train(config)
+    first = runs.evaluations(config)[0]
+    assert (first["step"], last["step"]) == (0, 40)
+    for name in ("sure", "kind"):
+        assert first[f"eval_rewards/accuracies/{name}"] == 0.5
+        assert first[f"eval_loss/{name}"] == pytest.approx(math.log(2), rel=1e-6)
+        assert last[f"eval_rewards/accuracies/{name}"] > 0.55
+        assert last[f"eval_rewards/margins/{name}"] > 0.05
+    assert 0.7 * last["eval_loss/sure"] + 0.3 * last["eval_loss/kind"] < 0.62
+    assert last["eval_rewards/accuracies"] > 0.7
+    assert runs.steps(config)[-1]["loss/sure"] < runs.steps(config)[0]["loss/sure"]
+
+
+def test_metrics_have_the_names_of_the_design(runs, make_config):
+    config = make_config(max_steps=1, eval_every=1)
+    train(config)
+    preference = [
+        *(f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")),
+        *(f"logps/{name}" for name in ("chosen", "rejected", "accuracies")),
+    ]
+    objectives = ("sure", "kind")
+    each = [
+        f"{name}/{objective}" for name in (*preference, "pairs", "loss") for objective in objectives
+    ]
+    (step,) = runs.steps(config)
+    assert set(step) == {
+        *("step", "epoch", "learning_rate"),
+        *preference,
+        *each,
+        *(f"raco/{name}" for name in ("gap", "clip_active", "g0_norm", "update_norm")),
+        *(f"raco/{n}/{o}" for n in ("p", "coefficient", "grad_norm") for o in objectives),
+        *("raco/cosine/sure:kind", "raco/skipped_steps"),
+    }
+    for evaluation in runs.evaluations(config):
+        assert set(evaluation) == {"step", *(f"eval_{name}" for name in (*preference, *each))}
+    assert [e["step"] for e in runs.evaluations(config)] == [0, 1]
+
+
+def test_another_seed_is_another_run(runs, make_config, tmp_path):
+    configs = [make_config(seed=s, output_dir=str(tmp_path / str(s)), max_steps=2) for s in (4, 5)]
+    for config in configs:
+        train(config)
+    assert not torch.equal(*(runs.weights(c)["model.norm.weight"] for c in configs))
+
+
+def assert_close_runs(runs, a, b, rtol: float) -> None:
+    for one, two in zip(runs.steps(a), runs.steps(b), strict=True):
+        for name in ("loss/sure", "loss/kind", "raco/grad_norm/sure", "raco/cosine/sure:kind"):
+            assert one[name] == pytest.approx(two[name], rel=rtol)
+    before, after = runs.weights(a), runs.weights(b)
+    assert all(torch.allclose(before[n], after[n], rtol=rtol, atol=rtol) for n in before)
+
+
+def test_micro_batches_do_not_change_a_step(runs, make_config, save_tiny, tmp_path):
+    model = {"name": str(save_tiny())}  # no dropout: its draws depend on the batches
+    both = [
+        make_config(
+            model, pairs_per_micro_batch=size, output_dir=str(tmp_path / str(size)), eps=1e-3
+        )
+        for size in (8, 1)
+    ]
+    for config in both:
+        train(config)
+    assert_close_runs(runs, *both, rtol=2e-5)
+    assert runs.steps(both[0])[-1]["raco/grad_norm/kind"] > 1e-3
+
+
+@pytest.mark.parametrize("lora", [None, LORA["lora"]], ids=["full", "lora"])
+def test_gradient_checkpointing_gives_the_same_steps(runs, make_config, tmp_path, lora):
+    both = [
+        make_config(
+            {"lora": lora, "gradient_checkpointing": on}, output_dir=str(tmp_path / str(on))
+        )
+        for on in (False, True)
+    ]
+    for config in both:
+        train(config)
+    runs.assert_equal(runs.weights(both[0]), runs.weights(both[1]))
+
+
+@pytest.mark.parametrize("lora", [None, LORA["lora"]], ids=["full", "lora"])
+def test_bf16_trains(runs, make_config, lora):
+    config = make_config({"dtype": "bf16", "lora": lora}, epochs=4)
+    last = train(config)
+    assert last["eval_loss/sure"] < 0.65
+    kinds = {t.dtype for t in runs.weights(config).values()}
+    assert kinds == ({torch.float32} if lora else {torch.bfloat16})
+
+
+def test_objectives_may_have_pairs_of_their_own(runs, make_config, write_pairs):
+    """Steps of two pairs: often one objective has no pair at all, sometimes neither."""
+    files = [
+        {"path": str(write_pairs("sure.jsonl", 14, 5, {"sure": "yes"})), "objective": "sure"},
+        {"path": str(write_pairs("kind.jsonl", 14, 6, {"kind": "calm"})), "objective": "kind"},
+    ]
+    config = make_config(data=files, pairs_per_step=2, pairs_per_micro_batch=1, epochs=1)
+    runner = Trainer(config)
+    assert all(0 in pair.labels.values() for pair in runner.pairs)
+    runner.run()
+    seen = [(r.get("pairs/sure", 0), r.get("pairs/kind", 0)) for r in runs.steps(config)]
+    assert {(0, 0), (0, 1), (1, 0)} <= set(seen)
+    counts = labelled_counts(runner.pairs, config.objectives)
+    assert [sum(column) for column in zip(*seen, strict=True)] == list(counts.values())
+    for record, (sure, kind) in zip(runs.steps(config), seen, strict=True):
+        assert (record["raco/grad_norm/sure"] > 0) == (sure > 0)
+        assert (record["raco/grad_norm/kind"] > 0) == (kind > 0)
+        assert (record["loss/kind"] > 0) == (kind > 0)
+    assert runs.steps(config)[-1]["raco/skipped_steps"] == 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "untrained"),
+    [
+        ("sigmoid", {"beta": 0.2, "label_smoothing": 0.1}, math.log(2)),
+        ("hinge", {"beta": 0.2}, 1.0),
+        ("ipo", {"beta": 0.2}, 6.25),
+        ("simpo", {"beta": 2.0, "simpo_gamma": 0.3}, None),
+    ],
+)
+def test_every_loss_trains(runs, make_config, loss, options, untrained):
+    config = make_config(loss=loss, loss_options=options, lr=0.003, epochs=3)
+    last, first = train(config), runs.evaluations(config)[0]
+    if untrained is not None:
+        assert first["eval_loss/sure"] == pytest.approx(untrained, rel=1e-6)
+    assert last["eval_loss/sure"] < first["eval_loss/sure"]
+    assert last["eval_rewards/accuracies/sure"] > 0.6
+
+
+@pytest.mark.parametrize("rule", ["linear", "cagrad", "mgda"])
+def test_every_rule_trains(runs, make_config, rule):
+    config = make_config(rule=rule, max_steps=2)
+    train(config)
+    coefficients = [runs.steps(config)[-1][f"raco/coefficient/{name}"] for name in ("sure", "kind")]
+    if rule == "linear":
+        assert coefficients == pytest.approx([0.7, 0.3])
+    else:
+        assert coefficients != pytest.approx([0.7, 0.3])
+
+
+def test_one_objective_trains_as_plain_dpo(runs, make_config):
+    config = make_config(weights={"sure": 1.0}, c=0.0, max_steps=2)
+    train(config)
+    assert runs.steps(config)[-1]["raco/coefficient/sure"] == 1.0
+
+
+def test_reference_logps_are_computed_once_for_a_model_a_data_set_and_a_template(
+    make_config, monkeypatch, tmp_path, save_tiny, write_pairs
+):
+    computed = []
+    original = reference_cache._compute
+    monkeypatch.setattr(reference_cache, "_compute", lambda *a: computed.append(1) or original(*a))
+
+    def passes(name: str, *args, **changes) -> int:
+        computed.clear()
+        Trainer(make_config(*args, output_dir=str(tmp_path / name), **changes))
+        return len(computed)
+
+    assert passes("first") == 2
+    assert passes("again", rule="linear", lr=0.5) == 0
+    assert passes("lora", LORA) == 0  # the adapter is off in the reference
+    assert passes("other model", {"name": str(save_tiny(seed=1, attention_dropout=0.1))}) == 2
+    other = write_pairs("other.jsonl", 9, 7, {"sure": "yes", "kind": "calm"})
+    assert passes("other data", data=[{"path": str(other)}]) == 1
+    chat = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    assert passes("other template", tokens={"chat_template": chat}) == 2
+    assert passes("shorter", tokens={"max_length": 10}) == 2
+    assert passes("first again") == 0
+
+
+def test_the_evaluation_at_step_0_is_that_of_the_untrained_policy(make_config):
+    for model in (None, LORA):
+        runner = Trainer(make_config(model))
+        assert runner.held_out.evaluate(runner.model) == runner.held_out.evaluate_reference()
+
+
+@pytest.mark.parametrize("mode", ["auto", "autograd"])
+def test_a_micro_batch_of_ties_adds_nothing(runs, make_config, write_pairs, tmp_path, mode):
+    file = write_pairs("pairs.jsonl", 8, 1, {"sure": "yes", "kind": "calm"})
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows[::2]:
+        row["preferences"] = dict.fromkeys(row["preferences"], 0)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = make_config(
+        data=[{"path": str(file)}],
+        pairs_per_step=4,
+        pairs_per_micro_batch=1,
+        max_steps=2,
+        gradient_mode=mode,
+    )
+    train(config)
+    assert runs.steps(config)[-1]["step"] == 2
+    assert runs.steps(config)[-1]["raco/skipped_steps"] == 0.0
+
+
+def test_a_nan_in_a_loss_skips_the_step_and_the_run_goes_on(runs, make_config, monkeypatch, caplog):
+    """The loss is NaN but its gradient is finite: the worst case, as nothing else would show it."""
+    config = make_config(warmup_ratio=0.0)
+    runner, seen = Trainer(config), []
+    original = trainer.preference_losses
+
+    def losses(*args, **kwargs):
+        result = original(*args, **kwargs)
+        if runner.state.step in (2, 3):
+            result["kind"] = result["kind"] + math.nan
+        return result
+
+    def snapshot():
+        state = runner.state.optimizer.state_dict()["state"]
+        copied = {k: {n: t.clone() for n, t in v.items()} for k, v in state.items()}
+        return [p.detach().clone() for p in runner.model.parameters()], copied
+
+    step = runner._step
+
+    def watched(progress):
+        before = snapshot()
+        step(progress)
+        seen.append((before, snapshot()))
+
+    monkeypatch.setattr(trainer, "preference_losses", losses)
+    monkeypatch.setattr(runner, "_step", watched)
+    last = runner.run()
+    for number, (before, after) in enumerate(seen):
+        if number in (2, 3):
+            runs.assert_equal(before, after)
+        else:
+            assert not torch.equal(before[0][0], after[0][0])
+    skipped = [record["raco/skipped_steps"] for record in runs.steps(config)]
+    assert skipped == [0, 0, 1, 2, 2, 2, 2, 2, 2, 2]
+    assert [r["loss/kind"] is None for r in runs.steps(config)].count(True) == 2
+    assert (
+        "step 3: a loss or gradient is not finite; the step was skipped (1 so far)" in caplog.text
+    )
+    assert (
+        "step 4: a loss or gradient is not finite; the step was skipped (2 so far)" in caplog.text
+    )
+    assert last["eval_loss/sure"] < math.log(2)
+    assert "10 steps, 2 of them skipped" in (config.folder / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("lora", [None, LORA["lora"]], ids=["full", "lora"])
+def test_the_saved_model_is_the_trained_one(make_config, tiny, lora):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = make_config({"lora": lora})
+    runner = Trainer(config)
+    runner.run()
+    saved = config.folder / "model"
+    if lora:
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), saved)
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(saved)
+    runner.model.eval()
+    batch = collate(runner.pairs[:8], 0)
+    with torch.no_grad():
+        ours, theirs = (pair_logps(model.eval(), batch, 64) for model in (runner.model, loaded))
+        original = torch.cat(runner.reference.of(batch.ids, torch.device("cpu")))
+    torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-5)
+    assert (ours - original).abs().max() > 0.1
+    assert len(AutoTokenizer.from_pretrained(saved)) == len(runner.tokenizer)
+    card = (saved / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: " + ("peft" if lora else "transformers"))
+    assert "40 training pairs" in card
+    assert f"| sure | 0.7 | {labelled_counts(runner.pairs, ['sure'])['sure']} |" in card
+
+
+def test_tensorboard_is_an_option(make_config):
+    pytest.importorskip("tensorboard")
+    config = make_config(tensorboard=True, max_steps=1)
+    train(config)
+    assert list((config.folder / "tensorboard").glob("events.out.tfevents.*"))
+    plain = make_config(max_steps=1, output_dir=config.output_dir + "-plain")
+    train(plain)
+    assert not (plain.folder / "tensorboard").exists()
+
+
+def test_schedule_and_warm_up(runs, make_config):
+    config = make_config(warmup_ratio=0.2, schedule="linear")  # 2 of 10 steps
+    train(config)
+    rates = [record["learning_rate"] / config.lr for record in runs.steps(config)]
+    assert rates == pytest.approx([0.0, 0.5, *(k / 8 for k in range(8, 0, -1))])
+
+
+def test_pairs_that_the_model_cannot_read_are_named(make_config, save_tiny):
+    with pytest.raises(
+        ValueError, match=r"`tokens.max_length` must be at most the model's 9 positions"
+    ):
+        Trainer(make_config({"name": str(save_tiny(max_position_embeddings=9))}))
+    with pytest.raises(
+        ValueError, match=r"`model.tokenizer` must give token ids below the model's 12"
+    ):
+        Trainer(make_config({"name": str(save_tiny(vocab_size=12))}))
+
+
+def test_an_objective_without_a_labelled_pair_is_an_error(make_config, write_pairs):
+    file = write_pairs("only.jsonl", 8, 3, {"sure": "yes", "kind": "never"})
+    with pytest.raises(
+        ValueError, match="`weights` names 'kind', but no training pair is labelled"
+    ):
+        Trainer(make_config(data=[{"path": str(file)}]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": {"sure": 0.7, "kind": 0.2}}, "`weights` must sum to 1"),
+        ({"weights": {"sure": 1.5, "kind": -0.5}}, "`weights`"),
+        ({"c": -0.1}, "`c` must"),
+        ({"c": 1.0}, "`c` must"),
+        ({"rule": "nash"}, "`rule` must"),
+        ({"loss": "dpo"}, "`loss` must be one of"),
+        ({"loss": "ipo", "loss_options": {"label_smoothing": 0.1}}, "`label_smoothing` is defined"),
+        ({"lr": -1e-5}, "Invalid learning rate: -1e-05"),
+        ({"betas": (0.9, 1.0)}, "Invalid beta parameter at index 1: 1.0"),
+        ({"max_grad_norm": 0.0}, "`max_grad_norm` must be a positive number, got 0.0"),
+        ({"data": []}, "`data` must name at least one file"),
+        ({"concise": "short"}, "`concise` must be one of the objectives in `weights`, got 'short'"),
+        ({"epochs": 0}, "`epochs` must be at least 1, got 0"),
+        ({"eval_every": 0}, "`eval_every` must be at least 1, got 0"),
+        ({"warmup_ratio": 1.1}, r"`warmup_ratio` must be in \[0, 1\], got 1.1"),
+        ({"schedule": "step"}, r"`schedule` must be one of \['constant', 'cosine', 'linear'\]"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_before_anything_is_loaded(make_config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**changes)
+
+
+def test_tensorboard_that_is_not_installed_is_noticed_at_once(make_config, monkeypatch):
+    from raco_fast.dpo.run import config
+
+    monkeypatch.setattr(config, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs the package tensorboard; pip install"):
+        make_config(tensorboard=True)
+
+
+def test_concise_is_derived_from_length(make_config, settings):
+    config = make_config(weights={"sure": 0.5, "short": 0.5}, concise="short", max_steps=1)
+    runner = Trainer(config)
+    assert json.loads(Path(settings["data"][0]["path"]).read_text().splitlines()[0])["id"]
+    for pair in runner.pairs:
+        a, b = len(pair.a_ids), len(pair.b_ids)
+        assert pair.labels["short"] in (0, (b > a) - (a > b))
+        assert (pair.labels["short"] != 0) == (abs(a - b) >= 3)
+    assert labelled_counts(runner.pairs, ["short"])["short"] > 5
+    runner.run()

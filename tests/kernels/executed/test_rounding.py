@@ -1,0 +1,231 @@
+"""The update kernel's roundings against their plain twin, to the bit, and against float32 runs."""
+
+import os
+
+import pytest
+import torch
+
+from raco_fast import ClippedCAGradAdamW
+from raco_fast.backends import choose, cuda
+from raco_fast.backends.rounding import ROUNDINGS, WITH_RESIDUAL, Rounding
+from raco_fast.kernels import combine_adamw as kernels
+from raco_fast.kernels import rounding as kernel_rounding
+from raco_fast.kernels import tables
+
+# The interpreter computes in numpy, which warns of inf - inf; devices do not.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+bf16, fp32, int16 = torch.bfloat16, torch.float32, torch.int16
+SIZES = [(530,), (9,), (3, 4), (33, 65)]
+
+
+def residuals_of(params, rounding):
+    """Zeros of the dtype that the kernel wants; None where it wants none."""
+    if rounding not in WITH_RESIDUAL:
+        return None
+    dtype = kernel_rounding.RESIDUALS[rounding]
+    return [torch.zeros_like(p, dtype=dtype) for p in params]
+
+
+def float32_twin(problem):
+    """The same problem with float32 parameters."""
+    problem.params = [p.float() for p in problem.params]
+    return problem
+
+
+def masters(params, residuals, rounding):
+    """The float32 weights that are stored."""
+    twin = Rounding(rounding, [r.view(bf16) for r in residuals or []])
+    return [twin.opened(p, k) for k, p in enumerate(params)]
+
+
+def test_twin_and_kernel_have_the_same_roundings():
+    assert kernel_rounding.ROUNDINGS == ROUNDINGS
+    assert tuple(kernel_rounding.RESIDUALS) == WITH_RESIDUAL
+
+
+@pytest.mark.parametrize("state", [bf16, fp32])
+@pytest.mark.parametrize("rounding", ROUNDINGS[1:])
+def test_the_kernel_stores_what_the_twin_stores(rounding, state, make_problem):
+    ours, plain = [make_problem(2, bf16, bf16, state, SIZES) for _ in range(2)]
+    residuals = residuals_of(ours.params, rounding)
+    stored = [p.clone() for p in plain.params]
+    twin = Rounding(rounding, [r.clone().view(bf16) for r in residuals or []], seed=12345)
+    for seed in range(4):
+        ours.grads = plain.grads = make_problem(2, bf16, bf16, state, SIZES, seed).grads
+        plain.params = [twin.opened(p, k) for k, p in enumerate(stored)]
+        ours.launch(rounding, residuals, seed=12345)
+        plain.launch()  # the same arithmetic, with a float32 result
+        for k, w in enumerate(plain.params):
+            twin.store(w, stored[k], k, plain.steps[k])
+    found = [*ours.params, *ours.exp_avgs, *(residuals or [])]
+    for a, b in zip(found, [*stored, *plain.exp_avgs, *twin.residuals], strict=True):
+        if INTERPRETED:
+            assert torch.equal(bits_of(a), bits_of(b))
+        else:  # two kernels on a device may contract products differently
+            assert (bits_of(a) == bits_of(b)).double().mean() > 0.95
+
+
+def bits_of(t):
+    return t.view(int16 if t.element_size() == 2 else torch.int32)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS[1:])
+def test_the_optimizer_steps_alike_on_both_backends(rounding, device, monkeypatch):
+    monkeypatch.setitem(choose.BUILT, "cpu", cuda)  # the interpreter's tensors are there
+    monkeypatch.setattr(choose.cpu, "adamw_obstacle", lambda *options: None)
+    shapes = [(20, 13), (70,)]
+    generator = torch.Generator().manual_seed(4)
+    starts = [torch.randn(s, generator=generator).to(device, bf16) for s in shapes]
+    slopes = [[torch.randn(s, generator=generator).to(device) for s in shapes] for _ in range(10)]
+
+    def run(backend):
+        params = [torch.nn.Parameter(p.clone()) for p in starts]
+        groups = [{"params": [p]} for p in params]
+        opt = ClippedCAGradAdamW(
+            groups, lr=1e-3, weight_decay=0.1, weights=[0.3, 0.7], rounding=rounding, seed=7
+        )
+        with choose.backend(backend):
+            for t in range(5):
+                losses = [
+                    sum((p * g).sum() for p, g in zip(params, slopes[2 * t + i], strict=True))
+                    for i in range(2)
+                ]
+                opt.zero_grad()
+                opt.backward(losses)
+                opt.step()
+        states = [opt.state[p] for p in params]
+        residuals = [s[f"{rounding}_residual"] for s in states if rounding in WITH_RESIDUAL]
+        return masters([p.detach() for p in params], residuals, rounding)
+
+    ran = []
+    step = kernels.combine_adamw
+    monkeypatch.setattr(
+        kernels, "combine_adamw", lambda *args: (ran.append(args[6]), step(*args))[1]
+    )
+    ours = run("cpu" if INTERPRETED else "triton")
+    assert ran == [rounding] * 10  # five steps of two groups
+    plain = run("reference")
+    assert len(ran) == 10
+    for w, v, start in zip(ours, plain, starts, strict=True):
+        moved = (v - start.float()).abs().sum()
+        assert (w - v).abs().sum() < (0.05 if rounding == "stochastic" else 0.01) * moved
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS[1:])
+def test_steps_that_stay_on_the_device_round_alike(rounding, device, as_on_cuda):
+    generator = torch.Generator().manual_seed(5)
+    starts = [torch.randn(n, generator=generator).to(device, bf16) for n in (300, 41)]
+
+    def run(capturable):
+        params = [torch.nn.Parameter(p.clone()) for p in starts]
+        opt = ClippedCAGradAdamW(
+            params, lr=1e-3, weights=[0.3, 0.7], capturable=capturable, rounding=rounding, seed=7
+        )
+        for t in range(3):
+            opt.zero_grad()
+            losses = [sum(((p - i) * (p + t)).sum() for p in params) for i in range(2)]
+            opt.backward(losses)
+            opt.step()
+            assert (opt._on_device is not None) == capturable
+        states = [opt.state[p] for p in params]
+        residuals = [s[f"{rounding}_residual"] for s in states if rounding in WITH_RESIDUAL]
+        return masters([p.detach() for p in params], residuals, rounding)
+
+    for w, v, start in zip(run(True), run(False), starts, strict=True):
+        moved = (v - start.float()).abs().sum()
+        assert (w - v).abs().sum() < 0.01 * moved
+
+
+def test_stochastic_rounding_depends_on_neither_grid_nor_chunks_nor_alignment(
+    make_problem, monkeypatch
+):
+    def run(shift, seed=5):
+        problem = make_problem(2, bf16, bf16, fp32, [(9000 + shift,), (9,)])
+        plain = make_problem(2, bf16, bf16, fp32, [(9000,), (9,)])
+        for mine, model in zip(problem.grads, plain.grads, strict=True):
+            mine[:] = model
+        for name in ("params", "exp_avgs", "exp_avg_sqs"):
+            target, source = getattr(problem, name), getattr(plain, name)
+            target[0] = target[0][shift:].copy_(source[0])
+            target[1] = source[1]
+        problem.launch("stochastic", seed=seed)
+        return problem.params
+
+    first = run(0)
+    monkeypatch.setattr(tables, "_CHUNKS", ((1 << 24, 1024),))
+    monkeypatch.setitem(kernels.PROGRAMS, "stochastic", 3)
+    for again in (run(0), run(1)):
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], run(0, seed=6)[0])
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "split"])
+def test_rounding_in_integers_does_not_lose_nan(rounding, make_problem):
+    problem = make_problem(1, bf16, bf16, fp32, [(64,)])
+    problem.exp_avgs[0].view(torch.int32)[2] = 0x7FFFFFFF  # NaN as devices write it
+    residuals = residuals_of(problem.params, rounding)
+    for _ in range(2):
+        problem.launch(rounding, residuals, seed=1)
+        assert problem.params[0].isnan().nonzero().flatten().tolist() == [2]
+
+
+def test_split_master_is_the_float32_run(make_problem):
+    split = make_problem(2, bf16, bf16, fp32, [(137,)])
+    exact = float32_twin(make_problem(2, bf16, bf16, fp32, [(137,)]))
+    residuals = residuals_of(split.params, "split")
+    for seed in range(50):
+        fresh = make_problem(2, bf16, bf16, fp32, [(137,)], seed)
+        split.grads = exact.grads = fresh.grads
+        split.launch("split", residuals)
+        exact.launch()
+    (w,), (exact_w,) = masters(split.params, residuals, "split"), exact.params
+    if INTERPRETED:
+        assert torch.equal(w, exact_w)
+    else:  # two kernels on a device may contract products differently
+        torch.testing.assert_close(w, exact_w, rtol=5e-6, atol=1e-8)
+    torch.testing.assert_close(split.params[0].float(), exact_w, rtol=2.0**-8, atol=0)
+
+
+def test_split_master_survives_every_residual(make_problem, device):
+    # A step of size zero must give back weight and residual, also at the ends of int16.
+    edge = torch.tensor([-32768, -32767, -1, 0, 1, 32766, 32767], dtype=int16)
+    weights = torch.tensor([1.0, -1.0, 0.5, -3.0e-5, 2.0**30, 1.0078125])
+    problem = make_problem(1, bf16, bf16, fp32, [(42,)])
+    problem.params = [weights.repeat_interleave(7).to(device, bf16)]
+    residuals = [edge.repeat(6).to(device)]
+    before = [problem.params[0].clone(), residuals[0].clone()]
+    problem.launch("split", residuals, lr=0.0)
+    assert torch.equal(problem.params[0], before[0])
+    assert torch.equal(residuals[0], before[1])
+
+
+def test_kahan_follows_the_float32_run_where_nearest_stalls(make_problem):
+    nearest, kahan, exact = [make_problem(2, bf16, bf16, fp32, [(130,)]) for _ in range(3)]
+    float32_twin(exact)
+    start = exact.params[0].clone()
+    residuals = residuals_of(kahan.params, "kahan")
+    for _ in range(20):
+        nearest.launch(lr=2e-5)
+        kahan.launch("kahan", residuals, lr=2e-5)
+        exact.launch(lr=2e-5)
+    (w,), (exact_w,) = masters(kahan.params, residuals, "kahan"), exact.params
+    moved = (exact_w - start).abs().sum()
+    assert (w - exact_w).abs().sum() < 0.02 * moved
+    assert (nearest.params[0].float() - exact_w).abs().sum() > 0.3 * moved
+
+
+def test_roundings_that_do_not_fit_are_refused(make_problem):
+    problem = make_problem(1, fp32, fp32, fp32, [(4,)])
+    with pytest.raises(ValueError, match=r"`rounding` must be one of .*, got 'up'"):
+        problem.launch("up")
+    with pytest.raises(ValueError, match=r"'split' is for bfloat16 parameters, got torch.float32"):
+        problem.launch("split")
+    problem = make_problem(1, bf16, bf16, fp32, [(4,)])
+    with pytest.raises(ValueError, match=r"must be n tensors of torch.int16 for .*'split'"):
+        problem.launch("split")
+    with pytest.raises(ValueError, match=r"must be None for `rounding`='nearest'"):
+        problem.launch("nearest", [torch.zeros(4, dtype=int16)])
+    with pytest.raises(ValueError, match=r"\[0\] must be torch.bfloat16 for .*got torch.int16"):
+        problem.launch("kahan", [torch.zeros(4, dtype=int16)])

@@ -1,0 +1,92 @@
+"""The comparison with plain torch that every device has to pass finds wrong kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from raco_fast.backends import cuda, self_test
+
+
+def test_the_kernels_pass(device):
+    before = torch.get_rng_state()
+    assert self_test.disagreement(device) is None
+    assert self_test.weight_grad_disagreement(device) is None
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def wrong_residuals(params, *others, **options):
+    combine_adamw(params, *others, **options)
+    rounding = others[6] if len(others) > 6 else None
+    if rounding is not None:
+        rounding.residuals[3][17] = 0.0
+
+
+def wrong_weight_grad(x, dy, bounds, U, out, fresh):
+    """A group of one row is left out."""
+    weight_grad(x, dy, bounds, U * torch.tensor([1.0, 1.0, 0.0, 1.0]), out, fresh)
+
+
+def forgetful_weight_grad(x, dy, bounds, U, out, fresh):
+    weight_grad(x, dy, bounds, U, out, True)
+
+
+def wrong_gram(grads):
+    return gram(grads) * (1 + 1e-4)
+
+
+def wrong_combine(grads, coefficients, out):
+    combine(grads, coefficients, out)
+    out[1][-1] = 0.0
+
+
+def wrong_combine_adamw(params, grads, coefficients, exp_avgs, exp_avg_sqs, *rest, **options):
+    combine_adamw(params, grads, coefficients, exp_avgs, exp_avg_sqs, *rest, **options)
+    exp_avg_sqs[2][1030] *= 1.2
+
+
+def raising(*args, **kwargs):
+    raise RuntimeError("no C compiler")
+
+
+gram, combine, combine_adamw, weight_grad = (
+    cuda.gram,
+    cuda.combine,
+    cuda.combine_adamw,
+    cuda.weight_grad,
+)
+
+
+@pytest.mark.parametrize(
+    ("operation", "wrong", "finding"),
+    [
+        ("gram", wrong_gram, "`gram` of torch.float32 tensors differs from plain torch"),
+        ("combine", wrong_combine, "`combine` of torch.float32 tensors differs"),
+        ("combine_adamw", wrong_combine_adamw, "`combine_adamw` of torch.float32 tensors differs"),
+        ("combine_adamw", wrong_residuals, "`combine_adamw, split` of torch.bfloat16 tensors"),
+        ("combine", raising, "torch.float32 failed with RuntimeError: no C compiler"),
+    ],
+)
+def test_a_wrong_kernel_is_named(operation, wrong, finding, device, monkeypatch):
+    monkeypatch.setattr(cuda, operation, wrong)
+    found = self_test.disagreement(device)
+    assert found is not None
+    assert finding in found
+
+
+@pytest.mark.parametrize(
+    ("wrong", "finding"),
+    [
+        (wrong_weight_grad, "`weight_grad` of torch.bfloat16 tensors differs from plain torch"),
+        (forgetful_weight_grad, "`weight_grad` of torch.bfloat16 tensors differs"),
+        (raising, "torch.bfloat16 failed with RuntimeError: no C compiler"),
+    ],
+)
+def test_a_wrong_kernel_of_layers_is_named_by_itself(wrong, finding, device, monkeypatch):
+    monkeypatch.setattr(cuda, "weight_grad", wrong)
+    assert finding in str(self_test.weight_grad_disagreement(device))
+
+
+def test_nan_is_a_disagreement(device):
+    broken = torch.tensor([torch.nan, 1.0], device=device)
+    assert not self_test._agree([broken], [torch.ones(2, device=device)], 0.1)
