@@ -3,7 +3,7 @@
     L_i = F_i(score_1 ... score_B)     A_ib = ∂L_i/∂score_b     g_i = Σ_b A_ib ∇score_b
 
 A costs m tiny autograd calls above the scores. Below them Σ_b s_b score_b is propagated once, with
-seeds s_b that `segments.Factored` takes from A, and every prepared layer forms its m parameter
+seeds s_b that `sequences.Factored` takes from A, and every prepared layer forms its m parameter
 gradients from the rows of its input and dY. That is exact as long as sequences do not meet inside
 the model and every trained parameter belongs to a layer with a rule; `exactness.py` sees to it.
 """
@@ -112,8 +112,9 @@ class _NoGradient(torch.autograd.Function):
 def use_up(graph: ScoreGraph) -> None:
     """Free what a graph that was retained still holds.
 
-    A backward pass without any gradient computes nothing, and frees what it passes through. Left
-    to the caller's variables, the activations of one batch would live on into the next.
+    A backward pass without any gradient computes nothing and frees what it passes through.
+    Otherwise the losses and scores of a loop would keep one batch's activations alive during the
+    next.
     """
     nothing: Tensor = _NoGradient.apply(graph.scores)  # type: ignore[no-untyped-call]
     propagate(nothing, torch.ones(len(nothing)), inputs=[ANCHOR])

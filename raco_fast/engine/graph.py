@@ -2,8 +2,9 @@
 
 One walk over the nodes of a forward pass, at every call; a few milliseconds for thirty layers. It
 finds the taps that a collecting pass will run through, every parameter that reaches the scores past
-them, every way to a loss past the scores, and leaves that belong to nobody's objective. What it saw
-is noted as a set of facts, by which a pass unlike all before it is told from the others.
+them, every way to a loss past the scores, and leaves outside of the parameters that
+the objectives train. What it saw is noted as a set of facts, so that a pass unlike all before it is
+recognised.
 """
 
 from __future__ import annotations

@@ -102,9 +102,9 @@ def register_rule(module_type: type[nn.Module], rule: Rule) -> None:
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule of a layer that owns parameters, for the mode it is in; None if there is none."""
     if "forward" in vars(module):
-        return None  # somebody replaced its forward: it may compute anything
+        return None  # a replaced forward may compute anything
     if any(p.is_complex() for p in module.parameters(recurse=False)):
-        return None  # their gradients have a conjugate that no rule knows
+        return None  # the gradient of a complex weight has a conjugate, which the rules leave out
     for cls in type(module).__mro__:
         if cls in _RULES and type(module).forward is cls.forward:  # type: ignore[attr-defined]
             rule = _RULES[cls]
@@ -112,14 +112,15 @@ def rule_for(module: nn.Module) -> Rule | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return None
-    # Neither the surrounding autocast nor the caller's random numbers have a part in it.
+    # Neither may the surrounding autocast change the comparison, nor the comparison the random
+    # numbers of a training run.
     devices = [weight.device] if weight.is_cuda else []
     with torch.random.fork_rng(devices), torch.autocast(weight.device.type, enabled=False):
         return _recognised(module)
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Without the options of torch's layers that our rules do not know."""
+    """Whether a layer of torch has none of the options that our rules leave out."""
     if not {name for name, _ in module.named_parameters()} <= {"weight", "bias"}:
         return False  # of weight_norm and its like
     if isinstance(module, nn.Embedding):

@@ -240,7 +240,7 @@ class _HeadCall:
         return hidden, None, *(gradient[0] for gradient in gradients.values())
 
     def hidden_gradient(self) -> Tensor:
-        """∂L/∂hidden, whether or not somebody asked for the parameters' gradients."""
+        """∂L/∂hidden: formed beside the parameters' gradients, or by itself without them."""
         if self._hidden_gradient is None:
             for _ in self.uses(ALL_ROWS):
                 pass

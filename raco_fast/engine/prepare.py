@@ -2,7 +2,7 @@
 
 A tap is a forward hook. It changes nothing that a model computes, and nothing that the model's
 modules hold; `remove()` takes the hooks away again. Whether a call may be tapped is decided at the
-call: a rule speaks for what the layer is then, in that mode, given that one argument.
+call: the layer's class, mode or arguments may have changed since `prepare`.
 """
 
 from __future__ import annotations

@@ -227,7 +227,7 @@ class Factored:
         # The first entry within a factor two of the largest: the same one for parallel columns.
         lead = (magnitude >= 0.5 * magnitude.amax(0)).int().argmax(0)
         seeds = A.gather(0, lead[None])[0]
-        # A value that is not finite must reach every gradient, so it is nobody's zero.
+        # A value that is not finite must reach every gradient: its sequence keeps a group.
         used = (seeds != 0) | ~torch.isfinite(A).all(0)
         directions = torch.where(used, A / seeds, 0.0).T
         group = torch.full((A.shape[1],), -1)

@@ -7,8 +7,8 @@ is that of `ANCHOR`, a leaf that hangs on every tap. So autograd goes wherever t
 no parameter's gradient on its way, and each tap hands its layer's x and dY to the collector, which
 makes of them what it wants (m gradients, a Gram matrix).
 
-Collectors are set on the nodes of one graph, so passes in other threads, and ordinary passes over
-other graphs, have nothing to do with them.
+Collectors are set on the nodes of one graph, so passes over other graphs, also in other threads,
+are not affected.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ ANCHOR = torch.zeros((), device="cpu", requires_grad=True)
 class Call(Protocol):
     """One call of a layer, on its way back.
 
-    `layer`: its name; `entries`: see `segments.entries`; `dy`: the gradient of its output, with the
-    leading dimensions of the input.
+    `layer`: its name; `entries`: see `sequences.entries`; `dy`: the gradient of its output, with
+    the leading dimensions of the input.
     """
 
     layer: str
@@ -140,8 +140,8 @@ class Tapped(torch.autograd.Function):
     ) -> None:
         """Set the attributes of a node.
 
-        `index`: what `sequences` declared; `shape`: of the layer's input; `look`: by which a layer
-        that is no longer what it was is noticed; `checks`: None where nobody asked for any;
+        `index`: what `sequences` declared; `shape`: of the layer's input; `look`: compared
+        from call to call, to notice a layer that has changed; `checks`: None without `prepare`;
         `broadcasts`: whether its output may be added to more rows than it has.
         """
         ctx.layer, ctx.parameters, ctx.index, ctx.shape = layer, parameters, index, shape

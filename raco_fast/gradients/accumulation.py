@@ -6,10 +6,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from raco_fast.engine.backward import one_backward, sensitivities
-from raco_fast.engine.exactness import Exactness
-from raco_fast.engine.graph import ScoreGraph
-from raco_fast.engine.sequences import Factored
 from raco_fast.gradients.buffer_pool import HostMemory
 from raco_fast.gradients.objective_grad import ObjectiveGrad, stand_in_of
 
@@ -33,7 +29,7 @@ class Accumulation:
         self.is_fresh = not any(held is not None and held.present for held in self._held.values())
 
     def buffers(self, p: Tensor) -> tuple[Tensor, bool]:
-        """See `one_backward.Buffers`."""
+        """See `engine.backward.Buffers`."""
         held = self._held.get(p)
         if held is not None and held.present:
             return held.stacked(self._memory), False
@@ -49,34 +45,3 @@ class Accumulation:
         """Put everything in p.grad."""
         for p, held in self._held.items():
             p.grad = held
-
-
-def accumulated(
-    graph: ScoreGraph,
-    losses: Sequence[Tensor],
-    exactness: Exactness,
-    names: tuple[str, ...],
-    memory: HostMemory,
-) -> Accumulation | None:
-    """What p.grad holds and the gradients of one batch; None where a spot check says no.
-
-    What is compared is formed by itself, and then anew on top of what is there: a run has the same
-    bits wherever it is checked.
-    """
-    into = Accumulation(graph.wanted, names, memory)
-    A = sensitivities(losses, graph.scores)
-    factored = Factored.of(A)
-    check = exactness.check(graph, A, factored)
-    graph.retained = check is not None or bool(graph.others)
-    if check is not None:
-        apart = into if into.is_fresh else Accumulation([], names, memory)
-
-        def run() -> str | None:
-            one_backward(graph, factored, apart.buffers, retain_graph=True)
-            return check.gradients_of(apart.gradients())
-
-        if not exactness.checked(graph, check, run):
-            return None
-    if check is None or not into.is_fresh:
-        one_backward(graph, factored, into.buffers, retain_graph=graph.retained)
-    return into

@@ -36,7 +36,7 @@ class HostMemory:
             return torch.empty(shape, dtype=dtype)
         free = self._free[nbytes]
         block = free.pop() if free else torch.empty(nbytes, dtype=torch.uint8)
-        lease = block.numpy()  # dies with the storage below, whoever holds that one last
+        lease = block.numpy()  # dies with the storage below, when the last tensor on it is gone
         finalize(lease, free.append, block).atexit = False
         storage = torch.from_numpy(lease).untyped_storage()
         found = torch.empty(0, dtype=dtype)

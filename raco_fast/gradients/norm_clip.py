@@ -1,8 +1,8 @@
 """Clipping ‖G0‖, also where GradScaler's factor is still in the gradients.
 
 The norm is known from the Gram, so clipping needs no pass of its own. But losses that a GradScaler
-has scaled give a norm that is too large by its factor, which nobody knows before the gradients are
-unscaled. `ClippedGrad` is a gradient that then puts its clip factor right.
+has scaled give a norm that is too large by its factor, which is known only when the gradients are
+unscaled. `ClippedGrad` is a gradient that corrects its clip factor then.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def clip_factor(norm: float, max_grad_norm: float | None) -> float:
 class ClippedGrad(torch.Tensor):
     """p.grad, clipped as if it were not scaled; unscaling it clips it anew by its true norm.
 
-    A tensor like any other, with memory of its own. What it knows besides, it forgets when it is
+    A tensor like any other, with memory of its own. Its norm and limit are dropped when it is
     overwritten; results of operations and pickles are plain tensors.
     """
 

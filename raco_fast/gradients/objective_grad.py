@@ -1,6 +1,6 @@
 """`ObjectiveGrad`: what p.grad holds between backward passes when there are several objectives.
 
-Why a stand-in in p.grad rather than a dictionary in the optimizer: whoever clears p.grad
+Why a stand-in in p.grad rather than a dictionary in the optimizer: clearing p.grad
 (`model.zero_grad()`, a trainer, `opt.zero_grad()`) clears every objective's gradient, `GradScaler`
 finds and unscales all m buffers, and code that reads p.grad as if there were only one gradient
 (`clip_grad_norm_`, a forgotten plain `loss.backward()`) gets an error instead of a wrong number.
@@ -48,7 +48,7 @@ class ObjectiveGrad(torch.Tensor):
 
     @staticmethod
     def __new__(cls, p: Tensor, objectives: tuple[str, ...]) -> ObjectiveGrad:
-        """A stand-in for gradients at p that nobody has touched yet."""
+        """A stand-in for gradients at p, all of them still None."""
         grad: ObjectiveGrad = torch.Tensor._make_wrapper_subclass(
             cls, p.shape, dtype=p.dtype, device=p.device
         )

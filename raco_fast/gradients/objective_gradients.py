@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from raco_fast.backends.arguments import check_dense
-from raco_fast.engine.backward import backward_of_others, use_up
+from raco_fast.engine.backward import backward_of_others, one_backward, sensitivities, use_up
 from raco_fast.engine.exactness import Exactness
 from raco_fast.engine.graph import ScoreGraph, other_leaves
-from raco_fast.gradients.accumulation import accumulated
+from raco_fast.engine.sequences import Factored
+from raco_fast.gradients.accumulation import Accumulation
 from raco_fast.gradients.buffer_pool import HostMemory
 from raco_fast.gradients.check_losses import given_names, ordered_losses
+from raco_fast.gradients.lending import Lent, lend, take_back
 from raco_fast.gradients.objective_grad import (
-    ObjectiveGrad,
     Touched,
     along_p_grad,
     of_objectives,
@@ -188,14 +189,21 @@ class ObjectiveGradients:
             raise RuntimeError(
                 f"objective({name!r}) was entered inside objective({self._open!r}); close it first"
             )
-        lent = self._lend(self.names.index(name))
+        params = self.parameters()
+        clear_overflow(params)
+        lent: Lent = []
+        if len(self.names) > 1:
+            self._notice_cleared(params)
+            lent = lend(params, self.names, name)
         self._open = name
         try:
             yield
         finally:
             self._open = None
-            if lent:
-                self._take_back(self.names.index(name), lent)
+            sparse = take_back(lent, self.names, name)
+            self._held = self._held or any(p.grad is not None for p, _, _ in lent)
+            if sparse is not None:
+                check_dense(sparse, f"the gradient of objective {name!r}")
         self._ran.add(name)
 
     def of(self, p: Tensor) -> dict[str, Tensor | None]:
@@ -265,58 +273,40 @@ class ObjectiveGradients:
         self.forget()
 
     def forget(self) -> None:
-        """Note that somebody else cleared p.grad: every objective needs a new backward pass."""
+        """Note that p.grad was cleared elsewhere: every objective needs a new backward pass."""
         self._ran.clear()
         self._held = False
-
-    def _lend(self, index: int) -> list[tuple[Tensor, ObjectiveGrad | None, Tensor | None]]:
-        params = self.parameters()
-        clear_overflow(params)
-        if len(self.names) == 1:
-            return []
-        self._notice_cleared(params)
-        lent = []
-        for p in params:
-            held = stand_in_of(p, self.names)
-            buffer = None if held is None else held.buffers[index]
-            lent.append((p, held, buffer))
-        for p, _, buffer in lent:
-            p.grad = buffer
-        return lent
-
-    def _take_back(
-        self, index: int, lent: list[tuple[Tensor, ObjectiveGrad | None, Tensor | None]]
-    ) -> None:
-        sparse = None
-        for p, stand_in, buffer in lent:
-            held, grad = stand_in, p.grad
-            if grad is not None and grad.layout != torch.strided:
-                sparse, grad = grad, buffer
-            if grad is not None and grad is not buffer:
-                grad = _with_own_storage(grad)
-            if held is None and grad is not None:
-                held = ObjectiveGrad(p, self.names)
-            if held is not None:
-                held.buffers[index] = grad
-            p.grad = held if held is not None and held.present else None
-            self._held = self._held or p.grad is not None
-        if sparse is not None:
-            check_dense(sparse, f"the gradient of objective {self.names[index]!r}")
 
     def _one_backward(self, losses: list[Tensor], scores: Tensor) -> bool:
         """Serve all losses with one pass; False, and nothing done, where it is not exact."""
         graph = self.graph(losses, scores)
         if graph is None:
             return False
-        clear_overflow(self.parameters())
-        self._notice_cleared(self.parameters())
-        formed = accumulated(graph, losses, self.exactness, self.names, self._memory)
-        if formed is None:
-            return False
+        params = self.parameters()
+        clear_overflow(params)
+        self._notice_cleared(params)
+        into = Accumulation(graph.wanted, self.names, self._memory)
+        A = sensitivities(losses, scores)  # [m, B]
+        factored = Factored.of(A)
+        check = self.exactness.check(graph, A, factored)
+        graph.retained = check is not None or bool(graph.others)
+        if check is not None:
+            # What is compared is formed by itself, and then anew on top of what is there: a run
+            # has the same bits wherever it is checked.
+            apart = into if into.is_fresh else Accumulation([], self.names, self._memory)
+
+            def run() -> str | None:
+                one_backward(graph, factored, apart.buffers, retain_graph=True)
+                return check.gradients_of(apart.gradients())
+
+            if not self.exactness.checked(graph, check, run):
+                return False
+        if check is None or not into.is_fresh:
+            one_backward(graph, factored, into.buffers, retain_graph=graph.retained)
         backward_of_others(graph.others, losses, self._weights.values())
         if graph.retained:
             use_up(graph)
-        formed.store()
+        into.store()
         self._held = self._held or any(p.grad is not None for p in graph.wanted)
         self._ran.update(self.names)
         return True
@@ -334,13 +324,3 @@ class ObjectiveGradients:
         """The graph of losses for which one backward pass is exact, None where it is not."""
         named = dict(zip(self.names, losses, strict=True))
         return self.exactness.graph(named, scores, self.trained())
-
-
-def _with_own_storage(grad: Tensor) -> Tensor:
-    """A gradient that is a view of a larger buffer (DDP's buckets) is overwritten by the next
-    objective's backward pass, so it is copied out.
-    """
-    if type(grad) is not Tensor or grad.requires_grad:
-        return grad
-    nbytes = grad.numel() * grad.element_size()
-    return grad if grad.untyped_storage().nbytes() == nbytes else grad.clone()

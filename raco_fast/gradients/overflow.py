@@ -1,7 +1,7 @@
 """p.grad where the common direction is not finite: NaN to look at, nothing to step along.
 
-GradScaler has to find the overflow in p.grad, or it knows of no step to skip and of no scale to
-lower; without GradScaler an optimizer would carry the NaN into the parameters. So every gradient is
+GradScaler has to find the overflow in p.grad, or it neither skips the step nor lowers the scale;
+without GradScaler an optimizer would carry the NaN into the parameters. So every gradient is
 NaN, and those that are still there go before any torch optimizer's step and before the next
 backward pass of an objective.
 """

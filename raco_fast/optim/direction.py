@@ -23,14 +23,14 @@ class Direction:
 
     def __init__(self, params: Sequence[Tensor], *, finite: bool, taken: bool) -> None:
         self.finite, self.taken = finite, taken
-        # The smallest gradient is held on to: whoever clears gradients clears it too, and an
-        # address or an id alone could be that of its successor.
+        # The smallest gradient is kept: when gradients are cleared it is cleared too, and an
+        # address or id alone could be that of a new gradient.
         held = [p for p in params if p.grad is not None] if finite and not taken else []
         self._p = min(held, key=Tensor.numel, default=None)
         self._grad = None if self._p is None else self._p.grad
 
     def holds(self, params: Iterable[Tensor]) -> bool:
-        """Whether `step()` has to follow it; not if somebody has cleared p.grad since."""
+        """Whether `step()` has to follow it; not if p.grad has been cleared since."""
         if self.finite and not self.taken:
             return self._p is not None and self._p.grad is self._grad
         return all(p.grad is None for p in params)

@@ -11,28 +11,24 @@ of them can see, so `gram_first` takes the whole batch of a step at once.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from raco_fast.backends import ops
 from raco_fast.engine.backward import (
-    arranged,
     backward_of_others,
     collect,
     propagate,
     sensitivities,
     use_up,
 )
-from raco_fast.engine.contributions import Use, cross
+from raco_fast.engine.gram_collector import GramCollector, hand_over_gradient
 from raco_fast.engine.graph import ScoreGraph
 from raco_fast.engine.sequences import Factored
-from raco_fast.engine.tap import Call
 from raco_fast.gradients.check_losses import given_names, ordered_losses
 from raco_fast.gradients.norm_clip import ClippedGrad, clip_factor
 from raco_fast.gradients.objective_grad import is_zero
@@ -126,7 +122,7 @@ def gram_first(
         gradients.zero()
     for p in wanted:
         if p.grad is not None:
-            _hand_over(p, on_gradient)
+            hand_over_gradient(p, on_gradient)
     return solution
 
 
@@ -165,110 +161,7 @@ def _ordinary_pass(
     with ExitStack() as stack:
         if on_gradient is not None:
             for p in graph.wanted:
-                take = partial(_hand_over, on_gradient=on_gradient)
+                take = partial(hand_over_gradient, on_gradient=on_gradient)
                 hook = p.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
                 stack.callback(hook.remove)
         propagate(graph.scores, seeds, inputs=graph.wanted)
-
-
-def _hand_over(p: Tensor, on_gradient: Callable[[Tensor], None] | None) -> None:
-    if on_gradient is not None:
-        on_gradient(p)
-        p.grad = None
-
-
-class GramCollector:
-    """Adds up K over the layers; keeps the calls that are needed again.
-
-    Args:
-        factored: A = U · seeds.
-        wanted: the parameters whose gradients count.
-        shared: those that several calls use, so that products between their uses count as well.
-        keep: keep every call, for `combine`.
-        apart: keep each parameter's K as well, for `grams`.
-    """
-
-    def __init__(
-        self,
-        factored: Factored,
-        wanted: Sequence[Tensor],
-        shared: set[Tensor],
-        *,
-        keep: bool = False,
-        apart: bool = False,
-    ) -> None:
-        self.factored = factored
-        self._wanted, self._shared = set(wanted), shared
-        self._keep, self._apart = keep, apart
-        groups = factored.coefficients.shape[1]
-        self._K = torch.zeros(groups, groups, dtype=torch.float64)
-        self._K_of: dict[Tensor, Tensor] = {}
-        self._calls: list[Call] = []
-        self._users: dict[Tensor, list[Call]] = defaultdict(list)
-
-    def collect(self, call: Call) -> None:
-        """K += ⟨t_g, t_h⟩ of the parameters of one layer."""
-        used = set()
-        for p, _, use in call.uses(arranged(self.factored, call)):
-            if p in self._wanted:
-                self._add(p, use.gram())
-                used.add(p)
-        for p in used & self._shared:
-            self._users[p].append(call)
-        if self._keep and used:
-            self._calls.append(call)
-
-    def _add(self, p: Tensor, K: Tensor) -> None:
-        self._K = self._K.to(K.device) + K
-        if self._apart:
-            self._K_of[p] = self._K_of[p] + K if p in self._K_of else K
-
-    @torch.no_grad()
-    def add_products_of_uses(self) -> None:
-        """K += what two uses of one parameter have between them; once, after the pass."""
-        for p, calls in self._users.items():
-            for first, second in combinations(calls, 2):
-                a, b = (call.rows(p, arranged(self.factored, call)) for call in (first, second))
-                part = cross(a, b, p, len(self._K))
-                self._add(p, part + part.T)
-        self._users.clear()
-
-    def gram(self) -> Tensor:
-        """M = U K Uᵀ, float64 [m, m] on the CPU."""
-        return self._of_objectives(self._K)
-
-    def grams(self) -> dict[Tensor, Tensor]:
-        """Each parameter's part of M, where they were kept apart."""
-        return {p: self._of_objectives(K) for p, K in self._K_of.items()}
-
-    def _of_objectives(self, K: Tensor) -> Tensor:
-        U = self.factored.coefficients
-        M = U @ K.cpu() @ U.T
-        return (M + M.T) / 2
-
-    @torch.no_grad()
-    def combine(self, coefficients: Tensor, on_gradient: Callable[[Tensor], None] | None) -> None:
-        """p.grad = Σ_g (αᵀU)_g t_g, one product per layer."""
-        U = (coefficients @ self.factored.coefficients)[None]
-        for call in self._calls:
-            uses = call.uses(arranged(self.factored, call))
-            for p in _add_gradients(uses, self._wanted, U) - self._shared:
-                _hand_over(p, on_gradient)
-        for p in self._shared:
-            if p.grad is not None:
-                _hand_over(p, on_gradient)
-        self._calls.clear()
-
-
-def _add_gradients(
-    uses: Iterable[tuple[Tensor, slice, Use]], wanted: Container[Tensor], U: Tensor | None
-) -> set[Tensor]:
-    """p.grad += Σ_g U_g t_g for the wanted parameters of one layer, which are returned."""
-    fresh: dict[Tensor, bool] = {}
-    for p, rows, use in uses:
-        if p in wanted:
-            fresh.setdefault(p, p.grad is None)
-            if p.grad is None:
-                p.grad = torch.empty_like(p, memory_format=torch.contiguous_format)
-            use.add_to(p.grad[None, rows], U, fresh[p])
-    return set(fresh)

@@ -40,7 +40,7 @@ def check_weights(weights: Weights) -> tuple[tuple[str, ...], tuple[float, ...]]
 
 
 class ReadOnlyWeights(dict[str, float]):
-    """Objective name -> weight, to look at; whoever wants others sets all of them at once.
+    """Objective name -> weight, read-only; other weights are set all at once.
 
     Weights mean something together (they sum to 1), so one cannot be edited alone, and a copy
     would take the edit without a word. Copies and pickles are plain dicts.
@@ -121,7 +121,7 @@ def check_rule(rule: str) -> str:
 
 
 def checked_weights(weights: Weights) -> Checked:
-    """`check_weights`, and the values as an array [m] that nobody may write to."""
+    """`check_weights`, and the values as a read-only array [m]."""
     if type(weights) is dict or isinstance(weights, Mapping):  # `type` spares a microsecond
         return _check_items(tuple(weights), _hashable(tuple(weights.values()), weights))
     if isinstance(weights, (np.ndarray, torch.Tensor)):

@@ -1,7 +1,7 @@
 """Rows of a data file with the place they came from: JSON Lines (gzip or not) or a JSON list.
 
 The reader is strict on purpose. A line that is empty, cut off or not UTF-8 is an error that names
-file and line: a damaged file that trains anyway is a wrong result nobody notices.
+file and line: a damaged file that trains anyway is a wrong result that goes unnoticed.
 Messages never quote prompts or responses, which may be private or harmful; they give lengths.
 """
 
