@@ -63,7 +63,8 @@ void solve_twins(const Problem& P, Optimum& result) {
   result.lower = slope < 0.0 ? f0 : f1;
 }
 
-// m = 2 in closed form: equations (1)-(5) of active_set.hpp with the difference g1 - g2, then a clamp.
+// m = 2 in closed form: equations (1)-(5) of active_set.hpp with the difference g1 - g2, then a
+// clamp.
 void solve_pair(const Problem& P, Optimum& result) {
   const DD a(P.M[0][0]), b(P.M[0][1]), d(P.M[1][1]);
   const DD difference2 = a - b - b + d;  // ||g1 - g2||^2
