@@ -8,7 +8,8 @@ The method is RACO with CAGrad-Clip (arXiv 2602.02495). `ClippedCAGradAdamW` is 
 from importlib.metadata import version
 
 from raco_fast.backends.choose import backend
-from raco_fast.engine.layer_rules import register_rule
+from raco_fast.engine.layer_rules import register_layer_rule
+from raco_fast.engine.layer_rules import register_rule as register_rule
 from raco_fast.engine.prepare import prepare
 from raco_fast.engine.sequences import sequences
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
@@ -16,6 +17,8 @@ from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 from raco_fast.optim.combine import combine
 from raco_fast.optim.gram_first import gram_first
 from raco_fast.solver.dual import DualSolution, solve_dual
+from raco_fast.solver.registry import register_combination_rule
+from raco_fast.solver.rule import Rule
 from raco_fast.verification import verify
 
 __version__ = version("raco-fast")
@@ -24,12 +27,14 @@ __all__ = [
     "ClippedCAGradAdamW",
     "DualSolution",
     "ObjectiveGradients",
+    "Rule",
     "__version__",
     "backend",
     "combine",
     "gram_first",
     "prepare",
-    "register_rule",
+    "register_combination_rule",
+    "register_layer_rule",
     "sequences",
     "solve_dual",
     "verify",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from raco_fast.solver.weights import RULES, check_c, check_rule
+from raco_fast.solver.registry import check_rule
+from raco_fast.solver.weights import RULES, check_c
 
 
 @dataclass(frozen=True)

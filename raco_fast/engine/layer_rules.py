@@ -6,7 +6,8 @@ A rule is a function
 
 with x the layer's first argument, dy the gradient of its output and `Use` what this call of the
 layer adds to a parameter's gradients (`contributions.py`). A rule must hold for every row on its
-own: the table is for layers that do not mix rows. `register_rule` adds one.
+own: the table is for layers that do not mix rows. `register_layer_rule` adds
+one.
 
 Many models bring their own RMSNorm, GPT-2 its own Linear and Gemma its own Embedding. They are
 recognised by what they compute, on a few random rows, not by their names.
@@ -14,6 +15,7 @@ recognised by what they compute, on a few random rows, not by their names.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -26,7 +28,7 @@ from raco_fast.backends.weight_grad import widened
 from raco_fast.engine.contributions import LookupUse, Use, matrix_use, vector_use
 from raco_fast.engine.sequences import Segments
 
-Rule = Callable[[Any, Tensor, Tensor, Segments], Mapping[str, Use]]
+LayerRule = Callable[[Any, Tensor, Tensor, Segments], Mapping[str, Use]]
 
 
 def linear(module: Any, x: Tensor, dy: Tensor, segments: Segments) -> dict[str, Use]:
@@ -74,7 +76,7 @@ def _eps(module: Any, x: Tensor) -> float:
     return torch.finfo(widened(x[:0]).dtype).eps if eps is None else float(eps)
 
 
-_RULES: dict[type, Rule] = {
+_RULES: dict[type, LayerRule] = {
     nn.Linear: linear,
     nn.Embedding: embedding,
     nn.LayerNorm: layer_norm,
@@ -83,7 +85,7 @@ _RULES: dict[type, Rule] = {
 _OURS = frozenset(_RULES.values())
 
 
-def register_rule(module_type: type[nn.Module], rule: Rule) -> None:
+def register_layer_rule(module_type: type[nn.Module], rule: LayerRule) -> None:
     """Give layers of a type a rule; it holds for subclasses that keep the type's `forward`.
 
     Args:
@@ -99,7 +101,17 @@ def register_rule(module_type: type[nn.Module], rule: Rule) -> None:
     _RULES[module_type] = rule
 
 
-def rule_for(module: nn.Module) -> Rule | None:
+def register_rule(module_type: type[nn.Module], rule: LayerRule) -> None:
+    """The name that `register_layer_rule` had before there were combination rules."""
+    warnings.warn(
+        "raco_fast.register_rule is called raco_fast.register_layer_rule now",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    register_layer_rule(module_type, rule)
+
+
+def rule_for(module: nn.Module) -> LayerRule | None:
     """The rule of a layer that owns parameters, for the mode it is in; None if there is none."""
     if "forward" in vars(module):
         return None  # a replaced forward may compute anything
@@ -131,7 +143,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _recognised(module: Any) -> Rule | None:
+def _recognised(module: Any) -> LayerRule | None:
     """A rule for a layer that computes what a known one does, judged by random rows."""
     own = dict(module.named_parameters())
     weight = own.get("weight")
@@ -164,7 +176,7 @@ def _recognised(module: Any) -> Rule | None:
     return None
 
 
-def _scaled_embedding(module: nn.Embedding) -> Rule | None:
+def _scaled_embedding(module: nn.Embedding) -> LayerRule | None:
     # In the weight's own dtype, to which models round the scale; a few rows say enough.
     ids = torch.arange(max(8, 1 + (module.padding_idx or 0)), device=module.weight.device)[None]
     table = torch.randn(

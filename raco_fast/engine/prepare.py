@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from raco_fast.engine.layer_rules import Rule, rule_for
+from raco_fast.engine.layer_rules import LayerRule, rule_for
 from raco_fast.engine.sequences import declared
 from raco_fast.engine.tap import (
     ANCHOR,
@@ -107,7 +107,7 @@ def prepare(
     if strict and without_rule:
         raise NotExactError(
             f"`model` has trained parameters in layers without a rule: {without_rule}; give their "
-            f"layers one with register_rule, freeze them, or use strict=False"
+            f"layers one with register_layer_rule, freeze them, or use strict=False"
         )
     remember_names(model)
     prepared = Prepared(tuple(without_rule))
@@ -123,7 +123,7 @@ class _TapBehind:
 
     def __init__(self, layer: str, checks: Checks) -> None:
         self.layer, self.checks = layer, checks
-        self._rules: dict[Hashable, Rule | None] = {}
+        self._rules: dict[Hashable, LayerRule | None] = {}
         self._uncompiled = _uncompiled()
 
     def __call__(
@@ -135,7 +135,7 @@ class _TapBehind:
         # A model is copied and pickled with its taps, but a rule may be a lambda.
         return _TapBehind, (self.layer, self.checks)
 
-    def rule(self, module: nn.Module) -> Rule | None:
+    def rule(self, module: nn.Module) -> LayerRule | None:
         """The rule for what the module is now, decided once for each thing it has been."""
         kind = type(module)
         replaced = "forward" in vars(module)

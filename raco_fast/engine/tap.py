@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from raco_fast.engine.contributions import Rows, Use
-from raco_fast.engine.layer_rules import Rule
+from raco_fast.engine.layer_rules import LayerRule
 from raco_fast.engine.sequences import Entries, Segments
 
 Node: TypeAlias = Any
@@ -87,8 +87,8 @@ def remember_reason(parameters: Iterable[Tensor], reason: str) -> None:
 def reason_for(p: Tensor) -> str:
     """Why no rule sees p, as far as it is known."""
     general = (
-        "its layer has no rule (register_rule), was compiled or wrapped before it was prepared, or "
-        "the parameter is used directly"
+        "its layer has no rule (register_layer_rule), was compiled or wrapped before it was "
+        "prepared, or the parameter is used directly"
     )
     return str(_reasons[p]) if p in _reasons else general
 
@@ -111,7 +111,7 @@ class Site:
 
     layer: str
     module: nn.Module
-    rule: Rule
+    rule: LayerRule
     parameters: Mapping[str, Tensor]
     index: Tensor | None
     checks: Checks

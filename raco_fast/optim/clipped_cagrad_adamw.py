@@ -26,6 +26,8 @@ from raco_fast.optim.direction import Direction, refuse_scaled
 from raco_fast.optim.gram_first import gram_first
 from raco_fast.optim.settings import AdamWWithSettings, check_group
 from raco_fast.solver.dual import DualSolution, solve_dual, solve_present
+from raco_fast.solver.registry import RuleLike, label_of
+from raco_fast.solver.rules.conflict_averse import DualRule
 
 if TYPE_CHECKING:
     from raco_fast.solver.on_device import DeviceStep
@@ -61,7 +63,8 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         weights: objective name -> weight, or a sequence of weights (names "0", "1", ...);
             non-negative, sum 1.
         c: radius of the search around the weighted gradient, 0 <= c < 1.
-        rule: "cagrad-clip", "cagrad", "linear" or "mgda".
+        rule: "cagrad-clip", "cagrad", "linear", "mgda", or another of docs/rules.md, as a name, as
+            {"name": name, option: value} or as a `raco_fast.Rule`.
         max_grad_norm: clip ‖G0‖ over all parameters, as `torch.nn.utils.clip_grad_norm_`.
         rounding: of bfloat16 parameters (others are not affected): "nearest", "stochastic",
             "split" (an exact float32 weight, 2 bytes more) or "kahan" (nearly so, 2 bytes more);
@@ -90,7 +93,7 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         *,
         weights: Mapping[str, float] | Sequence[float],
         c: float = 0.4,
-        rule: str = "cagrad-clip",
+        rule: RuleLike = "cagrad-clip",
         max_grad_norm: float | None = None,
         rounding: str = "nearest",
         seed: int = 0,
@@ -183,7 +186,7 @@ class ClippedCAGradAdamW(AdamWWithSettings):
             losses,
             scores,
             c=self.c,
-            rule=self.rule,
+            rule=self._rule,
             max_grad_norm=self.max_grad_norm if step_in_backward else None,
             keep_dy=keep_dy,
             on_gradient=on_gradient,
@@ -246,6 +249,8 @@ class ClippedCAGradAdamW(AdamWWithSettings):
             obstacle = choose.device_obstacle(grads, params, options)
         if self.gradients.present != self.objective_names:
             obstacle = "an objective of weight 0 has no loss"
+        if not isinstance(self._rule, DualRule):
+            obstacle = f"the rule {label_of(self._rule)} is solved on the host"
         if obstacle is None:
             self._step_on_device(groups, grads, params[0].device)
         elif params and params[0].is_cuda and torch.cuda.is_current_stream_capturing():
@@ -261,7 +266,7 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         self._leave_device()
         M, scale = self._gram(grads)
         present = self.gradients.present
-        self._solution = solution = solve_present(M, self.weights, present, self.c, self.rule)
+        self._solution = solution = solve_present(M, self.weights, present, self.c, self._rule)
         self._update(groups, solution, scale)
 
     def _leave_direction(self) -> None:
@@ -318,7 +323,7 @@ class ClippedCAGradAdamW(AdamWWithSettings):
             ops.gram_on_device(grads),
             self.weights,
             self.c,
-            self.rule,
+            label_of(self._rule),
             self.max_grad_norm,
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
@@ -350,7 +355,7 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         own = {
             "weights": dict(self.weights),
             "c": self.c,
-            "rule": self.rule,
+            "rule": label_of(self._rule),
             "max_grad_norm": self.max_grad_norm,
             "rounding": self.rounding,
             "backend": ", ".join(dict.fromkeys(backends)),

@@ -9,6 +9,7 @@ from raco_fast.gradients.norm_clip import ClippedGrad, clip_factor
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
 from raco_fast.gradients.overflow import leave_overflow
 from raco_fast.solver.dual import DualSolution, solve_present
+from raco_fast.solver.registry import RuleLike
 from raco_fast.solver.weights import check_max_grad_norm
 
 
@@ -16,7 +17,7 @@ def combine(
     gradients: ObjectiveGradients,
     *,
     c: float = 0.4,
-    rule: str = "cagrad-clip",
+    rule: RuleLike = "cagrad-clip",
     max_grad_norm: float | None = None,
 ) -> DualSolution:
     """Write the common update direction G0 = Σ α_i g_i into p.grad, for any torch optimizer.
@@ -33,7 +34,7 @@ def combine(
     Args:
         gradients: accumulated gradients of every objective.
         c: radius, 0 <= c < 1.
-        rule: "linear", "cagrad", "cagrad-clip" or "mgda".
+        rule: as for `raco_fast.solve_dual`.
         max_grad_norm: clip ‖G0‖ to this, as `torch.nn.utils.clip_grad_norm_` does; its factor is
             not part of the solution's coefficients.
     Raises:

@@ -36,6 +36,7 @@ from raco_fast.gradients.objective_gradients import ObjectiveGradients
 from raco_fast.gradients.overflow import clear_overflow, leave_overflow
 from raco_fast.optim.combine import combine
 from raco_fast.solver.dual import DualSolution, solve_present
+from raco_fast.solver.registry import RuleLike
 from raco_fast.solver.weights import check_max_grad_norm
 
 
@@ -45,7 +46,7 @@ def gram_first(
     scores: Tensor | None,
     *,
     c: float = 0.4,
-    rule: str = "cagrad-clip",
+    rule: RuleLike = "cagrad-clip",
     max_grad_norm: float | None = None,
     keep_dy: bool = False,
     on_gradient: Callable[[Tensor], None] | None = None,

@@ -18,11 +18,11 @@ from torch.optim import AdamW, Optimizer
 
 from raco_fast.backends.rounding import check_rounding, check_seed
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
+from raco_fast.solver.registry import RuleLike, check_rule, spec_of
 from raco_fast.solver.weights import (
     ReadOnlyWeights,
     check_c,
     check_max_grad_norm,
-    check_rule,
     weights_of,
 )
 
@@ -70,7 +70,7 @@ class AdamWWithSettings(AdamW):
         self,
         weights: Mapping[str, float] | Sequence[float],
         c: float,
-        rule: str,
+        rule: RuleLike,
         max_grad_norm: float | None,
         rounding: str,
         seed: int,
@@ -102,12 +102,12 @@ class AdamWWithSettings(AdamW):
         self._c = check_c(c)
 
     @property
-    def rule(self) -> str:
-        """ "cagrad-clip", "cagrad", "linear" or "mgda"."""
-        return self._rule
+    def rule(self) -> str | dict[str, Any]:
+        """The rule's name, or a dict with its name and options; set as a `raco_fast.Rule` too."""
+        return spec_of(self._rule)
 
     @rule.setter
-    def rule(self, rule: str) -> None:
+    def rule(self, rule: RuleLike) -> None:
         self._rule = check_rule(rule)
 
     @property
@@ -190,7 +190,8 @@ class AdamWWithSettings(AdamW):
         plain = [group for group in groups if "rounding" not in group]
         weights_of(self.gradients.names, own["weights"])
         check_c(own["c"])
-        check_rule(own["rule"])
+        # A checkpoint has no class for a rule that is not registered: it must be set already.
+        own["rule"] = self._rule if own["rule"] == self.rule else check_rule(own["rule"])
         check_max_grad_norm(own["max_grad_norm"])
         check_rounding(own["rounding"], any(group.get("differentiable") for group in plain))
         check_seed(own["seed"])

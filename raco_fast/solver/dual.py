@@ -1,11 +1,8 @@
 """Gram matrix -> `DualSolution`: how much of each objective's gradient goes into the update.
 
-    p             = argmin over the simplex of f(p) = b'p + s sqrt(p'Mp),  b = Mw, s = c ||g0||
-    p_clipped     = min(p, w), never renormalised
-    coefficients  = w + (s / ||G p_clipped||) p_clipped, or w where ||G p_clipped|| is 0
-
-The arithmetic is in csrc/ (dual.hpp states the certificate, active_set.hpp the method). This
-file checks the matrix and gives the numbers names. Source: arXiv 2602.02495, Algorithm 1.
+Algorithm 1 of arXiv 2602.02495 and its relatives are solved in csrc/ (dual.hpp states the
+certificate, active_set.hpp the method, `reference.py` has it in plain numpy); other rules are in
+rules/. This file checks the matrix for all of them and gives the numbers names.
 """
 
 from __future__ import annotations
@@ -18,11 +15,14 @@ import torch
 from numpy.typing import NDArray
 
 from raco_fast import _C
-from raco_fast.solver.weights import RULES, Weights, check_c, check_rule, checked_weights
+from raco_fast.solver.apply import apply, checked_losses, checked_state
+from raco_fast.solver.registry import RuleLike, check_rule, label_of
+from raco_fast.solver.rule import Problem, Rule, State
+from raco_fast.solver.rules.conflict_averse import DualRule, Linear
+from raco_fast.solver.weights import Weights, check_c, checked_weights
 
 Array: TypeAlias = "NDArray[np.float64] | torch.Tensor"
 
-_RULE_NUMBER = {rule: number for number, rule in enumerate(RULES)}
 # The scalars behind p, p_clipped and coefficients in a packed row: enum Scalar of
 # csrc/solver/dual.hpp.
 _GAP, _VALUE, _G0_NORM, _GP_NORM, _UPDATE_NORM, _CLIP_ACTIVE, _STATUS, _ROW, _COLUMN, _STEPS = (
@@ -39,8 +39,12 @@ class DualSolution:
     Arrays are float64, torch tensors on the CPU if the Gram was a tensor, numpy arrays otherwise.
     Scalars are Python numbers for one problem, arrays [n] for a batch.
 
+    The rules "linear", "cagrad", "cagrad-clip" and "mgda" are the minimisers of a dual problem; of
+    other rules there is no p, and p, p_clipped, gap, value and gp_norm are NaN, clip_active is
+    None.
+
     Attributes:
-        names, weights, c, rule: what was asked; weights is [m].
+        names, weights, c, rule: what was asked; weights is [m], rule its name with its options.
         gram: [m, m], the input as float64.
         p: [m], the minimiser of f on the simplex that is closest to the weights.
         p_clipped: [m], min(p, weights) under "cagrad-clip"; p under the other rules.
@@ -58,9 +62,10 @@ class DualSolution:
             and every other result is NaN: "negative_diagonal", "asymmetric", "not_gram"
             (|M_ij| > ||g_i|| ||g_j||).
         cosines: [m, m] between gradients, 0 where a gradient is zero.
+        state: what a rule with a memory goes on from; {} for others, and for a batch.
     """
 
-    __slots__ = ("_gram", "_packed", "_tensor", "_weights", "c", "names", "rule")
+    __slots__ = ("_gram", "_packed", "_tensor", "_weights", "c", "names", "rule", "state")
 
     def __init__(
         self,
@@ -71,11 +76,13 @@ class DualSolution:
         gram: NDArray[np.float64],
         packed: NDArray[np.float64],
         tensor: bool,
+        state: State | None = None,
     ) -> None:
         """Names the parts of packed [.., 3m + SCALARS]; `solve_dual` is the one that calls this."""
         self.names = names
         self.c = c
         self.rule = rule
+        self.state = state or {}
         self._weights = weights
         self._gram = gram
         self._packed = packed
@@ -153,8 +160,9 @@ class DualSolution:
 
     @property
     def clip_active(self) -> Any:
-        """Whether clipping changed the coefficients."""
-        return self._flag(self._packed[..., 3 * len(self.names) + _CLIP_ACTIVE] != 0.0)
+        """Whether clipping changed the coefficients; None for a rule without a certificate."""
+        flags = self._packed[..., 3 * len(self.names) + _CLIP_ACTIVE]
+        return None if np.isnan(flags).any() else self._flag(flags != 0.0)
 
     @property
     def finite(self) -> Any:
@@ -190,53 +198,63 @@ class DualSolution:
         packed[3 * m :] = self._packed[3 * k :]
         weights = np.zeros(m)
         weights[places] = self._weights
-        return DualSolution(names, weights, self.c, self.rule, gram, packed, self._tensor)
+        return DualSolution(
+            names, weights, self.c, self.rule, gram, packed, self._tensor, self.state
+        )
 
     def __repr__(self) -> str:
         """One line a part for one problem, one line in all for a batch."""
-        head = f"DualSolution(rule={self.rule!r}, c={self.c:g}"
+        head, clip_active = f"DualSolution(rule={self.rule!r}, c={self.c:g}", self.clip_active
         if self._packed.ndim == 2:
-            active = int(np.count_nonzero(np.asarray(self.clip_active)))
+            active = int(np.count_nonzero(np.asarray(clip_active)))
             return f"{head}, n={len(self._packed)}, m={len(self.names)}, clip_active in {active})"
         if not self.finite:
             return f"{head}, finite=False)"
-        m = len(self.names)
-        lines = [f"{head}, gap={self.gap:.1e}, clip_active={self.clip_active},"]
-        rows = {"weights": self._weights} | {
-            name: self._packed[k * m : (k + 1) * m]
-            for k, name in enumerate(("p", "p_clipped", "coefficients"))
-        }
-        for label, values in rows.items():
-            parts = ", ".join(f"{n}: {v:.6g}" for n, v in zip(self.names, values, strict=True))
-            lines.append(f"  {label}={{{parts}}},")
-        norms = f"g0_norm={self.g0_norm:.6g}, gp_norm={self.gp_norm:.6g}"
-        return "\n".join([*lines, f"  {norms}, update_norm={self.update_norm:.6g})"])
+        certified = clip_active is not None
+        lines = [f"{head}, gap={self.gap:.1e}, clip_active={clip_active}," if certified else head]
+        for name in ("weights", *(("p", "p_clipped") if certified else ()), "coefficients"):
+            values = zip(self.names, getattr(self, name).tolist(), strict=True)
+            lines.append(f"  {name}={{{', '.join(f'{n}: {v:.6g}' for n, v in values)}}},")
+        norms = f"g0_norm={self.g0_norm:.6g}, "
+        norms += f"gp_norm={self.gp_norm:.6g}, " if certified else ""
+        return "\n".join([*lines, f"  {norms}update_norm={self.update_norm:.6g})"])
 
 
 def solve_dual(
-    gram: Array | Sequence[Any], weights: Weights, c: float, rule: str = "cagrad-clip"
+    gram: Array | Sequence[Any],
+    weights: Weights,
+    c: float,
+    rule: RuleLike = "cagrad-clip",
+    *,
+    losses: Array | Sequence[Any] | None = None,
+    state: State | None = None,
 ) -> DualSolution:
-    """Solve the dual problem of one Gram matrix, or of a batch of them in one call.
+    """Find the coefficients of one Gram matrix, or of a batch of them in one call.
 
     Args:
         gram: [m, m] or [n, m, m], M_ij = <g_i, g_j>, 1 <= m <= 32; tensor (any device), array or
             nested lists. Any scale. A Gram that is not finite is not an error (`finite` is False).
         weights: [m], on the simplex; see `check_weights`.
-        c: radius in [0, 1). "linear" and "mgda" do not use it.
-        rule: "cagrad-clip" (RACO), "cagrad", "linear" (coefficients = weights) or "mgda"
-            (coefficients = argmin over the simplex of ||Gp||).
+        c: radius in [0, 1) of "cagrad" and "cagrad-clip"; other rules do not use it.
+        rule: "cagrad-clip" (RACO), "cagrad", "linear" (coefficients = weights), "mgda"
+            (coefficients = argmin over the simplex of ||Gp||), another name of docs/rules.md,
+            {"name": name, option: value}, or a `raco_fast.Rule`.
+        losses: [m] or [n, m], for rules that need them.
+        state: of a rule with a memory, `state` of the solution before; None begins anew. Every
+            problem of a batch begins from it, and a batch leaves none.
     Returns:
-        `DualSolution`, exact to rounding. Of several minimisers it holds the one closest to the
-        weights. g0 = 0 gives p = weights and no correction. The problems of a batch do not touch
-        each other: what is wrong with one makes its own results NaN, and its `status` says why.
+        `DualSolution`; of the four rules named first exact to rounding, and of several minimisers
+        the one closest to the weights. g0 = 0 gives p = weights and no correction. The problems of
+        a batch do not touch each other: what is wrong with one makes its own results NaN, and its
+        `status` says why. Losses that are not finite count as a Gram that is not.
     Raises:
         TypeError, ValueError: an argument breaks a rule above, or the only matrix is no Gram matrix
             (asymmetric, negative on the diagonal, |M_ij| > ||g_i|| ||g_j||).
-    Source: arXiv 2602.02495, Algorithm 1, lines 6-8.
+    Source: arXiv 2602.02495, Algorithm 1, lines 6-8; docs/rules.md for other rules.
     """
     names, _, array = checked_weights(weights)
     c = check_c(c)
-    check_rule(rule)
+    rule = check_rule(rule)
     m = len(names)
     tensor = isinstance(gram, torch.Tensor)
     matrix = _as_float64(gram)
@@ -245,31 +263,91 @@ def solve_dual(
             f"`gram` must be [m, m] or [n, m, m] with m = {m} (one row a weight), "
             f"got shape {matrix.shape}; pass one weight an objective"
         )
-    packed = _C.solve(matrix, array, c, _RULE_NUMBER[rule])
+    certified = rule if isinstance(rule, DualRule) else None
+    packed = _C.solve(matrix, array, c, (certified or Linear).number)
     if packed.ndim == 1:
         _raise_for_status(matrix, packed[3 * m :])
-    return DualSolution(names, array, c, rule, matrix, packed, tensor)
+    if certified is not None:
+        return DualSolution(names, array, c, certified.name, matrix, packed, tensor)
+    after = _apply(rule, matrix, packed, array, c, losses, state)
+    return DualSolution(names, array, c, label_of(rule), matrix, packed, tensor, after)
 
 
 def solve_present(
-    gram: torch.Tensor, weights: Mapping[str, float], present: Sequence[str], c: float, rule: str
+    gram: torch.Tensor,
+    weights: Mapping[str, float],
+    present: Sequence[str],
+    c: float,
+    rule: RuleLike,
+    *,
+    losses: Mapping[str, float] | None = None,
+    state: State | None = None,
 ) -> DualSolution:
     """`solve_dual` for the objectives `present`; the others, of weight 0, are zeros in its arrays.
 
-    An objective without a loss is left out, as a gradient of zero would attract p.
+    An objective without a loss is left out, as a gradient of zero would attract p. Of a rule's
+    state its part stays as it was.
 
     Args:
         gram: [m, m], of all objectives.
         weights: of all objectives.
         present: some of their names, in the same order.
         c, rule: as in `solve_dual`.
+        losses: of the objectives present, for rules that need them.
+        state: of all objectives.
     """
-    names = tuple(weights)
+    names, rule = tuple(weights), check_rule(rule)
+    values = None if losses is None else [losses[name] for name in present]
     if len(present) == len(names):
-        return solve_dual(gram, weights, c, rule)
+        return solve_dual(gram, weights, c, rule, losses=values, state=state)
     places = [names.index(name) for name in present]
-    part = solve_dual(gram[places][:, places], {name: weights[name] for name in present}, c, rule)
-    return part.among(names)
+    whole = state or rule.initial_state(len(names))
+    part = solve_dual(
+        gram[places][:, places],
+        {name: weights[name] for name in present},
+        c,
+        rule,
+        losses=values,
+        state={key: value[_of(places, value)] for key, value in whole.items()},
+    )
+    solution = part.among(names)
+    solution.state = {key: value.copy() for key, value in whole.items()}
+    for key, value in part.state.items():
+        solution.state[key][_of(places, value)] = value
+    return solution
+
+
+def _of(places: list[int], value: NDArray[np.float64]) -> Any:
+    """The index of some objectives' part of one value of a state."""
+    return np.ix_(*[places] * value.ndim) if value.ndim else ()
+
+
+def _apply(
+    rule: Rule,
+    matrix: NDArray[np.float64],
+    packed: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    c: float,
+    losses: Any,
+    state: State | None,
+) -> State:
+    """Put a rule's coefficients where "linear" was solved; returns the state to go on from."""
+    m, before = len(weights), checked_state(rule, len(weights), state)
+    rows, M = packed.reshape(-1, 3 * m + _C.SCALARS), matrix.reshape(-1, m, m)
+    values = checked_losses(rule, losses, len(rows), m)
+    if values is not None:
+        lost = ~np.isfinite(values).all(1)
+        rows[lost] = np.nan
+        rows[lost, 3 * m + _STATUS] = _NON_FINITE
+    rows[:, : 2 * m] = np.nan
+    rows[:, [3 * m + k for k in (_GAP, _VALUE, _GP_NORM, _CLIP_ACTIVE)]] = np.nan
+    fine = rows[:, 3 * m + _STATUS] == 0.0
+    M = (M[fine] + M[fine].swapaxes(1, 2)) * 0.5
+    np.einsum("nii->ni", M)[:] = np.maximum(np.einsum("nii->ni", M), 0.0)
+    problem = Problem(M, weights, c, None if values is None else values[fine])
+    coefficients, norms, after = apply(rule, problem, before)
+    rows[fine, 2 * m : 3 * m], rows[fine, 3 * m + _UPDATE_NORM] = coefficients, norms
+    return after if packed.ndim == 1 else {}
 
 
 def _as_float64(gram: Array | Sequence[Any]) -> NDArray[np.float64]:

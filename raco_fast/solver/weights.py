@@ -113,13 +113,6 @@ def check_c(c: float) -> float:
     return value
 
 
-def check_rule(rule: str) -> str:
-    """The rule's name; ValueError unless it is one of `RULES`."""
-    if not isinstance(rule, str) or rule not in RULES:
-        raise ValueError(f"`rule` must be one of {', '.join(RULES)}, got {rule!r}")
-    return rule
-
-
 def checked_weights(weights: Weights) -> Checked:
     """`check_weights`, and the values as a read-only array [m]."""
     if type(weights) is dict or isinstance(weights, Mapping):  # `type` spares a microsecond

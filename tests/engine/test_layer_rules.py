@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 import raco_fast
 from raco_fast.engine import layer_rules
 from raco_fast.engine.contributions import VectorUse
-from raco_fast.engine.layer_rules import register_rule, rule_for
+from raco_fast.engine.layer_rules import register_layer_rule, rule_for
 from raco_fast.engine.sequences import Segments
 
 D, D_OUT, VOCAB = 6, 4, 11
@@ -226,9 +226,9 @@ def test_no_rule(layer):
         ),
     ],
 )
-def test_register_rule_refuses(module_type, rule, message):
+def test_register_layer_rule_refuses(module_type, rule, message):
     with pytest.raises(TypeError, match=message):
-        register_rule(module_type, rule)
+        register_layer_rule(module_type, rule)
     assert nn.Bilinear not in layer_rules._RULES
 
 
@@ -265,20 +265,29 @@ def rules(monkeypatch) -> None:
 @pytest.mark.usefixtures("rules")
 def test_a_rule_holds_for_subclasses_that_keep_the_forward():
     assert rule_for(Scale()) is None
-    register_rule(Scale, scale_rule)
+    register_layer_rule(Scale, scale_rule)
     assert rule_for(Scale()) is rule_for(Inherited()) is scale_rule
     assert rule_for(Changed()) is None
 
 
 @pytest.mark.usefixtures("rules")
+def test_the_old_name_works_and_says_the_new_one():
+    with pytest.warns(DeprecationWarning, match=r"raco_fast.register_layer_rule now$") as caught:
+        raco_fast.register_rule(Scale, scale_rule)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert rule_for(Scale()) is scale_rule
+
+
+@pytest.mark.usefixtures("rules")
 def test_a_rule_of_the_user_replaces_ours_and_its_conditions():
-    register_rule(nn.Embedding, scale_rule)
+    register_layer_rule(nn.Embedding, scale_rule)
     assert rule_for(nn.Embedding(VOCAB, D, max_norm=1.0)) is scale_rule
 
 
 @pytest.mark.usefixtures("rules")
 def test_a_rule_of_the_user_at_work():
-    register_rule(Scale, scale_rule)
+    register_layer_rule(Scale, scale_rule)
     model, x = nn.Sequential(nn.Linear(D, D), Scale(), nn.Tanh()), randn(4, 3, D, seed=1)
     gradients = raco_fast.ObjectiveGradients(model.parameters(), {"a": 0.4, "b": 0.6})
     scores = model(x).sum((1, 2))
@@ -297,7 +306,7 @@ def test_a_rule_of_the_user_at_work():
 
 @pytest.mark.usefixtures("rules")
 def test_a_rule_that_forgets_a_parameter_is_named():
-    register_rule(Scale, lambda module, x, dy, segments: {})
+    register_layer_rule(Scale, lambda module, x, dy, segments: {})
     model = nn.Sequential(Scale())
     raco_fast.prepare(model)
     gradients = raco_fast.ObjectiveGradients(model.parameters(), [0.4, 0.6])

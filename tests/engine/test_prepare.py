@@ -404,7 +404,7 @@ def test_what_has_no_rule_is_listed_or_refused():
 def test_a_refused_model_is_left_alone():
     model = nn.Sequential(nn.Linear(4, 4), nn.PReLU())
     with pytest.raises(
-        ValueError, match=r"\['1.weight'\]; give their layers one with register_rule"
+        ValueError, match=r"\['1.weight'\]; give their layers one with register_layer_rule"
     ):
         prepare(model, strict=True)
     assert taps(model(randn(5, 4))) == 0
