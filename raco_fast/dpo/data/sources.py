@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from raco_fast.dpo.data.formats import Format, detect_format, format_named
+from raco_fast.dpo.data.formats.format import Format
+from raco_fast.dpo.data.formats.registry import detect_format, format_named
 from raco_fast.dpo.data.pairs import ConciseRule, PreferencePair, check_content
 from raco_fast.dpo.data.rows import Row, RowError, read_rows, show
 
@@ -46,7 +47,7 @@ class DataSource:
     Args:
         path: JSON Lines or a JSON list, gzip or not.
         objective: the objective(s) this file labels; None: every objective of the run.
-        format: a name in `raco_fast.dpo.formats.FORMATS`, or "auto" (from the first row's keys).
+        format: a name in `formats.registry.FORMATS`, or "auto" (from the first row's keys).
         limit: read only the first `limit` usable pairs.
         columns: objective -> the field that labels it, where the names differ; a leading "-"
             turns the sign ({"concise": "-verbosity"}).
@@ -83,7 +84,7 @@ def read_pairs(
     Args:
         path: JSON Lines or a JSON list, gzip or not.
         objectives: names to label. A file without label fields takes one (besides `concise`).
-        format: a name in `raco_fast.dpo.formats.FORMATS`, or "auto".
+        format: a name in `formats.registry.FORMATS`, or "auto".
         concise: derives one objective from length.
         limit: read only the first `limit` pairs.
     Returns:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from raco_fast.dpo.data.batches import micro_batches
@@ -67,7 +67,8 @@ def reference_logps(
     if file.is_file():
         logger.info("reference log-probabilities of %d pairs: from %s", len(pairs), file)
     else:
-        values = _compute(model, pairs, pad_id, batch_pairs, chunk_tokens)
+        reference = compute_reference(model, pairs, pad_id, batch_pairs, chunk_tokens)
+        values = torch.tensor([reference.by_id[pair.id] for pair in pairs], dtype=torch.float32)
         wrong = [p.id for p, ok in zip(pairs, values.isfinite().all(dim=1), strict=True) if not ok]
         if wrong:
             raise ValueError(
@@ -84,18 +85,19 @@ def reference_logps(
 
 
 @torch.no_grad()
-def _compute(
+def compute_reference(
     model: nn.Module,
     pairs: Sequence[EncodedPair],
     pad_id: int,
     batch_pairs: int,
-    chunk_tokens: int,
-) -> Tensor:
-    """float32 [n, 2] reference log-probabilities in the order of `pairs`."""
+    chunk_tokens: int = 256,
+) -> ReferenceLogps:
+    """Reference log-probabilities of `pairs`, not cached; arguments as in `reference_logps`."""
     by_id: dict[str, tuple[float, float]] = {}
     was_training = model.training
     model.eval()
-    with adapter_off(model), tqdm(total=len(pairs), desc="reference", unit="pair") as progress:
+    progress = tqdm(total=len(pairs), desc="reference", unit="pair", delay=1)
+    with adapter_off(model), progress:
         for group in micro_batches(pairs, batch_pairs):
             batch = collate(group, pad_id)
             logps_a, logps_b = pair_logps(model, batch, chunk_tokens).chunk(2)
@@ -103,4 +105,4 @@ def _compute(
             by_id |= dict(zip(batch.ids, both, strict=True))
             progress.update(len(group))
     model.train(was_training)
-    return torch.tensor([by_id[pair.id] for pair in pairs], dtype=torch.float32)
+    return ReferenceLogps(by_id)

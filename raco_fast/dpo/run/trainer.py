@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-from raco_fast.dpo.data.batches import BatchSchedule, labelled_counts, micro_batches
-from raco_fast.dpo.data.tokenization import EncodedPair, collate
+from raco_fast.dpo.data.batches import BatchSchedule, labelled_counts
+from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.logps import check_head
-from raco_fast.dpo.losses import preference_losses
-from raco_fast.dpo.metrics import PreferenceMetrics, solution_metrics
 from raco_fast.dpo.models import (
     add_adapter,
     fingerprint,
@@ -33,7 +31,8 @@ from raco_fast.dpo.run.interrupt import Interrupt
 from raco_fast.dpo.run.metrics_file import MetricsFile, read_records
 from raco_fast.dpo.run.model_card import TrainingSummary, save_trained_model
 from raco_fast.dpo.run.reference_cache import data_hash, reference_logps
-from raco_fast.dpo.scoring import ReferenceLogps, pair_logps, score_pairs
+from raco_fast.dpo.run.step import PreferenceStep
+from raco_fast.dpo.scoring import ReferenceLogps
 from raco_fast.engine.prepare import prepare
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 
@@ -98,6 +97,17 @@ class Trainer:
         self.batches = BatchSchedule(len(train_pairs), config.pairs_per_step, config.seed)
         self.total_steps = _total_steps(config, self.batches)
         self.state = self._new_state(train_pairs, model_hash)
+        self._learn = PreferenceStep(
+            self.model,
+            self.state.optimizer,
+            self.reference,
+            self._pad_id,
+            config.pairs_per_micro_batch,
+            config.loss,
+            config.loss_options,
+            config.chunk_tokens,
+            {"auto": "one_backward"}.get(config.gradient_mode, config.gradient_mode),
+        )
         if found is not None:
             self._resume(found)
         self.metrics = MetricsFile(
@@ -134,10 +144,8 @@ class Trainer:
         state, config = self.state, self.config
         pairs = [self.pairs[i] for i in self.batches.indices(state.step)]
         lr = state.scheduler.get_last_lr()[0]
-        preference, losses, tokens = self._accumulate(pairs)
-        state.optimizer.step()
+        result = self._learn(pairs)
         state.scheduler.step()
-        state.optimizer.zero_grad()
         state.step += 1
         self._report_skip()
         progress.update()
@@ -147,49 +155,12 @@ class Trainer:
                 "step": state.step,
                 "epoch": self.batches.epoch(state.step),
                 "learning_rate": lr,
-                **{f"loss/{name}": float(loss) for name, loss in losses.items()},
-                **preference.result(),
-                **self._combination(),
+                **result.metrics(),
                 "seconds": seconds,
-                "tokens_per_second": tokens / seconds,
+                "tokens_per_second": result.tokens / seconds,
             }
             self.metrics.write(record)
             progress.set_postfix(_brief(record, config.objectives))
-
-    def _accumulate(
-        self, pairs: Sequence[EncodedPair]
-    ) -> tuple[PreferenceMetrics, dict[str, Tensor], int]:
-        """Fill every objective's gradient; return metrics, losses and the tokens processed."""
-        config = self.config
-        counts = labelled_counts(pairs, config.objectives)
-        preference = PreferenceMetrics(config.loss_options.beta)
-        totals = {name: torch.zeros((), device=self.device) for name in config.objectives}
-        tokens = 0
-        for group in micro_batches(pairs, config.pairs_per_micro_batch):
-            batch = collate(group, self._pad_id)
-            logps = pair_logps(self.model, batch, config.chunk_tokens)
-            scores = score_pairs(logps, batch, self.reference)
-            losses = preference_losses(
-                scores, batch.labels, loss=config.loss, options=config.loss_options, counts=counts
-            )
-            self._backward(losses, logps)
-            preference.add(scores, batch.labels)
-            totals = {name: totals[name] + losses[name].detach() for name in totals}
-            tokens += int(batch.attention_mask.sum())
-        return preference, totals, tokens
-
-    def _backward(self, losses: dict[str, Tensor], logps: Tensor) -> None:
-        """Every objective's gradient, in the configured mode.
-
-        A loss that is not finite makes its gradient so too, which skips the step: clamped losses
-        (hinge) can be NaN with a finite gradient.
-        """
-        honest = {name: loss * (1 + 0 * loss.detach()) for name, loss in losses.items()}
-        if not any(loss.requires_grad for loss in honest.values()):
-            # A micro-batch of ties only: gradients of zero, where constants alone would be refused.
-            honest = {name: loss + 0.0 * logps.sum() for name, loss in honest.items()}
-        mode = {"auto": "one_backward"}.get(self.config.gradient_mode, self.config.gradient_mode)
-        self.state.optimizer.backward(honest, scores=logps, mode=mode)
 
     def _report_skip(self) -> None:
         optimizer = self.state.optimizer
@@ -200,13 +171,6 @@ class Trainer:
                 self.state.step,
                 optimizer.skipped_steps,
             )
-
-    def _combination(self) -> dict[str, float]:
-        """How the last step combined the objectives; skipped steps are counted, not hidden."""
-        optimizer = self.state.optimizer
-        assert optimizer.solution is not None
-        combination = solution_metrics(optimizer.solution, self.config.objectives)
-        return combination | {"raco/skipped_steps": float(optimizer.skipped_steps)}
 
     def _record(self, evaluation: dict[str, float]) -> None:
         self.metrics.write({"step": self.state.step, **evaluation})

@@ -31,8 +31,10 @@ def reference(model, pairs, folder, **changes):
 def computed(monkeypatch):
     """Counts the passes over the data that really ran a model."""
     calls = []
-    original = reference_cache._compute
-    monkeypatch.setattr(reference_cache, "_compute", lambda *a: calls.append(1) or original(*a))
+    original = reference_cache.compute_reference
+    monkeypatch.setattr(
+        reference_cache, "compute_reference", lambda *a: calls.append(1) or original(*a)
+    )
     return calls
 
 

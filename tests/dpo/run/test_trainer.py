@@ -9,7 +9,8 @@ import torch
 
 from raco_fast.dpo.data.batches import labelled_counts
 from raco_fast.dpo.data.tokenization import collate
-from raco_fast.dpo.run import reference_cache, trainer
+from raco_fast.dpo.run import reference_cache
+from raco_fast.dpo.run import step as step_module
 from raco_fast.dpo.run.trainer import Trainer, train
 from raco_fast.dpo.scoring import pair_logps
 
@@ -175,8 +176,10 @@ def test_reference_logps_are_computed_once_for_a_model_a_data_set_and_a_template
     make_config, monkeypatch, tmp_path, save_tiny, write_pairs
 ):
     computed = []
-    original = reference_cache._compute
-    monkeypatch.setattr(reference_cache, "_compute", lambda *a: computed.append(1) or original(*a))
+    original = reference_cache.compute_reference
+    monkeypatch.setattr(
+        reference_cache, "compute_reference", lambda *a: computed.append(1) or original(*a)
+    )
 
     def passes(name: str, *args, **changes) -> int:
         computed.clear()
@@ -224,7 +227,7 @@ def test_a_nan_in_a_loss_skips_the_step_and_the_run_goes_on(runs, make_config, m
     """The loss is NaN but its gradient is finite: the worst case, as nothing else would show it."""
     config = make_config(warmup_ratio=0.0)
     runner, seen = Trainer(config), []
-    original = trainer.preference_losses
+    original = step_module.preference_losses
 
     def losses(*args, **kwargs):
         result = original(*args, **kwargs)
@@ -244,7 +247,7 @@ def test_a_nan_in_a_loss_skips_the_step_and_the_run_goes_on(runs, make_config, m
         step(progress)
         seen.append((before, snapshot()))
 
-    monkeypatch.setattr(trainer, "preference_losses", losses)
+    monkeypatch.setattr(step_module, "preference_losses", losses)
     monkeypatch.setattr(runner, "_step", watched)
     last = runner.run()
     for number, (before, after) in enumerate(seen):

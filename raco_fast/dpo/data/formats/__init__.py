@@ -1,0 +1,1 @@
+"""The formats preference data comes in, a file for each."""

@@ -1,0 +1,30 @@
+"""`raco`, our own: prompt (turns), response_a, response_b, preferences {objective: +1, -1, 0}."""
+
+from raco_fast.dpo.data.formats.fields import as_label, as_turns, field, text
+from raco_fast.dpo.data.formats.format import Content, Format
+from raco_fast.dpo.data.rows import Row, shape
+
+
+def _content(row: Row) -> Content:
+    a, b = text(row, "response_a"), text(row, "response_b")
+    return as_turns(row, "prompt", field(row, "prompt")), a, b
+
+
+def _label(row: Row, objective: str) -> int | None:
+    preferences = field(row, "preferences")
+    if not isinstance(preferences, dict):
+        raise row.error(
+            "preferences", "map objectives to labels", shape(preferences), "write an object"
+        )
+    if objective not in preferences:
+        return None
+    return as_label(row, f"preferences.{objective}", preferences[objective])
+
+
+FORMAT = Format(
+    "raco",
+    {"response_a", "response_b", "preferences"}.issubset,
+    _content,
+    _label,
+    label_fields=lambda row: row.data["preferences"],
+)

@@ -1,0 +1,25 @@
+"""`text-score`: text [transcript, transcript] and score [number, number].
+
+The transcript with the higher score comes first, so the one objective's label is +1.
+"""
+
+from raco_fast.dpo.data.formats.conversation import split_sides, transcript
+from raco_fast.dpo.data.formats.fields import as_number, as_text, field
+from raco_fast.dpo.data.formats.format import Content, Format
+from raco_fast.dpo.data.rows import Row, shape
+
+
+def _content(row: Row) -> Content:
+    for name in ("text", "score"):
+        value = field(row, name)
+        if not isinstance(value, list) or len(value) != 2:
+            raise row.error(name, "be a list of two", shape(value), "give one entry a response")
+    scores = [as_number(row, f"score[{k}]", score) for k, score in enumerate(row.data["score"])]
+    if scores[0] == scores[1]:
+        raise row.unusable("score", "differ", "two equal scores", "remove the row: it is a tie")
+    first = 0 if scores[0] > scores[1] else 1
+    texts = [as_text(row, "text", row.data["text"][k]) for k in (first, 1 - first)]
+    return split_sides(row, [("text", transcript(row, "text", text)) for text in texts])
+
+
+FORMAT = Format("text-score", {"text", "score"}.issubset, _content)

@@ -1,0 +1,71 @@
+"""Which format a file is in, and formats of one's own."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from raco_fast.dpo.data.formats import registry
+from raco_fast.dpo.data.formats.format import Format
+from raco_fast.dpo.data.formats.registry import register_format
+from raco_fast.dpo.data.sources import DataSource, read_sources
+
+DOCS = Path(__file__).resolve().parents[4] / "docs"
+QUESTION = {"question": "why?", "first": "yes", "second": "no", "helpful": -1}
+TURNS = [{"role": "user", "content": "why?"}]
+
+
+@pytest.fixture(autouse=True)
+def formats(monkeypatch):
+    """A registry of the test's own."""
+    monkeypatch.setattr(registry, "FORMATS", dict(registry.FORMATS))
+
+
+@pytest.fixture
+def read(tmp_path):
+    def reader(row, **source):
+        file = tmp_path / "rows.jsonl"
+        file.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        (pair,) = read_sources([DataSource(str(file), **source)], ["helpful"])
+        return pair
+
+    return reader
+
+
+def test_unknown_format_says_what_it_found(read):
+    match = r":1: `format` must be recognisable .* got \['answer', 'question'\].*'chosen-rejected'"
+    with pytest.raises(ValueError, match=match):
+        read({"question": "why?", "answer": "yes"})
+    with pytest.raises(ValueError, match=r"`format` must be 'auto' or one of .*got 'trl'"):
+        read(QUESTION, format="trl")
+    with pytest.raises(ValueError, match=r"'k11', and 18 more\]"):
+        read({f"k{n:02}": 0 for n in range(30)})
+
+
+def test_the_documented_format_reads_rows_as_strictly_as_the_others(read):
+    (example,) = re.findall(r"```python\n(.*?)```", (DOCS / "data.md").read_text(), re.DOTALL)
+    exec(example, {})
+    pair = read(QUESTION)
+    assert (pair.prompt, pair.response_a, pair.response_b) == (TURNS, "yes", "no")
+    assert pair.preferences == {"helpful": -1}
+    assert read(QUESTION, format="questions") == pair
+    with pytest.raises(ValueError, match=r"jsonl:1: `first` must be text, got int; write a string"):
+        read({**QUESTION, "first": 1})
+    with pytest.raises(ValueError, match=r"no field for 'helpful' \('questions' format, fields \["):
+        read({k: v for k, v in QUESTION.items() if k != "helpful"})
+
+
+def test_ones_own_format_is_asked_before_the_others(read):
+    row = {"prompt": "why?", "chosen": "yes", "rejected": "no"}
+    assert read(row).response_a == "yes"
+    swapped = Format("swapped", {"chosen"}.issubset, lambda row: (TURNS, "no", "yes"))
+    register_format(swapped)
+    assert read(row).response_a == "no"
+    assert read(row, format="chosen-rejected").response_a == "yes"
+
+
+@pytest.mark.parametrize("name", ["auto", "pku"])
+def test_a_name_is_given_once(name):
+    with pytest.raises(ValueError, match=rf"`form.name` must be a new name, got '{name}'; known"):
+        register_format(Format(name, {"x"}.issubset, lambda row: (TURNS, "a", "b")))
