@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bench.cases import SIZES
-from bench.parts import PARTS, default_sizes, run_part
-from bench.records import Records
+from bench.harness.cases import SIZES
+from bench.harness.parts import PARTS, default_sizes, run_part
+from bench.harness.records import Records
 
 
 def main() -> None:

@@ -18,11 +18,11 @@ from time import perf_counter
 
 import torch
 
-from bench import optional
-from bench.dpo_problem import SHAPES, Problem, Setting
-from bench.dpo_steps import STEPS, UNPREPARED, disagreement
-from bench.records import Records
-from bench.timing import interleaved
+from bench.harness import optional
+from bench.harness.dpo_problem import SHAPES, Problem, Setting
+from bench.harness.records import Records
+from bench.harness.timing import interleaved
+from bench.rivals.dpo_steps import STEPS, UNPREPARED, disagreement
 
 RIVALS = tuple(name for name in STEPS if name != "gram_first, step_in_backward")
 # Relative, of any parameter's gradients; beyond it one backward pass computes something else.

@@ -21,10 +21,10 @@ from time import perf_counter
 
 import torch
 
-from bench.dpo_problem import SHAPES, Problem, Setting
-from bench.dpo_steps import STEPS, UNPREPARED
-from bench.meter import Meter
-from bench.records import Records
+from bench.harness.dpo_problem import SHAPES, Problem, Setting
+from bench.harness.meter import Meter
+from bench.harness.records import Records
+from bench.rivals.dpo_steps import STEPS, UNPREPARED
 
 # glibc: map every larger block by itself, so that the resident set is what is allocated and not
 # what malloc keeps for later. It costs time, which is not measured here.

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 
 import raco_fast
-from bench.dpo_problem import SHAPES, FreshProblem, Setting
-from bench.meter import Meter
+from bench.harness.dpo_problem import SHAPES, FreshProblem, Setting
+from bench.harness.meter import Meter
 
 WARMUP = 2
 """Steps that do not count: the first has extra passes (`prepare` proves itself) and new memory."""
@@ -70,7 +70,7 @@ CONTESTANTS = ("plain", "trl", "raco linear", "raco cagrad-clip")
 def trainer(contestant: str, m: int) -> Train:
     """What trains; a rival is loaded here, before anything is measured."""
     if contestant == "trl":
-        from bench import trl_trainer
+        from bench.rivals import trl_trainer
 
         return partial(trl_trainer.train, lr=LR)
     return plain if contestant == "plain" else raco(contestant.removeprefix("raco "), m)

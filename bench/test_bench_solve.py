@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bench.dual_solvers import SIZES, grams, solvers, value
+from bench.rivals.dual_solvers import SIZES, grams, solvers, value
 
 CASES = [(m, name) for m in SIZES for name in solvers(m)]
 

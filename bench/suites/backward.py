@@ -6,8 +6,8 @@ from dataclasses import replace
 from time import perf_counter
 
 from bench import bench_backward
-from bench.dpo_problem import Setting
-from bench.session import Session
+from bench.harness.dpo_problem import Setting
+from bench.harness.session import Session
 
 NAME = "backward"
 # Without our own mode "autograd", which does what "passes" does.

@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
-from bench.session import Session
-from bench.timing import interleaved
+from bench.harness.session import Session
+from bench.harness.timing import interleaved
 
 NAME = "ceilings"
 # Bytes of the copy and side of the matrices: large against any cache.

@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from bench.cases import Case
-from bench.contest import Contest, contest_of_steps, our_calls
-from bench.problems import ADAMW, Weights
-from bench.rivals import rivals
+from bench.harness.cases import Case
+from bench.harness.contest import Contest, contest_of_steps, our_calls
+from bench.harness.problems import ADAMW, Weights
+from bench.rivals.gradients import rivals
 from raco_fast.backends import ops
 from raco_fast.backends.reference import adamw_options
 

@@ -7,10 +7,10 @@ from functools import partial
 
 from torch import Tensor
 
-from bench.cases import Case
-from bench.contest import Contest, our_calls
-from bench.problems import Tensors, exact_gram, gram_error
-from bench.rivals import Rival, rivals
+from bench.harness.cases import Case
+from bench.harness.contest import Contest, our_calls
+from bench.harness.problems import Tensors, exact_gram, gram_error
+from bench.rivals.gradients import Rival, rivals
 from raco_fast.backends import ops
 
 NAME = "gram"

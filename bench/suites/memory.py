@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bench import bench_memory
-from bench.dpo_problem import Setting
-from bench.session import Session
+from bench.harness.dpo_problem import Setting
+from bench.harness.session import Session
 
 NAME = "memory"
 _GRACE = 30.0

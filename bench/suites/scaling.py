@@ -14,12 +14,12 @@ from time import perf_counter
 import torch
 from torch import nn
 
-from bench.dpo_problem import Problem, Setting
-from bench.dpo_steps import STEPS
-from bench.problems import random_like
-from bench.session import Session
+from bench.harness.dpo_problem import Problem, Setting
+from bench.harness.problems import random_like
+from bench.harness.session import Session
+from bench.harness.timing import Call, interleaved
+from bench.rivals.dpo_steps import STEPS
 from bench.suites.step import optimizer
-from bench.timing import Call, interleaved
 
 NAME = "scaling"
 REPRODUCE = "python -m bench tests scaling --device cpu --out runs/scaling"

@@ -12,11 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bench.cases import Case
-from bench.contest import Contest, contest_of_steps, our_calls
-from bench.problems import ADAMW, Tensors, Weights, exact_gram
-from bench.records import OURS
-from bench.rivals import Rival, rivals
+from bench.harness.cases import Case
+from bench.harness.contest import Contest, contest_of_steps, our_calls
+from bench.harness.problems import ADAMW, Tensors, Weights, exact_gram
+from bench.harness.records import OURS
+from bench.rivals.gradients import Rival, rivals
 from raco_fast import ClippedCAGradAdamW, solve_dual
 from raco_fast.backends.choose import MAX_ON_DEVICE
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bench import correctness, sanitizer
-from bench.jobs import run_together
-from bench.session import Session
+from bench.harness import correctness, sanitizer
+from bench.harness.jobs import run_together
+from bench.harness.session import Session
 
 NAME = "tests"
 

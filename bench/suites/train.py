@@ -21,10 +21,11 @@ from importlib.util import find_spec
 from time import perf_counter
 from typing import Any
 
-from bench import bench_train, correctness, jobs, optional
-from bench.dpo_problem import Setting
-from bench.session import Session
-from bench.timing import Times
+from bench import bench_train
+from bench.harness import correctness, jobs, optional
+from bench.harness.dpo_problem import Setting
+from bench.harness.session import Session
+from bench.harness.timing import Times
 
 NAME = "train"
 ROUNDS = 3

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
-from bench import bench_backward, bench_memory, dpo_steps, optional
-from bench.dpo_problem import Problem, Setting
+from bench import bench_backward, bench_memory
+from bench.harness import optional
+from bench.harness.dpo_problem import Problem, Setting
+from bench.rivals import dpo_steps
 
 SETTING = Setting(shape="tiny", layers=1, sequences=4, tokens=12)
 TINY = ["--shape", "tiny", "--layers", "1", "--sequences", "4", "--tokens", "12"]

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import correctness, jobs, parts, records, rivals, sanitizer, session, timing
-from bench.cases import Case, cases
-from bench.contest import Contest
-from bench.parameters import LISTS, MODELS, elements
+from bench.harness import correctness, jobs, parts, records, sanitizer, session, timing
+from bench.harness.cases import Case, cases
+from bench.harness.contest import Contest
+from bench.harness.parameters import LISTS, MODELS, elements
+from bench.rivals import gradients
 from bench.suites import combine_adamw, gram, step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,8 +131,8 @@ def test_a_rival_that_is_wrong_or_fails_has_no_time(
         raise torch.OutOfMemoryError("tried to allocate 64 GiB")
 
     passed_tests(tmp_path)
-    monkeypatch.setattr(rivals.Paper, "combine", lambda self, grads, alpha: grads[0])
-    monkeypatch.setattr(rivals.Dot, "combine", out_of_memory)
+    monkeypatch.setattr(gradients.Paper, "combine", lambda self, grads, alpha: grads[0])
+    monkeypatch.setattr(gradients.Dot, "combine", out_of_memory)
     found = run(tmp_path, "combine_adamw", monkeypatch=monkeypatch)
     failures = {r["name"]: r["failure"] for r in found if "failure" in r}
     assert failures.keys() == {"combine_adamw/paper", "combine_adamw/dot"}
@@ -150,6 +151,15 @@ def test_nothing_is_reported_where_ours_is_wrong(
     found = run(tmp_path, "gram", monkeypatch=monkeypatch)
     assert not [r for r in found if "p50" in r]
     assert all(r["failure"].startswith("wrong: error 0.0001") for r in found if "failure" in r)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_tests_that_suites_rely_on_are_there_and_are_run(device: str) -> None:
+    run_first = correctness.files(device)
+    assert all(file.is_file() for file in run_first)
+    for needed in correctness.RELIES_ON[device].values():
+        assert needed
+        assert {*needed} <= {*run_first}
 
 
 @pytest.mark.parametrize(
@@ -316,6 +326,6 @@ def test_the_script_runs_the_parts_it_is_told(tmp_path: Path, script) -> None:
 
 
 def test_failures_can_be_recorded_without_the_extension() -> None:
-    code = "import sys, bench.records; print('raco_fast' in sys.modules)"
+    code = "import sys, bench.harness.records; print('raco_fast' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import correctness, goals, page, report
-from bench.records import Record, Records
+from bench.harness import correctness
+from bench.harness.records import Record, Records
+from bench.pages import goals, page, report
 
 MACHINE = {"cpu": "a machine", "cores": 2, "load": 0.1}
 
@@ -116,7 +117,7 @@ def test_a_whole_run_of_tiny_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_plots_are_drawn(tmp_path: Path) -> None:
-    from bench.plots import draw
+    from bench.pages.plots import draw
 
     dpo = {"kind": "lora", "m": 2, "layers": 1}
     records = [
@@ -138,7 +139,8 @@ def test_nothing_to_render(tmp_path: Path) -> None:
 def test_a_solver_that_is_wrong_or_absent_is_not_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bench import dual_solvers, optional, parts
+    from bench.harness import optional, parts
+    from bench.rivals import dual_solvers
 
     monkeypatch.setitem(optional.NEEDED, "torchjd", ("no_such_package",))
     monkeypatch.setattr(dual_solvers, "closed_form", lambda M: [1.0] + [0.0] * (len(M) - 1))
@@ -152,7 +154,7 @@ def test_a_solver_that_is_wrong_or_absent_is_not_timed(
 
 
 def test_closed_forms_are_optimal() -> None:
-    from bench.dual_solvers import closed_form, grams, solvers, value
+    from bench.rivals.dual_solvers import closed_form, grams, solvers, value
 
     for m in (2, 3):
         ours = solvers(m)["raco"]
@@ -164,7 +166,7 @@ def test_closed_forms_are_optimal() -> None:
 
 
 def test_every_sweep_is_recorded(tmp_path: Path) -> None:
-    from bench import parts
+    from bench.harness import parts
 
     records = Records(tmp_path, "cpu")
     parts.run_part("scaling", records, "cpu", "tiny", 0.0)
@@ -182,7 +184,7 @@ def test_the_page_is_written_from_the_committed_runs() -> None:
 
 
 def test_every_suite_is_a_part_and_goes_by_its_name() -> None:
-    from bench.parts import PARTS
+    from bench.harness.parts import PARTS
 
     assert set(page.SUITES) | {"tests", "ceilings", "scaling"} == set(PARTS)
     assert [import_module(f"bench.suites.{part}").NAME for part in PARTS] == list(PARTS)

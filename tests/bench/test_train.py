@@ -12,11 +12,12 @@ from time import perf_counter
 import pytest
 import torch
 
-from bench import bench_train, correctness, jobs, meter
+from bench import bench_train
 from bench.bench_train import LR
-from bench.dpo_problem import FreshProblem, Setting
-from bench.records import Record, Records
-from bench.session import Session
+from bench.harness import correctness, jobs, meter
+from bench.harness.dpo_problem import FreshProblem, Setting
+from bench.harness.records import Record, Records
+from bench.harness.session import Session
 from bench.suites import train
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = ("torch", "triton", "transformers", "peft", "trl", "numpy", "setuptools")
 
 

@@ -14,11 +14,11 @@ from typing import Protocol
 
 import torch
 
-from bench import correctness, machine
-from bench.cases import Case, cases
-from bench.contest import Contest, failures
-from bench.records import OURS, Records
-from bench.timing import Times, interleaved
+from bench.harness import correctness, machine
+from bench.harness.cases import Case, cases
+from bench.harness.contest import Contest, failures
+from bench.harness.records import OURS, Records
+from bench.harness.timing import Times, interleaved
 
 # A contestant that is further off than this computes something else.
 _TOLERANCE = 0.1

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.records import Record
+from bench.harness.records import Record
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from bench.goals import Verdict, device_of, verdicts
-from bench.records import OURS, Record
-from bench.timing import noisy
+from bench.harness.records import OURS, Record
+from bench.harness.timing import noisy
+from bench.pages.goals import Verdict, device_of, verdicts
 from raco_fast.report import markdown_table
 
 # Suite -> (title, what its ratios are multiples of).

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from bench.parameters import LISTS, elements
-from bench.problems import Tensors, random_like
+from bench.harness.parameters import LISTS, elements
+from bench.harness.problems import Tensors, random_like
 
 bf16, fp32 = torch.bfloat16, torch.float32
 EVERY_M = (2, 4, 3, 8)

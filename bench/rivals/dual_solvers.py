@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench import optional
+from bench.harness import optional
 from raco_fast import _C
 from raco_fast.solver.dual import solve_dual
 from raco_fast.solver.weights import RULES

@@ -8,8 +8,8 @@ from time import perf_counter
 
 import torch
 
-from bench.records import Records
-from bench.session import Session
+from bench.harness.records import Records
+from bench.harness.session import Session
 
 # Part -> seconds in a run of all; the time that a part does not need is not given to others.
 SECONDS = {

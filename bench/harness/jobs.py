@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
-from bench.machine import ROOT
+from bench.harness.machine import ROOT
 
 
 @dataclass(frozen=True)

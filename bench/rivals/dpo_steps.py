@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 import raco_fast
-from bench.dpo_problem import Problem
+from bench.harness.dpo_problem import Problem
 from raco_fast.engine.exactness import Exactness
 from raco_fast.engine.tap import Checks
 

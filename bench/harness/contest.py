@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import raco_fast
-from bench.cases import Case
-from bench.problems import Tensors, Weights, probed
-from bench.records import OURS
-from bench.timing import Call
+from bench.harness.cases import Case
+from bench.harness.problems import Tensors, Weights, probed
+from bench.harness.records import OURS
+from bench.harness.timing import Call
 
 # The reference backend works in small blocks: on the largest lists it only costs time.
 REFERENCE_UP_TO = 1_000_000_000

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.page import SUITES, by_suite, cases, contestant, slope, swept
-from bench.records import Record
+from bench.harness.records import Record
+from bench.pages.page import SUITES, by_suite, cases, contestant, slope, swept
 
 
 def draw(records: Sequence[Record], folder: Path) -> list[Path]:

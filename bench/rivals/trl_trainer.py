@@ -23,8 +23,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from bench.dpo_problem import BETA, PROMPT, FreshProblem, lora
-from bench.meter import Meter
+from bench.harness.dpo_problem import BETA, PROMPT, FreshProblem, lora
+from bench.harness.meter import Meter
 
 
 def train(problem: FreshProblem, steps: int, lr: float, meter: Meter) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.problems import ADAMW, STEPS_BEFORE, Tensors, Weights
+from bench.harness.problems import ADAMW, STEPS_BEFORE, Tensors, Weights
 
 Grads = Sequence[Tensors]
 # Elements per block of the flattened copy: matrix products take sizes below 2^31.

@@ -1,8 +1,8 @@
 """compute-sanitizer over every kernel: memory accesses, races, uninitialised reads.
 
-The process it watches is `python -m bench.sanitizer`, which launches every kernel that the package
-calls, through public operations, on small lists: sizes around a vector, a block and a chunk,
-missing gradients, addresses that are no multiple of 16. The checkers slow a kernel down a
+The process it watches is `python -m bench.harness.sanitizer`, which launches every kernel that the
+package calls, through public operations, on small lists: sizes around a vector, a block and a
+chunk, missing gradients, addresses that are no multiple of 16. The checkers slow a kernel down a
 hundredfold.
 """
 
@@ -16,9 +16,9 @@ from shutil import which
 import torch
 from torch import Tensor
 
-from bench.jobs import Done
-from bench.machine import ROOT
-from bench.records import Records
+from bench.harness.jobs import Done
+from bench.harness.machine import ROOT
+from bench.harness.records import Records
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 FINISHED = "all kernels launched"
@@ -48,7 +48,7 @@ def commands() -> dict[str, list[str]]:
             *("compute-sanitizer", "--tool", tool, *common),
             # Filtered, initcheck would not see what other kernels initialise.
             *([] if tool == "initcheck" else ours),
-            *(sys.executable, "-m", "bench.sanitizer"),
+            *(sys.executable, "-m", "bench.harness.sanitizer"),
         ]
         for tool in TOOLS
     }

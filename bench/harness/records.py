@@ -1,0 +1,132 @@
+"""Results as JSON lines, one record a line, written as they are made; and the table of them.
+
+    python -m bench.records DIR                     print the table of DIR/report.json
+    python -m bench.records DIR NAME MESSAGE        add a record of what went wrong
+
+Every record has `name` (part/rival), `params` (what was measured on), `machine`, `versions` and
+`commit`. A time has `unit`, `p20`, `p50`, `p80`, `wall` (see timing.py), `rounds`, `ratio` (p50 as
+a multiple of ours), `bytes` (what has to move at least), `share` (of the copy bandwidth measured in
+the same run, reached with those bytes) and `error` (against float64). What could not be measured
+has `failure` instead. A run that is killed keeps what it had measured.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.harness import machine
+from bench.harness.timing import noisy
+
+OURS = "raco"
+FILE = "report.json"
+
+Record = dict[str, Any]
+
+
+class Records:
+    """The records of one run, in `folder`/report.json."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = folder / FILE
+        self.device = device
+
+    def add(self, name: str, params: Record, **values: object) -> None:
+        """Append one record to the file at once."""
+        record = {
+            "name": name,
+            "params": params,
+            **values,
+            "machine": machine.card(self.device),
+            "versions": machine.versions(),
+            "commit": machine.commit(),
+        }
+        with self.file.open("ab", buffering=0) as lines:  # one write, so a line is whole or absent
+            lines.write(json.dumps(record).encode() + b"\n")
+
+    def read(self) -> list[Record]:
+        """All records so far."""
+        if not self.file.exists():
+            return []
+        return [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
+
+    def copy_bandwidth(self) -> float | None:
+        """Bytes per second of the large copy of this run."""
+        found = [r["rate"] for r in self.read() if r["name"] == "ceilings/copy" and "rate" in r]
+        return found[-1] * 1e9 if found else None
+
+
+def table(records: Sequence[Record]) -> str:
+    """Ceilings and tests, one line per case with all contestants, then what failed.
+
+    Of several records of the same thing the last one counts.
+    """
+    records = list({(r["name"], *_shown(r["params"])): r for r in records}.values())
+    lines = [f"{r['name']}: {r['rate']:.2f} {r['rate_unit']}" for r in records if "rate_unit" in r]
+    lines += [f"{r['name']}: {_outcome(r)}" for r in records if "passed" in r or "reports" in r]
+    cases: dict[tuple[str, ...], dict[str, Record]] = {}
+    for r in records:
+        if "share" in r:
+            suite, contestant = r["name"].split("/")
+            p = r["params"]
+            case = (suite, p["list"], f"{p['elements'] / 1e6:.1f}", str(p["m"]), p["dtype"])
+            cases.setdefault(case, {})[contestant] = r
+    rivals = [r for r in dict.fromkeys(r for case in cases.values() for r in case) if r != OURS]
+    if cases:
+        titles = ["part", "list", "million", "m", "dtype", f"{OURS} ms", "wall ms", "share"]
+        rows = [[*case, *_cells(found, rivals)] for case, found in cases.items()]
+        lines += ["", *_aligned([[*titles, *rivals], *rows]), ""]
+        lines += [f"rivals: p50 as a multiple of {OURS}'s; ~: p20 and p80 more than 10 % apart"]
+    for r in records:
+        if "failure" in r:
+            reason = (r["failure"].strip().splitlines() or ["no message"])[0]
+            lines.append(f"failed: {' '.join([r['name'], *_shown(r['params'])])}: {reason[:160]}")
+    return "\n".join(lines)
+
+
+def _cells(found: dict[str, Record], rivals: Sequence[str]) -> list[str]:
+    ours = found[OURS]
+    share = "-" if ours["share"] is None else f"{ours['share']:.0%}"
+    cells = [f"{ours['p50']:.3f}{_mark(ours)}", f"{ours['wall']:.3f}", share]
+    for rival in rivals:
+        r = found.get(rival)
+        cells.append("-" if r is None else f"{r['ratio']:.2f}{_mark(r)}")
+    return cells
+
+
+def _mark(record: Record) -> str:
+    return "~" if noisy(record[q] for q in ("p20", "p50", "p80")) else ""
+
+
+def _outcome(record: Record) -> str:
+    if "reports" in record:
+        return f"{record['reports']} reports on our kernels"
+    unfinished = "" if record["finished"] else ", not finished in time"
+    return f"{record['passed']} passed, {record['failed']} failed{unfinished}"
+
+
+def _shown(params: Record) -> list[str]:
+    return [f"{name}={value}" for name, value in params.items()]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
+        lines.append("  ".join([*left, *cells[2:]]))
+    return lines
+
+
+def main() -> None:
+    """Print a table, or add a record."""
+    records = Records(Path(sys.argv[1]), "cpu")
+    if len(sys.argv) > 2:
+        records.add(sys.argv[2], {}, failure=sys.argv[3])
+    else:
+        print(table(records.read()))
