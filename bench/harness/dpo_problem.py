@@ -8,34 +8,21 @@ given the very same ids. All pairs have full length: nobody pads, nobody saves b
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import raco_fast
+from bench.harness.parameters import MODELS, SMALL
 from raco_fast.dpo.logps import sequence_logps
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "SmolLM2-135M": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "hidden_size": 36,
-        "intermediate_size": 40,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 90,
-        "tie_word_embeddings": True,
-    },
-}
-"""Name -> arguments of LlamaConfig, all but the number of layers."""
+SHAPES = {name: (MODELS | SMALL)[name] for name in ("SmolLM2-135M", "tiny")}
+KINDS = ("lora", "full")
+DTYPES = ("float32", "bfloat16")
 
 PROMPT = 8  # tokens of every sequence that are not scored
 BETA = 0.1
@@ -44,7 +31,7 @@ MAX_OBJECTIVES = 32
 
 @dataclass(frozen=True)
 class Setting:
-    """`kind` is "full" or "lora", `shape` a key of `SHAPES`, `dtype` the name of torch's."""
+    """`kind` is one of `KINDS`, `shape` of `SHAPES`, `dtype` of `DTYPES`."""
 
     kind: str = "full"
     shape: str = "SmolLM2-135M"
@@ -61,9 +48,31 @@ class Setting:
         implied = {"device", "shape"} if self.shape == Setting.shape else {"device"}
         return {"m": m, **{k: v for k, v in asdict(self).items() if k not in implied}}
 
-    def options(self) -> list[str]:
-        """The same as options of a command."""
-        return [word for k, v in asdict(self).items() for word in (f"--{k}", str(v))]
+    def options(self, m: int) -> list[str]:
+        """Itself and a number of objectives, as `add_options` reads them."""
+        return [word for k, v in {"m": m, **asdict(self)}.items() for word in (f"--{k}", str(v))]
+
+
+GPU = Setting(sequences=16, tokens=512, dtype="bfloat16", device="cuda")
+TINY = Setting(shape="tiny", layers=1, sequences=4, tokens=12)
+
+
+def add_options(parser: ArgumentParser, kinds: Sequence[str], ms: Sequence[int]) -> None:
+    """Options for settings, and for numbers of objectives."""
+    parser.add_argument("--m", nargs="+", type=int, default=ms, help="numbers of objectives")
+    # Records of a former version say `--kinds`.
+    parser.add_argument("--kind", "--kinds", nargs="+", default=kinds, choices=KINDS)
+    parser.add_argument("--shape", default=Setting.shape, choices=SHAPES)
+    for name in ("layers", "sequences", "tokens"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Setting, name))
+    parser.add_argument("--dtype", default=Setting.dtype, choices=DTYPES)
+    parser.add_argument("--device", default=Setting.device)
+
+
+def chosen(options: Namespace) -> list[Setting]:
+    """The settings that were asked for, one for each kind."""
+    of_all = {f.name: getattr(options, f.name) for f in fields(Setting)}
+    return [Setting(**{**of_all, "kind": kind}) for kind in options.kind]
 
 
 class Problem:
@@ -78,7 +87,7 @@ class Problem:
 
         torch.manual_seed(0)
         device, dtype = torch.device(setting.device), getattr(torch, setting.dtype)
-        config = LlamaConfig(**SHAPES[setting.shape], num_hidden_layers=setting.layers)
+        config = LlamaConfig(**SHAPES[setting.shape].config(), num_hidden_layers=setting.layers)
         self.model: nn.Module = LlamaForCausalLM(config).to(device, dtype)
         if setting.kind == "lora":
             self.model = _with_adapter(self.model)

@@ -1,17 +1,22 @@
-"""Commands side by side, until a deadline: tests and memory checkers, before anything is timed."""
+"""Processes until a deadline: tests and memory checkers side by side, what is measured alone."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
+from typing import Any
 
 from bench.harness.machine import ROOT
+
+LEFT_OUT = "left out: the time for this part was used up"
 
 
 @dataclass(frozen=True)
@@ -59,3 +64,20 @@ def run_together(
             text = log.read_text(encoding="utf-8", errors="replace")
             done[name] = Done(code, text, perf_counter() - started)
     return done
+
+
+def measured(
+    arguments: Sequence[str], until: float, environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """What one process of this Python measures.
+
+    Returns:
+        The object of the last line of JSON that it prints, or {"failure": why there is none}.
+    """
+    done = run_together({"it": [sys.executable, *arguments]}, environment or {}, until)["it"]
+    said = [line for line in done.output.splitlines() if line.startswith('{"')]
+    if done.code == 0 and said:
+        return dict(json.loads(said[-1]))
+    if done.code is None:
+        return {"failure": LEFT_OUT}
+    return {"failure": f"status {done.code}: {done.output.strip()[-400:]}"}

@@ -7,6 +7,8 @@ from time import perf_counter
 
 import torch
 
+from bench.harness.timing import Call
+
 
 class Meter:
     """Seconds of each step after `warmup` of them, and the peak of memory during those.
@@ -37,6 +39,13 @@ class Meter:
         """The step is done."""
         self._wait()
         self._seconds.append(perf_counter() - self._began)
+
+    def run(self, step: Call, times: int) -> None:
+        """Take a step so many times."""
+        for _ in range(times):
+            self.begin()
+            step()
+            self.end()
 
     @property
     def seconds(self) -> list[float]:

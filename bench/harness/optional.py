@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-NEEDED = {"slsqp": ("scipy",), "torchjd": ("torchjd", "cvxpy", "clarabel"), "lora": ("peft",)}
+NEEDED = {
+    "slsqp": ("scipy",),
+    "torchjd": ("torchjd", "cvxpy", "clarabel"),
+    "trl": ("trl",),
+    "lora": ("peft",),
+}
 """Contestant or kind of training -> packages; those that are not listed need none."""
 
 

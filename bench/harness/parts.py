@@ -1,13 +1,15 @@
-"""The parts of a run: their order, and how long each may take of a whole run."""
+"""The parts of a run: their order, how long each may take, and the options of every command."""
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from importlib import import_module
 from time import perf_counter
 
 import torch
 
+from bench.harness.cases import SIZES
 from bench.harness.records import Records
 from bench.harness.session import Session
 
@@ -27,22 +29,44 @@ SECONDS = {
 PARTS = tuple(SECONDS)
 
 
+def add_options(parser: ArgumentParser) -> None:
+    """Which parts are run, and how."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("parts", nargs="*", type=_part, default=PARTS, metavar="PART")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
+    parser.add_argument("--sizes", choices=SIZES, help="default: gpu on cuda, cpu on cpu")
+    parser.add_argument("--seconds", type=float, help="for all parts together")
+    parser.add_argument("--skip", nargs="*", default=(), help="rivals to leave out")
+
+
+def run_parts(options: Namespace) -> None:
+    """Run the parts in the order given; each gets its share of the seconds."""
+    records = Records(options.out, options.device)
+    in_all = sum(SECONDS[part] for part in options.parts)
+    scale = 1.0 if options.seconds is None else options.seconds / in_all
+    for part in options.parts:
+        seconds = scale * SECONDS[part]
+        run_part(part, records, options.device, options.sizes, seconds, options.skip)
+
+
 def run_part(
-    part: str, records: Records, device: str, sizes: str, seconds: float, skip: Sequence[str] = ()
+    part: str,
+    records: Records,
+    device: str,
+    sizes: str | None,
+    seconds: float,
+    skip: Sequence[str] = (),
 ) -> None:
     """Run one part, which ends by itself about when its seconds are over."""
     started = perf_counter()
+    sizes = sizes or ("gpu" if device == "cuda" else "cpu")
     session = Session(records, torch.device(device), sizes, started + seconds, tuple(skip))
     module = import_module(f"bench.suites.{part}")
     module.run(session) if hasattr(module, "run") else session.measure(module)
     print(f"bench: {part} took {perf_counter() - started:.0f} s", flush=True)
 
 
-def default_device() -> str:
-    """The machine's own: CUDA where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def default_sizes(device: str) -> str:
-    """What a device of this kind can run within minutes."""
-    return "gpu" if device == "cuda" else "cpu"
+def _part(name: str) -> str:
+    if name not in PARTS:
+        raise ArgumentTypeError(f"PART must be one of {', '.join(PARTS)}, got {name}")
+    return name

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.harness import machine
-from bench.harness.timing import noisy
 
 OURS = "raco"
 FILE = "report.json"
@@ -60,12 +59,20 @@ class Records:
         return found[-1] * 1e9 if found else None
 
 
-def table(records: Sequence[Record]) -> str:
-    """Ceilings and tests, one line per case with all contestants, then what failed.
+def latest(records: Iterable[Record]) -> list[Record]:
+    """Of several records of the same thing the last one."""
+    return list({(r["name"], *_shown(r["params"])): r for r in records}.values())
 
-    Of several records of the same thing the last one counts.
-    """
-    records = list({(r["name"], *_shown(r["params"])): r for r in records}.values())
+
+def mark(record: Record) -> str:
+    """ "~" for a figure whose p20 and p80 are more than a tenth of the median apart."""
+    spread = record.get("p80", 0.0) - record.get("p20", 0.0)
+    return "~" if spread > 0.1 * record.get("p50", 0.0) else ""
+
+
+def table(records: Iterable[Record]) -> str:
+    """Ceilings and tests, one line per case with all contestants, then what failed."""
+    records = latest(records)
     lines = [f"{r['name']}: {r['rate']:.2f} {r['rate_unit']}" for r in records if "rate_unit" in r]
     lines += [f"{r['name']}: {_outcome(r)}" for r in records if "passed" in r or "reports" in r]
     cases: dict[tuple[str, ...], dict[str, Record]] = {}
@@ -91,15 +98,11 @@ def table(records: Sequence[Record]) -> str:
 def _cells(found: dict[str, Record], rivals: Sequence[str]) -> list[str]:
     ours = found[OURS]
     share = "-" if ours["share"] is None else f"{ours['share']:.0%}"
-    cells = [f"{ours['p50']:.3f}{_mark(ours)}", f"{ours['wall']:.3f}", share]
+    cells = [f"{ours['p50']:.3f}{mark(ours)}", f"{ours['wall']:.3f}", share]
     for rival in rivals:
         r = found.get(rival)
-        cells.append("-" if r is None else f"{r['ratio']:.2f}{_mark(r)}")
+        cells.append("-" if r is None else f"{r['ratio']:.2f}{mark(r)}")
     return cells
-
-
-def _mark(record: Record) -> str:
-    return "~" if noisy(record[q] for q in ("p20", "p50", "p80")) else ""
 
 
 def _outcome(record: Record) -> str:
@@ -115,12 +118,8 @@ def _shown(params: Record) -> list[str]:
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
-        lines.append("  ".join([*left, *cells[2:]]))
-    return lines
+    align = [str.ljust, str.ljust, *[str.rjust] * (len(widths) - 2)]
+    return ["  ".join(a(c, w) for a, c, w in zip(align, row, widths, strict=True)) for row in rows]
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from time import perf_counter
 from typing import Protocol
 
@@ -17,8 +18,9 @@ import torch
 from bench.harness import correctness, machine
 from bench.harness.cases import Case, cases
 from bench.harness.contest import Contest, failures
+from bench.harness.jobs import LEFT_OUT
 from bench.harness.records import OURS, Records
-from bench.harness.timing import Times, interleaved
+from bench.harness.timing import Times, interleaved, shares
 
 # A contestant that is further off than this computes something else.
 _TOLERANCE = 0.1
@@ -57,19 +59,17 @@ class Session:
         if reason is not None:
             self.records.add(f"{suite.NAME}/{OURS}", {}, failure=reason)
             return
-        todo = cases(self.sizes, self.device)
-        for number, case in enumerate(todo):
+        for case, until in shares(cases(self.sizes, self.device), self.until):
             gc.collect()
-            left = self.until - perf_counter()
             needed = suite.bytes_held(case) + _SLACK
-            if left <= 0:
-                self._fail(suite, case, OURS, "left out: the time for this part was used up")
+            if self.until <= perf_counter():
+                self._fail(suite, case, OURS, LEFT_OUT)
             elif needed > (free := machine.free_memory(self.device)):
                 shown = f"needs {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free"
                 self._fail(suite, case, OURS, f"left out: {shown}")
             else:
                 try:
-                    self._measure(suite, case, perf_counter() + left / (len(todo) - number))
+                    self._measure(suite, case, until)
                 except failures() as failure:
                     self._fail(suite, case, OURS, _shown(failure))
 
@@ -97,16 +97,12 @@ class Session:
         moved, bandwidth = suite.bytes_moved(case), self.records.copy_bandwidth()
         ours = times[OURS].quantiles()[1]
         for name, taken in times.items():
-            low, middle, high = taken.quantiles()
+            middle = taken.quantiles()[1]
             self.records.add(
                 f"{suite.NAME}/{name}",
                 case.params(),
-                unit="ms",
-                p20=1e3 * low,
-                p50=1e3 * middle,
-                p80=1e3 * high,
-                wall=1e3 * taken.median_wall(),
-                rounds=len(taken.device),
+                **taken.summary("ms", 1e3),
+                wall=1e3 * median(taken.wall),
                 ratio=middle / ours,
                 bytes=moved,
                 share=None if bandwidth is None else moved / middle / bandwidth,

@@ -41,69 +41,43 @@ def _backward(kind: str, m: int, limit: float, device: str, mode: str = "one_bac
     return Goal(text, f"backward/{mode}", device, limit, params=whole)
 
 
+def _memory(mode: str, limit: float, device: str) -> Goal:
+    text = f"{mode}: at most {limit} of plain DPO's peak memory"
+    return Goal(text, f"memory/{mode}", device, limit, params={"layers": 30})
+
+
+def _solve(m: int, limit: float) -> Goal:
+    text = f"`_C.solve`, m = {m}: at most {limit} us"
+    return Goal(text, "solve/raco, C++ alone", "cpu", limit, "p50", params={"m": m})
+
+
+def _of_copy(suite: str, title: str, limit: float) -> Goal:
+    text = f"{title}: at least {limit:.0%} of the copy bandwidth".replace("%", " %")
+    return Goal(text, f"{suite}/raco", "cuda", limit, "share", at_least=True, elements=10**9)
+
+
+def _to_adamw(limit: float, device: str, elements: int, **params: str) -> Goal:
+    text = f"step, m = 2: at most {limit} times torch's fused AdamW on one gradient"
+    of_two = {"m": 2, **params}
+    return Goal(text, "step/adamw", device, limit, "1/ratio", params=of_two, elements=elements)
+
+
 GOALS: tuple[Goal, ...] = (
-    *(
-        Goal(
-            f"`_C.solve`, m = {m}: at most {limit} us",
-            "solve/raco, C++ alone",
-            "cpu",
-            limit,
-            "p50",
-            params={"m": m},
-        )
-        for m, limit in ((2, 1.5), (4, 5.0), (8, 20.0), (16, 100.0))
-    ),
+    *(_solve(m, limit) for m, limit in ((2, 1.5), (4, 5.0), (8, 20.0), (16, 100.0))),
     Goal(
         "step, m = 2: at least 2 times as fast as the paper's arithmetic",
-        "step/paper",
-        "cpu",
-        2.0,
+        *("step/paper", "cpu", 2.0),
         at_least=True,
         params={"m": 2, "dtype": "float32"},
         elements=50_000_000,
     ),
-    Goal(
-        "step, m = 2: at most 1.6 times torch's fused AdamW on one gradient",
-        "step/adamw",
-        "cpu",
-        1.6,
-        "1/ratio",
-        params={"m": 2, "dtype": "float32"},
-        elements=50_000_000,
-    ),
-    Goal(
-        "Gram: at least 92 % of the copy bandwidth",
-        "gram/raco",
-        "cuda",
-        0.92,
-        "share",
-        at_least=True,
-        elements=10**9,
-    ),
-    Goal(
-        "combine_adamw: at least 90 % of the copy bandwidth",
-        "combine_adamw/raco",
-        "cuda",
-        0.90,
-        "share",
-        at_least=True,
-        elements=10**9,
-    ),
-    Goal(
-        "step, m = 2: at most 1.35 times torch's fused AdamW on one gradient",
-        "step/adamw",
-        "cuda",
-        1.35,
-        "1/ratio",
-        params={"m": 2},
-        elements=10**9,
-    ),
+    _to_adamw(1.6, "cpu", 50_000_000, dtype="float32"),
+    _of_copy("gram", "Gram", 0.92),
+    _of_copy("combine_adamw", "combine_adamw", 0.90),
+    _to_adamw(1.35, "cuda", 10**9),
     Goal(
         "step of 300 small tensors, m = 2: at most 0.15 ms, which is the work of the host",
-        "step/raco",
-        "cuda",
-        0.15,
-        "wall",
+        *("step/raco", "cuda", 0.15, "wall"),
         params={"m": 2, "list": "300 small"},
     ),
     _backward("lora", 2, 1.05, "cpu"),
@@ -115,17 +89,8 @@ GOALS: tuple[Goal, ...] = (
     _backward("full", 2, 1.15, "cuda"),
     _backward("full", 4, 1.35, "cuda"),
     *(_backward("full", m, 1.25, "cuda", "gram_first, keep_dy") for m in (2, 4, 8)),
-    *(
-        Goal(
-            f"{mode}: at most {limit} of plain DPO's peak memory",
-            f"memory/{mode}",
-            device,
-            limit,
-            params={"layers": 30},
-        )
-        for device in ("cpu", "cuda")
-        for mode, limit in (("gram_first", 1.02), ("gram_first, step_in_backward", 0.85))
-    ),
+    *(_memory("gram_first", 1.02, device) for device in ("cpu", "cuda")),
+    *(_memory("gram_first, step_in_backward", 0.85, device) for device in ("cpu", "cuda")),
 )
 
 
@@ -142,8 +107,8 @@ class Verdict:
         """Whether it is met; None where nothing was measured."""
         if self.figure is None:
             return None
-        reached = self.figure >= self.goal.limit if self.goal.at_least else None
-        return self.figure <= self.goal.limit if reached is None else reached
+        sign = -1 if self.goal.at_least else 1
+        return sign * self.figure <= sign * self.goal.limit
 
 
 def device_of(record: Record) -> str:
@@ -154,11 +119,8 @@ def device_of(record: Record) -> str:
 def verdicts(records: Sequence[Record], devices: Iterable[str]) -> list[Verdict]:
     """Every goal of the devices beside every figure that it is about."""
     found = []
-    for goal in GOALS:
-        if goal.device not in devices:
-            continue
-        matching = [r for r in records if _is_about(goal, r)]
-        judged = [Verdict(goal, r, _figure(goal, r)) for r in matching]
+    for goal in (g for g in GOALS if g.device in devices):
+        judged = [Verdict(goal, r, _figure(goal, r)) for r in records if _is_about(goal, r)]
         found += judged or [Verdict(goal, None, None)]
     return found
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from bench.harness.records import OURS, Record
-from bench.harness.timing import noisy
+from bench.harness.records import OURS, Record, latest, mark
 from bench.pages.goals import Verdict, device_of, verdicts
 from raco_fast.report import markdown_table
 
@@ -22,11 +22,6 @@ SUITES = {
     "train": ("Whole training steps", "`trl`, of `plain` where TRL is missing"),
 }
 SCALES = {"us": (1.0, "us"), "ms": (1.0, "ms"), "s": (1.0, "s"), "bytes": (2.0**-20, "MiB")}
-
-
-def latest(records: Iterable[Record]) -> list[Record]:
-    """Of several records of the same thing the last one."""
-    return list({(r["name"], *map(str, r["params"].items())): r for r in records}.values())
 
 
 def by_suite(records: Iterable[Record], suite: str) -> list[Record]:
@@ -47,18 +42,16 @@ def contestant(record: Record) -> str:
     return str(record["name"]).split("/", 1)[1]
 
 
-def shown(params: Mapping[str, object]) -> str:
+def shown(params: Mapping[str, Any]) -> str:
     """Params in a few words."""
-    units = {"layers": "layers", "sequences": "sequences", "tokens": "tokens each"}
-    parts = []
-    for name, value in params.items():
-        if name == "elements":
-            parts.append(f"{float(str(value)) / 1e6:.3g} M")
-        elif name == "m":
-            parts.append(f"m = {value}")
-        else:
-            parts.append(f"{value} {units[name]}" if name in units else str(value))
-    return ", ".join(parts)
+    forms = {
+        "elements": lambda n: f"{n / 1e6:.3g} M",
+        "m": lambda m: f"m = {m}",
+        "layers": lambda n: f"{n} layers",
+        "sequences": lambda n: f"{n} sequences",
+        "tokens": lambda n: f"{n} tokens each",
+    }
+    return ", ".join(forms.get(name, str)(value) for name, value in params.items())
 
 
 def body(records: Sequence[Record]) -> str:
@@ -70,10 +63,7 @@ def body(records: Sequence[Record]) -> str:
 
 def goals(records: Sequence[Record], devices: Sequence[str]) -> str:
     """A table of every goal for the devices, with the figure and how sure it is."""
-    rows = [
-        [v.goal.text, _of_case(v), _figure(v), {True: "met", False: "**missed**", None: "-"}[v.met]]
-        for v in verdicts(latest(records), devices)
-    ]
+    rows = [_verdict(v) for v in verdicts(latest(records), devices)]
     return markdown_table(["goal", "measured on", "figure", ""], rows)
 
 
@@ -108,13 +98,17 @@ def swept(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
     return found
 
 
+def points(records: Iterable[Record]) -> tuple[list[float], list[float]]:
+    """Sizes and medians of one sweep."""
+    sizes, times = zip(*((float(r["params"]["size"]), r["p50"]) for r in records), strict=True)
+    return list(sizes), list(times)
+
+
 def _machine(records: Sequence[Record]) -> str:
     last = records[-1]
-    card = {k: v for k, v in last["machine"].items() if k != "load"}
+    card = {**last["machine"], **last["versions"]}
     loads = [r["machine"]["load"] for r in records]
-    facts = [f"{k} {v}" for k, v in card.items()] + [
-        f"{k} {v}" for k, v in last["versions"].items()
-    ]
+    facts = [f"{k} {v}" for k, v in card.items() if k != "load"]
     commits = ", ".join(dict.fromkeys(f"`{r['commit'][:12]}`" for r in records))
     dirty = " (with changes)" if any("-dirty" in r["commit"] for r in records) else ""
     load = f"Load at the start of its parts: {min(loads)} to {max(loads)}."
@@ -171,23 +165,17 @@ def _cell(record: Record | None) -> str:
 
 
 def _mark(record: Record) -> str:
-    known = all(q in record for q in ("p20", "p50", "p80"))
-    return " ~" if known and noisy(record[q] for q in ("p20", "p50", "p80")) else ""
+    return " ~" if mark(record) else ""
 
 
 def _scaling(records: Sequence[Record]) -> str:
     rows = []
     for (what, against), found in swept(records).items():
-        sizes, times = ([float(x) for x in column] for column in _points(found))
-        points = "; ".join(f"{s:g}: {t:.3g} s" for s, t in zip(sizes, times, strict=True))
-        rows.append([f"`{what}`", against, points, f"{slope(sizes, times):.2f}"])
-    if not rows:
-        return ""
-    return "### Scaling\n\n" + markdown_table(["what", "against", "medians", "slope"], rows)
-
-
-def _points(records: Sequence[Record]) -> tuple[list[float], list[float]]:
-    return [r["params"]["size"] for r in records], [r["p50"] for r in records]
+        sizes, times = points(found)
+        medians = "; ".join(f"{s:g}: {t:.3g} s" for s, t in zip(sizes, times, strict=True))
+        rows.append([f"`{what}`", against, medians, f"{slope(sizes, times):.2f}"])
+    titles = ["what", "against", "medians", "slope"]
+    return "### Scaling\n\n" + markdown_table(titles, rows) if rows else ""
 
 
 def _failures(records: Sequence[Record]) -> str:
@@ -199,14 +187,11 @@ def _failures(records: Sequence[Record]) -> str:
     return "### Not measured\n\n" + "\n".join(lines) if lines else ""
 
 
-def _of_case(verdict: Verdict) -> str:
-    if verdict.record is None:
-        return "not measured"
-    return f"{shown(verdict.record['params'])}{_mark(verdict.record)}"
-
-
-def _figure(verdict: Verdict) -> str:
-    return "-" if verdict.figure is None else f"{verdict.figure:.3g}"
+def _verdict(verdict: Verdict) -> list[str]:
+    case = verdict.record and f"{shown(verdict.record['params'])}{_mark(verdict.record)}"
+    figure = "-" if verdict.figure is None else f"{verdict.figure:.3g}"
+    met = {True: "met", False: "**missed**", None: "-"}[verdict.met]
+    return [verdict.goal.text, case or "not measured", figure, met]
 
 
 def devices(records: Iterable[Record]) -> list[str]:

@@ -10,15 +10,14 @@ what is timed run first; what fails them is not timed.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from argparse import ArgumentParser
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from bench.harness.cases import SIZES
 from bench.harness.machine import ROOT
-from bench.harness.parts import PARTS, SECONDS, default_device, default_sizes, run_part
-from bench.harness.records import FILE, Record, Records
+from bench.harness.parts import add_options, run_parts
+from bench.harness.records import FILE, Record, Records, latest
 from bench.pages import page
 
 RESULTS = ROOT / "bench" / "results"
@@ -50,18 +49,19 @@ that wait for it:"""
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run, render, or both."""
-    args = _parser().parse_args(arguments)
-    if args.docs:
+    parser = ArgumentParser(prog="python -m bench.report", description=__doc__)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path, help="folder of the records and the page")
+    what.add_argument("--docs", action="store_true", help="write docs/performance.md")
+    parser.add_argument("--render", action="store_true", help="measure nothing")
+    add_options(parser)
+    options = parser.parse_args(arguments)
+    if options.docs:
         write_docs()
         return
-    if not args.render:
-        device = args.device or default_device()
-        sizes = args.sizes or default_sizes(device)
-        scale = args.seconds / sum(SECONDS.values())
-        records = Records(args.out, device)
-        for part in args.parts or PARTS:
-            run_part(part, records, device, sizes, scale * SECONDS[part], args.skip)
-    print(f"bench: wrote {write(args.out)}")
+    if not options.render:
+        run_parts(options)
+    print(f"bench: wrote {write(options.out)}")
 
 
 def write(folder: Path) -> Path:
@@ -90,10 +90,8 @@ def performance() -> str:
     measured: set[str] = set()
     for name, records in committed().items():
         measured |= set(page.devices(records))
-        plots = [
-            f"![{f.stem}]({f.relative_to(DOCS)})" for f in sorted((PLOTS / name).glob("*.png"))
-        ]
-        parts += [f"## {name}", _run(records), "\n\n".join(plots)]
+        plots = sorted((PLOTS / name).glob("*.png"))
+        parts += [f"## {name}", _run(records), _images(plots, DOCS)]
     if "cuda" not in measured:
         parts += [NO_GPU, page.goals([], ["cuda"])]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -106,16 +104,9 @@ def committed() -> dict[str, list[Record]]:
 
 
 def _run(records: Sequence[Record]) -> str:
-    devices = page.devices(records)
-    return "\n\n".join(
-        [
-            page.body(records),
-            "### Goals",
-            page.goals(records, devices),
-            "### Where a rival is faster",
-            page.losses(records),
-        ]
-    )
+    goals = page.goals(records, page.devices(records))
+    losses = f"### Where a rival is faster\n\n{page.losses(records)}"
+    return f"{page.body(records)}\n\n### Goals\n\n{goals}\n\n{losses}"
 
 
 def _plotted(records: Sequence[Record], folder: Path, relative_to: Path) -> str:
@@ -123,24 +114,8 @@ def _plotted(records: Sequence[Record], folder: Path, relative_to: Path) -> str:
         return "No plots: matplotlib is missing; pip install 'raco-fast[plot]'."
     from bench.pages.plots import draw
 
-    return _images(draw(page.latest(records), folder), relative_to)
+    return _images(draw(latest(records), folder), relative_to)
 
 
-def _images(files: Sequence[Path], relative_to: Path) -> str:
+def _images(files: Iterable[Path], relative_to: Path) -> str:
     return "\n\n".join(f"![{f.stem}]({f.relative_to(relative_to)})" for f in files)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--out", type=Path, help="folder of the records and the page")
-    what.add_argument("--docs", action="store_true", help="write docs/performance.md")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all")
-    parser.add_argument("--render", action="store_true", help="measure nothing")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: CUDA if there is one")
-    parser.add_argument("--sizes", choices=SIZES, help="default: gpu on cuda, cpu on cpu")
-    parser.add_argument(
-        "--seconds", type=float, default=sum(SECONDS.values()), help="for all parts together"
-    )
-    parser.add_argument("--skip", nargs="*", default=(), help="rivals to leave out")
-    return parser

@@ -22,13 +22,8 @@ from raco_fast.backends.reference import adamw_options
 NAME = "combine_adamw"
 COEFFICIENTS = (0.6, 0.55, -0.25, 0.4, 1.2, 0.3, 0.8, 0.05)
 BETA1, BETA2 = ADAMW["betas"]
-OPTIONS = adamw_options(
-    lr=ADAMW["lr"],
-    beta1=BETA1,
-    beta2=BETA2,
-    eps=ADAMW["eps"],
-    weight_decay=ADAMW["weight_decay"],
-)
+_SHARED = {name: ADAMW[name] for name in ("lr", "eps", "weight_decay")}
+OPTIONS = adamw_options(beta1=BETA1, beta2=BETA2, **_SHARED)
 
 
 def bytes_held(case: Case) -> int:

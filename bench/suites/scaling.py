@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from time import perf_counter
 
 import torch
 from torch import nn
 
-from bench.harness.dpo_problem import Problem, Setting
+from bench.harness.dpo_problem import GPU, TINY, Problem, Setting
 from bench.harness.problems import random_like
 from bench.harness.session import Session
-from bench.harness.timing import Call, interleaved
+from bench.harness.timing import Call, interleaved, shares
 from bench.rivals.dpo_steps import STEPS
 from bench.suites.step import optimizer
 
@@ -36,51 +34,41 @@ class Sizes:
     setting: Setting
 
 
+_UP_TO_16 = (2, 4, 8, 16)
 SIZES = {
     "gpu": Sizes(
-        (10**7, 10**8, 10**9, 4 * 10**9),
-        (2, 4, 8, 16),
-        (128, 256, 512, 1024),
-        (2, 4, 8, 16),
-        Setting(sequences=16, tokens=512, dtype="bfloat16", device="cuda"),
+        (10**7, 10**8, 10**9, 4 * 10**9), _UP_TO_16, (128, 256, 512, 1024), _UP_TO_16, GPU
     ),
     "cpu": Sizes(
         (10**6, 10**7, 5 * 10**7), (2, 4, 8), (16, 32, 64), (2, 4, 8), Setting(layers=2, tokens=32)
     ),
     "cpu-whole": Sizes(
-        (10**6, 10**7, 10**8), (2, 4, 8, 16), (32, 64, 128, 256), (2, 4, 8, 16), Setting(layers=6)
+        (10**6, 10**7, 10**8), _UP_TO_16, (32, 64, 128, 256), _UP_TO_16, Setting(layers=6)
     ),
-    "tiny": Sizes(
-        (100, 1000),
-        (2, 3),
-        (10, 20),
-        (2, 3),
-        Setting(shape="tiny", layers=1, sequences=4, tokens=12),
-    ),
+    "tiny": Sizes((100, 1000), (2, 3), (10, 20), (2, 3), TINY),
 }
 
 
 def run(session: Session) -> None:
-    sizes, quarter = SIZES[session.sizes], (session.until - perf_counter()) / 4
-    started = perf_counter()
+    sizes, device = SIZES[session.sizes], session.device
     n, setting = sizes.parameters[-2], sizes.setting
     swept: list[tuple[str, str, Sequence[int], Callable[[int], Call]]] = [
-        ("step", "parameters", sizes.parameters, lambda size: _step(session.device, size, 2)),
-        ("step", "m", sizes.step_m, lambda m: _step(session.device, n, m)),
-        ("one_backward", "tokens of a sequence", sizes.tokens, partial(_with_tokens, setting)),
+        ("step", "parameters", sizes.parameters, lambda size: _step(device, size, 2)),
+        ("step", "m", sizes.step_m, lambda m: _step(device, n, m)),
+        (
+            "one_backward",
+            "tokens of a sequence",
+            sizes.tokens,
+            lambda tokens: _dpo_step(replace(setting, tokens=tokens), 2),
+        ),
         ("one_backward", "m", sizes.backward_m, lambda m: _dpo_step(setting, m)),
     ]
-    for k, (what, against, values, call) in enumerate(swept):
-        calls = {str(size): call(size) for size in values}
-        times = interleaved(calls, session.device, started + (k + 1) * quarter)
+    for (what, against, values, call), until in shares(swept, session.until):
+        times = interleaved({str(size): call(size) for size in values}, device, until)
         for size in values:
-            taken = times[str(size)]
-            low, middle, high = taken.quantiles()
             params = {"against": against, "size": size}
-            values_of = {"p20": low, "p50": middle, "p80": high, "rounds": len(taken.device)}
-            session.records.add(
-                f"{NAME}/{what}", params, unit="s", **values_of, reproduce=REPRODUCE
-            )
+            summary = times[str(size)].summary()
+            session.records.add(f"{NAME}/{what}", params, **summary, reproduce=REPRODUCE)
 
 
 def _step(device: torch.device, parameters: int, m: int) -> Call:
@@ -88,10 +76,6 @@ def _step(device: torch.device, parameters: int, m: int) -> Call:
     params = [nn.Parameter(p) for p in random_like(shapes, torch.float32, device, 100)]
     grads = [random_like(shapes, torch.float32, device, seed) for seed in range(m)]
     return optimizer(params, grads).step
-
-
-def _with_tokens(setting: Setting, tokens: int) -> Call:
-    return _dpo_step(replace(setting, tokens=tokens), 2)
 
 
 def _dpo_step(setting: Setting, m: int) -> Call:

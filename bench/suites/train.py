@@ -1,10 +1,12 @@
 """Tokens per second and peak memory of whole DPO steps, beside TRL's `DPOTrainer` and plain torch.
 
+    python -m bench.suites.train --contestant "raco cagrad-clip" --kind lora --m 2     # one process
+
 A trainer owns its loop, so contestants cannot alternate call by call: each turn in a round is a
-fresh process (`bench_train.py`) that trains one contestant for a few steps, and rounds repeat.
-Ours is the public API in a loop of the caller's own. The trainer of raco_fast.dpo computes the
-same, but has no hook around a step, and its step writes a line of metrics to a file, which would
-be timed here for us alone. TRL and plain torch train on one objective, the first of our m.
+fresh process that trains one contestant for a few steps, and rounds repeat. Ours is the public API
+in a loop of the caller's own. The trainer of raco_fast.dpo computes the same, but has no hook
+around a step, and its step writes a line of metrics to a file, which would be timed here for us
+alone. TRL and plain torch train on one objective, the first of our m.
 
 `ratio` is to TRL where it could be run, else to plain torch; `ratio_to` says which. TRL has to
 learn what plain torch learns on the same pairs, or its time does not count.
@@ -14,22 +16,28 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
-from collections.abc import Iterator, Sequence
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from time import perf_counter
 from typing import Any
 
-from bench import bench_train
-from bench.harness import correctness, jobs, optional
-from bench.harness.dpo_problem import Setting
+import torch
+
+import raco_fast
+from bench.harness import correctness, dpo_problem, jobs, optional
+from bench.harness.dpo_problem import GPU, KINDS, TINY, FreshProblem, Setting
+from bench.harness.meter import Meter
 from bench.harness.session import Session
-from bench.harness.timing import Times
+from bench.harness.timing import Times, shares
+from bench.rivals.dpo_steps import STEPS, ours
 
 NAME = "train"
+CONTESTANTS = ("plain", "trl", "raco linear", "raco cagrad-clip")
 ROUNDS = 3
-NEEDS_TRL = "TRL is not installed; pip install 'raco-fast[bench-trl]', or trl>=1.16"
+WARMUP = 2
+"""Steps that do not count: the first has extra passes (`prepare` proves itself) and new memory."""
+
 # The change of plain DPO's loss over all steps; rivals compute the same in another order.
 _TOLERANCE = {"float32": 0.01, "bfloat16": 0.1}
 
@@ -52,10 +60,10 @@ class Size:
 # A process takes 5 to 10 s before it trains: on one core a round of "cpu" takes a minute, one of
 # "cpu-whole" ten.
 SIZES = {
-    "gpu": Size(Setting(sequences=16, tokens=512, dtype="bfloat16", device="cuda"), (2, 4), 10),
+    "gpu": Size(GPU, (2, 4), 10),
     "cpu-whole": Size(Setting(), (2, 4), 3),
     "cpu": Size(Setting(layers=4, sequences=4, tokens=32), (2,), 3, ("cagrad-clip",)),
-    "tiny": Size(Setting(shape="tiny", layers=1, sequences=4, tokens=12), (2,), 2),
+    "tiny": Size(TINY, (2,), 2),
 }
 
 
@@ -63,11 +71,13 @@ SIZES = {
 class Measured:
     """What the processes of one contestant said, or why one of them said nothing."""
 
+    contestant: str
+    m: int
     command: list[str]
+    failure: str | None
     times: Times = field(default_factory=Times)
     peaks: list[int] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)
-    failure: str | None = None
 
     @property
     def learnt(self) -> float:
@@ -79,20 +89,13 @@ class Measured:
         """Run its process once more, unless it failed before."""
         if self.failure is not None:
             return
-        done = jobs.run_together({NAME: [sys.executable, *self.command]}, {}, until)[NAME]
-        said = [line for line in done.output.splitlines() if line.startswith('{"seconds"')]
-        if done.code == 0 and said:
-            self.last = json.loads(said[-1])
-            self.times.device += self.last["seconds"]
-            self.peaks.append(self.last["peak_bytes"])
-        elif done.code is not None:
-            self.failure = f"status {done.code}: {done.output.strip()[-400:]}"
-        elif not self.peaks:
-            self.failure = "left out: the time for this part was used up"
-
-
-Found = dict[tuple[str, int], Measured]
-"""(contestant, m) -> what its processes said."""
+        said = jobs.measured(self.command, until)
+        if "failure" not in said:
+            self.last = said
+            self.times.device += said["seconds"]
+            self.peaks.append(said["peak_bytes"])
+        elif not (said["failure"] == jobs.LEFT_OUT and self.peaks):
+            self.failure = said["failure"]
 
 
 def run(session: Session) -> None:
@@ -101,25 +104,21 @@ def run(session: Session) -> None:
         session.records.add(NAME, {}, failure=reason)
         return
     size = SIZES[session.sizes]
-    kinds = ("lora", "full")
-    for number, kind in enumerate(kinds):
-        now = perf_counter()
+    for kind, until in shares(KINDS, session.until):
         setting = replace(size.setting, kind=kind)
-        found = {
-            (contestant, m): Measured(
-                bench_train.command(contestant, setting, m, size.steps),
-                failure=optional.obstacle(kind) or _missing(contestant),
+        found = [
+            Measured(
+                name,
+                m,
+                command(name, setting, m, size.steps),
+                optional.obstacle(kind) or optional.obstacle(name),
             )
-            for contestant, m in size.contestants()
-            if contestant not in session.skip
-        }
-        _rounds(list(found.values()), now + (session.until - now) / (len(kinds) - number))
+            for name, m in size.contestants()
+            if name not in session.skip
+        ]
+        _rounds(found, until)
         _check(found, setting)
         _add(session, found, setting)
-
-
-def _missing(contestant: str) -> str | None:
-    return NEEDS_TRL if contestant == "trl" and find_spec("trl") is None else None
 
 
 def _rounds(contestants: Sequence[Measured], until: float) -> None:
@@ -134,9 +133,13 @@ def _rounds(contestants: Sequence[Measured], until: float) -> None:
         longest = max(longest, perf_counter() - began)
 
 
-def _check(found: Found, setting: Setting) -> None:
+def _running(found: Sequence[Measured]) -> dict[str, Measured]:
+    return {one.contestant: one for one in found if one.failure is None}
+
+
+def _check(found: Sequence[Measured], setting: Setting) -> None:
     """A rival that learns something else than plain torch on the same pairs is wrong."""
-    running = {name: one for (name, _), one in found.items() if one.failure is None}
+    running = _running(found)
     if not {"plain", "trl"} <= running.keys():
         return
     expected = running["plain"].learnt
@@ -145,48 +148,104 @@ def _check(found: Found, setting: Setting) -> None:
         running["trl"].failure = f"wrong: its loss fell otherwise than plain's, error {error:.2g}"
 
 
-def _add(session: Session, found: Found, setting: Setting) -> None:
-    unit_name, unit = _unit(found)
-    for (contestant, m), one in found.items():
-        params = setting.params(m)
+def _add(session: Session, found: Sequence[Measured], setting: Setting) -> None:
+    running = _running(found)
+    unit = next((name for name in ("trl", "plain") if name in running), None)
+    for one in found:
+        name, params = f"{NAME}/{one.contestant}", setting.params(one.m)
         reproduce = shlex.join(["python", *one.command])
-        name = f"{NAME}/{contestant}"
         if one.failure is not None:
             session.records.add(name, params, failure=one.failure, reproduce=reproduce)
-            print(f"{name} {setting.kind} m={m}: {one.failure}", flush=True)
+            print(f"{name} {setting.kind} m={one.m}: {one.failure}", flush=True)
             continue
         low, middle, high = one.times.quantiles()
-        ratio = None if unit is None else middle / unit
+        ratio = None if unit is None else middle / running[unit].times.quantiles()[1]
         rate = setting.sequences * setting.tokens / middle
         session.records.add(
             name,
             params,
-            unit="s",
-            p20=low,
-            p50=middle,
-            p80=high,
-            rounds=len(one.times.device),
+            **one.times.summary(),
             processes=len(one.peaks),
             ratio=ratio,
-            ratio_to=unit_name,
+            ratio_to=unit,
             tokens_per_second=rate,
             peak_bytes=max(one.peaks),
             model_bytes=one.last["model_bytes"],
             losses=one.last["losses"],
             reproduce=reproduce,
         )
-        shown = "-" if ratio is None else f"{ratio:.2f} x {unit_name}"
+        shown = "-" if ratio is None else f"{ratio:.2f} x {unit}"
         print(
-            f"{name:<24} {setting.kind} m={m}: {middle:.3f} s ({low:.3f}-{high:.3f}), {shown}, "
+            f"{name:<24} {setting.kind} m={one.m}: {middle:.3f} s ({low:.3f}-{high:.3f}), {shown}, "
             f"{rate:.0f} tokens/s, {max(one.peaks) / 2**20:.0f} MiB above the model",
             flush=True,
         )
 
 
-def _unit(found: Found) -> tuple[str | None, float | None]:
-    """What ratios are to: name and median seconds."""
-    times = {name: one.times for (name, _), one in found.items() if one.failure is None}
-    for name in ("trl", "plain"):
-        if name in times:
-            return name, times[name].quantiles()[1]
-    return None, None
+Train = Callable[[FreshProblem, int, Meter], None]
+"""Trains for so many steps, each one metered."""
+
+
+def trainer(contestant: str, m: int) -> Train:
+    """What trains. TRL is loaded here: its code is no memory of its steps."""
+    if contestant == "trl":
+        from bench.rivals import trl_trainer
+
+        return trl_trainer.train
+
+    def train(problem: FreshProblem, steps: int, meter: Meter) -> None:
+        build = STEPS["plain"]
+        if contestant != "plain":
+            raco_fast.prepare(problem.model, strict=True)
+            build = ours("one_backward", contestant.removeprefix("raco "))
+        meter.run(build(problem, m), steps)
+
+    return train
+
+
+def measure(contestant: str, setting: Setting, m: int, steps: int) -> dict[str, Any]:
+    """Train in this process, and say what it took.
+
+    Returns:
+        seconds: of each step after the warm-up.
+        peak_bytes: at the peak of those steps, above the memory held once the model was built.
+        model_bytes: of the model itself.
+        losses: objective 0 before the first and after the last step, warm-up included.
+    """
+    train = trainer(contestant, m)
+    problem = FreshProblem(setting)
+    meter = Meter(torch.device(setting.device), WARMUP)
+    before = problem.loss()
+    train(problem, WARMUP + steps, meter)
+    return {
+        "seconds": meter.seconds,
+        "peak_bytes": meter.peak(),
+        "model_bytes": sum(p.numel() * p.element_size() for p in problem.model.parameters()),
+        "losses": [before, problem.loss()],
+    }
+
+
+def command(contestant: str, setting: Setting, m: int, steps: int) -> list[str]:
+    """The arguments of `python` that measure it once."""
+    options = ["--contestant", contestant, *setting.options(m), "--steps", str(steps)]
+    return ["-m", "bench.suites.train", *options]
+
+
+def parser() -> ArgumentParser:
+    """Of the command, which measures one contestant and prints JSON."""
+    found = ArgumentParser(prog="python -m bench.suites.train", description=__doc__)
+    found.add_argument("--contestant", required=True, choices=CONTESTANTS)
+    dpo_problem.add_options(found, kinds=("lora",), ms=(1,))
+    found.add_argument("--steps", type=int, default=5, help="that count")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    options = parser().parse_args(arguments)
+    for setting in dpo_problem.chosen(options):
+        print(json.dumps(measure(options.contestant, setting, options.m[0], options.steps)))
+
+
+if __name__ == "__main__":
+    main()

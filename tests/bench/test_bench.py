@@ -65,16 +65,7 @@ def test_parameter_lists_are_those_of_the_models(name: str, millions: float) -> 
 
     a = MODELS[name]
     family = Gemma3TextConfig if a.outer_norms else Qwen3Config if a.query_norm else LlamaConfig
-    config = family(
-        vocab_size=a.vocabulary,
-        hidden_size=a.hidden,
-        intermediate_size=a.intermediate,
-        num_hidden_layers=a.layers,
-        num_attention_heads=a.heads,
-        num_key_value_heads=a.key_value_heads,
-        head_dim=a.head,
-        tie_word_embeddings=a.tied,
-    )
+    config = family(**a.config(), num_hidden_layers=a.layers)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert list(LISTS[name].items()) == [(n, tuple(p.shape)) for n, p in model.named_parameters()]
