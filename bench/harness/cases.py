@@ -49,10 +49,9 @@ class Case:
         """The number of parameters."""
         return elements(LISTS[self.list])
 
-    @property
-    def size(self) -> int:
-        """The bytes of one gradient."""
-        return self.elements * self.dtype.itemsize
+    def bytes(self, of_each: int, once: int) -> int:
+        """In units of one gradient: `of_each` of the m objectives, and `once` besides."""
+        return (of_each * self.m + once) * self.elements * self.dtype.itemsize
 
     def params(self) -> dict[str, Any]:
         """As it stands in the records."""

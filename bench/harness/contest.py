@@ -41,11 +41,6 @@ def failures() -> tuple[type[Exception], ...]:
     return (RuntimeError, TritonError)
 
 
-def our_backend(device: torch.device) -> str:
-    """The one with our kernels for that device."""
-    return "triton" if device.type == "cuda" else "cpu"
-
-
 def our_calls(case: Case, call: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
     """`call` on our kernels, and on their plain twin.
 
@@ -60,7 +55,7 @@ def our_calls(case: Case, call: Callable[[], Any]) -> dict[str, Callable[[], Any
 
         return inside
 
-    found = {OURS: forced(our_backend(case.device))}
+    found = {OURS: forced("triton" if case.device.type == "cuda" else "cpu")}
     if case.elements <= REFERENCE_UP_TO:
         found["reference"] = forced("reference")
     return found

@@ -79,22 +79,32 @@ class Problem:
     """A model, a batch of pairs (responses a, then b) and m losses, in the midst of training.
 
     The reference's scores are zero, so that margins differ from pair to pair, as they do after the
-    first step. The head takes all its rows at once.
+    first step; an adapter's B is not, or its A would have no gradient. The head takes all its rows
+    at once.
     """
+
+    ADAPTER_STD = 0.01
+    CHUNK_TOKENS = 1 << 30
 
     def __init__(self, setting: Setting, prepared: bool = False) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         torch.manual_seed(0)
         device, dtype = torch.device(setting.device), getattr(torch, setting.dtype)
-        config = LlamaConfig(**SHAPES[setting.shape].config(), num_hidden_layers=setting.layers)
+        shape = SHAPES[setting.shape]
+        config = LlamaConfig(**shape.config(), num_hidden_layers=setting.layers)
+        self.setting = setting
         self.model: nn.Module = LlamaForCausalLM(config).to(device, dtype)
         if setting.kind == "lora":
-            self.model = _with_adapter(self.model)
+            from peft import get_peft_model
+
+            self.model = get_peft_model(self.model, lora())
+            for name, p in self.trained.items():
+                if "lora_B" in name:
+                    nn.init.normal_(p, std=self.ADAPTER_STD)
         if prepared:
             raco_fast.prepare(self.model, strict=True, check_every=None)  # a suite has few steps
-        self.setting = setting
-        self.stop = config.vocab_size - 1
+        self.stop = shape.vocabulary - 1
         pairs = setting.sequences // 2
         ids = torch.randint(0, self.stop, (setting.sequences, setting.tokens))
         ids[pairs:, :PROMPT] = ids[:pairs, :PROMPT]
@@ -108,7 +118,6 @@ class Problem:
         self.labels[0] = 1
         self.labels[1] = (-1.0) ** torch.arange(pairs)
         self.reference = torch.zeros(setting.sequences, device=device)
-        self.chunk_tokens = ids.numel()
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -122,18 +131,13 @@ class Problem:
 
     def scores(self) -> Tensor:
         """Summed log-probabilities, float32 [B], with their graph."""
-        return sequence_logps(self.model, self.ids, self.mask, self.scored, self.chunk_tokens)
+        return sequence_logps(self.model, self.ids, self.mask, self.scored, self.CHUNK_TOKENS)
 
     def losses(self, scores: Tensor, m: int) -> list[Tensor]:
         """DPO's loss of the first m objectives."""
         a, b = (scores - self.reference).chunk(2)
         labels = self.labels[:m].to(scores)
         return list(-torch.nn.functional.logsigmoid(BETA * labels * (a - b)).mean(1))
-
-    def clear(self) -> None:
-        """Drop every gradient."""
-        for p in self.params:
-            p.grad = None
 
 
 class FreshProblem(Problem):
@@ -142,12 +146,11 @@ class FreshProblem(Problem):
     The head takes the default number of rows.
     """
 
+    ADAPTER_STD = 0.0
+    CHUNK_TOKENS = 256
+
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        for name, p in self.trained.items():
-            if "lora_B" in name:
-                nn.init.zeros_(p)
-        self.chunk_tokens = 256
         with torch.no_grad():
             self.reference = self.scores()
 
@@ -162,13 +165,3 @@ def lora() -> Any:
     from peft import LoraConfig
 
     return LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
-
-
-def _with_adapter(model: nn.Module) -> nn.Module:
-    from peft import get_peft_model
-
-    adapted: nn.Module = get_peft_model(model, lora())
-    for name, p in adapted.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(p, std=0.01)  # zeros would leave A without a gradient
-    return adapted

@@ -35,7 +35,7 @@ class Records:
         self.device = device
 
     def add(self, name: str, params: Record, **values: object) -> None:
-        """Append one record to the file at once."""
+        """Append one record to the file at once, and print it in a line."""
         record = {
             "name": name,
             "params": params,
@@ -46,6 +46,7 @@ class Records:
         }
         with self.file.open("ab", buffering=0) as lines:  # one write, so a line is whole or absent
             lines.write(json.dumps(record).encode() + b"\n")
+        print(_line(record), flush=True)
 
     def read(self) -> list[Record]:
         """All records so far."""
@@ -73,8 +74,8 @@ def mark(record: Record) -> str:
 def table(records: Iterable[Record]) -> str:
     """Ceilings and tests, one line per case with all contestants, then what failed."""
     records = latest(records)
-    lines = [f"{r['name']}: {r['rate']:.2f} {r['rate_unit']}" for r in records if "rate_unit" in r]
-    lines += [f"{r['name']}: {_outcome(r)}" for r in records if "passed" in r or "reports" in r]
+    single = [r for r in records if {"rate", "passed", "reports"} & r.keys()]
+    lines = [f"{r['name']}: {_figures(r)}" for r in single]
     cases: dict[tuple[str, ...], dict[str, Record]] = {}
     for r in records:
         if "share" in r:
@@ -88,11 +89,7 @@ def table(records: Iterable[Record]) -> str:
         rows = [[*case, *_cells(found, rivals)] for case, found in cases.items()]
         lines += ["", *_aligned([[*titles, *rivals], *rows]), ""]
         lines += [f"rivals: p50 as a multiple of {OURS}'s; ~: p20 and p80 more than 10 % apart"]
-    for r in records:
-        if "failure" in r:
-            reason = (r["failure"].strip().splitlines() or ["no message"])[0]
-            lines.append(f"failed: {' '.join([r['name'], *_shown(r['params'])])}: {reason[:160]}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(_line(r) for r in records if "failure" in r)])
 
 
 def _cells(found: dict[str, Record], rivals: Sequence[str]) -> list[str]:
@@ -105,11 +102,24 @@ def _cells(found: dict[str, Record], rivals: Sequence[str]) -> list[str]:
     return cells
 
 
-def _outcome(record: Record) -> str:
+def _line(record: Record) -> str:
+    thing = " ".join([record["name"], *_shown(record["params"])])
+    if "failure" not in record:
+        return f"{thing}: {_figures(record)}"
+    reason = (record["failure"].strip().splitlines() or ["no message"])[0]
+    return f"failed: {thing}: {reason[:160]}"
+
+
+def _figures(record: Record) -> str:
     if "reports" in record:
         return f"{record['reports']} reports on our kernels"
-    unfinished = "" if record["finished"] else ", not finished in time"
-    return f"{record['passed']} passed, {record['failed']} failed{unfinished}"
+    if "passed" in record:
+        unfinished = "" if record["finished"] else ", not finished in time"
+        return f"{record['passed']} passed, {record['failed']} failed{unfinished}"
+    if "rate" in record:
+        return f"{record['rate']:.2f} {record['rate_unit']}"
+    ratio = "" if record.get("ratio") is None else f" ({record['ratio']:.2f})"
+    return f"{record['p50']:.4g} {record['unit']}{mark(record)}{ratio}"
 
 
 def _shown(params: Record) -> list[str]:

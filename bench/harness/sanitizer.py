@@ -16,9 +16,12 @@ from shutil import which
 import torch
 from torch import Tensor
 
+import raco_fast
 from bench.harness.jobs import Done
 from bench.harness.machine import ROOT
 from bench.harness.records import Records
+from raco_fast.backends import ops
+from raco_fast.backends.reference import adamw_options
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 FINISHED = "all kernels launched"
@@ -70,35 +73,13 @@ def record(records: Records, name: str, done: Done) -> None:
 
 def launch_all(device: torch.device) -> None:
     """Every kernel, in every variant that accesses memory in its own way."""
-    from raco_fast.backends import ops
-
-    variants: list[tuple[int, torch.dtype]] = [
-        (2, torch.bfloat16), (3, torch.float32), (8, torch.bfloat16), (12, torch.float16)
-    ]  # fmt: skip
-    for m, dtype in variants:
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for m, dtype in ((2, bf16), (3, fp32), (8, bf16), (12, fp16)):
         for grads in _lists(m, dtype, device):
             assert torch.isfinite(ops.gram(grads)).all()
-    for m, dtype in variants[:2]:
-        for grads in _lists(m, dtype, device):
-            like = [next(g for g in column if g is not None) for column in zip(*grads, strict=True)]
-            alpha = torch.full((m,), 1.0 / m, dtype=torch.float64)
-            out, params, exp_avgs, exp_avg_sqs = ([g.clone() for g in like] for _ in range(4))
-            ops.combine(grads, alpha, out)
-            torch._foreach_mul_(exp_avg_sqs, exp_avg_sqs)
-            steps = [torch.zeros(()) for _ in params]
-            options = {"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
-            flags = ("amsgrad", "maximize", "capturable", "differentiable")
-            rest = {**dict.fromkeys(flags, False), "foreach": None, "fused": None}
-            ops.combine_adamw(
-                params, grads, alpha, exp_avgs, exp_avg_sqs, [], steps, **options, **rest
-            )
-            for t in (*out, *params):
-                assert torch.isfinite(t).all()
-    for m, dtype, out in (
-        (2, torch.bfloat16, torch.bfloat16),
-        (3, torch.float16, torch.float32),
-        (9, torch.bfloat16, torch.float32),
-    ):
+            if m <= 3:
+                _combined(grads)
+    for m, dtype, out in ((2, bf16, bf16), (3, fp16, fp32), (9, bf16, fp32)):
         for d_in, d_out in ((48, 80), (144, 272), (37, 61)):
             _layer_gradients(m, dtype, out, d_in, d_out, device)
     if device.type == "cuda":
@@ -106,12 +87,22 @@ def launch_all(device: torch.device) -> None:
             _step_on_device(m, device)
 
 
+def _combined(grads: list[list[Tensor | None]]) -> None:
+    """G0 alone, and an AdamW step along it."""
+    like = [next(g for g in column if g is not None) for column in zip(*grads, strict=True)]
+    out, params, exp_avgs, exp_avg_sqs = ([g.clone() for g in like] for _ in range(4))
+    torch._foreach_mul_(exp_avg_sqs, exp_avg_sqs)
+    alpha = torch.full((len(grads),), 1.0 / len(grads), dtype=torch.float64)
+    ops.combine(grads, alpha, out)
+    states = (exp_avgs, exp_avg_sqs, [], [torch.zeros(()) for _ in params])
+    ops.combine_adamw(params, grads, alpha, *states, **adamw_options(lr=0.01, weight_decay=0.1))
+    assert all(torch.isfinite(t).all() for t in (*out, *params))
+
+
 def _layer_gradients(
     m: int, dtype: torch.dtype, out: torch.dtype, d_in: int, d_out: int, device: torch.device
 ) -> None:
     """Written and added to, from ragged groups; rows that are no whole vectors among them."""
-    from raco_fast.backends import ops
-
     bounds = [0, 1, 66, 66, 99, 163]
     generator = torch.Generator().manual_seed(m)
     x, dy = (
@@ -126,10 +117,8 @@ def _layer_gradients(
 
 def _step_on_device(m: int, device: torch.device) -> None:
     """The kernel that solves the dual problem runs in a capturable step only."""
-    from raco_fast import ClippedCAGradAdamW
-
     p = torch.nn.Parameter(torch.linspace(-1, 1, 1025, device=device))
-    opt = ClippedCAGradAdamW([p], weights=[1.0 / m] * m, capturable=True)
+    opt = raco_fast.ClippedCAGradAdamW([p], weights=[1.0 / m] * m, capturable=True)
     opt.backward([(p - i).square().sum() for i in range(m)])
     opt.step()
     assert torch.isfinite(p).all()
@@ -141,14 +130,12 @@ def _lists(m: int, dtype: torch.dtype, device: torch.device) -> Iterator[list[li
     values = [[torch.randn(n + 1, generator=generator) for n in _SIZES] for _ in range(m)]
     on_device = [[v.to(device, dtype) for v in one] for one in values]
     yield [[g[:-1].clone() for g in one] for one in on_device]
-    yield [[None if (i + k) % m == 0 else g for k, g in enumerate(one)]
-           for i, one in enumerate(on_device)]  # fmt: skip
+    holes = enumerate(on_device)
+    yield [[None if (i + k) % m == 0 else g for k, g in enumerate(one)] for i, one in holes]
     yield [[g[1:] for g in one] for one in on_device]
 
 
 if __name__ == "__main__":
-    import raco_fast
-
     with raco_fast.backend("triton"):
         launch_all(torch.device("cuda"))
     torch.cuda.synchronize()

@@ -7,7 +7,8 @@ that are right are timed in turn, and each gets a record. What fails gets a reco
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -20,7 +21,7 @@ from bench.harness.cases import Case, cases
 from bench.harness.contest import Contest, failures
 from bench.harness.jobs import LEFT_OUT
 from bench.harness.records import OURS, Records
-from bench.harness.timing import Times, interleaved, shares
+from bench.harness.timing import interleaved, shares
 
 # A contestant that is further off than this computes something else.
 _TOLERANCE = 0.1
@@ -29,18 +30,17 @@ _SLACK = 1 << 30
 
 
 class Suite(Protocol):
-    """A module of bench/suites that measures cases."""
+    """A module of bench/suites that measures cases.
+
+    HELD is what has to fit in memory without what rivals need besides, and MOVED what has to move
+    at least, both as arguments of `Case.bytes`; `contest` has all contestants but those in `skip`.
+    """
 
     NAME: str
+    HELD: tuple[int, int]
+    MOVED: tuple[int, int]
 
-    def bytes_held(self, case: Case) -> int:
-        """What has to fit in memory, without what rivals need besides."""
-
-    def bytes_moved(self, case: Case) -> int:
-        """What has to move at least."""
-
-    def contest(self, case: Case, skip: Sequence[str]) -> Contest:
-        """The contestants, all but those in `skip`."""
+    def contest(self, case: Case, skip: Sequence[str]) -> Contest: ...
 
 
 @dataclass
@@ -55,52 +55,53 @@ class Session:
 
     def measure(self, suite: Suite) -> None:
         """Measure every case that there is memory and time for."""
+        name = f"{suite.NAME}/{OURS}"
         reason = correctness.obstacle(self.records.read(), self.device.type, suite.NAME)
         if reason is not None:
-            self.records.add(f"{suite.NAME}/{OURS}", {}, failure=reason)
+            self.records.add(name, {}, failure=reason)
             return
         for case, until in shares(cases(self.sizes, self.device), self.until):
             gc.collect()
-            needed = suite.bytes_held(case) + _SLACK
+            needed, free = case.bytes(*suite.HELD) + _SLACK, machine.free_memory(self.device)
             if self.until <= perf_counter():
-                self._fail(suite, case, OURS, LEFT_OUT)
-            elif needed > (free := machine.free_memory(self.device)):
+                self.records.add(name, case.params(), failure=LEFT_OUT)
+            elif needed > free:
                 shown = f"needs {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free"
-                self._fail(suite, case, OURS, f"left out: {shown}")
+                self.records.add(name, case.params(), failure=f"left out: {shown}")
             else:
-                try:
+                with self._failures_of(name, case):
                     self._measure(suite, case, until)
-                except failures() as failure:
-                    self._fail(suite, case, OURS, _shown(failure))
+
+    @contextmanager
+    def _failures_of(self, name: str, case: Case) -> Iterator[None]:
+        """What a contestant may raise becomes its record, and the others go on."""
+        try:
+            yield
+        except failures() as failure:
+            shown = f"{type(failure).__name__}: {failure}"[:500]
+            self.records.add(name, case.params(), failure=shown)
 
     def _measure(self, suite: Suite, case: Case, until: float) -> None:
-        contest = suite.contest(case, self.skip)
-        errors: dict[str, float] = {}
+        contest, params, errors = suite.contest(case, self.skip), case.params(), {}
         for name in contest.calls:
-            try:
-                error = contest.error(name)
-            except failures() as failure:
-                self._fail(suite, case, name, _shown(failure))
-                continue
             limit = contest.tolerance if name == OURS else _TOLERANCE
-            if error <= limit:
-                errors[name] = error
-            else:
-                self._fail(suite, case, name, f"wrong: error {error:.2g}, at most {limit:.2g}")
-        if OURS in errors:
-            calls = {name: contest.calls[name] for name in errors}
-            self._add(suite, case, interleaved(calls, self.device, until), errors)
-
-    def _add(
-        self, suite: Suite, case: Case, times: dict[str, Times], errors: dict[str, float]
-    ) -> None:
-        moved, bandwidth = suite.bytes_moved(case), self.records.copy_bandwidth()
+            with self._failures_of(f"{suite.NAME}/{name}", case):
+                error = contest.error(name)
+                if error <= limit:
+                    errors[name] = error
+                    continue
+                wrong = f"wrong: error {error:.2g}, at most {limit:.2g}"
+                self.records.add(f"{suite.NAME}/{name}", params, failure=wrong)
+        if OURS not in errors:
+            return
+        times = interleaved({name: contest.calls[name] for name in errors}, self.device, until)
+        moved, bandwidth = case.bytes(*suite.MOVED), self.records.copy_bandwidth()
         ours = times[OURS].quantiles()[1]
         for name, taken in times.items():
             middle = taken.quantiles()[1]
             self.records.add(
                 f"{suite.NAME}/{name}",
-                case.params(),
+                params,
                 **taken.summary("ms", 1e3),
                 wall=1e3 * median(taken.wall),
                 ratio=middle / ours,
@@ -108,10 +109,3 @@ class Session:
                 share=None if bandwidth is None else moved / middle / bandwidth,
                 error=errors[name],
             )
-
-    def _fail(self, suite: Suite, case: Case, name: str, failure: str) -> None:
-        self.records.add(f"{suite.NAME}/{name}", case.params(), failure=failure)
-
-
-def _shown(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {failure}"[:500]

@@ -115,10 +115,10 @@ def disagreement(problem: Problem, m: int) -> float:
     """
     found = []
     for scored in (False, True):
-        problem.clear()
+        problem.model.zero_grad()
         gradients = raco_fast.ObjectiveGradients(problem.params, [1 / m] * m)
         scores = problem.scores()
         gradients.backward(problem.losses(scores, m), scores=scores if scored else None)
         found.append([torch.stack(list(gradients.of(p).values())) for p in problem.params])
-    problem.clear()
+    problem.model.zero_grad()
     return max(float((a - b).norm() / a.norm()) for a, b in zip(*found, strict=True))

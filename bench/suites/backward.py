@@ -74,11 +74,8 @@ def measure(
     times = interleaved(calls, torch.device(setting.device), until)
     unit = times["plain"].quantiles()[1]
     for name, taken in times.items():
-        low, ratio, high = (q / unit for q in taken.quantiles())
-        values = {**taken.summary(), "ratio": ratio, "error": error}
+        values = {**taken.summary(), "ratio": taken.quantiles()[1] / unit, "error": error}
         records.add(f"{NAME}/{name}", params, **values, reproduce=shlex.join(command))
-        spread = f"({low:.2f}-{high:.2f})"
-        print(f"{setting.kind:<5} m={m} {name:<30} {ratio:5.2f} {spread}", flush=True)
 
 
 def parser() -> ArgumentParser:

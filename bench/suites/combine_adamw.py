@@ -20,18 +20,12 @@ from raco_fast.backends import ops
 from raco_fast.backends.reference import adamw_options
 
 NAME = "combine_adamw"
+HELD = (1, 3)
+MOVED = (1, 6)  # weights and two states are read and written
 COEFFICIENTS = (0.6, 0.55, -0.25, 0.4, 1.2, 0.3, 0.8, 0.05)
 BETA1, BETA2 = ADAMW["betas"]
 _SHARED = {name: ADAMW[name] for name in ("lr", "eps", "weight_decay")}
 OPTIONS = adamw_options(beta1=BETA1, beta2=BETA2, **_SHARED)
-
-
-def bytes_held(case: Case) -> int:
-    return (case.m + 3) * case.size
-
-
-def bytes_moved(case: Case) -> int:
-    return (case.m + 6) * case.size  # weights and two states are read and written
 
 
 def contest(case: Case, skip: Sequence[str]) -> Contest:

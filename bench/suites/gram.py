@@ -14,14 +14,8 @@ from bench.rivals.gradients import Rival, rivals
 from raco_fast.backends import ops
 
 NAME = "gram"
-
-
-def bytes_held(case: Case) -> int:
-    return case.m * case.size
-
-
-def bytes_moved(case: Case) -> int:
-    return case.m * case.size
+HELD = (1, 0)
+MOVED = (1, 0)
 
 
 def contest(case: Case, skip: Sequence[str]) -> Contest:

@@ -61,7 +61,6 @@ def measure(records: Records, setting: Setting, ms: Sequence[int], until: float)
             values = {"unit": "bytes", "p50": used, "ratio": None if unit is None else used / unit}
             again = [*(f"{k}={v}" for k, v in _MALLOC.items()), "python", *command]
             records.add(f"{NAME}/{name}", setting.params(m), **values, reproduce=shlex.join(again))
-            print(f"m={m} {name:<30} {used / 2**20:8.0f} MiB", flush=True)
 
 
 def peak(setting: Setting, name: str, m: int) -> int:

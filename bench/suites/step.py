@@ -21,16 +21,10 @@ from raco_fast import ClippedCAGradAdamW, solve_dual
 from raco_fast.backends.choose import MAX_ON_DEVICE
 
 NAME = "step"
+HELD = (1, 3)
+MOVED = (2, 6)  # the gradients for the Gram, and again for the update
 C = 0.4
 STATES = ("exp_avg", "exp_avg_sq", "step")
-
-
-def bytes_held(case: Case) -> int:
-    return (case.m + 3) * case.size
-
-
-def bytes_moved(case: Case) -> int:
-    return (2 * case.m + 6) * case.size  # the gradients for the Gram, and again for the update
 
 
 def contest(case: Case, skip: Sequence[str]) -> Contest:

@@ -156,29 +156,20 @@ def _add(session: Session, found: Sequence[Measured], setting: Setting) -> None:
         reproduce = shlex.join(["python", *one.command])
         if one.failure is not None:
             session.records.add(name, params, failure=one.failure, reproduce=reproduce)
-            print(f"{name} {setting.kind} m={one.m}: {one.failure}", flush=True)
             continue
-        low, middle, high = one.times.quantiles()
-        ratio = None if unit is None else middle / running[unit].times.quantiles()[1]
-        rate = setting.sequences * setting.tokens / middle
+        middle = one.times.quantiles()[1]
         session.records.add(
             name,
             params,
             **one.times.summary(),
             processes=len(one.peaks),
-            ratio=ratio,
+            ratio=None if unit is None else middle / running[unit].times.quantiles()[1],
             ratio_to=unit,
-            tokens_per_second=rate,
+            tokens_per_second=setting.sequences * setting.tokens / middle,
             peak_bytes=max(one.peaks),
             model_bytes=one.last["model_bytes"],
             losses=one.last["losses"],
             reproduce=reproduce,
-        )
-        shown = "-" if ratio is None else f"{ratio:.2f} x {unit}"
-        print(
-            f"{name:<24} {setting.kind} m={one.m}: {middle:.3f} s ({low:.3f}-{high:.3f}), {shown}, "
-            f"{rate:.0f} tokens/s, {max(one.peaks) / 2**20:.0f} MiB above the model",
-            flush=True,
         )
 
 
