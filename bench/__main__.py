@@ -5,8 +5,6 @@ Records go to DIR/report.json as they are made; `python -m bench.records DIR` pr
 `python -m bench.report` runs everything and writes a page. Run from the root of a checkout.
 """
 
-from __future__ import annotations
-
 from argparse import ArgumentParser
 from pathlib import Path
 

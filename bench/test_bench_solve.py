@@ -5,8 +5,6 @@
 Nothing is asserted about time. Every contestant must first come close to the optimum.
 """
 
-from __future__ import annotations
-
 from itertools import cycle
 from typing import Any
 

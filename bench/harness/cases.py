@@ -1,7 +1,5 @@
 """What is measured: parameter lists, dtypes and numbers of objectives, by size of machine."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

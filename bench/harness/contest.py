@@ -1,7 +1,5 @@
 """Contestants for one case: the calls that are timed, and how each is held to the truth."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -48,17 +46,11 @@ def our_calls(case: Case, call: Callable[[], Any]) -> dict[str, Callable[[], Any
     another backend.
     """
 
-    def forced(backend: str) -> Callable[[], Any]:
-        def inside() -> Any:
-            with raco_fast.backend(backend):
-                return call()
-
-        return inside
-
-    found = {OURS: forced("triton" if case.device.type == "cuda" else "cpu")}
-    if case.elements <= REFERENCE_UP_TO:
-        found["reference"] = forced("reference")
-    return found
+    fast = "triton" if case.device.type == "cuda" else "cpu"
+    backends = {OURS: fast, "reference": "reference"}
+    if case.elements > REFERENCE_UP_TO:
+        del backends["reference"]
+    return {name: raco_fast.backend(backend)(call) for name, backend in backends.items()}
 
 
 def contest_of_steps(

@@ -5,8 +5,6 @@ sanitizer.py. A file that was not through in time without a failure does not sta
 record says so, and every suite checks its contestants once more on what it times.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Sequence

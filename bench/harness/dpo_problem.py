@@ -6,8 +6,6 @@ vocabulary, as text does that ends in a stop token, so that a trainer which toke
 given the very same ids. All pairs have full length: nobody pads, nobody saves by not padding.
 """
 
-from __future__ import annotations
-
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields

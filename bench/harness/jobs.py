@@ -1,7 +1,5 @@
 """Processes until a deadline: tests and memory checkers side by side, what is measured alone."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -3,8 +3,6 @@
 Imports nothing of raco_fast, so that a run whose build failed can still say where it failed.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

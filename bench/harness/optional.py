@@ -1,7 +1,5 @@
 """Packages that some of what is measured needs, and a machine may lack."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 
 NEEDED = {

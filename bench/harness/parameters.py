@@ -4,8 +4,6 @@ From the numbers of the published configs, so that no file, network or import of
 needed; `tests/bench/test_bench.py` compares them with transformers' models on the meta device.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from math import prod
 from typing import Any

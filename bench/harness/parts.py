@@ -1,9 +1,6 @@
 """The parts of a run: their order, how long each may take, and the options of every command."""
 
-from __future__ import annotations
-
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Sequence
 from importlib import import_module
 from time import perf_counter
 
@@ -41,26 +38,18 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run_parts(options: Namespace) -> None:
     """Run the parts in the order given; each gets its share of the seconds."""
-    records = Records(options.out, options.device)
     in_all = sum(SECONDS[part] for part in options.parts)
     scale = 1.0 if options.seconds is None else options.seconds / in_all
+    sizes = options.sizes or ("gpu" if options.device == "cuda" else "cpu")
+    records, device = Records(options.out, options.device), torch.device(options.device)
     for part in options.parts:
-        seconds = scale * SECONDS[part]
-        run_part(part, records, options.device, options.sizes, seconds, options.skip)
+        until = perf_counter() + scale * SECONDS[part]
+        run_part(part, Session(records, device, sizes, until, tuple(options.skip)))
 
 
-def run_part(
-    part: str,
-    records: Records,
-    device: str,
-    sizes: str | None,
-    seconds: float,
-    skip: Sequence[str] = (),
-) -> None:
-    """Run one part, which ends by itself about when its seconds are over."""
+def run_part(part: str, session: Session) -> None:
+    """Run one part, which ends by itself about when the session's time is over."""
     started = perf_counter()
-    sizes = sizes or ("gpu" if device == "cuda" else "cpu")
-    session = Session(records, torch.device(device), sizes, started + seconds, tuple(skip))
     module = import_module(f"bench.suites.{part}")
     module.run(session) if hasattr(module, "run") else session.measure(module)
     print(f"bench: {part} took {perf_counter() - started:.0f} s", flush=True)

@@ -10,8 +10,6 @@ the same run, reached with those bytes) and `error` (against float64). What coul
 has `failure` instead. A run that is killed keeps what it had measured.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterable, Sequence

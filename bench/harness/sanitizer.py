@@ -6,8 +6,6 @@ chunk, missing gradients, addresses that are no multiple of 16. The checkers slo
 hundredfold.
 """
 
-from __future__ import annotations
-
 import ast
 import sys
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ For each case the contestants prove themselves on the very tensors that they are
 that are right are timed in turn, and each gets a record. What fails gets a record that says so.
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

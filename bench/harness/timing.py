@@ -7,8 +7,6 @@ around the call, behind a pause of the device during which the host can issue th
 On a CPU the two are one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter

@@ -1,7 +1,5 @@
 """What the figures are meant to reach, as data, and the verdicts on them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """Records -> Markdown: tables by suite, goals beside figures, and where a rival is faster."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Records -> PNG plots, one idea each; matplotlib is imported here only."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -8,8 +8,6 @@ DIR gets report.json (one record a line, as it is measured), report.md and PNG p
 what is timed run first; what fails them is not timed.
 """
 
-from __future__ import annotations
-
 from argparse import ArgumentParser
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec

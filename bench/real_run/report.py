@@ -3,8 +3,6 @@
 Every number in that page comes from bench/results/real_run/*.jsonl, which is committed.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from statistics import mean

@@ -8,8 +8,6 @@ other, so that the second finds the reference log-probabilities cached. An inter
 where it stopped when the command is given again.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

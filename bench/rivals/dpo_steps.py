@@ -1,7 +1,5 @@
 """One optimizer step of multi-objective DPO, the plain way and every way this library offers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

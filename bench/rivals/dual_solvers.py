@@ -7,8 +7,6 @@ faces are tried and the best is kept, as the paper's published note does for two
 objectives.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt

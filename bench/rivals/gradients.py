@@ -4,8 +4,6 @@ Each rival is at its best: sums of the Gram in float32 (the paper's code adds up
 dtype), one transfer to the host, torch's fused AdamW behind it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import combinations_with_replacement

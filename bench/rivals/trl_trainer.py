@@ -10,8 +10,6 @@ What it does in every step and cannot be told not to (norm of the gradient, abou
 read back to the host) is a part of its time; fetching and collating the batch is not.
 """
 
-from __future__ import annotations
-
 from tempfile import TemporaryDirectory
 from typing import Any
 

@@ -6,8 +6,6 @@ Before it is timed, one backward pass is compared with m of them on the same mod
 differ, nothing is timed. Rivals take turns in one process; medians.
 """
 
-from __future__ import annotations
-
 import shlex
 from argparse import ArgumentParser
 from collections.abc import Sequence

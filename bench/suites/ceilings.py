@@ -1,7 +1,5 @@
 """The two ceilings of the machine: a large copy (GB/s, read and written) and a matrix product."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

@@ -4,8 +4,6 @@
 copy is made for its Gram, takes part in `step` only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

@@ -1,7 +1,5 @@
 """The Gram matrix of m gradients, as the optimizer asks for it: m² numbers on the host."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

@@ -7,8 +7,6 @@ what there was before the first and less AdamW's two states. What a mode keeps b
 what malloc keeps does not.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 from argparse import SUPPRESS, ArgumentParser

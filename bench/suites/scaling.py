@@ -4,8 +4,6 @@ Each record has `size` and what it is `against`; the report fits the slope of lo
 A slope of 1 is a price per item, 0 a price of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 

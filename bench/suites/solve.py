@@ -4,8 +4,6 @@
 solver must first come within its own accuracy of the optimum on every Gram that it is timed on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from time import perf_counter
 

@@ -4,8 +4,6 @@ Everybody solves the dual problem with `solve_dual`, but `capturable`, our step 
 the device (m <= 3, CUDA only). `adamw` is torch's fused AdamW on one gradient: the price of one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

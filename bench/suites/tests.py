@@ -1,7 +1,5 @@
 """Tests of everything that is timed, and the memory checkers where there are any."""
 
-from __future__ import annotations
-
 from bench.harness import correctness, sanitizer
 from bench.harness.jobs import run_together
 from bench.harness.session import Session

@@ -12,8 +12,6 @@ alone. TRL and plain torch train on one objective, the first of our m.
 learn what plain torch learns on the same pairs, or its time does not count.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 from argparse import ArgumentParser

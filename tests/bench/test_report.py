@@ -6,13 +6,16 @@ import json
 import shlex
 from importlib import import_module
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from bench.harness import correctness
 from bench.harness.records import Record, Records, latest
+from bench.harness.session import Session
 from bench.pages import goals, page, report
 
 MACHINE = {"cpu": "a machine", "cores": 2, "load": 0.1}
@@ -23,6 +26,11 @@ def record(name: str, p50: float = 2.0, **values: Any) -> Record:
     spread = {"p20": p50, "p50": p50, "p80": p50}
     of_run = {"machine": MACHINE, "versions": {"torch": "2.13"}, "commit": "c0ffee"}
     return {"name": name, "params": params, "unit": "ms", **spread, **values, **of_run}
+
+
+def at_once(records: Records) -> Session:
+    """A session of tiny sizes that has no time left."""
+    return Session(records, torch.device("cpu"), "tiny", perf_counter())
 
 
 def steps(paper: float, adamw: float) -> list[Record]:
@@ -143,7 +151,7 @@ def test_a_solver_that_is_wrong_or_absent_is_not_timed(
     monkeypatch.setitem(optional.NEEDED, "torchjd", ("no_such_package",))
     monkeypatch.setattr(dual_solvers, "closed_form", lambda M: [1.0] + [0.0] * (len(M) - 1))
     records = Records(tmp_path, "cpu")
-    parts.run_part("solve", records, "cpu", "tiny", 0.0)
+    parts.run_part("solve", at_once(records))
     wrong = [r for r in records.read() if r["name"] == "solve/closed form"]
     assert len(wrong) == 2
     assert all(r["failure"].startswith("wrong: f exceeds the optimum by ") for r in wrong)
@@ -167,7 +175,7 @@ def test_every_sweep_is_recorded(tmp_path: Path) -> None:
     from bench.harness import parts
 
     records = Records(tmp_path, "cpu")
-    parts.run_part("scaling", records, "cpu", "tiny", 0.0)
+    parts.run_part("scaling", at_once(records))
     sweeps = page.swept(records.read())
     assert [(key, len(points)) for key, points in sweeps.items()] == [
         (("step", "parameters"), 2),
