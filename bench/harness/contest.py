@@ -45,12 +45,11 @@ def our_calls(case: Case, call: Callable[[], Any]) -> dict[str, Callable[[], Any
     The backend is forced: a call that the kernels cannot take fails instead of being timed on
     another backend.
     """
-
     fast = "triton" if case.device.type == "cuda" else "cpu"
-    backends = {OURS: fast, "reference": "reference"}
-    if case.elements > REFERENCE_UP_TO:
-        del backends["reference"]
-    return {name: raco_fast.backend(backend)(call) for name, backend in backends.items()}
+    found = {OURS: raco_fast.backend(fast)(call)}
+    if case.elements <= REFERENCE_UP_TO:
+        found["reference"] = raco_fast.backend("reference")(call)
+    return found
 
 
 def contest_of_steps(
@@ -65,10 +64,8 @@ def contest_of_steps(
 
     def error(name: str) -> float:
         weights.restart()
-        if name == "adamw":
-            before, after = weights.stepped(grads[:1], torch.ones(1, dtype=torch.float64))
-        else:
-            before, after = weights.stepped(grads, alpha)
+        along = (grads[:1], torch.ones_like(alpha[:1])) if name == "adamw" else (grads, alpha)
+        before, after = weights.stepped(*along)
         calls[name]()
         found = probed(weights.params)
         return float((found - after).abs().mean() / (after - before).abs().mean())

@@ -78,14 +78,10 @@ GOALS: tuple[Goal, ...] = (
         *("step/raco", "cuda", 0.15, "wall"),
         params={"m": 2, "list": "300 small"},
     ),
-    _backward("lora", 2, 1.05, "cpu"),
-    _backward("lora", 8, 1.15, "cpu"),
-    _backward("full", 2, 1.35, "cpu"),
-    _backward("full", 8, 1.5, "cpu"),
-    _backward("lora", 2, 1.05, "cuda"),
-    _backward("lora", 8, 1.15, "cuda"),
-    _backward("full", 2, 1.15, "cuda"),
-    _backward("full", 4, 1.35, "cuda"),
+    *(_backward("lora", m, limit, "cpu") for m, limit in ((2, 1.05), (8, 1.15))),
+    *(_backward("full", m, limit, "cpu") for m, limit in ((2, 1.35), (8, 1.5))),
+    *(_backward("lora", m, limit, "cuda") for m, limit in ((2, 1.05), (8, 1.15))),
+    *(_backward("full", m, limit, "cuda") for m, limit in ((2, 1.15), (4, 1.35))),
     *(_backward("full", m, 1.25, "cuda", "gram_first, keep_dy") for m in (2, 4, 8)),
     *(_memory("gram_first", 1.02, device) for device in ("cpu", "cuda")),
     *(_memory("gram_first, step_in_backward", 0.85, device) for device in ("cpu", "cuda")),
@@ -94,11 +90,19 @@ GOALS: tuple[Goal, ...] = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """A goal and the figure of one record, or None where nothing was measured."""
+    """A goal beside one record, or None where nothing was measured."""
 
     goal: Goal
     record: Record | None
-    figure: float | None
+
+    @property
+    def figure(self) -> float | None:
+        """What the record says; None where it says nothing."""
+        if self.record is None:
+            return None
+        if self.goal.figure == "1/ratio":
+            return 1 / self.record["ratio"]
+        return self.record[self.goal.figure]
 
     @property
     def met(self) -> bool | None:
@@ -118,8 +122,8 @@ def verdicts(records: Sequence[Record], devices: Iterable[str]) -> list[Verdict]
     """Every goal of the devices beside every figure that it is about."""
     found = []
     for goal in (g for g in GOALS if g.device in devices):
-        judged = [Verdict(goal, r, _figure(goal, r)) for r in records if _is_about(goal, r)]
-        found += judged or [Verdict(goal, None, None)]
+        judged = [Verdict(goal, r) for r in records if _is_about(goal, r)]
+        found += judged or [Verdict(goal, None)]
     return found
 
 
@@ -132,10 +136,3 @@ def _is_about(goal: Goal, record: Record) -> bool:
         and all(params.get(k) == v for k, v in goal.params.items())
         and params.get("elements", 0) >= goal.elements
     )
-
-
-def _figure(goal: Goal, record: Record) -> float | None:
-    if goal.figure == "1/ratio":
-        return 1 / record["ratio"]
-    value = record[goal.figure]
-    return None if value is None else float(value)

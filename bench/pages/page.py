@@ -71,16 +71,17 @@ def losses(records: Sequence[Record]) -> str:
     Our own other ways and the price of one objective (`adamw`, `plain`) are no rivals.
     """
     own = (OURS, "reference", "capturable", "adamw", "plain", "raco, C++ alone")
-    rows = []
-    for suite in ("solve", "gram", "combine_adamw", "step"):
-        for case, found in cases(by_suite(latest(records), suite)).items():
-            for name, r in found.items():
-                if name not in own and OURS in found and r["ratio"] < 1:
-                    rows.append((r["ratio"], [suite, case, f"`{name}`", f"{r['ratio']:.2f}"]))
-    if not rows:
+    faster = [
+        (r["ratio"], [suite, case, f"`{name}`", f"{r['ratio']:.2f}"])
+        for suite in ("solve", "gram", "combine_adamw", "step")
+        for case, found in cases(by_suite(latest(records), suite)).items()
+        for name, r in found.items()
+        if name not in own and OURS in found and r["ratio"] < 1
+    ]
+    if not faster:
         return "In no case of the solver, Gram, update or step was a rival faster."
-    table = [row for _, row in sorted(rows, key=lambda pair: pair[0])]
-    return markdown_table(["suite", "case", "rival", "its time, ours is 1"], table)
+    rows = [row for _, row in sorted(faster, key=lambda pair: pair[0])]
+    return markdown_table(["suite", "case", "rival", "its time, ours is 1"], rows)
 
 
 def slope(sizes: Sequence[float], times: Sequence[float]) -> float:
@@ -96,10 +97,9 @@ def swept(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
     return found
 
 
-def points(records: Iterable[Record]) -> tuple[list[float], list[float]]:
+def points(records: Sequence[Record]) -> tuple[list[float], list[float]]:
     """Sizes and medians of one sweep."""
-    sizes, times = zip(*((float(r["params"]["size"]), r["p50"]) for r in records), strict=True)
-    return list(sizes), list(times)
+    return [r["params"]["size"] for r in records], [r["p50"] for r in records]
 
 
 def _machine(records: Sequence[Record]) -> str:
@@ -128,24 +128,15 @@ def _suite(records: Sequence[Record], suite: str) -> str:
         return ""
     title, unit = SUITES[suite]
     names = list(dict.fromkeys(name for of_case in found.values() for name in of_case))
-    rows = [
-        [case, *(_cell(of_case.get(name)) for name in names)] for case, of_case in found.items()
-    ]
-    text = f"### {title} (`{suite}`)\n\n" + markdown_table(
-        ["case", *(f"`{name}`" for name in names)], rows
-    )
-    text += f"\n\nIn brackets: as a multiple of {unit}."
-    shares = [f"{c}: {f[OURS]['share']:.0%}" for c, f in found.items() if _has_share(f)]
+    rows = [[case, *(_cell(of.get(name)) for name in names)] for case, of in found.items()]
+    table = markdown_table(["case", *(f"`{name}`" for name in names)], rows)
+    text = f"### {title} (`{suite}`)\n\n{table}\n\nIn brackets: as a multiple of {unit}."
+    ours = {case: of.get(OURS, {}).get("share") for case, of in found.items()}
+    shares = [f"{case}: {share:.0%}" for case, share in ours.items() if share is not None]
     if shares:
         text += f" Share of the copy bandwidth that `{OURS}` reaches: {'; '.join(shares)}."
-    commands = dict.fromkeys(r["reproduce"] for r in by_suite(records, suite) if "reproduce" in r)
-    if commands:
-        text += f"\n\nAgain: `{next(iter(commands))}`."
-    return text
-
-
-def _has_share(found: Mapping[str, Record]) -> bool:
-    return OURS in found and found[OURS].get("share") is not None
+    commands = [r["reproduce"] for r in by_suite(records, suite) if "reproduce" in r]
+    return f"{text}\n\nAgain: `{commands[0]}`." if commands else text
 
 
 def _cell(record: Record | None) -> str:
@@ -153,13 +144,13 @@ def _cell(record: Record | None) -> str:
         return "-"
     scale, unit = SCALES[record["unit"]]
     value = f"{record['p50'] * scale:.3g} {unit}{_mark(record)}"
-    ratio = record.get("ratio")
-    extra = [] if ratio is None else [f"{ratio:.2f}"]
-    if "tokens_per_second" in record:
-        extra.append(f"{record['tokens_per_second']:.0f} tokens/s")
-    if "peak_bytes" in record:
-        extra.append(f"+{record['peak_bytes'] / 2**20:.0f} MiB")
-    return f"{value} ({', '.join(extra)})" if extra else value
+    extra = {
+        "ratio": lambda x: f"{x:.2f}",
+        "tokens_per_second": lambda x: f"{x:.0f} tokens/s",
+        "peak_bytes": lambda x: f"+{x / 2**20:.0f} MiB",
+    }
+    known = [form(record[k]) for k, form in extra.items() if record.get(k) is not None]
+    return f"{value} ({', '.join(known)})" if known else value
 
 
 def _mark(record: Record) -> str:

@@ -84,13 +84,11 @@ def write_docs() -> None:
 
 def performance() -> str:
     """The text of docs/performance.md."""
-    parts = [INTRODUCTION]
-    measured: set[str] = set()
-    for name, records in committed().items():
-        measured |= set(page.devices(records))
+    parts, runs = [INTRODUCTION], committed()
+    for name, records in runs.items():
         plots = sorted((PLOTS / name).glob("*.png"))
         parts += [f"## {name}", _run(records), _images(plots, DOCS)]
-    if "cuda" not in measured:
+    if not any("cuda" in page.devices(records) for records in runs.values()):
         parts += [NO_GPU, page.goals([], ["cuda"])]
     return "\n\n".join(part for part in parts if part) + "\n"
 

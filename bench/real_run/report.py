@@ -42,18 +42,15 @@ def accuracy_table(data_set: str) -> str:
         before, after = evaluations[0], evaluations[-1]
         for name in objectives(training):
             pairs = int(after[f"eval_pairs/{name}"])
-            cells = [
-                share_with_interval(before[f"eval_logps/accuracies/{name}"], pairs),
-                share_with_interval(after[f"eval_logps/accuracies/{name}"], pairs),
-                share_with_interval(after[f"eval_rewards/accuracies/{name}"], pairs),
-            ]
+            shares = [r[f"eval_logps/accuracies/{name}"] for r in (before, after)]
+            shares.append(after[f"eval_rewards/accuracies/{name}"])
+            cells = [share_with_interval(share, pairs) for share in shares]
             margin = after[f"eval_rewards/margins/{name}"]
             losses = f"{before[f'eval_loss/{name}']:.4f} → {after[f'eval_loss/{name}']:.4f}"
             rows.append([name, f"`{rule}`", str(pairs), *cells, f"{margin:+.3f}", losses])
     titles = ["objective", "rule", "pairs", "likelihood before", "likelihood after"]
-    return markdown_table(
-        [*titles, "reward after", "reward margin after", "loss before → after"], rows
-    )
+    titles += ["reward after", "reward margin after", "loss before → after"]
+    return markdown_table(titles, rows)
 
 
 def combination_table(data_set: str) -> str:
@@ -61,22 +58,13 @@ def combination_table(data_set: str) -> str:
     rows = []
     for rule in RULES:
         training, _ = split(read(data_set, rule))
-        names = objectives(training)
-        cosines = [name for name in training[0] if name.startswith("raco/cosine/")]
-        conflict = {
-            name.removeprefix("raco/cosine/"): mean(r[name] for r in training) for name in cosines
-        }
-        rows.append(
-            [
-                f"`{rule}`",
-                str(len(training)),
-                "; ".join(f"{pair} {value:+.2f}" for pair, value in conflict.items()),
-                "; ".join(
-                    f"{n} {mean(r[f'raco/coefficient/{n}'] for r in training):.2f}" for n in names
-                ),
-                f"{mean(r['raco/clip_active'] for r in training):.0%}",
-            ]
+        means = {k: mean(r[k] for r in training) for k in training[0] if k.startswith("raco/")}
+        cosines, coefficients = (
+            "; ".join(f"{k.removeprefix(of)} {v:{form}}" for k, v in means.items() if of in k)
+            for of, form in (("raco/cosine/", "+.2f"), ("raco/coefficient/", ".2f"))
         )
+        clipped = f"{means['raco/clip_active']:.0%}"
+        rows.append([f"`{rule}`", str(len(training)), cosines, coefficients, clipped])
     titles = ["rule", "steps", "mean cosine", "mean coefficient", "clip active"]
     return markdown_table(titles, rows)
 
@@ -85,7 +73,7 @@ def verdict(data_set: str) -> str:
     """One sentence per objective: whether the rules' reward accuracies differ, from each other
     and from a coin.
     """
-    final = {rule: split(read(data_set, rule))[1][-1] for rule in RULES}
+    final = {f"`{rule}`": split(read(data_set, rule))[1][-1] for rule in RULES}
     sentences = []
     for name in objectives(split(read(data_set, RULES[0]))[0]):
         intervals = {
@@ -93,14 +81,12 @@ def verdict(data_set: str) -> str:
             for rule, r in final.items()
         }
         (a, (low_a, high_a)), (b, (low_b, high_b)) = intervals.items()
-        apart = low_a > high_b or low_b > high_a
-        relation = "lie apart" if apart else "overlap"
-        above = [f"`{rule}`" for rule, (low, _) in intervals.items() if low > 0.5]
-        below = [f"`{rule}`" for rule, (_, high) in intervals.items() if high < 0.5]
+        relation = "lie apart" if low_a > high_b or low_b > high_a else "overlap"
+        above = " and ".join(rule for rule, (low, _) in intervals.items() if low > 0.5)
+        below = " and ".join(rule for rule, (_, high) in intervals.items() if high < 0.5)
         sentences.append(
-            f"- {name}: the intervals of `{a}` and `{b}` {relation}; with 50 % outside the "
-            f"interval, above chance: {' and '.join(above) or 'neither'}, "
-            f"below chance: {' and '.join(below) or 'neither'}."
+            f"- {name}: the intervals of {a} and {b} {relation}; with 50 % outside the interval, "
+            f"above chance: {above or 'neither'}, below chance: {below or 'neither'}."
         )
     return "\n".join(sentences)
 
@@ -120,22 +106,16 @@ def page() -> str:
         "log-probability; before training it is zero for every response, that is 50 %.",
     ]
     for data_set in DATA_SETS:
-        parts += [
-            f"## {data_set}",
-            accuracy_table(data_set),
-            combination_table(data_set),
-            verdict(data_set),
-        ]
-    parts.append(
-        "These runs are short: they show that the whole road works on real input, not which rule "
-        "is better."
-    )
+        tables = (table(data_set) for table in (accuracy_table, combination_table, verdict))
+        parts += [f"## {data_set}", *tables]
     machine = (RESULTS / "machine.txt").read_text(encoding="utf-8").strip()
-    parts.append(f"Machine: {machine}.")
-    parts.append(
+    parts += [
+        "These runs are short: they show that the whole road works on real input, not which rule "
+        "is better.",
+        f"Machine: {machine}.",
         "What a step costs in time and memory, beside plain DPO, m backward passes, TorchJD and "
-        "TRL, is in [performance.md](performance.md)."
-    )
+        "TRL, is in [performance.md](performance.md).",
+    ]
     return "\n\n".join(parts) + "\n"
 
 
