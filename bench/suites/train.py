@@ -16,7 +16,7 @@ import json
 import shlex
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -65,23 +65,14 @@ SIZES = {
 }
 
 
-@dataclass
 class Measured:
     """What the processes of one contestant said, or why one of them said nothing."""
 
-    contestant: str
-    m: int
-    command: list[str]
-    failure: str | None
-    times: Times = field(default_factory=Times)
-    peaks: list[int] = field(default_factory=list)
-    last: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def learnt(self) -> float:
-        """How far the loss of the first objective fell."""
-        before, after = self.last["losses"]
-        return before - after
+    def __init__(self, contestant: str, setting: Setting, m: int, steps: int) -> None:
+        self.contestant, self.setting, self.m = contestant, setting, m
+        self.command = command(contestant, setting, m, steps)
+        self.failure = optional.obstacle(setting.kind) or optional.obstacle(contestant)
+        self.said: list[dict[str, Any]] = []
 
     def take_turn(self, until: float) -> None:
         """Run its process once more, unless it failed before."""
@@ -89,11 +80,36 @@ class Measured:
             return
         said = jobs.measured(self.command, until)
         if "failure" not in said:
-            self.last = said
-            self.times.device += said["seconds"]
-            self.peaks.append(said["peak_bytes"])
-        elif not (said["failure"] == jobs.LEFT_OUT and self.peaks):
+            self.said.append(said)
+        elif said["failure"] != jobs.LEFT_OUT or not self.said:
             self.failure = said["failure"]
+
+    @property
+    def times(self) -> Times:
+        """Seconds of every step of every process."""
+        return Times([seconds for said in self.said for seconds in said["seconds"]])
+
+    @property
+    def learnt(self) -> float:
+        """How far the loss of the first objective fell."""
+        before, after = self.said[-1]["losses"]
+        return before - after
+
+    def record(self, unit: "Measured | None") -> dict[str, Any]:
+        """Its figures, with `ratio` in units of another contestant."""
+        if self.failure is not None:
+            return {"failure": self.failure}
+        middle = self.times.quantiles()[1]
+        return {
+            **self.times.summary(),
+            "processes": len(self.said),
+            "ratio": unit and middle / unit.times.quantiles()[1],
+            "ratio_to": unit and unit.contestant,
+            "tokens_per_second": self.setting.sequences * self.setting.tokens / middle,
+            "peak_bytes": max(said["peak_bytes"] for said in self.said),
+            "model_bytes": self.said[-1]["model_bytes"],
+            "losses": self.said[-1]["losses"],
+        }
 
 
 def run(session: Session) -> None:
@@ -104,19 +120,13 @@ def run(session: Session) -> None:
     size = SIZES[session.sizes]
     for kind, until in shares(KINDS, session.until):
         setting = replace(size.setting, kind=kind)
-        found = [
-            Measured(
-                name,
-                m,
-                command(name, setting, m, size.steps),
-                optional.obstacle(kind) or optional.obstacle(name),
-            )
-            for name, m in size.contestants()
-            if name not in session.skip
-        ]
+        chosen = [(name, m) for name, m in size.contestants() if name not in session.skip]
+        found = [Measured(name, setting, m, size.steps) for name, m in chosen]
         _rounds(found, until)
-        _check(found, setting)
-        _add(session, found, setting)
+        unit = _unit(found)
+        for one in found:
+            name, again = f"{NAME}/{one.contestant}", shlex.join(["python", *one.command])
+            session.records.add(name, setting.params(one.m), **one.record(unit), reproduce=again)
 
 
 def _rounds(contestants: Sequence[Measured], until: float) -> None:
@@ -131,44 +141,16 @@ def _rounds(contestants: Sequence[Measured], until: float) -> None:
         longest = max(longest, perf_counter() - began)
 
 
-def _running(found: Sequence[Measured]) -> dict[str, Measured]:
-    return {one.contestant: one for one in found if one.failure is None}
-
-
-def _check(found: Sequence[Measured], setting: Setting) -> None:
-    """A rival that learns something else than plain torch on the same pairs is wrong."""
-    running = _running(found)
-    if not {"plain", "trl"} <= running.keys():
-        return
-    expected = running["plain"].learnt
-    error = abs(running["trl"].learnt - expected) / abs(expected)
-    if not error <= _TOLERANCE[setting.dtype]:
-        running["trl"].failure = f"wrong: its loss fell otherwise than plain's, error {error:.2g}"
-
-
-def _add(session: Session, found: Sequence[Measured], setting: Setting) -> None:
-    running = _running(found)
-    unit = next((name for name in ("trl", "plain") if name in running), None)
-    for one in found:
-        name, params = f"{NAME}/{one.contestant}", setting.params(one.m)
-        reproduce = shlex.join(["python", *one.command])
-        if one.failure is not None:
-            session.records.add(name, params, failure=one.failure, reproduce=reproduce)
-            continue
-        middle = one.times.quantiles()[1]
-        session.records.add(
-            name,
-            params,
-            **one.times.summary(),
-            processes=len(one.peaks),
-            ratio=None if unit is None else middle / running[unit].times.quantiles()[1],
-            ratio_to=unit,
-            tokens_per_second=setting.sequences * setting.tokens / middle,
-            peak_bytes=max(one.peaks),
-            model_bytes=one.last["model_bytes"],
-            losses=one.last["losses"],
-            reproduce=reproduce,
-        )
+def _unit(found: Sequence[Measured]) -> Measured | None:
+    """What ratios are to: TRL where it learns what plain torch learns, else plain torch."""
+    running = {one.contestant: one for one in found if one.failure is None}
+    plain, trl = running.get("plain"), running.get("trl")
+    if plain and trl:
+        error = abs(trl.learnt - plain.learnt) / abs(plain.learnt)
+        if not error <= _TOLERANCE[plain.setting.dtype]:
+            trl.failure = f"wrong: its loss fell otherwise than plain's, error {error:.2g}"
+            return plain
+    return trl or plain
 
 
 Train = Callable[[FreshProblem, int, Meter], None]
