@@ -47,7 +47,7 @@ class Setting:
         return {"m": m, **{k: v for k, v in asdict(self).items() if k not in implied}}
 
     def options(self, m: int) -> list[str]:
-        """Itself and a number of objectives, as `add_options` reads them."""
+        """Itself and a number of objectives, as a `parser` reads them."""
         return [word for k, v in {"m": m, **asdict(self)}.items() for word in (f"--{k}", str(v))]
 
 
@@ -55,16 +55,19 @@ GPU = Setting(sequences=16, tokens=512, dtype="bfloat16", device="cuda")
 TINY = Setting(shape="tiny", layers=1, sequences=4, tokens=12)
 
 
-def add_options(parser: ArgumentParser, kinds: Sequence[str], ms: Sequence[int]) -> None:
-    """Options for settings, and for numbers of objectives."""
-    parser.add_argument("--m", nargs="+", type=int, default=ms, help="numbers of objectives")
+def parser(
+    suite: str, about: str | None, kinds: Sequence[str], ms: Sequence[int]
+) -> ArgumentParser:
+    """Of the command of a suite: settings, and numbers of objectives."""
+    found = ArgumentParser(prog=f"python -m bench.suites.{suite}", description=about)
+    found.add_argument("--m", nargs="+", type=int, default=ms, help="numbers of objectives")
     # Records of a former version say `--kinds`.
-    parser.add_argument("--kind", "--kinds", nargs="+", default=kinds, choices=KINDS)
-    parser.add_argument("--shape", default=Setting.shape, choices=SHAPES)
-    for name in ("layers", "sequences", "tokens"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(Setting, name))
-    parser.add_argument("--dtype", default=Setting.dtype, choices=DTYPES)
-    parser.add_argument("--device", default=Setting.device)
+    found.add_argument("--kind", "--kinds", nargs="+", default=kinds, choices=KINDS)
+    choices = {"shape": SHAPES, "dtype": DTYPES}
+    for f in fields(Setting)[1:]:
+        name, default = f"--{f.name}", f.default
+        found.add_argument(name, type=type(default), default=default, choices=choices.get(f.name))
+    return found
 
 
 def chosen(options: Namespace) -> list[Setting]:
@@ -81,8 +84,7 @@ class Problem:
     at once.
     """
 
-    ADAPTER_STD = 0.01
-    CHUNK_TOKENS = 1 << 30
+    ADAPTER_STD, CHUNK_TOKENS = 0.01, 1 << 30
 
     def __init__(self, setting: Setting, prepared: bool = False) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -144,8 +146,7 @@ class FreshProblem(Problem):
     The head takes the default number of rows.
     """
 
-    ADAPTER_STD = 0.0
-    CHUNK_TOKENS = 256
+    ADAPTER_STD, CHUNK_TOKENS = 0.0, 256
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)

@@ -6,9 +6,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryFile
 from time import perf_counter
 from typing import Any
 
@@ -26,42 +26,42 @@ class Done:
     seconds: float
 
 
+def run(command: Sequence[str], environment: Mapping[str, str], until: float) -> Done:
+    """Run a command in the checkout's root.
+
+    Args:
+        command: its words.
+        environment: variables besides those of this process.
+        until: the `perf_counter` at which it is killed, with all that it started.
+    """
+    started = perf_counter()
+    with TemporaryFile() as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a group of its own, that can be killed as a whole
+        )
+        try:
+            code: int | None = process.wait(max(0.0, until - perf_counter()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            code = None
+        output.seek(0)
+        text = output.read().decode(errors="replace")
+    return Done(code, text, perf_counter() - started)
+
+
 def run_together(
     commands: Mapping[str, Sequence[str]], environment: Mapping[str, str], until: float
 ) -> dict[str, Done]:
-    """Run all commands at the same time in the checkout's root.
-
-    Args:
-        commands: name -> command line.
-        environment: variables besides those of this process.
-        until: the `perf_counter` at which those that still run are killed.
-    """
-    started = perf_counter()
-    running, done = {}, {}
-    with TemporaryDirectory() as folder:
-        for number, (name, command) in enumerate(commands.items()):
-            log = Path(folder) / str(number)
-            with log.open("wb") as output:
-                # A session of its own, so that a command is killed with all that it started.
-                process = subprocess.Popen(
-                    command,
-                    cwd=ROOT,
-                    env={**os.environ, **environment},
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            running[name] = (process, log)
-        for name, (process, log) in running.items():
-            try:
-                code: int | None = process.wait(max(0.0, until - perf_counter()))
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                code = None
-            text = log.read_text(encoding="utf-8", errors="replace")
-            done[name] = Done(code, text, perf_counter() - started)
-    return done
+    """Run commands, each with its name, at the same time; the rest as for `run`."""
+    with ThreadPoolExecutor(len(commands)) as pool:
+        done = pool.map(lambda command: run(command, environment, until), commands.values())
+        return dict(zip(commands, done, strict=True))
 
 
 def measured(
@@ -72,7 +72,7 @@ def measured(
     Returns:
         The object of the last line of JSON that it prints, or {"failure": why there is none}.
     """
-    done = run_together({"it": [sys.executable, *arguments]}, environment or {}, until)["it"]
+    done = run([sys.executable, *arguments], environment or {}, until)
     said = [line for line in done.output.splitlines() if line.startswith('{"')]
     if done.code == 0 and said:
         return dict(json.loads(said[-1]))

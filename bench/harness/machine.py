@@ -5,6 +5,7 @@ Imports nothing of raco_fast, so that a run whose build failed can still say whe
 
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
@@ -73,9 +74,9 @@ def free_memory(device: torch.device) -> int:
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    text = info.read_text(encoding="utf-8") if info.exists() else ""
+    found = re.search(r"^model name\s*: (.*)", text, flags=re.MULTILINE)
+    return found[1].strip() if found else platform.processor()
 
 
 def _nvidia_smi() -> str | None:

@@ -77,9 +77,9 @@ def launch_all(device: torch.device) -> None:
             assert torch.isfinite(ops.gram(grads)).all()
             if m <= 3:
                 _combined(grads)
-    for m, dtype, out in ((2, bf16, bf16), (3, fp16, fp32), (9, bf16, fp32)):
-        for d_in, d_out in ((48, 80), (144, 272), (37, 61)):
-            _layer_gradients(m, dtype, out, d_in, d_out, device)
+    for sizes in ((48, 80), (144, 272), (37, 61)):
+        for m, dtype, out in ((2, bf16, bf16), (3, fp16, fp32), (9, bf16, fp32)):
+            _layer_gradients(sizes, dtype, torch.empty(m, *sizes[::-1], dtype=out, device=device))
     if device.type == "cuda":
         for m in (2, 3):
             _step_on_device(m, device)
@@ -97,20 +97,15 @@ def _combined(grads: list[list[Tensor | None]]) -> None:
     assert all(torch.isfinite(t).all() for t in (*out, *params))
 
 
-def _layer_gradients(
-    m: int, dtype: torch.dtype, out: torch.dtype, d_in: int, d_out: int, device: torch.device
-) -> None:
+def _layer_gradients(sizes: tuple[int, int], dtype: torch.dtype, out: Tensor) -> None:
     """Written and added to, from ragged groups; rows that are no whole vectors among them."""
-    bounds = [0, 1, 66, 66, 99, 163]
-    generator = torch.Generator().manual_seed(m)
-    x, dy = (
-        torch.randn(bounds[-1], d, generator=generator).to(device, dtype) for d in (d_in, d_out)
-    )
-    U = torch.randn(m, len(bounds) - 1, generator=generator, dtype=torch.float64)
-    gradients = torch.empty(m, d_out, d_in, device=device, dtype=out)
+    m, bounds = len(out), [0, 1, 66, 66, 99, 163]
+    g = torch.Generator().manual_seed(m)
+    x, dy = (torch.randn(bounds[-1], d, generator=g).to(out.device, dtype) for d in sizes)
+    U = torch.randn(m, len(bounds) - 1, generator=g, dtype=torch.float64)
     for fresh in (True, False):
-        ops.weight_grad(x, dy, bounds, U, gradients, fresh)
-        assert torch.isfinite(gradients).all()
+        ops.weight_grad(x, dy, bounds, U, out, fresh)
+        assert torch.isfinite(out).all()
 
 
 def _step_on_device(m: int, device: torch.device) -> None:

@@ -5,18 +5,18 @@ that are right are timed in turn, and each gets a record. What fails gets a reco
 """
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
-from typing import Protocol
+from types import ModuleType
 
 import torch
 
 from bench.harness import correctness, machine
 from bench.harness.cases import Case, cases
-from bench.harness.contest import Contest, failures
+from bench.harness.contest import failures
 from bench.harness.jobs import LEFT_OUT
 from bench.harness.records import OURS, Records
 from bench.harness.timing import interleaved, shares
@@ -25,20 +25,6 @@ from bench.harness.timing import interleaved, shares
 _TOLERANCE = 0.1
 # Memory besides the tensors of a case, for a truth in float64 and temporary copies.
 _SLACK = 1 << 30
-
-
-class Suite(Protocol):
-    """A module of bench/suites that measures cases.
-
-    HELD is what has to fit in memory without what rivals need besides, and MOVED what has to move
-    at least, both as arguments of `Case.bytes`; `contest` has all contestants but those in `skip`.
-    """
-
-    NAME: str
-    HELD: tuple[int, int]
-    MOVED: tuple[int, int]
-
-    def contest(self, case: Case, skip: Sequence[str]) -> Contest: ...
 
 
 @dataclass
@@ -51,8 +37,13 @@ class Session:
     until: float
     skip: tuple[str, ...] = ()
 
-    def measure(self, suite: Suite) -> None:
-        """Measure every case that there is memory and time for."""
+    def measure(self, suite: ModuleType) -> None:
+        """Measure every case that there is memory and time for.
+
+        Args:
+            suite: a module with NAME and `contest`, and as arguments of `Case.bytes` HELD, what has
+                to fit in memory without what rivals need besides, and MOVED, what has to move.
+        """
         name = f"{suite.NAME}/{OURS}"
         reason = correctness.obstacle(self.records.read(), self.device.type, suite.NAME)
         if reason is not None:
@@ -79,7 +70,7 @@ class Session:
             shown = f"{type(failure).__name__}: {failure}"[:500]
             self.records.add(name, case.params(), failure=shown)
 
-    def _measure(self, suite: Suite, case: Case, until: float) -> None:
+    def _measure(self, suite: ModuleType, case: Case, until: float) -> None:
         contest, params, errors = suite.contest(case, self.skip), case.params(), {}
         for name in contest.calls:
             limit = contest.tolerance if name == OURS else _TOLERANCE

@@ -42,14 +42,11 @@ def contestant(record: Record) -> str:
 
 def shown(params: Mapping[str, Any]) -> str:
     """Params in a few words."""
-    forms = {
-        "elements": lambda n: f"{n / 1e6:.3g} M",
-        "m": lambda m: f"m = {m}",
-        "layers": lambda n: f"{n} layers",
-        "sequences": lambda n: f"{n} sequences",
-        "tokens": lambda n: f"{n} tokens each",
-    }
-    return ", ".join(forms.get(name, str)(value) for name, value in params.items())
+    if "elements" in params:
+        params = {**params, "elements": f"{params['elements'] / 1e6:.3g} M"}
+    forms = {"m": "m = {}", "tokens": "{} tokens each"}
+    forms |= {name: f"{{}} {name}" for name in ("layers", "sequences")}
+    return ", ".join(forms.get(name, "{}").format(value) for name, value in params.items())
 
 
 def body(records: Sequence[Record]) -> str:

@@ -78,9 +78,8 @@ def measure(
 
 def parser() -> ArgumentParser:
     """Of the command."""
-    found = ArgumentParser(prog="python -m bench.suites.backward", description=__doc__)
+    found = dpo_problem.parser(NAME, __doc__, KINDS, ms=(1, 2, 4, 8))
     found.add_argument("--out", type=Path, required=True, help="folder of report.json")
-    dpo_problem.add_options(found, kinds=KINDS, ms=(1, 2, 4, 8))
     found.add_argument("--rivals", nargs="+", default=RIVALS, choices=RIVALS)
     found.add_argument("--seconds", type=float, default=60.0, help="for each kind and m")
     return found

@@ -72,9 +72,8 @@ def peak(setting: Setting, name: str, m: int) -> int:
 
 def parser() -> ArgumentParser:
     """Of the command."""
-    found = ArgumentParser(prog="python -m bench.suites.memory", description=__doc__)
+    found = dpo_problem.parser(NAME, __doc__, ("full",), ms=(2, 4))
     found.add_argument("--out", type=Path, default="runs/memory", help="folder of report.json")
-    dpo_problem.add_options(found, kinds=("full",), ms=(2, 4))
     found.add_argument("--seconds", type=float, default=1800.0, help="at most, for all")
     found.add_argument("--one", choices=MODES, help=SUPPRESS)
     return found
@@ -83,12 +82,13 @@ def parser() -> ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     options = parser().parse_args(arguments)
-    until = perf_counter() + options.seconds
-    for setting in dpo_problem.chosen(options):
-        if options.one is not None:
-            print(json.dumps({"bytes": peak(setting, options.one, options.m[0])}))
-        else:
-            measure(Records(options.out, options.device), setting, options.m, until)
+    settings, until = dpo_problem.chosen(options), perf_counter() + options.seconds
+    if options.one is not None:
+        (setting,), (m,) = settings, options.m  # what ran before would be measured
+        print(json.dumps({"bytes": peak(setting, options.one, m)}))
+        return
+    for setting in settings:
+        measure(Records(options.out, options.device), setting, options.m, until)
 
 
 if __name__ == "__main__":

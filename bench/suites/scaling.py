@@ -53,12 +53,7 @@ def run(session: Session) -> None:
     swept: list[tuple[str, str, Sequence[int], Callable[[int], Call]]] = [
         ("step", "parameters", sizes.parameters, lambda size: _step(device, size, 2)),
         ("step", "m", sizes.step_m, lambda m: _step(device, n, m)),
-        (
-            "one_backward",
-            "tokens of a sequence",
-            sizes.tokens,
-            lambda tokens: _dpo_step(replace(setting, tokens=tokens), 2),
-        ),
+        ("one_backward", "tokens of a sequence", sizes.tokens, lambda t: _dpo_step(setting, 2, t)),
         ("one_backward", "m", sizes.backward_m, lambda m: _dpo_step(setting, m)),
     ]
     for (what, against, values, call), until in shares(swept, session.until):
@@ -76,5 +71,6 @@ def _step(device: torch.device, parameters: int, m: int) -> Call:
     return optimizer(params, grads).step
 
 
-def _dpo_step(setting: Setting, m: int) -> Call:
+def _dpo_step(setting: Setting, m: int, tokens: int | None = None) -> Call:
+    setting = replace(setting, tokens=tokens or setting.tokens)
     return STEPS["one_backward"](Problem(setting, prepared=True), m)

@@ -204,9 +204,8 @@ def command(contestant: str, setting: Setting, m: int, steps: int) -> list[str]:
 
 def parser() -> ArgumentParser:
     """Of the command, which measures one contestant and prints JSON."""
-    found = ArgumentParser(prog="python -m bench.suites.train", description=__doc__)
+    found = dpo_problem.parser(NAME, __doc__, ("lora",), ms=(1,))
     found.add_argument("--contestant", required=True, choices=CONTESTANTS)
-    dpo_problem.add_options(found, kinds=("lora",), ms=(1,))
     found.add_argument("--steps", type=int, default=5, help="that count")
     return found
 
@@ -214,8 +213,8 @@ def parser() -> ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     options = parser().parse_args(arguments)
-    for setting in dpo_problem.chosen(options):
-        print(json.dumps(measure(options.contestant, setting, options.m[0], options.steps)))
+    (setting,), (m,) = dpo_problem.chosen(options), options.m  # what ran before would be measured
+    print(json.dumps(measure(options.contestant, setting, m, options.steps)))
 
 
 if __name__ == "__main__":

@@ -223,6 +223,7 @@ def test_outcome_of_test_files(tmp_path: Path) -> None:
         "tests/test_broken": (0, 1, True),
         "tests/test_endless": (0, 0, False),
     }
+    assert {r["name"]: r["seconds"] for r in found.read()}["tests/test_endless"] >= 2
     assert "failed: tests/test_bad: FAILED ::test_b - assert 1 == 2" in records.table(found.read())
 
 

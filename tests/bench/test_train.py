@@ -32,17 +32,14 @@ def inside(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     """Processes take place in this one; their contestants in the order in which they ran."""
     ran = []
 
-    def run_together(
-        commands: Mapping[str, Sequence[str]], environment: Mapping[str, str], until: float
-    ) -> dict[str, jobs.Done]:
-        ((name, command),) = commands.items()
+    def run_here(command: Sequence[str], environment: Mapping[str, str], until: float) -> jobs.Done:
         assert command[:3] == [sys.executable, "-m", "bench.suites.train"]
         capsys.readouterr()
         train.main(command[3:])
         ran.append(command[4])
-        return {name: jobs.Done(0, capsys.readouterr().out, 0.1)}
+        return jobs.Done(0, capsys.readouterr().out, 0.1)
 
-    monkeypatch.setattr(jobs, "run_together", run_together)
+    monkeypatch.setattr(jobs, "run", run_here)
     return ran
 
 
@@ -122,7 +119,7 @@ def test_what_there_is_no_time_for_says_so(tmp_path: Path) -> None:
 def test_a_process_prints_one_line_of_json() -> None:
     command = train.command("raco cagrad-clip", tiny("full"), 2, 2)
     until = perf_counter() + 60
-    done = jobs.run_together({"a": [sys.executable, *command]}, {}, until)["a"]
+    done = jobs.run([sys.executable, *command], {}, until)
     assert done.code == 0, done.output
     said = json.loads(done.output.splitlines()[-1])
     assert len(said["seconds"]) == 2
