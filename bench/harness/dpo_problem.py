@@ -76,6 +76,14 @@ def chosen(options: Namespace) -> list[Setting]:
     return [Setting(**{**of_all, "kind": kind}) for kind in options.kind]
 
 
+def only(options: Namespace) -> tuple[Setting, int]:
+    """The setting and number of objectives of a process: memory of others would be measured too."""
+    if len(options.kind) > 1 or len(options.m) > 1:
+        asked = f"{options.kind} and {options.m}; run one after the other"
+        raise SystemExit(f"`--kind` and `--m` must name one each here, got {asked}")
+    return chosen(options)[0], options.m[0]
+
+
 class Problem:
     """A model, a batch of pairs (responses a, then b) and m losses, in the midst of training.
 

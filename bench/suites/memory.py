@@ -61,7 +61,7 @@ def measure(records: Records, setting: Setting, ms: Sequence[int], until: float)
             records.add(f"{NAME}/{name}", setting.params(m), **values, reproduce=shlex.join(again))
 
 
-def peak(setting: Setting, name: str, m: int) -> int:
+def peak(name: str, setting: Setting, m: int) -> int:
     """Bytes at the peak of a second step above weights and states."""
     problem = Problem(setting, prepared=name not in UNPREPARED)
     states = 2 * sum(p.numel() * p.element_size() for p in problem.params)
@@ -82,12 +82,11 @@ def parser() -> ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     options = parser().parse_args(arguments)
-    settings, until = dpo_problem.chosen(options), perf_counter() + options.seconds
     if options.one is not None:
-        (setting,), (m,) = settings, options.m  # what ran before would be measured
-        print(json.dumps({"bytes": peak(setting, options.one, m)}))
+        print(json.dumps({"bytes": peak(options.one, *dpo_problem.only(options))}))
         return
-    for setting in settings:
+    until = perf_counter() + options.seconds
+    for setting in dpo_problem.chosen(options):
         measure(Records(options.out, options.device), setting, options.m, until)
 
 

@@ -213,8 +213,7 @@ def parser() -> ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     options = parser().parse_args(arguments)
-    (setting,), (m,) = dpo_problem.chosen(options), options.m  # what ran before would be measured
-    print(json.dumps(measure(options.contestant, setting, m, options.steps)))
+    print(json.dumps(measure(options.contestant, *dpo_problem.only(options), options.steps)))
 
 
 if __name__ == "__main__":

@@ -77,8 +77,14 @@ def test_memory_of_a_mode_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(memory.Meter, "peak", lambda self: 10**9)
     params = Problem(SETTING).params
     states = 2 * sum(p.numel() * p.element_size() for p in params)
-    assert memory.peak(SETTING, "one_backward", 2) == 10**9 - states
+    assert memory.peak("one_backward", SETTING, 2) == 10**9 - states
     monkeypatch.setattr(memory, "MODES", ("plain",))
     memory.main(["--out", str(tmp_path), "--m", "2", "--seconds", "0", *TINY])
     (record,) = records(tmp_path)
     assert record["failure"] == jobs.LEFT_OUT
+
+
+@pytest.mark.parametrize("more", [["--m", "2", "4"], ["--m", "2", "--kind", "full", "lora"]])
+def test_a_process_measures_one_thing(more):
+    with pytest.raises(SystemExit, match="`--kind` and `--m` must name one each here, got "):
+        memory.main(["--one", "plain", *more, *TINY])
