@@ -22,15 +22,11 @@ COMPILED_FOR = (2, 4)
 
 
 class Rival:
-    """A way to do both halves of a step; `gram` comes before `combine`, on the same gradients."""
+    """A way to do both halves of a step.
 
-    def gram(self, grads: Grads) -> Tensor:
-        """[m, m] float64 on the CPU."""
-        raise NotImplementedError
-
-    def combine(self, grads: Grads, alpha: Sequence[float]) -> Tensors:
-        """G0 = Σ α_i g_i, one tensor per parameter."""
-        raise NotImplementedError
+    `gram(grads)` is [m, m] float64 on the CPU; `combine(grads, alpha)`, which comes after it on the
+    same gradients, G0 = Σ α_i g_i, one tensor per parameter.
+    """
 
     def update(self, weights: Weights, grads: Grads, alpha: Sequence[float]) -> None:
         """One AdamW step along G0."""

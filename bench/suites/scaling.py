@@ -5,7 +5,7 @@ A slope of 1 is a price per item, 0 a price of its own.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -21,40 +21,31 @@ NAME = "scaling"
 REPRODUCE = "python -m bench tests scaling --device cpu --out runs/scaling"
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Parameters and numbers of objectives of a step; tokens and numbers of a backward pass."""
-
-    parameters: tuple[int, ...]
-    step_m: tuple[int, ...]
-    tokens: tuple[int, ...]
-    backward_m: tuple[int, ...]
-    setting: Setting
-
-
 _UP_TO_16 = (2, 4, 8, 16)
+# Sizes -> (parameters and numbers of objectives of a step, tokens and numbers of a backward pass,
+# and its setting).
 SIZES = {
-    "gpu": Sizes(
-        (10**7, 10**8, 10**9, 4 * 10**9), _UP_TO_16, (128, 256, 512, 1024), _UP_TO_16, GPU
+    "gpu": ((10**7, 10**8, 10**9, 4 * 10**9), _UP_TO_16, (128, 256, 512, 1024), _UP_TO_16, GPU),
+    "cpu": (
+        *((10**6, 10**7, 5 * 10**7), (2, 4, 8), (16, 32, 64), (2, 4, 8)),
+        Setting(layers=2, tokens=32),
     ),
-    "cpu": Sizes(
-        (10**6, 10**7, 5 * 10**7), (2, 4, 8), (16, 32, 64), (2, 4, 8), Setting(layers=2, tokens=32)
+    "cpu-whole": (
+        *((10**6, 10**7, 10**8), _UP_TO_16, (32, 64, 128, 256), _UP_TO_16),
+        Setting(layers=6),
     ),
-    "cpu-whole": Sizes(
-        (10**6, 10**7, 10**8), _UP_TO_16, (32, 64, 128, 256), _UP_TO_16, Setting(layers=6)
-    ),
-    "tiny": Sizes((100, 1000), (2, 3), (10, 20), (2, 3), TINY),
+    "tiny": ((100, 1000), (2, 3), (10, 20), (2, 3), TINY),
 }
 
 
 def run(session: Session) -> None:
-    sizes, device = SIZES[session.sizes], session.device
-    n, setting = sizes.parameters[-2], sizes.setting
+    parameters, step_m, tokens, backward_m, setting = SIZES[session.sizes]
+    device, n = session.device, parameters[-2]
     swept: list[tuple[str, str, Sequence[int], Callable[[int], Call]]] = [
-        ("step", "parameters", sizes.parameters, lambda size: _step(device, size, 2)),
-        ("step", "m", sizes.step_m, lambda m: _step(device, n, m)),
-        ("one_backward", "tokens of a sequence", sizes.tokens, lambda t: _dpo_step(setting, 2, t)),
-        ("one_backward", "m", sizes.backward_m, lambda m: _dpo_step(setting, m)),
+        ("step", "parameters", parameters, lambda size: _step(device, size, 2)),
+        ("step", "m", step_m, lambda m: _step(device, n, m)),
+        ("one_backward", "tokens of a sequence", tokens, lambda t: _dpo_step(setting, 2, t)),
+        ("one_backward", "m", backward_m, lambda m: _dpo_step(setting, m)),
     ]
     for (what, against, values, call), until in shares(swept, session.until):
         times = interleaved({str(size): call(size) for size in values}, device, until)
