@@ -44,7 +44,6 @@ class Case:
 
     @property
     def elements(self) -> int:
-        """The number of parameters."""
         return elements(LISTS[self.list])
 
     def bytes(self, of_each: int, once: int) -> int:
@@ -61,10 +60,8 @@ class Case:
         return random_like(list(LISTS[self.list].values()), self.dtype, self.device, seed)
 
     def gradients(self) -> list[Tensors]:
-        """The m gradients."""
         return [self.random(seed) for seed in range(self.m)]
 
 
 def cases(sizes: str, device: torch.device) -> list[Case]:
-    """All cases of one size of machine, in order."""
     return [Case(name, dtype, m, device) for name, dtype, ms in SIZES[sizes] for m in ms]

@@ -134,7 +134,6 @@ class Problem:
 
     @property
     def params(self) -> list[nn.Parameter]:
-        """The parameters that learn."""
         return list(self.trained.values())
 
     def scores(self) -> Tensor:

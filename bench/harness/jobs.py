@@ -26,13 +26,13 @@ class Done:
     seconds: float
 
 
-def run(command: Sequence[str], environment: Mapping[str, str], until: float) -> Done:
+def run(command: Sequence[str], until: float, **environment: str) -> Done:
     """Run a command in the checkout's root.
 
     Args:
         command: its words.
-        environment: variables besides those of this process.
         until: the `perf_counter` at which it is killed, with all that it started.
+        environment: variables besides those of this process.
     """
     started = perf_counter()
     with TemporaryFile() as output:
@@ -56,23 +56,21 @@ def run(command: Sequence[str], environment: Mapping[str, str], until: float) ->
 
 
 def run_together(
-    commands: Mapping[str, Sequence[str]], environment: Mapping[str, str], until: float
+    commands: Mapping[str, Sequence[str]], until: float, **environment: str
 ) -> dict[str, Done]:
-    """Run commands, each with its name, at the same time; the rest as for `run`."""
+    """Run commands, each with a name, at the same time; otherwise as `run`."""
     with ThreadPoolExecutor(len(commands)) as pool:
-        done = pool.map(lambda command: run(command, environment, until), commands.values())
+        done = pool.map(lambda command: run(command, until, **environment), commands.values())
         return dict(zip(commands, done, strict=True))
 
 
-def measured(
-    arguments: Sequence[str], until: float, environment: Mapping[str, str] | None = None
-) -> dict[str, Any]:
+def measured(arguments: Sequence[str], until: float, **environment: str) -> dict[str, Any]:
     """What one process of this Python measures.
 
     Returns:
         The object of the last line of JSON that it prints, or {"failure": why there is none}.
     """
-    done = run([sys.executable, *arguments], environment or {}, until)
+    done = run([sys.executable, *arguments], until, **environment)
     said = [line for line in done.output.splitlines() if line.startswith('{"')]
     if done.code == 0 and said:
         return dict(json.loads(said[-1]))

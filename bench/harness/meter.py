@@ -27,7 +27,6 @@ class Meter:
         self._began = 0.0
 
     def begin(self) -> None:
-        """A step begins."""
         if len(self._seconds) == self._warmup:
             if self._cuda:
                 torch.cuda.reset_peak_memory_stats(self._cuda)
@@ -37,7 +36,6 @@ class Meter:
         self._began = perf_counter()
 
     def end(self) -> None:
-        """The step is done."""
         self._wait()
         self._seconds.append(perf_counter() - self._began)
 

@@ -82,5 +82,4 @@ LISTS: dict[str, Shapes] = {
 
 
 def elements(shapes: Shapes) -> int:
-    """The number of parameters."""
     return sum(map(prod, shapes.values()))

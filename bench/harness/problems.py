@@ -82,7 +82,6 @@ class Weights:
             step.fill_(float(STEPS_BEFORE))
 
     def step_of_adamw(self, grads: Sequence[Tensor]) -> None:
-        """Torch's fused AdamW on one gradient."""
         for q, g in zip(self.theirs, grads, strict=True):
             q.grad = g
         self.adamw.step()

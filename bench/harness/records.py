@@ -47,7 +47,6 @@ class Records:
         print(_line(record), flush=True)
 
     def read(self) -> list[Record]:
-        """All records so far."""
         if not self.file.exists():
             return []
         return [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
@@ -93,11 +92,8 @@ def table(records: Iterable[Record]) -> str:
 def _cells(found: dict[str, Record], rivals: Sequence[str]) -> list[str]:
     ours = found[OURS]
     share = "-" if ours["share"] is None else f"{ours['share']:.0%}"
-    cells = [f"{ours['p50']:.3f}{mark(ours)}", f"{ours['wall']:.3f}", share]
-    for rival in rivals:
-        r = found.get(rival)
-        cells.append("-" if r is None else f"{r['ratio']:.2f}{mark(r)}")
-    return cells
+    ratios = [f"{found[r]['ratio']:.2f}{mark(found[r])}" if r in found else "-" for r in rivals]
+    return [f"{ours['p50']:.3f}{mark(ours)}", f"{ours['wall']:.3f}", share, *ratios]
 
 
 def _line(record: Record) -> str:
@@ -131,7 +127,6 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def main() -> None:
-    """Print a table, or add a record."""
     records = Records(Path(sys.argv[1]), "cpu")
     if len(sys.argv) > 2:
         records.add(sys.argv[2], {}, failure=sys.argv[3])

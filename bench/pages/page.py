@@ -181,5 +181,4 @@ def _verdict(verdict: Verdict) -> list[str]:
 
 
 def devices(records: Iterable[Record]) -> list[str]:
-    """The kinds of device that the records are of."""
     return sorted({device_of(r) for r in records})

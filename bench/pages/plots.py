@@ -11,10 +11,8 @@ from bench.pages.page import SUITES, by_suite, cases, contestant, points, slope,
 def draw(records: Sequence[Record], folder: Path) -> list[Path]:
     """Write every plot that there are records for; the files, in the order of a page."""
     drawn = [_ratios(records, suite, folder / f"{suite}.png") for suite in ("step", "memory")]
-    drawn += [
-        _against_m(records, folder / "backward.png"),
-        _sweeps(records, folder / "scaling.png"),
-    ]
+    drawn.append(_against_m(records, folder / "backward.png"))
+    drawn.append(_sweeps(records, folder / "scaling.png"))
     return [file for file in drawn if file is not None]
 
 

@@ -46,7 +46,6 @@ that wait for it:"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run, render, or both."""
     parser = ArgumentParser(prog="python -m bench.report", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--out", type=Path, help="folder of the records and the page")
@@ -83,7 +82,6 @@ def write_docs() -> None:
 
 
 def performance() -> str:
-    """The text of docs/performance.md."""
     parts, runs = [INTRODUCTION], committed()
     for name, records in runs.items():
         plots = sorted((PLOTS / name).glob("*.png"))

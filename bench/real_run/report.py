@@ -17,16 +17,14 @@ PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "results.md"
 Record = dict[str, Any]
 
 
-def read(data_set: str, rule: str) -> list[Record]:
-    """The metrics of one run, in order."""
-    file = RESULTS / f"{data_set}-{rule}.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-def split(records: list[Record]) -> tuple[list[Record], list[Record]]:
-    """(training records, evaluations)."""
-    evaluations = [r for r in records if any(name.startswith("eval_") for name in r)]
-    return [r for r in records if r not in evaluations], evaluations
+def read(data_set: str, rule: str) -> tuple[list[Record], list[Record]]:
+    """(training records, evaluations) of one run, in order."""
+    lines = (RESULTS / f"{data_set}-{rule}.jsonl").read_text(encoding="utf-8").splitlines()
+    training, evaluations = [], []
+    for record in map(json.loads, lines):
+        evaluated = any(name.startswith("eval_") for name in record)
+        (evaluations if evaluated else training).append(record)
+    return training, evaluations
 
 
 def objectives(records: list[Record]) -> list[str]:
@@ -38,7 +36,7 @@ def accuracy_table(data_set: str) -> str:
     """Held-out accuracies per objective, before and after, of every rule."""
     rows = []
     for rule in RULES:
-        training, evaluations = split(read(data_set, rule))
+        training, evaluations = read(data_set, rule)
         before, after = evaluations[0], evaluations[-1]
         for name in objectives(training):
             pairs = int(after[f"eval_pairs/{name}"])
@@ -57,7 +55,7 @@ def combination_table(data_set: str) -> str:
     """How the rules combined the gradients."""
     rows = []
     for rule in RULES:
-        training, _ = split(read(data_set, rule))
+        training, _ = read(data_set, rule)
         means = {k: mean(r[k] for r in training) for k in training[0] if k.startswith("raco/")}
         cosines, coefficients = (
             "; ".join(f"{k.removeprefix(of)} {v:{form}}" for k, v in means.items() if of in k)
@@ -73,9 +71,9 @@ def verdict(data_set: str) -> str:
     """One sentence per objective: whether the rules' reward accuracies differ, from each other
     and from a coin.
     """
-    final = {f"`{rule}`": split(read(data_set, rule))[1][-1] for rule in RULES}
+    final = {f"`{rule}`": read(data_set, rule)[1][-1] for rule in RULES}
     sentences = []
-    for name in objectives(split(read(data_set, RULES[0]))[0]):
+    for name in objectives(read(data_set, RULES[0])[0]):
         intervals = {
             rule: wilson_interval(r[f"eval_rewards/accuracies/{name}"], r[f"eval_pairs/{name}"])
             for rule, r in final.items()
@@ -92,7 +90,6 @@ def verdict(data_set: str) -> str:
 
 
 def page() -> str:
-    """The text of docs/results.md."""
     parts = [
         "# Results: a real model on real preferences",
         "Written by `bench/real_run/report.py` from `bench/results/real_run/`; the protocol is "

@@ -77,7 +77,6 @@ def measure(
 
 
 def parser() -> ArgumentParser:
-    """Of the command."""
     found = dpo_problem.parser(NAME, __doc__, KINDS, ms=(1, 2, 4, 8))
     found.add_argument("--out", type=Path, required=True, help="folder of report.json")
     found.add_argument("--rivals", nargs="+", default=RIVALS, choices=RIVALS)
@@ -86,7 +85,6 @@ def parser() -> ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print."""
     options = parser().parse_args(arguments)
     rivals = dict.fromkeys(("plain", *options.rivals))  # in whose units all are
     records = Records(options.out, options.device)

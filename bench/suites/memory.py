@@ -50,7 +50,7 @@ def measure(records: Records, setting: Setting, ms: Sequence[int], until: float)
         unit = None
         for name in MODES:
             command = ["-m", "bench.suites.memory", "--one", name, *setting.options(m)]
-            said = jobs.measured(command, until, _MALLOC)
+            said = jobs.measured(command, until, **_MALLOC)
             if "failure" in said:
                 records.add(f"{NAME}/{name}", setting.params(m), **said)
                 continue
@@ -71,7 +71,6 @@ def peak(name: str, setting: Setting, m: int) -> int:
 
 
 def parser() -> ArgumentParser:
-    """Of the command."""
     found = dpo_problem.parser(NAME, __doc__, ("full",), ms=(2, 4))
     found.add_argument("--out", type=Path, default="runs/memory", help="folder of report.json")
     found.add_argument("--seconds", type=float, default=1800.0, help="at most, for all")
@@ -80,7 +79,6 @@ def parser() -> ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print."""
     options = parser().parse_args(arguments)
     if options.one is not None:
         print(json.dumps({"bytes": peak(options.one, *dpo_problem.only(options))}))

@@ -200,7 +200,6 @@ def parser() -> ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print."""
     options = parser().parse_args(arguments)
     print(json.dumps(measure(options.contestant, *dpo_problem.only(options), options.steps)))
 

@@ -214,7 +214,7 @@ def test_outcome_of_test_files(tmp_path: Path) -> None:
     commands = correctness.commands([tmp_path / f"{name}.py" for name in sources])
     endless = {"tests/test_endless": commands.pop("tests/test_endless")}
     for some, seconds in ((commands, 60), (endless, 2)):
-        for name, done in jobs.run_together(some, {}, perf_counter() + seconds).items():
+        for name, done in jobs.run_together(some, perf_counter() + seconds).items():
             correctness.record(found, name, done)
     outcomes = {r["name"]: (r["passed"], r["failed"], r["finished"]) for r in found.read()}
     assert outcomes == {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -32,7 +32,7 @@ def inside(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     """Processes take place in this one; their contestants in the order in which they ran."""
     ran = []
 
-    def run_here(command: Sequence[str], environment: Mapping[str, str], until: float) -> jobs.Done:
+    def run_here(command: Sequence[str], until: float) -> jobs.Done:
         assert command[:3] == [sys.executable, "-m", "bench.suites.train"]
         capsys.readouterr()
         train.main(command[3:])
@@ -119,7 +119,7 @@ def test_what_there_is_no_time_for_says_so(tmp_path: Path) -> None:
 def test_a_process_prints_one_line_of_json() -> None:
     command = train.command("raco cagrad-clip", tiny("full"), 2, 2)
     until = perf_counter() + 60
-    done = jobs.run([sys.executable, *command], {}, until)
+    done = jobs.run([sys.executable, *command], until)
     assert done.code == 0, done.output
     said = json.loads(done.output.splitlines()[-1])
     assert len(said["seconds"]) == 2
