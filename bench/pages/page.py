@@ -111,11 +111,8 @@ def _machine(records: Sequence[Record]) -> str:
 
 
 def _ceilings(records: Sequence[Record]) -> str:
-    rows = [
-        [contestant(r), f"{r['rate']:.1f} {r['rate_unit']}{_mark(r)}"]
-        for r in records
-        if r["name"].startswith("ceilings/") and "rate" in r
-    ]
+    found = by_suite(records, "ceilings")
+    rows = [[contestant(r), f"{r['rate']:.1f} {r['rate_unit']}{_mark(r)}"] for r in found]
     return "### Ceilings\n\n" + markdown_table(["what", "rate"], rows) if rows else ""
 
 

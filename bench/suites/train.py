@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import raco_fast
-from bench.harness import correctness, dpo_problem, jobs, optional
+from bench.harness import dpo_problem, jobs, optional
 from bench.harness.dpo_problem import GPU, KINDS, TINY, FreshProblem, Setting
 from bench.harness.meter import Meter
 from bench.harness.session import Session
@@ -38,8 +38,6 @@ WARMUP = 2
 
 # The change of plain DPO's loss over all steps; rivals compute the same in another order.
 _TOLERANCE = {"float32": 0.01, "bfloat16": 0.1}
-
-
 # Sizes -> (setting, numbers of objectives, rules, steps that count of each process). A process
 # takes 5 to 10 s before it trains: on one core a round of "cpu" takes a minute, one of "cpu-whole"
 # ten.
@@ -100,10 +98,6 @@ class Measured:
 
 
 def run(session: Session) -> None:
-    reason = correctness.obstacle(session.records.read(), session.device.type, NAME)
-    if reason is not None:
-        session.records.add(NAME, {}, failure=reason)
-        return
     setting, ms, rules, steps = SIZES[session.sizes]
     # The most telling first: a run may be cut short.
     todo = [("plain", 1), ("trl", 1), *((f"raco {rule}", m) for m in ms for rule in rules)]

@@ -15,6 +15,7 @@ import torch
 
 from bench.harness import correctness, jobs, meter, optional
 from bench.harness.dpo_problem import TINY, FreshProblem, Setting
+from bench.harness.parts import run_part
 from bench.harness.records import Record, Records
 from bench.harness.session import Session
 from bench.rivals.dpo_steps import ADAMW
@@ -48,7 +49,7 @@ def run(folder: Path, seconds: float = 60) -> dict[tuple[str, str], Record]:
     records = Records(folder, "cpu")
     for file in correctness.files("cpu"):
         records.add(f"tests/{file.stem}", {}, passed=1, failed=0, finished=True)
-    train.run(Session(records, CPU, "tiny", perf_counter() + seconds))
+    run_part("train", Session(records, CPU, "tiny", perf_counter() + seconds))
     found = [r for r in records.read() if r["name"].startswith("train/")]
     return {(r["name"].removeprefix("train/"), r["params"]["kind"]): r for r in found}
 
@@ -128,7 +129,7 @@ def test_a_process_prints_one_line_of_json() -> None:
 
 def test_nothing_is_timed_before_its_tests(tmp_path: Path) -> None:
     records = Records(tmp_path, "cpu")
-    train.run(Session(records, CPU, "tiny", perf_counter() + 60))
+    run_part("train", Session(records, CPU, "tiny", perf_counter() + 60))
     (record,) = records.read()
     assert record["failure"].startswith("not timed: test_cpu_gram.py has not been run")
 
