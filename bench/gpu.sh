@@ -35,8 +35,9 @@ part() { # part NAME SECONDS COMMAND...
         "status $status with $seconds s at most (124, 137: killed when they were over)"
 }
 
-suite() { # suite NAME SECONDS: told to end by itself, ten seconds before it is killed
-    part "$1" "$2" "$python" -m bench "$1" --out "$out" --seconds "$(($2 - 15))" "${options[@]}"
+suite() { # suite NAME SECONDS: told to end by itself 15 seconds before it is killed
+    part "$1" "$2" "$python" -m bench "$1" --out "$out" --device cuda --seconds "$(($2 - 15))" \
+        "${options[@]}"
 }
 
 {

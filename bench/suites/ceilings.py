@@ -1,13 +1,11 @@
 """The two ceilings of the machine: a large copy (GB/s, read and written) and a matrix product."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch
 
-from bench.session import Session
-from bench.timing import interleaved
+from bench.harness.session import Session
+from bench.harness.timing import interleaved
 
 NAME = "ceilings"
 # Bytes of the copy and side of the matrices: large against any cache.
@@ -31,14 +29,10 @@ def run(session: Session) -> None:
     times = interleaved(calls, device, session.until)
     amounts = {"copy": (2 * size, "GB/s", 1e9), "matmul": (2 * side**3, "TFLOP/s", 1e12)}
     for name, (amount, unit, scale) in amounts.items():
-        low, middle, high = times[name].quantiles()
         session.records.add(
             f"{NAME}/{name}",
             {"bytes": 2 * size} if name == "copy" else {"side": side, "dtype": str(dtype)[6:]},
-            unit="ms",
-            p20=1e3 * low,
-            p50=1e3 * middle,
-            p80=1e3 * high,
-            rate=amount / middle / scale,
+            **times[name].summary("ms", 1e3),
+            rate=amount / times[name].quantiles()[1] / scale,
             rate_unit=unit,
         )

@@ -4,39 +4,26 @@
 copy is made for its Gram, takes part in `step` only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import nn
 
-from bench.cases import Case
-from bench.contest import Contest, contest_of_steps, our_calls
-from bench.problems import ADAMW, Weights
-from bench.rivals import rivals
+from bench.harness.cases import Case
+from bench.harness.contest import Contest, contest_of_steps, our_calls
+from bench.harness.problems import ADAMW, Weights
+from bench.rivals.gradients import rivals
 from raco_fast.backends import ops
 from raco_fast.backends.reference import adamw_options
 
 NAME = "combine_adamw"
+HELD = (1, 3)
+MOVED = (1, 6)  # weights and two states are read and written
 COEFFICIENTS = (0.6, 0.55, -0.25, 0.4, 1.2, 0.3, 0.8, 0.05)
 BETA1, BETA2 = ADAMW["betas"]
-OPTIONS = adamw_options(
-    lr=ADAMW["lr"],
-    beta1=BETA1,
-    beta2=BETA2,
-    eps=ADAMW["eps"],
-    weight_decay=ADAMW["weight_decay"],
-)
-
-
-def bytes_held(case: Case) -> int:
-    return (case.m + 3) * case.size
-
-
-def bytes_moved(case: Case) -> int:
-    return (case.m + 6) * case.size  # weights and two states are read and written
+_SHARED = {name: ADAMW[name] for name in ("lr", "eps", "weight_decay")}
+OPTIONS = adamw_options(beta1=BETA1, beta2=BETA2, **_SHARED)
 
 
 def contest(case: Case, skip: Sequence[str]) -> Contest:

@@ -1,27 +1,19 @@
 """The Gram matrix of m gradients, as the optimizer asks for it: m² numbers on the host."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor
 
-from bench.cases import Case
-from bench.contest import Contest, our_calls
-from bench.problems import Tensors, exact_gram, gram_error
-from bench.rivals import Rival, rivals
+from bench.harness.cases import Case
+from bench.harness.contest import Contest, our_calls
+from bench.harness.problems import Tensors, exact_gram, gram_error
+from bench.rivals.gradients import Rival, rivals
 from raco_fast.backends import ops
 
 NAME = "gram"
-
-
-def bytes_held(case: Case) -> int:
-    return case.m * case.size
-
-
-def bytes_moved(case: Case) -> int:
-    return case.m * case.size
+HELD = (1, 0)
+MOVED = (1, 0)
 
 
 def contest(case: Case, skip: Sequence[str]) -> Contest:

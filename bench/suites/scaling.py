@@ -4,83 +4,55 @@ Each record has `size` and what it is `against`; the report fits the slope of lo
 A slope of 1 is a price per item, 0 a price of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from time import perf_counter
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from bench.dpo_problem import Problem, Setting
-from bench.dpo_steps import STEPS
-from bench.problems import random_like
-from bench.session import Session
+from bench.harness.dpo_problem import GPU, TINY, Problem, Setting
+from bench.harness.problems import random_like
+from bench.harness.session import Session
+from bench.harness.timing import Call, interleaved, shares
+from bench.rivals.dpo_steps import STEPS
 from bench.suites.step import optimizer
-from bench.timing import Call, interleaved
 
 NAME = "scaling"
 REPRODUCE = "python -m bench tests scaling --device cpu --out runs/scaling"
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Parameters and numbers of objectives of a step; tokens and numbers of a backward pass."""
-
-    parameters: tuple[int, ...]
-    step_m: tuple[int, ...]
-    tokens: tuple[int, ...]
-    backward_m: tuple[int, ...]
-    setting: Setting
-
-
+_UP_TO_16 = (2, 4, 8, 16)
+# Sizes -> (parameters and numbers of objectives of a step, tokens and numbers of a backward pass,
+# and its setting).
 SIZES = {
-    "gpu": Sizes(
-        (10**7, 10**8, 10**9, 4 * 10**9),
-        (2, 4, 8, 16),
-        (128, 256, 512, 1024),
-        (2, 4, 8, 16),
-        Setting(sequences=16, tokens=512, dtype="bfloat16", device="cuda"),
+    "gpu": ((10**7, 10**8, 10**9, 4 * 10**9), _UP_TO_16, (128, 256, 512, 1024), _UP_TO_16, GPU),
+    "cpu": (
+        *((10**6, 10**7, 5 * 10**7), (2, 4, 8), (16, 32, 64), (2, 4, 8)),
+        Setting(layers=2, tokens=32),
     ),
-    "cpu": Sizes(
-        (10**6, 10**7, 5 * 10**7), (2, 4, 8), (16, 32, 64), (2, 4, 8), Setting(layers=2, tokens=32)
+    "cpu-whole": (
+        *((10**6, 10**7, 10**8), _UP_TO_16, (32, 64, 128, 256), _UP_TO_16),
+        Setting(layers=6),
     ),
-    "cpu-whole": Sizes(
-        (10**6, 10**7, 10**8), (2, 4, 8, 16), (32, 64, 128, 256), (2, 4, 8, 16), Setting(layers=6)
-    ),
-    "tiny": Sizes(
-        (100, 1000),
-        (2, 3),
-        (10, 20),
-        (2, 3),
-        Setting(shape="tiny", layers=1, sequences=4, tokens=12),
-    ),
+    "tiny": ((100, 1000), (2, 3), (10, 20), (2, 3), TINY),
 }
 
 
 def run(session: Session) -> None:
-    sizes, quarter = SIZES[session.sizes], (session.until - perf_counter()) / 4
-    started = perf_counter()
-    n, setting = sizes.parameters[-2], sizes.setting
+    parameters, step_m, tokens, backward_m, setting = SIZES[session.sizes]
+    device, n = session.device, parameters[-2]
     swept: list[tuple[str, str, Sequence[int], Callable[[int], Call]]] = [
-        ("step", "parameters", sizes.parameters, lambda size: _step(session.device, size, 2)),
-        ("step", "m", sizes.step_m, lambda m: _step(session.device, n, m)),
-        ("one_backward", "tokens of a sequence", sizes.tokens, partial(_with_tokens, setting)),
-        ("one_backward", "m", sizes.backward_m, lambda m: _dpo_step(setting, m)),
+        ("step", "parameters", parameters, lambda size: _step(device, size, 2)),
+        ("step", "m", step_m, lambda m: _step(device, n, m)),
+        ("one_backward", "tokens of a sequence", tokens, lambda t: _dpo_step(setting, 2, t)),
+        ("one_backward", "m", backward_m, lambda m: _dpo_step(setting, m)),
     ]
-    for k, (what, against, values, call) in enumerate(swept):
-        calls = {str(size): call(size) for size in values}
-        times = interleaved(calls, session.device, started + (k + 1) * quarter)
+    for (what, against, values, call), until in shares(swept, session.until):
+        times = interleaved({str(size): call(size) for size in values}, device, until)
         for size in values:
-            taken = times[str(size)]
-            low, middle, high = taken.quantiles()
             params = {"against": against, "size": size}
-            values_of = {"p20": low, "p50": middle, "p80": high, "rounds": len(taken.device)}
-            session.records.add(
-                f"{NAME}/{what}", params, unit="s", **values_of, reproduce=REPRODUCE
-            )
+            summary = times[str(size)].summary()
+            session.records.add(f"{NAME}/{what}", params, **summary, reproduce=REPRODUCE)
 
 
 def _step(device: torch.device, parameters: int, m: int) -> Call:
@@ -90,9 +62,6 @@ def _step(device: torch.device, parameters: int, m: int) -> Call:
     return optimizer(params, grads).step
 
 
-def _with_tokens(setting: Setting, tokens: int) -> Call:
-    return _dpo_step(replace(setting, tokens=tokens), 2)
-
-
-def _dpo_step(setting: Setting, m: int) -> Call:
+def _dpo_step(setting: Setting, m: int, tokens: int | None = None) -> Call:
+    setting = replace(setting, tokens=tokens or setting.tokens)
     return STEPS["one_backward"](Problem(setting, prepared=True), m)

@@ -4,18 +4,16 @@
 solver must first come within its own accuracy of the optimum on every Gram that it is timed on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from time import perf_counter
 
 import torch
 
-from bench import optional
-from bench.dual_solvers import SIZES, Solver, grams, solvers, value
-from bench.records import OURS
-from bench.session import Session
-from bench.timing import interleaved
+from bench.harness import optional
+from bench.harness.records import OURS
+from bench.harness.session import Session
+from bench.harness.timing import interleaved
+from bench.rivals.dual_solvers import SIZES, Solver, grams, solvers, value
 
 NAME = "solve"
 # Excess of f over the optimum, as a share of its terms, that a solver may have.

@@ -4,33 +4,25 @@ Everybody solves the dual problem with `solve_dual`, but `capturable`, our step 
 the device (m <= 3, CUDA only). `adamw` is torch's fused AdamW on one gradient: the price of one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from bench.cases import Case
-from bench.contest import Contest, contest_of_steps, our_calls
-from bench.problems import ADAMW, Tensors, Weights, exact_gram
-from bench.records import OURS
-from bench.rivals import Rival, rivals
+from bench.harness.cases import Case
+from bench.harness.contest import Contest, contest_of_steps, our_calls
+from bench.harness.problems import ADAMW, Tensors, Weights, exact_gram
+from bench.harness.records import OURS
+from bench.rivals.gradients import Rival, rivals
 from raco_fast import ClippedCAGradAdamW, solve_dual
 from raco_fast.backends.choose import MAX_ON_DEVICE
 
 NAME = "step"
+HELD = (1, 3)
+MOVED = (2, 6)  # the gradients for the Gram, and again for the update
 C = 0.4
 STATES = ("exp_avg", "exp_avg_sq", "step")
-
-
-def bytes_held(case: Case) -> int:
-    return (case.m + 3) * case.size
-
-
-def bytes_moved(case: Case) -> int:
-    return (2 * case.m + 6) * case.size  # the gradients for the Gram, and again for the update
 
 
 def contest(case: Case, skip: Sequence[str]) -> Contest:

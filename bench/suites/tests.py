@@ -1,10 +1,8 @@
 """Tests of everything that is timed, and the memory checkers where there are any."""
 
-from __future__ import annotations
-
-from bench import correctness, sanitizer
-from bench.jobs import run_together
-from bench.session import Session
+from bench.harness import correctness, sanitizer
+from bench.harness.jobs import run_together
+from bench.harness.session import Session
 
 NAME = "tests"
 
@@ -13,9 +11,9 @@ def run(session: Session) -> None:
     device = session.device.type
     tests = correctness.commands(correctness.files(device))
     checkers = sanitizer.commands() if device == "cuda" else {}
-    # Deterministic algorithms, which the kernel tests switch on, want it on CUDA devices.
-    environment = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    for name, done in run_together({**tests, **checkers}, environment, session.until).items():
+    # Deterministic algorithms, which the kernel tests switch on, want this on CUDA devices.
+    cublas = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    for name, done in run_together({**tests, **checkers}, session.until, **cublas).items():
         (correctness if name in tests else sanitizer).record(session.records, name, done)
         print(f"\n### {name}: status {done.code}, {done.seconds:.0f} s\n{done.output[-4000:]}")
     if device == "cuda" and not checkers:

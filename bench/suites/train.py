@@ -1,124 +1,115 @@
 """Tokens per second and peak memory of whole DPO steps, beside TRL's `DPOTrainer` and plain torch.
 
+    python -m bench.suites.train --contestant "raco cagrad-clip" --kind lora --m 2     # one process
+
 A trainer owns its loop, so contestants cannot alternate call by call: each turn in a round is a
-fresh process (`bench_train.py`) that trains one contestant for a few steps, and rounds repeat.
-Ours is the public API in a loop of the caller's own. The trainer of raco_fast.dpo computes the
-same, but has no hook around a step, and its step writes a line of metrics to a file, which would
-be timed here for us alone. TRL and plain torch train on one objective, the first of our m.
+fresh process that trains one contestant for a few steps, and rounds repeat. Ours is the public API
+in a loop of the caller's own. The trainer of raco_fast.dpo computes the same, but has no hook
+around a step, and its step writes a line of metrics to a file, which would be timed here for us
+alone. TRL and plain torch train on one objective, the first of our m.
 
 `ratio` is to TRL where it could be run, else to plain torch; `ratio_to` says which. TRL has to
 learn what plain torch learns on the same pairs, or its time does not count.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
-from bench import bench_train, correctness, jobs, optional
-from bench.dpo_problem import Setting
-from bench.session import Session
-from bench.timing import Times
+import torch
+
+import raco_fast
+from bench.harness import dpo_problem, jobs, optional
+from bench.harness.dpo_problem import GPU, KINDS, TINY, FreshProblem, Setting
+from bench.harness.meter import Meter
+from bench.harness.session import Session
+from bench.harness.timing import Times, shares
+from bench.rivals.dpo_steps import STEPS, ours
 
 NAME = "train"
+CONTESTANTS = ("plain", "trl", "raco linear", "raco cagrad-clip")
 ROUNDS = 3
-NEEDS_TRL = "TRL is not installed; pip install 'raco-fast[bench-trl]', or trl>=1.16"
+WARMUP = 2
+"""Steps that do not count: the first has extra passes (`prepare` proves itself) and new memory."""
+
 # The change of plain DPO's loss over all steps; rivals compute the same in another order.
 _TOLERANCE = {"float32": 0.01, "bfloat16": 0.1}
-
-
-@dataclass(frozen=True)
-class Size:
-    """What everyone trains on, the numbers of objectives, and the steps that count a process."""
-
-    setting: Setting
-    ms: tuple[int, ...]
-    steps: int
-    rules: tuple[str, ...] = ("cagrad-clip", "linear")
-
-    def contestants(self) -> Iterator[tuple[str, int]]:
-        """(contestant, m), the most telling first: a run may be cut short."""
-        yield from (("plain", 1), ("trl", 1))
-        yield from ((f"raco {rule}", m) for m in self.ms for rule in self.rules)
-
-
-# A process takes 5 to 10 s before it trains: on one core a round of "cpu" takes a minute, one of
-# "cpu-whole" ten.
-SIZES = {
-    "gpu": Size(Setting(sequences=16, tokens=512, dtype="bfloat16", device="cuda"), (2, 4), 10),
-    "cpu-whole": Size(Setting(), (2, 4), 3),
-    "cpu": Size(Setting(layers=4, sequences=4, tokens=32), (2,), 3, ("cagrad-clip",)),
-    "tiny": Size(Setting(shape="tiny", layers=1, sequences=4, tokens=12), (2,), 2),
+# Sizes -> (setting, numbers of objectives, rules, steps that count of each process). A process
+# takes 5 to 10 s before it trains: on one core a round of "cpu" takes a minute, one of "cpu-whole"
+# ten.
+_BOTH = ("cagrad-clip", "linear")
+SIZES: dict[str, tuple[Setting, tuple[int, ...], tuple[str, ...], int]] = {
+    "gpu": (GPU, (2, 4), _BOTH, 10),
+    "cpu-whole": (Setting(), (2, 4), _BOTH, 3),
+    "cpu": (Setting(layers=4, sequences=4, tokens=32), (2,), _BOTH[:1], 3),
+    "tiny": (TINY, (2,), _BOTH, 2),
 }
 
 
-@dataclass
 class Measured:
     """What the processes of one contestant said, or why one of them said nothing."""
 
-    command: list[str]
-    times: Times = field(default_factory=Times)
-    peaks: list[int] = field(default_factory=list)
-    last: dict[str, Any] = field(default_factory=dict)
-    failure: str | None = None
-
-    @property
-    def learnt(self) -> float:
-        """How far the loss of the first objective fell."""
-        before, after = self.last["losses"]
-        return before - after
+    def __init__(self, contestant: str, setting: Setting, m: int, steps: int) -> None:
+        self.contestant, self.setting, self.m = contestant, setting, m
+        self.command = command(contestant, setting, m, steps)
+        self.failure = optional.obstacle(setting.kind) or optional.obstacle(contestant)
+        self.said: list[dict[str, Any]] = []
 
     def take_turn(self, until: float) -> None:
         """Run its process once more, unless it failed before."""
         if self.failure is not None:
             return
-        done = jobs.run_together({NAME: [sys.executable, *self.command]}, {}, until)[NAME]
-        said = [line for line in done.output.splitlines() if line.startswith('{"seconds"')]
-        if done.code == 0 and said:
-            self.last = json.loads(said[-1])
-            self.times.device += self.last["seconds"]
-            self.peaks.append(self.last["peak_bytes"])
-        elif done.code is not None:
-            self.failure = f"status {done.code}: {done.output.strip()[-400:]}"
-        elif not self.peaks:
-            self.failure = "left out: the time for this part was used up"
+        said = jobs.measured(self.command, until)
+        if "failure" not in said:
+            self.said.append(said)
+        elif said["failure"] != jobs.LEFT_OUT or not self.said:
+            self.failure = said["failure"]
 
+    @property
+    def times(self) -> Times:
+        """Seconds of every step of every process."""
+        return Times([seconds for said in self.said for seconds in said["seconds"]])
 
-Found = dict[tuple[str, int], Measured]
-"""(contestant, m) -> what its processes said."""
+    @property
+    def learnt(self) -> float:
+        """How far the loss of the first objective fell."""
+        before, after = self.said[-1]["losses"]
+        return before - after
+
+    def record(self, unit: "Measured | None") -> dict[str, Any]:
+        """Its figures, with `ratio` in units of another contestant."""
+        if self.failure is not None:
+            return {"failure": self.failure}
+        middle = self.times.quantiles()[1]
+        return {
+            **self.times.summary(),
+            "processes": len(self.said),
+            "ratio": unit and middle / unit.times.quantiles()[1],
+            "ratio_to": unit and unit.contestant,
+            "tokens_per_second": self.setting.sequences * self.setting.tokens / middle,
+            "peak_bytes": max(said["peak_bytes"] for said in self.said),
+            "model_bytes": self.said[-1]["model_bytes"],
+            "losses": self.said[-1]["losses"],
+        }
 
 
 def run(session: Session) -> None:
-    reason = correctness.obstacle(session.records.read(), session.device.type, NAME)
-    if reason is not None:
-        session.records.add(NAME, {}, failure=reason)
-        return
-    size = SIZES[session.sizes]
-    kinds = ("lora", "full")
-    for number, kind in enumerate(kinds):
-        now = perf_counter()
-        setting = replace(size.setting, kind=kind)
-        found = {
-            (contestant, m): Measured(
-                bench_train.command(contestant, setting, m, size.steps),
-                failure=optional.obstacle(kind) or _missing(contestant),
-            )
-            for contestant, m in size.contestants()
-            if contestant not in session.skip
-        }
-        _rounds(list(found.values()), now + (session.until - now) / (len(kinds) - number))
-        _check(found, setting)
-        _add(session, found, setting)
-
-
-def _missing(contestant: str) -> str | None:
-    return NEEDS_TRL if contestant == "trl" and find_spec("trl") is None else None
+    setting, ms, rules, steps = SIZES[session.sizes]
+    # The most telling first: a run may be cut short.
+    todo = [("plain", 1), ("trl", 1), *((f"raco {rule}", m) for m in ms for rule in rules)]
+    todo = [(name, m) for name, m in todo if name not in session.skip]
+    for kind, until in shares(KINDS, session.until):
+        setting = replace(setting, kind=kind)
+        found = [Measured(name, setting, m, steps) for name, m in todo]
+        _rounds(found, until)
+        unit = _unit(found)
+        for one in found:
+            name, again = f"{NAME}/{one.contestant}", shlex.join(["python", *one.command])
+            session.records.add(name, setting.params(one.m), **one.record(unit), reproduce=again)
 
 
 def _rounds(contestants: Sequence[Measured], until: float) -> None:
@@ -133,59 +124,79 @@ def _rounds(contestants: Sequence[Measured], until: float) -> None:
         longest = max(longest, perf_counter() - began)
 
 
-def _check(found: Found, setting: Setting) -> None:
-    """A rival that learns something else than plain torch on the same pairs is wrong."""
-    running = {name: one for (name, _), one in found.items() if one.failure is None}
-    if not {"plain", "trl"} <= running.keys():
-        return
-    expected = running["plain"].learnt
-    error = abs(running["trl"].learnt - expected) / abs(expected)
-    if not error <= _TOLERANCE[setting.dtype]:
-        running["trl"].failure = f"wrong: its loss fell otherwise than plain's, error {error:.2g}"
+def _unit(found: Sequence[Measured]) -> Measured | None:
+    """What ratios are to: TRL where it learns what plain torch learns, else plain torch."""
+    running = {one.contestant: one for one in found if one.failure is None}
+    plain, trl = running.get("plain"), running.get("trl")
+    if plain and trl:
+        error = abs(trl.learnt - plain.learnt) / abs(plain.learnt)
+        if not error <= _TOLERANCE[plain.setting.dtype]:
+            trl.failure = f"wrong: its loss fell otherwise than plain's, error {error:.2g}"
+            return plain
+    return trl or plain
 
 
-def _add(session: Session, found: Found, setting: Setting) -> None:
-    unit_name, unit = _unit(found)
-    for (contestant, m), one in found.items():
-        params = setting.params(m)
-        reproduce = shlex.join(["python", *one.command])
-        name = f"{NAME}/{contestant}"
-        if one.failure is not None:
-            session.records.add(name, params, failure=one.failure, reproduce=reproduce)
-            print(f"{name} {setting.kind} m={m}: {one.failure}", flush=True)
-            continue
-        low, middle, high = one.times.quantiles()
-        ratio = None if unit is None else middle / unit
-        rate = setting.sequences * setting.tokens / middle
-        session.records.add(
-            name,
-            params,
-            unit="s",
-            p20=low,
-            p50=middle,
-            p80=high,
-            rounds=len(one.times.device),
-            processes=len(one.peaks),
-            ratio=ratio,
-            ratio_to=unit_name,
-            tokens_per_second=rate,
-            peak_bytes=max(one.peaks),
-            model_bytes=one.last["model_bytes"],
-            losses=one.last["losses"],
-            reproduce=reproduce,
-        )
-        shown = "-" if ratio is None else f"{ratio:.2f} x {unit_name}"
-        print(
-            f"{name:<24} {setting.kind} m={m}: {middle:.3f} s ({low:.3f}-{high:.3f}), {shown}, "
-            f"{rate:.0f} tokens/s, {max(one.peaks) / 2**20:.0f} MiB above the model",
-            flush=True,
-        )
+Train = Callable[[FreshProblem, int, Meter], None]
+"""Trains for so many steps, each one metered."""
 
 
-def _unit(found: Found) -> tuple[str | None, float | None]:
-    """What ratios are to: name and median seconds."""
-    times = {name: one.times for (name, _), one in found.items() if one.failure is None}
-    for name in ("trl", "plain"):
-        if name in times:
-            return name, times[name].quantiles()[1]
-    return None, None
+def trainer(contestant: str, m: int) -> Train:
+    """What trains. TRL is loaded here: its code is no memory of its steps."""
+    if contestant == "trl":
+        from bench.rivals import trl_trainer
+
+        return trl_trainer.train
+
+    def train(problem: FreshProblem, steps: int, meter: Meter) -> None:
+        build = STEPS["plain"]
+        if contestant != "plain":
+            raco_fast.prepare(problem.model, strict=True)
+            build = ours("one_backward", contestant.removeprefix("raco "))
+        meter.run(build(problem, m), steps)
+
+    return train
+
+
+def measure(contestant: str, setting: Setting, m: int, steps: int) -> dict[str, Any]:
+    """Train in this process, and say what it took.
+
+    Returns:
+        seconds: of each step after the warm-up.
+        peak_bytes: at the peak of those steps, above the memory held once the model was built.
+        model_bytes: of the model itself.
+        losses: objective 0 before the first and after the last step, warm-up included.
+    """
+    train = trainer(contestant, m)
+    problem = FreshProblem(setting)
+    meter = Meter(torch.device(setting.device), WARMUP)
+    before = problem.loss()
+    train(problem, WARMUP + steps, meter)
+    return {
+        "seconds": meter.seconds,
+        "peak_bytes": meter.peak(),
+        "model_bytes": sum(p.numel() * p.element_size() for p in problem.model.parameters()),
+        "losses": [before, problem.loss()],
+    }
+
+
+def command(contestant: str, setting: Setting, m: int, steps: int) -> list[str]:
+    """The arguments of `python` that measure it once."""
+    options = ["--contestant", contestant, *setting.options(m), "--steps", str(steps)]
+    return ["-m", "bench.suites.train", *options]
+
+
+def parser() -> ArgumentParser:
+    """Of the command, which measures one contestant and prints JSON."""
+    found = dpo_problem.parser(NAME, __doc__, ("lora",), ms=(1,))
+    found.add_argument("--contestant", required=True, choices=CONTESTANTS)
+    found.add_argument("--steps", type=int, default=5, help="that count")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    print(json.dumps(measure(options.contestant, *dpo_problem.only(options), options.steps)))
+
+
+if __name__ == "__main__":
+    main()

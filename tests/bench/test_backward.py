@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 
-from bench import bench_backward, bench_memory, dpo_steps, optional
-from bench.dpo_problem import Problem, Setting
+from bench.harness import jobs, optional
+from bench.harness.dpo_problem import TINY as SETTING
+from bench.harness.dpo_problem import Problem
+from bench.rivals import dpo_steps
+from bench.suites import backward, memory
 
-SETTING = Setting(shape="tiny", layers=1, sequences=4, tokens=12)
 TINY = ["--shape", "tiny", "--layers", "1", "--sequences", "4", "--tokens", "12"]
 
 
@@ -19,9 +21,9 @@ def records(folder):
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_every_rival_is_timed_in_units_of_the_plain_step(tmp_path, kind):
     arguments = ["--out", str(tmp_path), "--m", "3", "--kind", kind, "--seconds", "0", *TINY]
-    bench_backward.main(arguments)
+    backward.main(arguments)
     found = {r["name"].removeprefix("backward/"): r for r in records(tmp_path)}
-    assert tuple(found) == bench_backward.RIVALS
+    assert tuple(found) == backward.RIVALS
     assert found["plain"]["ratio"] == 1.0
     for r in found.values():
         assert r["ratio"] == r["p50"] / found["plain"]["p50"]
@@ -30,17 +32,15 @@ def test_every_rival_is_timed_in_units_of_the_plain_step(tmp_path, kind):
 
 
 def test_nothing_is_timed_where_one_backward_pass_is_wrong(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_backward, "disagreement", lambda problem, m: 1e-3)
-    bench_backward.main(["--out", str(tmp_path), "--m", "2", "--kind", "full", *TINY])
+    monkeypatch.setattr(backward, "disagreement", lambda problem, m: 1e-3)
+    backward.main(["--out", str(tmp_path), "--m", "2", "--kind", "full", *TINY])
     (record,) = records(tmp_path)
     assert record["failure"] == "not timed: one backward pass and m of them differ by 0.001"
 
 
 def test_a_rival_that_is_not_installed_has_a_record_that_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(optional.NEEDED, "torchjd", ("torchjd", "no_such_package"))
-    bench_backward.main(
-        ["--out", str(tmp_path), "--m", "2", "--kind", "full", "--seconds", "0", *TINY]
-    )
+    backward.main(["--out", str(tmp_path), "--m", "2", "--kind", "full", "--seconds", "0", *TINY])
     failures = {r["name"]: r["failure"] for r in records(tmp_path) if "failure" in r}
     cure = "not run: no_such_package missing; pip install no_such_package"
     assert failures == {"backward/torchjd": cure}
@@ -49,7 +49,7 @@ def test_a_rival_that_is_not_installed_has_a_record_that_says_so(tmp_path, monke
 def test_without_peft_full_fine_tuning_is_measured_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setitem(optional.NEEDED, "lora", ("no_such_package",))
     rivals = ["--rivals", "plain", "one_backward"]
-    bench_backward.main(["--out", str(tmp_path), "--m", "2", "--seconds", "0", *rivals, *TINY])
+    backward.main(["--out", str(tmp_path), "--m", "2", "--seconds", "0", *rivals, *TINY])
     found = records(tmp_path)
     assert [r["params"]["kind"] for r in found] == ["lora", "full", "full"]
     assert found[0]["failure"].startswith("not run: no_such_package missing")
@@ -57,7 +57,9 @@ def test_without_peft_full_fine_tuning_is_measured_all_the_same(tmp_path, monkey
 
 
 @pytest.mark.parametrize("name", [n for n in dpo_steps.STEPS if n not in ("plain", "autograd")])
-def test_all_ways_take_the_same_step(name):
+def test_all_ways_take_the_same_step(name, monkeypatch):
+    monkeypatch.setitem(dpo_steps.ADAMW, "weight_decay", 0.3)
+
     def after(step):
         problem = Problem(SETTING, prepared=step not in dpo_steps.UNPREPARED)
         before = torch.cat([p.detach().flatten() for p in problem.params])
@@ -72,11 +74,17 @@ def test_all_ways_take_the_same_step(name):
 
 
 def test_memory_of_a_mode_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_memory.Meter, "peak", lambda self: 10**9)
+    monkeypatch.setattr(memory.Meter, "peak", lambda self: 10**9)
     params = Problem(SETTING).params
     states = 2 * sum(p.numel() * p.element_size() for p in params)
-    assert bench_memory.peak(SETTING, "one_backward", 2) == 10**9 - states
-    monkeypatch.setattr(bench_memory, "MODES", ("plain",))
-    bench_memory.main(["--out", str(tmp_path), "--m", "2", "--seconds", "0", *TINY])
+    assert memory.peak("one_backward", SETTING, 2) == 10**9 - states
+    monkeypatch.setattr(memory, "MODES", ("plain",))
+    memory.main(["--out", str(tmp_path), "--m", "2", "--seconds", "0", *TINY])
     (record,) = records(tmp_path)
-    assert "timed out" in record["failure"]
+    assert record["failure"] == jobs.LEFT_OUT
+
+
+@pytest.mark.parametrize("more", [["--m", "2", "4"], ["--m", "2", "--kind", "full", "lora"]])
+def test_a_process_measures_one_thing(more):
+    with pytest.raises(SystemExit, match="`--kind` and `--m` must name one each here, got "):
+        memory.main(["--one", "plain", *more, *TINY])

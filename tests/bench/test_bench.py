@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import correctness, jobs, parts, records, rivals, sanitizer, session, timing
-from bench.cases import Case, cases
-from bench.contest import Contest
-from bench.parameters import LISTS, MODELS, elements
+from bench.harness import correctness, jobs, parts, records, sanitizer, session, timing
+from bench.harness.cases import Case, cases
+from bench.harness.contest import Contest
+from bench.harness.parameters import LISTS, MODELS, elements
+from bench.rivals import gradients
 from bench.suites import combine_adamw, gram, step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,16 +65,7 @@ def test_parameter_lists_are_those_of_the_models(name: str, millions: float) -> 
 
     a = MODELS[name]
     family = Gemma3TextConfig if a.outer_norms else Qwen3Config if a.query_norm else LlamaConfig
-    config = family(
-        vocab_size=a.vocabulary,
-        hidden_size=a.hidden,
-        intermediate_size=a.intermediate,
-        num_hidden_layers=a.layers,
-        num_attention_heads=a.heads,
-        num_key_value_heads=a.key_value_heads,
-        head_dim=a.head,
-        tie_word_embeddings=a.tied,
-    )
+    config = family(**a.config(), num_hidden_layers=a.layers)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert list(LISTS[name].items()) == [(n, tuple(p.shape)) for n, p in model.named_parameters()]
@@ -109,9 +101,7 @@ def test_every_suite_times_every_contestant(
 
 def test_bytes_are_the_least_that_has_to_move() -> None:
     case = Case("Llama-3-8B", torch.bfloat16, 2, CPU)
-    per_parameter = [
-        suite.bytes_moved(case) / case.elements for suite in (gram, combine_adamw, step)
-    ]
+    per_parameter = [case.bytes(*s.MOVED) / case.elements for s in (gram, combine_adamw, step)]
     assert per_parameter == [4, 16, 20]
 
 
@@ -130,8 +120,8 @@ def test_a_rival_that_is_wrong_or_fails_has_no_time(
         raise torch.OutOfMemoryError("tried to allocate 64 GiB")
 
     passed_tests(tmp_path)
-    monkeypatch.setattr(rivals.Paper, "combine", lambda self, grads, alpha: grads[0])
-    monkeypatch.setattr(rivals.Dot, "combine", out_of_memory)
+    monkeypatch.setattr(gradients.Paper, "combine", lambda self, grads, alpha: grads[0])
+    monkeypatch.setattr(gradients.Dot, "combine", out_of_memory)
     found = run(tmp_path, "combine_adamw", monkeypatch=monkeypatch)
     failures = {r["name"]: r["failure"] for r in found if "failure" in r}
     assert failures.keys() == {"combine_adamw/paper", "combine_adamw/dot"}
@@ -152,6 +142,15 @@ def test_nothing_is_reported_where_ours_is_wrong(
     assert all(r["failure"].startswith("wrong: error 0.0001") for r in found if "failure" in r)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_tests_that_suites_rely_on_are_there_and_are_run(device: str) -> None:
+    run_first = correctness.files(device)
+    assert all(file.is_file() for file in run_first)
+    for needed in correctness.RELIES_ON[device].values():
+        assert needed
+        assert {*needed} <= {*run_first}
+
+
 @pytest.mark.parametrize(
     ("last", "reason"),
     [
@@ -167,8 +166,8 @@ def test_only_what_passed_its_tests_is_timed(
     if last is not None:
         found.add("tests/test_cpu_gram", {}, passed=9, failed=0, finished=True)
         found.add("tests/test_cpu_gram", {}, **last)
-    run_ = session.Session(found, CPU, "tiny", perf_counter() - 1)  # no time: cases are left out
-    run_.measure(gram)
+    no_time = session.Session(found, CPU, "tiny", perf_counter() - 1)  # all cases are left out
+    parts.run_part("gram", no_time)
     failures = [r["failure"] for r in found.read() if "failure" in r]
     left_out = ["left out: the time for this part was used up"] * len(cases("tiny", CPU))
     assert failures == (left_out if reason is None else [reason])
@@ -215,7 +214,7 @@ def test_outcome_of_test_files(tmp_path: Path) -> None:
     commands = correctness.commands([tmp_path / f"{name}.py" for name in sources])
     endless = {"tests/test_endless": commands.pop("tests/test_endless")}
     for some, seconds in ((commands, 60), (endless, 2)):
-        for name, done in jobs.run_together(some, {}, perf_counter() + seconds).items():
+        for name, done in jobs.run_together(some, perf_counter() + seconds).items():
             correctness.record(found, name, done)
     outcomes = {r["name"]: (r["passed"], r["failed"], r["finished"]) for r in found.read()}
     assert outcomes == {
@@ -224,6 +223,7 @@ def test_outcome_of_test_files(tmp_path: Path) -> None:
         "tests/test_broken": (0, 1, True),
         "tests/test_endless": (0, 0, False),
     }
+    assert {r["name"]: r["seconds"] for r in found.read()}["tests/test_endless"] >= 2
     assert "failed: tests/test_bad: FAILED ::test_b - assert 1 == 2" in records.table(found.read())
 
 
@@ -316,6 +316,6 @@ def test_the_script_runs_the_parts_it_is_told(tmp_path: Path, script) -> None:
 
 
 def test_failures_can_be_recorded_without_the_extension() -> None:
-    code = "import sys, bench.records; print('raco_fast' in sys.modules)"
+    code = "import sys, bench.harness.records; print('raco_fast' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr

@@ -6,13 +6,17 @@ import json
 import shlex
 from importlib import import_module
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from bench import correctness, goals, page, report
-from bench.records import Record, Records
+from bench.harness import correctness
+from bench.harness.records import Record, Records, latest
+from bench.harness.session import Session
+from bench.pages import goals, page, report
 
 MACHINE = {"cpu": "a machine", "cores": 2, "load": 0.1}
 
@@ -22,6 +26,11 @@ def record(name: str, p50: float = 2.0, **values: Any) -> Record:
     spread = {"p20": p50, "p50": p50, "p80": p50}
     of_run = {"machine": MACHINE, "versions": {"torch": "2.13"}, "commit": "c0ffee"}
     return {"name": name, "params": params, "unit": "ms", **spread, **values, **of_run}
+
+
+def at_once(records: Records) -> Session:
+    """A session of tiny sizes that has no time left."""
+    return Session(records, torch.device("cpu"), "tiny", perf_counter())
 
 
 def steps(paper: float, adamw: float) -> list[Record]:
@@ -74,9 +83,7 @@ def test_faster_rivals_are_named_and_the_price_of_one_objective_is_none() -> Non
 
 
 def test_of_several_records_of_one_thing_the_last_counts() -> None:
-    assert [
-        r["p50"] for r in page.latest([record("gram/raco", 1.0), record("gram/raco", 3.0)])
-    ] == [3.0]
+    assert [r["p50"] for r in latest([record("gram/raco", 1.0), record("gram/raco", 3.0)])] == [3.0]
 
 
 def test_slopes() -> None:
@@ -116,7 +123,7 @@ def test_a_whole_run_of_tiny_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_plots_are_drawn(tmp_path: Path) -> None:
-    from bench.plots import draw
+    from bench.pages.plots import draw
 
     dpo = {"kind": "lora", "m": 2, "layers": 1}
     records = [
@@ -138,12 +145,13 @@ def test_nothing_to_render(tmp_path: Path) -> None:
 def test_a_solver_that_is_wrong_or_absent_is_not_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bench import dual_solvers, optional, parts
+    from bench.harness import optional, parts
+    from bench.rivals import dual_solvers
 
     monkeypatch.setitem(optional.NEEDED, "torchjd", ("no_such_package",))
     monkeypatch.setattr(dual_solvers, "closed_form", lambda M: [1.0] + [0.0] * (len(M) - 1))
     records = Records(tmp_path, "cpu")
-    parts.run_part("solve", records, "cpu", "tiny", 0.0)
+    parts.run_part("solve", at_once(records))
     wrong = [r for r in records.read() if r["name"] == "solve/closed form"]
     assert len(wrong) == 2
     assert all(r["failure"].startswith("wrong: f exceeds the optimum by ") for r in wrong)
@@ -152,7 +160,7 @@ def test_a_solver_that_is_wrong_or_absent_is_not_timed(
 
 
 def test_closed_forms_are_optimal() -> None:
-    from bench.dual_solvers import closed_form, grams, solvers, value
+    from bench.rivals.dual_solvers import closed_form, grams, solvers, value
 
     for m in (2, 3):
         ours = solvers(m)["raco"]
@@ -164,10 +172,10 @@ def test_closed_forms_are_optimal() -> None:
 
 
 def test_every_sweep_is_recorded(tmp_path: Path) -> None:
-    from bench import parts
+    from bench.harness import parts
 
     records = Records(tmp_path, "cpu")
-    parts.run_part("scaling", records, "cpu", "tiny", 0.0)
+    parts.run_part("scaling", at_once(records))
     sweeps = page.swept(records.read())
     assert [(key, len(points)) for key, points in sweeps.items()] == [
         (("step", "parameters"), 2),
@@ -182,19 +190,19 @@ def test_the_page_is_written_from_the_committed_runs() -> None:
 
 
 def test_every_suite_is_a_part_and_goes_by_its_name() -> None:
-    from bench.parts import PARTS
+    from bench.harness.parts import PARTS
 
     assert set(page.SUITES) | {"tests", "ceilings", "scaling"} == set(PARTS)
     assert [import_module(f"bench.suites.{part}").NAME for part in PARTS] == list(PARTS)
 
 
 def test_recorded_commands_can_still_be_given() -> None:
-    from bench import bench_backward, bench_memory
-
     parsers = {
-        "bench.bench_backward": bench_backward._parser(),
-        "bench.bench_memory": bench_memory._parser(),
+        f"bench.bench_{name}": import_module(f"bench.suites.{name}").parser()
+        for name in ("backward", "memory", "train")
     }
+    for name in parsers:
+        import_module(name)
     seen = set()
     for file in report.RESULTS.rglob("report.json"):
         for line in file.read_text(encoding="utf-8").splitlines():

@@ -5,32 +5,33 @@ sanitizer.py. A file that was not through in time without a failure does not sta
 record says so, and every suite checks its contestants once more on what it times.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.jobs import Done
-from bench.machine import ROOT
-from bench.records import Record, Records
+from bench.harness.jobs import Done
+from bench.harness.machine import ROOT
+from bench.harness.records import Record, Records
 
-KERNEL_TESTS = ROOT / "tests" / "kernels" / "executed"
-_STEP_ON_CPU = ("test_cpu_gram", "test_cpu_update", "test_optimizer_cpu")
-_STEP_ON_CUDA = ("test_gram", "test_combine_adamw", "test_solve_dual", "test_capturable")
+TESTS = ROOT / "tests"
+KERNEL_TESTS = TESTS / "kernels" / "executed"
+_ON_CPU = [TESTS / f for f in ("backends/test_cpu_gram.py", "backends/test_cpu_update.py")]
+_ON_CPU += [TESTS / "optim" / "test_on_cpu.py"]
+_KERNELS = ("gram", "combine_adamw", "solve_dual", "capturable")
+_ON_CUDA = [KERNEL_TESTS / f"test_{name}.py" for name in _KERNELS]
 # Device -> suite -> test files that it relies on.
-RELIES_ON: dict[str, dict[str, tuple[str, ...]]] = {
+RELIES_ON = {
     device: {"gram": tests[:1], "combine_adamw": tests[1:2], "step": tests, "train": tests}
-    for device, tests in (("cpu", _STEP_ON_CPU), ("cuda", _STEP_ON_CUDA))
+    for device, tests in (("cpu", _ON_CPU), ("cuda", _ON_CUDA))
 }
 
 
 def files(device: str) -> list[Path]:
     """All test files for a device: on CUDA also those of kernels that no suite times yet."""
     if device == "cpu":
-        return [ROOT / "tests" / f"{stem}.py" for stem in _STEP_ON_CPU]
-    return [*sorted(KERNEL_TESTS.glob("test_*.py")), ROOT / "tests" / "test_cuda_graph.py"]
+        return _ON_CPU
+    return [*sorted(KERNEL_TESTS.glob("test_*.py")), TESTS / "kernels" / "test_cuda_graph.py"]
 
 
 def commands(tests: Sequence[Path]) -> dict[str, list[str]]:
@@ -63,10 +64,10 @@ def record(records: Records, name: str, done: Done) -> None:
 
 def obstacle(records: Sequence[Record], device: str, suite: str) -> str | None:
     """Why a suite must not be timed: a test that failed or has not been run; None if it may."""
-    for stem in RELIES_ON[device][suite]:
-        found = [r for r in records if r["name"] == f"tests/{stem}"]
+    for file in RELIES_ON[device].get(suite, ()):
+        found = [r for r in records if r["name"] == f"tests/{file.stem}"]
         if not found:
-            return f"not timed: {stem}.py has not been run; run the part `tests` before"
+            return f"not timed: {file.name} has not been run; run the part `tests` before"
         if found[-1]["failed"]:
-            return f"not timed: {stem}.py failed"
+            return f"not timed: {file.name} failed"
     return None

@@ -7,8 +7,6 @@ faces are tried and the best is kept, as the paper's published note does for two
 objectives.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench import optional
+from bench.harness import optional
 from raco_fast import _C
 from raco_fast.solver.dual import solve_dual
 from raco_fast.solver.weights import RULES

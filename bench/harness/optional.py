@@ -1,10 +1,13 @@
 """Packages that some of what is measured needs, and a machine may lack."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 
-NEEDED = {"slsqp": ("scipy",), "torchjd": ("torchjd", "cvxpy", "clarabel"), "lora": ("peft",)}
+NEEDED = {
+    "slsqp": ("scipy",),
+    "torchjd": ("torchjd", "cvxpy", "clarabel"),
+    "trl": ("trl",),
+    "lora": ("peft",),
+}
 """Contestant or kind of training -> packages; those that are not listed need none."""
 
 

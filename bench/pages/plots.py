@@ -1,22 +1,18 @@
 """Records -> PNG plots, one idea each; matplotlib is imported here only."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.page import SUITES, by_suite, cases, contestant, slope, swept
-from bench.records import Record
+from bench.harness.records import Record
+from bench.pages.page import SUITES, by_suite, cases, contestant, points, slope, swept
 
 
 def draw(records: Sequence[Record], folder: Path) -> list[Path]:
     """Write every plot that there are records for; the files, in the order of a page."""
     drawn = [_ratios(records, suite, folder / f"{suite}.png") for suite in ("step", "memory")]
-    drawn += [
-        _against_m(records, folder / "backward.png"),
-        _sweeps(records, folder / "scaling.png"),
-    ]
+    drawn.append(_against_m(records, folder / "backward.png"))
+    drawn.append(_sweeps(records, folder / "scaling.png"))
     return [file for file in drawn if file is not None]
 
 
@@ -32,12 +28,8 @@ def _ratios(records: Sequence[Record], suite: str, file: Path) -> Path | None:
             unit = r["p50"] / r["ratio"]
             low, high = r.get("p20", r["p50"]) / unit, r.get("p80", r["p50"]) / unit
             whiskers = [[max(0.0, r["ratio"] - low)], [max(0.0, high - r["ratio"])]]
-            axes[0].barh(
-                len(labels),
-                r["ratio"],
-                xerr=whiskers,
-                color="tab:orange" if "raco" in name else "C0",
-            )
+            color = "tab:orange" if "raco" in name else "C0"
+            axes[0].barh(len(labels), r["ratio"], xerr=whiskers, color=color)
             labels.append(f"{name} ({case})")
     axes[0].set_yticks(range(len(labels)), labels, fontsize=6)
     axes[0].invert_yaxis()
@@ -59,10 +51,9 @@ def _against_m(records: Sequence[Record], file: Path) -> Path | None:
     for axis, kind in zip(axes, kinds, strict=True):
         of_kind = [r for r in found if r["params"]["kind"] == kind]
         for name in dict.fromkeys(map(contestant, of_kind)):
-            points = sorted(
-                (r["params"]["m"], r["ratio"]) for r in of_kind if contestant(r) == name
-            )
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+            of_name = (r for r in of_kind if contestant(r) == name)
+            prices = sorted((r["params"]["m"], r["ratio"]) for r in of_name)
+            axis.plot(*zip(*prices, strict=True), marker="o", markersize=3, label=name)
         axis.set_title(f"{kind} fine-tuning")
         axis.set_xlabel("objectives m")
         axis.set_ylim(bottom=0)
@@ -77,8 +68,8 @@ def _sweeps(records: Sequence[Record], file: Path) -> Path | None:
     if not found:
         return None
     figure, axes = _axes(len(found), height=2.6)
-    for axis, ((what, against), points) in zip(axes, found.items(), strict=True):
-        sizes, times = [r["params"]["size"] for r in points], [r["p50"] for r in points]
+    for axis, ((what, against), records_of) in zip(axes, found.items(), strict=True):
+        sizes, times = points(records_of)
         axis.loglog(sizes, times, marker="o", markersize=3)
         axis.set_title(f"{what}: slope {slope(sizes, times):.2f}", fontsize=8)
         axis.set_xlabel(against, fontsize=8)

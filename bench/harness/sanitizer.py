@@ -1,12 +1,10 @@
 """compute-sanitizer over every kernel: memory accesses, races, uninitialised reads.
 
-The process it watches is `python -m bench.sanitizer`, which launches every kernel that the package
-calls, through public operations, on small lists: sizes around a vector, a block and a chunk,
-missing gradients, addresses that are no multiple of 16. The checkers slow a kernel down a
+The process it watches is `python -m bench.harness.sanitizer`, which launches every kernel that the
+package calls, through public operations, on small lists: sizes around a vector, a block and a
+chunk, missing gradients, addresses that are no multiple of 16. The checkers slow a kernel down a
 hundredfold.
 """
-
-from __future__ import annotations
 
 import ast
 import sys
@@ -16,9 +14,12 @@ from shutil import which
 import torch
 from torch import Tensor
 
-from bench.jobs import Done
-from bench.machine import ROOT
-from bench.records import Records
+import raco_fast
+from bench.harness.jobs import Done
+from bench.harness.machine import ROOT
+from bench.harness.records import Records
+from raco_fast.backends import ops
+from raco_fast.backends.reference import adamw_options
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 FINISHED = "all kernels launched"
@@ -48,7 +49,7 @@ def commands() -> dict[str, list[str]]:
             *("compute-sanitizer", "--tool", tool, *common),
             # Filtered, initcheck would not see what other kernels initialise.
             *([] if tool == "initcheck" else ours),
-            *(sys.executable, "-m", "bench.sanitizer"),
+            *(sys.executable, "-m", "bench.harness.sanitizer"),
         ]
         for tool in TOOLS
     }
@@ -70,66 +71,47 @@ def record(records: Records, name: str, done: Done) -> None:
 
 def launch_all(device: torch.device) -> None:
     """Every kernel, in every variant that accesses memory in its own way."""
-    from raco_fast.backends import ops
-
-    variants: list[tuple[int, torch.dtype]] = [
-        (2, torch.bfloat16), (3, torch.float32), (8, torch.bfloat16), (12, torch.float16)
-    ]  # fmt: skip
-    for m, dtype in variants:
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for m, dtype in ((2, bf16), (3, fp32), (8, bf16), (12, fp16)):
         for grads in _lists(m, dtype, device):
             assert torch.isfinite(ops.gram(grads)).all()
-    for m, dtype in variants[:2]:
-        for grads in _lists(m, dtype, device):
-            like = [next(g for g in column if g is not None) for column in zip(*grads, strict=True)]
-            alpha = torch.full((m,), 1.0 / m, dtype=torch.float64)
-            out, params, exp_avgs, exp_avg_sqs = ([g.clone() for g in like] for _ in range(4))
-            ops.combine(grads, alpha, out)
-            torch._foreach_mul_(exp_avg_sqs, exp_avg_sqs)
-            steps = [torch.zeros(()) for _ in params]
-            options = {"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
-            flags = ("amsgrad", "maximize", "capturable", "differentiable")
-            rest = {**dict.fromkeys(flags, False), "foreach": None, "fused": None}
-            ops.combine_adamw(
-                params, grads, alpha, exp_avgs, exp_avg_sqs, [], steps, **options, **rest
-            )
-            for t in (*out, *params):
-                assert torch.isfinite(t).all()
-    for m, dtype, out in (
-        (2, torch.bfloat16, torch.bfloat16),
-        (3, torch.float16, torch.float32),
-        (9, torch.bfloat16, torch.float32),
-    ):
-        for d_in, d_out in ((48, 80), (144, 272), (37, 61)):
-            _layer_gradients(m, dtype, out, d_in, d_out, device)
+            if m <= 3:
+                _combined(grads)
+    for sizes in ((48, 80), (144, 272), (37, 61)):
+        for m, dtype, out in ((2, bf16, bf16), (3, fp16, fp32), (9, bf16, fp32)):
+            _layer_gradients(sizes, dtype, torch.empty(m, *sizes[::-1], dtype=out, device=device))
     if device.type == "cuda":
         for m in (2, 3):
             _step_on_device(m, device)
 
 
-def _layer_gradients(
-    m: int, dtype: torch.dtype, out: torch.dtype, d_in: int, d_out: int, device: torch.device
-) -> None:
-    """Written and added to, from ragged groups; rows that are no whole vectors among them."""
-    from raco_fast.backends import ops
+def _combined(grads: list[list[Tensor | None]]) -> None:
+    """G0 alone, and an AdamW step along it."""
+    like = [next(g for g in column if g is not None) for column in zip(*grads, strict=True)]
+    out, params, exp_avgs, exp_avg_sqs = ([g.clone() for g in like] for _ in range(4))
+    torch._foreach_mul_(exp_avg_sqs, exp_avg_sqs)
+    alpha = torch.full((len(grads),), 1.0 / len(grads), dtype=torch.float64)
+    ops.combine(grads, alpha, out)
+    states = (exp_avgs, exp_avg_sqs, [], [torch.zeros(()) for _ in params])
+    ops.combine_adamw(params, grads, alpha, *states, **adamw_options(lr=0.01, weight_decay=0.1))
+    assert all(torch.isfinite(t).all() for t in (*out, *params))
 
-    bounds = [0, 1, 66, 66, 99, 163]
-    generator = torch.Generator().manual_seed(m)
-    x, dy = (
-        torch.randn(bounds[-1], d, generator=generator).to(device, dtype) for d in (d_in, d_out)
-    )
-    U = torch.randn(m, len(bounds) - 1, generator=generator, dtype=torch.float64)
-    gradients = torch.empty(m, d_out, d_in, device=device, dtype=out)
+
+def _layer_gradients(sizes: tuple[int, int], dtype: torch.dtype, out: Tensor) -> None:
+    """Written and added to, from ragged groups; rows that are no whole vectors among them."""
+    m, bounds = len(out), [0, 1, 66, 66, 99, 163]
+    g = torch.Generator().manual_seed(m)
+    x, dy = (torch.randn(bounds[-1], d, generator=g).to(out.device, dtype) for d in sizes)
+    U = torch.randn(m, len(bounds) - 1, generator=g, dtype=torch.float64)
     for fresh in (True, False):
-        ops.weight_grad(x, dy, bounds, U, gradients, fresh)
-        assert torch.isfinite(gradients).all()
+        ops.weight_grad(x, dy, bounds, U, out, fresh)
+        assert torch.isfinite(out).all()
 
 
 def _step_on_device(m: int, device: torch.device) -> None:
     """The kernel that solves the dual problem runs in a capturable step only."""
-    from raco_fast import ClippedCAGradAdamW
-
     p = torch.nn.Parameter(torch.linspace(-1, 1, 1025, device=device))
-    opt = ClippedCAGradAdamW([p], weights=[1.0 / m] * m, capturable=True)
+    opt = raco_fast.ClippedCAGradAdamW([p], weights=[1.0 / m] * m, capturable=True)
     opt.backward([(p - i).square().sum() for i in range(m)])
     opt.step()
     assert torch.isfinite(p).all()
@@ -141,14 +123,12 @@ def _lists(m: int, dtype: torch.dtype, device: torch.device) -> Iterator[list[li
     values = [[torch.randn(n + 1, generator=generator) for n in _SIZES] for _ in range(m)]
     on_device = [[v.to(device, dtype) for v in one] for one in values]
     yield [[g[:-1].clone() for g in one] for one in on_device]
-    yield [[None if (i + k) % m == 0 else g for k, g in enumerate(one)]
-           for i, one in enumerate(on_device)]  # fmt: skip
+    holes = enumerate(on_device)
+    yield [[None if (i + k) % m == 0 else g for k, g in enumerate(one)] for i, one in holes]
     yield [[g[1:] for g in one] for one in on_device]
 
 
 if __name__ == "__main__":
-    import raco_fast
-
     with raco_fast.backend("triton"):
         launch_all(torch.device("cuda"))
     torch.cuda.synchronize()

@@ -4,16 +4,15 @@ Each rival is at its best: sums of the Gram in float32 (the paper's code adds up
 dtype), one transfer to the host, torch's fused AdamW behind it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import combinations_with_replacement
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.problems import ADAMW, STEPS_BEFORE, Tensors, Weights
+from bench.harness.problems import ADAMW, STEPS_BEFORE, Tensors, Weights
 
 Grads = Sequence[Tensors]
 # Elements per block of the flattened copy: matrix products take sizes below 2^31.
@@ -23,15 +22,11 @@ COMPILED_FOR = (2, 4)
 
 
 class Rival:
-    """A way to do both halves of a step; `gram` comes before `combine`, on the same gradients."""
+    """A way to do both halves of a step.
 
-    def gram(self, grads: Grads) -> Tensor:
-        """[m, m] float64 on the CPU."""
-        raise NotImplementedError
-
-    def combine(self, grads: Grads, alpha: Sequence[float]) -> Tensors:
-        """G0 = Σ α_i g_i, one tensor per parameter."""
-        raise NotImplementedError
+    `gram(grads)` is [m, m] float64 on the CPU; `combine(grads, alpha)`, which comes after it on the
+    same gradients, G0 = Σ α_i g_i, one tensor per parameter.
+    """
 
     def update(self, weights: Weights, grads: Grads, alpha: Sequence[float]) -> None:
         """One AdamW step along G0."""
@@ -44,49 +39,48 @@ class Rival:
 class Paper(Rival):
     """The paper's arithmetic: per parameter, `(a * b).sum()` and `α_1 * g_1 + α_2 * g_2 + ...`."""
 
+    def dot(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum()
+
+    def add(self, total: Tensor, a: float, g: Tensor) -> Tensor:
+        return total + a * g
+
     def gram(self, grads: Grads) -> Tensor:
-        return _of_pairs(grads, lambda a, b: (a * b).sum())
+        upper = combinations_with_replacement(grads, 2)
+        sums = [torch.stack([*map(self.dot, *pair)]).float().sum() for pair in upper]
+        return _symmetric(torch.stack(sums), len(grads))
 
     def combine(self, grads: Grads, alpha: Sequence[float]) -> Tensors:
         combined = []
         for column in zip(*grads, strict=True):
             total = alpha[0] * column[0]
             for a, g in zip(alpha[1:], column[1:], strict=True):
-                total = total + a * g
+                total = self.add(total, a, g)
             combined.append(total)
         return combined
 
 
-class Dot(Rival):
+class Dot(Paper):
     """The same with `torch.dot` and sums in place: what per-parameter torch can do."""
 
-    def gram(self, grads: Grads) -> Tensor:
-        return _of_pairs(grads, lambda a, b: torch.dot(a.view(-1), b.view(-1)))
+    def dot(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.dot(a.view(-1), b.view(-1))
 
-    def combine(self, grads: Grads, alpha: Sequence[float]) -> Tensors:
-        combined = []
-        for column in zip(*grads, strict=True):
-            total = alpha[0] * column[0]
-            for a, g in zip(alpha[1:], column[1:], strict=True):
-                total.add_(g, alpha=a)
-            combined.append(total)
-        return combined
+    def add(self, total: Tensor, a: float, g: Tensor) -> Tensor:
+        return total.add_(g, alpha=a)
 
 
 class Foreach(Rival):
     """`torch._foreach`: norms of g_i and of g_i + g_j (there is no dot), and sums in place."""
 
     def gram(self, grads: Grads) -> Tensor:
-        m = len(grads)
         squares = []
-        for i in range(m):
-            squares.append(_square(grads[i]))
-            for j in range(i + 1, m):
-                squares.append(_square(torch._foreach_add(grads[i], grads[j])))
-        M = _symmetric(torch.stack(squares), m)
-        norms = M.diagonal()
-        twice = M - norms[:, None] - norms[None, :]
-        return torch.where(torch.eye(m, dtype=torch.bool), M, twice / 2)
+        for i, one in enumerate(grads):
+            squares.append(_square(one))
+            squares += [_square(torch._foreach_add(one, other)) for other in grads[i + 1 :]]
+        M = _symmetric(torch.stack(squares), len(grads))
+        of_sums = M - M.diagonal() - M.diagonal()[:, None]
+        return (of_sums / 2).diagonal_scatter(M.diagonal())
 
     def combine(self, grads: Grads, alpha: Sequence[float]) -> Tensors:
         total = torch._foreach_mul(grads[0], alpha[0])
@@ -99,30 +93,23 @@ class Cat(Rival):
     """`torch.cat` into m rows, G Gᵀ and αᵀG: one flattened copy serves both."""
 
     def __init__(self) -> None:
-        self.blocks: Tensors = []
+        self.forget()
 
     def gram(self, grads: Grads) -> Tensor:
         self.forget()
         blocks = _flattened(grads)
-        M = torch.stack([G @ G.T for G in blocks]).float().sum(0).cpu().double()
-        self.blocks = blocks
+        M = torch.stack([G @ G.T for G, _ in blocks]).float().sum(0).cpu().double()
+        self.blocks = blocks  # now that nothing can fail: a rival that failed holds no memory
         return M
 
     def combine(self, grads: Grads, alpha: Sequence[float]) -> Tensors:
         row = torch.tensor(alpha, dtype=grads[0][0].dtype, device=grads[0][0].device)
-        sizes = iter(grads[0])
-        combined = []
-        for G in self.blocks:
-            flat, start = row @ G, 0
-            while start < len(flat):
-                like = next(sizes)
-                combined.append(flat[start : start + like.numel()].view_as(like))
-                start += like.numel()
+        flat = [piece for G, sizes in self.blocks for piece in (row @ G).split(sizes)]
         self.forget()
-        return combined
+        return [piece.view_as(g) for piece, g in zip(flat, grads[0], strict=True)]
 
     def forget(self) -> None:
-        self.blocks = []
+        self.blocks: list[tuple[Tensor, list[int]]] = []
 
 
 class Compiled(Rival):
@@ -153,16 +140,6 @@ def rivals(m: int, skip: Sequence[str]) -> dict[str, Rival]:
     return {name: rival for name, rival in found.items() if name not in skip}
 
 
-def _of_pairs(grads: Grads, dot: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    m = len(grads)
-    sums = [
-        torch.stack([dot(a, b) for a, b in zip(grads[i], grads[j], strict=True)]).float().sum()
-        for i in range(m)
-        for j in range(i, m)
-    ]
-    return _symmetric(torch.stack(sums), m)
-
-
 def _square(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors, dtype=torch.float32)).square().sum()
 
@@ -175,17 +152,18 @@ def _symmetric(upper: Tensor, m: int) -> Tensor:
     return M
 
 
-def _flattened(grads: Grads) -> Tensors:
-    blocks, members, size = [], [], 0
-    for k, g in enumerate(grads[0]):
-        members.append(k)
+def _flattened(grads: Grads) -> list[tuple[Tensor, list[int]]]:
+    """[m, n] blocks of whole tensors, each with the sizes of its tensors."""
+    blocks, sizes, size = [], [], 0
+    for k, g in enumerate(grads[0], start=1):
+        sizes.append(g.numel())
         size += g.numel()
-        if size >= _FLAT_BLOCK or k + 1 == len(grads[0]):
+        if size >= _FLAT_BLOCK or k == len(grads[0]):
             block = g.new_empty(len(grads), size)
             for row, one in zip(block, grads, strict=True):
-                torch.cat([one[k].view(-1) for k in members], out=row)
-            blocks.append(block)
-            members, size = [], 0
+                torch.cat([t.view(-1) for t in one[k - len(sizes) : k]], out=row)
+            blocks.append((block, sizes))
+            sizes, size = [], 0
     return blocks
 
 

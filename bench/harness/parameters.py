@@ -4,10 +4,9 @@ From the numbers of the published configs, so that no file, network or import of
 needed; `tests/bench/test_bench.py` compares them with transformers' models on the meta device.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -30,24 +29,29 @@ class Architecture:
     query_norm: bool = False
     outer_norms: bool = False
 
+    def config(self) -> dict[str, Any]:
+        """Arguments of its class of config in transformers, all but the number of layers."""
+        return {
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.key_value_heads,
+            "head_dim": self.head,
+            "tie_word_embeddings": self.tied,
+        }
+
     def shapes(self) -> Shapes:
         """Parameter name -> shape."""
         d, queries, keys = self.hidden, self.heads * self.head, self.key_value_heads * self.head
-        layer: Shapes = {
-            "self_attn.q_proj": (queries, d),
-            "self_attn.k_proj": (keys, d),
-            "self_attn.v_proj": (keys, d),
-            "self_attn.o_proj": (d, queries),
-            **({"self_attn.q_norm": (self.head,)} if self.query_norm else {}),
-            **({"self_attn.k_norm": (self.head,)} if self.query_norm else {}),
-            "mlp.gate_proj": (self.intermediate, d),
-            "mlp.up_proj": (self.intermediate, d),
-            "mlp.down_proj": (d, self.intermediate),
-            "input_layernorm": (d,),
-            "post_attention_layernorm": (d,),
-            **({"pre_feedforward_layernorm": (d,)} if self.outer_norms else {}),
-            **({"post_feedforward_layernorm": (d,)} if self.outer_norms else {}),
-        }
+        layer: Shapes = {f"self_attn.{x}_proj": (keys, d) for x in "qkv"}
+        layer |= {"self_attn.q_proj": (queries, d), "self_attn.o_proj": (d, queries)}
+        if self.query_norm:
+            layer |= {f"self_attn.{x}_norm": (self.head,) for x in "qk"}
+        layer |= {f"mlp.{x}_proj": (self.intermediate, d) for x in ("gate", "up")}
+        layer |= {"mlp.down_proj": (d, self.intermediate)}
+        around = ("pre_feedforward", "post_feedforward") if self.outer_norms else ()
+        layer |= {f"{x}_layernorm": (d,) for x in ("input", "post_attention", *around)}
         found: Shapes = {"model.embed_tokens.weight": (self.vocabulary, d)}
         for i in range(self.layers):
             found |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
@@ -66,15 +70,16 @@ MODELS = {
     ),
     "Llama-3-8B": Architecture(128256, 4096, 14336, 32, 32, 8, 128, tied=False),
 }
-OTHERS: dict[str, Shapes] = {
-    "Llama-50M": Architecture(16000, 768, 2048, 6, 12, 4, 64, tied=True).shapes(),
-    "tiny": Architecture(97, 24, 40, 2, 3, 1, 8, tied=False, query_norm=True).shapes(),
+SMALL = {
+    "Llama-50M": Architecture(16000, 768, 2048, 6, 12, 4, 64, tied=True),
+    "tiny": Architecture(90, 36, 40, 2, 9, 3, 4, tied=True),
+}
+LISTS: dict[str, Shapes] = {
+    **{name: model.shapes() for name, model in (MODELS | SMALL).items()},
     # Next to no work on the device: what is left is the work of the host.
     "300 small": {f"{k}": (64,) for k in range(300)},
 }
-LISTS: dict[str, Shapes] = {name: model.shapes() for name, model in MODELS.items()} | OTHERS
 
 
 def elements(shapes: Shapes) -> int:
-    """The number of parameters."""
     return sum(map(prod, shapes.values()))

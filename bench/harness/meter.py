@@ -1,11 +1,11 @@
 """The clock and the memory of training steps, for loops that are ours and loops that are not."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from time import perf_counter
 
 import torch
+
+from bench.harness.timing import Call
 
 
 class Meter:
@@ -20,23 +20,35 @@ class Meter:
     """
 
     def __init__(self, device: torch.device, warmup: int) -> None:
-        self._device = device
+        self._cuda = device if device.type == "cuda" else None
         self._warmup = warmup
-        self._before = self._held()
+        self._before = torch.cuda.memory_allocated(device) if self._cuda else _status("VmRSS")
         self._seconds: list[float] = []
         self._began = 0.0
 
     def begin(self) -> None:
-        """A step begins."""
         if len(self._seconds) == self._warmup:
-            self._reset_peak()
+            if self._cuda:
+                torch.cuda.reset_peak_memory_stats(self._cuda)
+            else:
+                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM = VmRSS
         self._wait()
         self._began = perf_counter()
 
     def end(self) -> None:
-        """The step is done."""
         self._wait()
         self._seconds.append(perf_counter() - self._began)
+
+    def _wait(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize(self._cuda)
+
+    def run(self, step: Call, times: int) -> None:
+        """Take a step so many times."""
+        for _ in range(times):
+            self.begin()
+            step()
+            self.end()
 
     @property
     def seconds(self) -> list[float]:
@@ -45,24 +57,8 @@ class Meter:
 
     def peak(self) -> int:
         """Bytes above those held at the construction."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device) - self._before
-        return _status("VmHWM") - self._before
-
-    def _held(self) -> int:
-        if self._device.type == "cuda":
-            return torch.cuda.memory_allocated(self._device)
-        return _status("VmRSS")
-
-    def _reset_peak(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-        else:
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM = VmRSS
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        peak = torch.cuda.max_memory_allocated(self._cuda) if self._cuda else _status("VmHWM")
+        return peak - self._before
 
 
 def _status(field: str) -> int:

@@ -1,7 +1,5 @@
 """Contestants for one case: the calls that are timed, and how each is held to the truth."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -11,10 +9,10 @@ import torch
 from torch import Tensor
 
 import raco_fast
-from bench.cases import Case
-from bench.problems import Tensors, Weights, probed
-from bench.records import OURS
-from bench.timing import Call
+from bench.harness.cases import Case
+from bench.harness.problems import Tensors, Weights, probed
+from bench.harness.records import OURS
+from bench.harness.timing import Call
 
 # The reference backend works in small blocks: on the largest lists it only costs time.
 REFERENCE_UP_TO = 1_000_000_000
@@ -41,28 +39,16 @@ def failures() -> tuple[type[Exception], ...]:
     return (RuntimeError, TritonError)
 
 
-def our_backend(device: torch.device) -> str:
-    """The one with our kernels for that device."""
-    return "triton" if device.type == "cuda" else "cpu"
-
-
 def our_calls(case: Case, call: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
     """`call` on our kernels, and on their plain twin.
 
     The backend is forced: a call that the kernels cannot take fails instead of being timed on
     another backend.
     """
-
-    def forced(backend: str) -> Callable[[], Any]:
-        def inside() -> Any:
-            with raco_fast.backend(backend):
-                return call()
-
-        return inside
-
-    found = {OURS: forced(our_backend(case.device))}
+    fast = "triton" if case.device.type == "cuda" else "cpu"
+    found = {OURS: raco_fast.backend(fast)(call)}
     if case.elements <= REFERENCE_UP_TO:
-        found["reference"] = forced("reference")
+        found["reference"] = raco_fast.backend("reference")(call)
     return found
 
 
@@ -78,10 +64,8 @@ def contest_of_steps(
 
     def error(name: str) -> float:
         weights.restart()
-        if name == "adamw":
-            before, after = weights.stepped(grads[:1], torch.ones(1, dtype=torch.float64))
-        else:
-            before, after = weights.stepped(grads, alpha)
+        along = (grads[:1], torch.ones_like(alpha[:1])) if name == "adamw" else (grads, alpha)
+        before, after = weights.stepped(*along)
         calls[name]()
         found = probed(weights.params)
         return float((found - after).abs().mean() / (after - before).abs().mean())

@@ -7,16 +7,16 @@ around the call, behind a pause of the device during which the host can issue th
 On a CPU the two are one.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 Call = Callable[[], object]
+T = TypeVar("T")
 
 # Pause in clock cycles: 2 ms at 2 GHz, more than the host work of any of our own operations.
 _HEAD_START = 4_000_000
@@ -36,9 +36,10 @@ class Times:
         low, middle, high = np.quantile(self.device, [0.2, 0.5, 0.8])
         return float(low), float(middle), float(high)
 
-    def median_wall(self) -> float:
-        """The median of what a caller waits."""
-        return float(np.median(self.wall))
+    def summary(self, unit: str = "s", per_second: float = 1.0) -> dict[str, Any]:
+        """The quantiles as they stand in a record, in a unit of which a second has so many."""
+        low, middle, high = (per_second * q for q in self.quantiles())
+        return {"unit": unit, "p20": low, "p50": middle, "p80": high, "rounds": len(self.device)}
 
 
 def interleaved(calls: dict[str, Call], device: torch.device, until: float) -> dict[str, Times]:
@@ -62,10 +63,11 @@ def interleaved(calls: dict[str, Call], device: torch.device, until: float) -> d
     return times
 
 
-def noisy(quantiles: Iterable[float]) -> bool:
-    """Whether p20 and p80 are more than a tenth of the median apart."""
-    low, middle, high = quantiles
-    return high - low > 0.1 * middle
+def shares(todo: Sequence[T], until: float) -> Iterator[tuple[T, float]]:
+    """Each thing to do, and the `perf_counter` at which its equal share of what is left is over."""
+    for number, one in enumerate(todo):
+        now = perf_counter()
+        yield one, now + max(0.0, until - now) / (len(todo) - number)
 
 
 def _on_cpu(call: Call) -> tuple[float, float]:

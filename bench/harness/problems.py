@@ -5,8 +5,6 @@ at some elements of every tensor (it is elementwise once the coefficients are kn
 rival is checked on the very tensors it is timed on, however large.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -25,17 +23,16 @@ def random_like(
     shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device, seed: int
 ) -> Tensors:
     """One gradient: normal numbers of size `GRADIENT_SCALE`."""
-    tensors = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
-    fill(tensors, GRADIENT_SCALE, seed)
-    return tensors
+    return fill([torch.empty(s, dtype=dtype, device=device) for s in shapes], GRADIENT_SCALE, seed)
 
 
 @torch.no_grad()
-def fill(tensors: Sequence[Tensor], scale: float, seed: int) -> None:
+def fill(tensors: Tensors, scale: float, seed: int) -> Tensors:
     """Overwrite with normal numbers, the same for the same seed."""
     generator = torch.Generator(tensors[0].device).manual_seed(seed)
     for t in tensors:
         t.normal_(0.0, scale, generator=generator)
+    return tensors
 
 
 def exact_gram(grads: Sequence[Tensors]) -> Tensor:
@@ -65,14 +62,8 @@ class Weights:
         steps: n scalar tensors, the step counts of whoever else steps these parameters.
     """
 
-    def __init__(
-        self,
-        params: Sequence[nn.Parameter],
-        exp_avgs: Tensors,
-        exp_avg_sqs: Tensors,
-        steps: Tensors,
-    ) -> None:
-        self.params, self.exp_avgs, self.exp_avg_sqs = list(params), exp_avgs, exp_avg_sqs
+    def __init__(self, params: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, steps: Tensors):
+        self.params, self.exp_avgs, self.exp_avg_sqs = params, exp_avgs, exp_avg_sqs
         self.steps = steps
         self.theirs = [nn.Parameter(p.detach()) for p in params]  # another .grad, the same memory
         self.adamw = torch.optim.AdamW(self.theirs, **ADAMW, fused=True)
@@ -91,7 +82,6 @@ class Weights:
             step.fill_(float(STEPS_BEFORE))
 
     def step_of_adamw(self, grads: Sequence[Tensor]) -> None:
-        """Torch's fused AdamW on one gradient."""
         for q, g in zip(self.theirs, grads, strict=True):
             q.grad = g
         self.adamw.step()

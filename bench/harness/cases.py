@@ -1,14 +1,12 @@
 """What is measured: parameter lists, dtypes and numbers of objectives, by size of machine."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from bench.parameters import LISTS, elements
-from bench.problems import Tensors, random_like
+from bench.harness.parameters import LISTS, elements
+from bench.harness.problems import Tensors, random_like
 
 bf16, fp32 = torch.bfloat16, torch.float32
 EVERY_M = (2, 4, 3, 8)
@@ -46,13 +44,11 @@ class Case:
 
     @property
     def elements(self) -> int:
-        """The number of parameters."""
         return elements(LISTS[self.list])
 
-    @property
-    def size(self) -> int:
-        """The bytes of one gradient."""
-        return self.elements * self.dtype.itemsize
+    def bytes(self, of_each: int, once: int) -> int:
+        """In units of one gradient: `of_each` of the m objectives, and `once` besides."""
+        return (of_each * self.m + once) * self.elements * self.dtype.itemsize
 
     def params(self) -> dict[str, Any]:
         """As it stands in the records."""
@@ -64,10 +60,8 @@ class Case:
         return random_like(list(LISTS[self.list].values()), self.dtype, self.device, seed)
 
     def gradients(self) -> list[Tensors]:
-        """The m gradients."""
         return [self.random(seed) for seed in range(self.m)]
 
 
 def cases(sizes: str, device: torch.device) -> list[Case]:
-    """All cases of one size of machine, in order."""
     return [Case(name, dtype, m, device) for name, dtype, ms in SIZES[sizes] for m in ms]

@@ -10,8 +10,6 @@ What it does in every step and cannot be told not to (norm of the gradient, abou
 read back to the host) is a part of its time; fetching and collating the batch is not.
 """
 
-from __future__ import annotations
-
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -23,18 +21,19 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from bench.dpo_problem import BETA, PROMPT, FreshProblem, lora
-from bench.meter import Meter
+from bench.harness.dpo_problem import BETA, PROMPT, FreshProblem, lora
+from bench.harness.meter import Meter
+from bench.rivals.dpo_steps import ADAMW
 
 
-def train(problem: FreshProblem, steps: int, lr: float, meter: Meter) -> None:
+def train(problem: FreshProblem, steps: int, meter: Meter) -> None:
     """Train `problem.model` for so many steps, each one metered."""
     adapted = problem.setting.kind == "lora"
     adapter = {name: p.detach() for name, p in problem.trained.items()} if adapted else {}
     with TemporaryDirectory() as folder:
         trainer = DPOTrainer(
             model=problem.model.unload() if adapted else problem.model,
-            args=_config(folder, problem, steps, lr),
+            args=_config(folder, problem, steps),
             train_dataset=_dataset(problem, steps),
             processing_class=_tokenizer(problem.stop),
             peft_config=lora() if adapted else None,
@@ -47,7 +46,7 @@ def train(problem: FreshProblem, steps: int, lr: float, meter: Meter) -> None:
         trainer.train()
 
 
-def _config(folder: str, problem: FreshProblem, steps: int, lr: float) -> DPOConfig:
+def _config(folder: str, problem: FreshProblem, steps: int) -> DPOConfig:
     device = problem.ids.device
     return DPOConfig(
         folder,
@@ -57,9 +56,9 @@ def _config(folder: str, problem: FreshProblem, steps: int, lr: float) -> DPOCon
         max_steps=steps,
         train_sampling_strategy="sequential",
         max_length=None,
-        learning_rate=lr,
+        learning_rate=ADAMW["lr"],
         lr_scheduler_type="constant",
-        weight_decay=0.0,
+        weight_decay=ADAMW["weight_decay"],
         max_grad_norm=0.0,
         optim="adamw_torch_fused",
         bf16=False,  # no autocast: the weights have the dtype that everyone computes in

@@ -6,36 +6,21 @@ vocabulary, as text does that ends in a stop token, so that a trainer which toke
 given the very same ids. All pairs have full length: nobody pads, nobody saves by not padding.
 """
 
-from __future__ import annotations
-
-from dataclasses import asdict, dataclass
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import raco_fast
+from bench.harness.parameters import MODELS, SMALL
 from raco_fast.dpo.logps import sequence_logps
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "SmolLM2-135M": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "hidden_size": 36,
-        "intermediate_size": 40,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 90,
-        "tie_word_embeddings": True,
-    },
-}
-"""Name -> arguments of LlamaConfig, all but the number of layers."""
+SHAPES = {name: (MODELS | SMALL)[name] for name in ("SmolLM2-135M", "tiny")}
+KINDS = ("lora", "full")
+DTYPES = ("float32", "bfloat16")
 
 PROMPT = 8  # tokens of every sequence that are not scored
 BETA = 0.1
@@ -44,7 +29,7 @@ MAX_OBJECTIVES = 32
 
 @dataclass(frozen=True)
 class Setting:
-    """`kind` is "full" or "lora", `shape` a key of `SHAPES`, `dtype` the name of torch's."""
+    """`kind` is one of `KINDS`, `shape` of `SHAPES`, `dtype` of `DTYPES`."""
 
     kind: str = "full"
     shape: str = "SmolLM2-135M"
@@ -61,31 +46,73 @@ class Setting:
         implied = {"device", "shape"} if self.shape == Setting.shape else {"device"}
         return {"m": m, **{k: v for k, v in asdict(self).items() if k not in implied}}
 
-    def options(self) -> list[str]:
-        """The same as options of a command."""
-        return [word for k, v in asdict(self).items() for word in (f"--{k}", str(v))]
+    def options(self, m: int) -> list[str]:
+        """Itself and a number of objectives, as a `parser` reads them."""
+        return [word for k, v in {"m": m, **asdict(self)}.items() for word in (f"--{k}", str(v))]
+
+
+GPU = Setting(sequences=16, tokens=512, dtype="bfloat16", device="cuda")
+TINY = Setting(shape="tiny", layers=1, sequences=4, tokens=12)
+
+
+def parser(
+    suite: str, about: str | None, kinds: Sequence[str], ms: Sequence[int]
+) -> ArgumentParser:
+    """Of the command of a suite: settings, and numbers of objectives."""
+    found = ArgumentParser(prog=f"python -m bench.suites.{suite}", description=about)
+    found.add_argument("--m", nargs="+", type=int, default=ms, help="numbers of objectives")
+    # Records of a former version say `--kinds`.
+    found.add_argument("--kind", "--kinds", nargs="+", default=kinds, choices=KINDS)
+    choices = {"shape": SHAPES, "dtype": DTYPES}
+    for f in fields(Setting)[1:]:
+        name, default = f"--{f.name}", f.default
+        found.add_argument(name, type=type(default), default=default, choices=choices.get(f.name))
+    return found
+
+
+def chosen(options: Namespace) -> list[Setting]:
+    """The settings that were asked for, one for each kind."""
+    of_all = {f.name: getattr(options, f.name) for f in fields(Setting)}
+    return [Setting(**{**of_all, "kind": kind}) for kind in options.kind]
+
+
+def only(options: Namespace) -> tuple[Setting, int]:
+    """The setting and number of objectives of a process: memory of others would be measured too."""
+    if len(options.kind) > 1 or len(options.m) > 1:
+        asked = f"{options.kind} and {options.m}; run one after the other"
+        raise SystemExit(f"`--kind` and `--m` must name one each here, got {asked}")
+    return chosen(options)[0], options.m[0]
 
 
 class Problem:
     """A model, a batch of pairs (responses a, then b) and m losses, in the midst of training.
 
     The reference's scores are zero, so that margins differ from pair to pair, as they do after the
-    first step. The head takes all its rows at once.
+    first step; an adapter's B is not, or its A would have no gradient. The head takes all its rows
+    at once.
     """
+
+    ADAPTER_STD, CHUNK_TOKENS = 0.01, 1 << 30
 
     def __init__(self, setting: Setting, prepared: bool = False) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         torch.manual_seed(0)
         device, dtype = torch.device(setting.device), getattr(torch, setting.dtype)
-        config = LlamaConfig(**SHAPES[setting.shape], num_hidden_layers=setting.layers)
+        shape = SHAPES[setting.shape]
+        config = LlamaConfig(**shape.config(), num_hidden_layers=setting.layers)
+        self.setting = setting
         self.model: nn.Module = LlamaForCausalLM(config).to(device, dtype)
         if setting.kind == "lora":
-            self.model = _with_adapter(self.model)
+            from peft import get_peft_model
+
+            self.model = get_peft_model(self.model, lora())
+            for name, p in self.trained.items():
+                if "lora_B" in name:
+                    nn.init.normal_(p, std=self.ADAPTER_STD)
         if prepared:
             raco_fast.prepare(self.model, strict=True, check_every=None)  # a suite has few steps
-        self.setting = setting
-        self.stop = config.vocab_size - 1
+        self.stop = shape.vocabulary - 1
         pairs = setting.sequences // 2
         ids = torch.randint(0, self.stop, (setting.sequences, setting.tokens))
         ids[pairs:, :PROMPT] = ids[:pairs, :PROMPT]
@@ -99,7 +126,6 @@ class Problem:
         self.labels[0] = 1
         self.labels[1] = (-1.0) ** torch.arange(pairs)
         self.reference = torch.zeros(setting.sequences, device=device)
-        self.chunk_tokens = ids.numel()
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -108,23 +134,17 @@ class Problem:
 
     @property
     def params(self) -> list[nn.Parameter]:
-        """The parameters that learn."""
         return list(self.trained.values())
 
     def scores(self) -> Tensor:
         """Summed log-probabilities, float32 [B], with their graph."""
-        return sequence_logps(self.model, self.ids, self.mask, self.scored, self.chunk_tokens)
+        return sequence_logps(self.model, self.ids, self.mask, self.scored, self.CHUNK_TOKENS)
 
     def losses(self, scores: Tensor, m: int) -> list[Tensor]:
         """DPO's loss of the first m objectives."""
         a, b = (scores - self.reference).chunk(2)
         labels = self.labels[:m].to(scores)
         return list(-torch.nn.functional.logsigmoid(BETA * labels * (a - b)).mean(1))
-
-    def clear(self) -> None:
-        """Drop every gradient."""
-        for p in self.params:
-            p.grad = None
 
 
 class FreshProblem(Problem):
@@ -133,12 +153,10 @@ class FreshProblem(Problem):
     The head takes the default number of rows.
     """
 
+    ADAPTER_STD, CHUNK_TOKENS = 0.0, 256
+
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        for name, p in self.trained.items():
-            if "lora_B" in name:
-                nn.init.zeros_(p)
-        self.chunk_tokens = 256
         with torch.no_grad():
             self.reference = self.scores()
 
@@ -153,13 +171,3 @@ def lora() -> Any:
     from peft import LoraConfig
 
     return LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
-
-
-def _with_adapter(model: nn.Module) -> nn.Module:
-    from peft import get_peft_model
-
-    adapted: nn.Module = get_peft_model(model, lora())
-    for name, p in adapted.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(p, std=0.01)  # zeros would leave A without a gradient
-    return adapted

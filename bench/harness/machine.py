@@ -3,11 +3,12 @@
 Imports nothing of raco_fast, so that a run whose build failed can still say where it failed.
 """
 
-from __future__ import annotations
-
 import os
 import platform
+import re
 import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = ("torch", "triton", "transformers", "peft", "trl", "numpy", "setuptools")
 
 
@@ -48,10 +49,8 @@ def versions() -> dict[str, str]:
     """Python and the libraries that a figure depends on; without those that are missing."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -61,13 +60,8 @@ def commit() -> str:
 
     A copy of the files without their history takes it from the environment variable COMMIT.
     """
-    if given := os.environ.get("COMMIT"):
-        return given
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    if which("git") is None:
-        return "unknown"
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+    return os.environ.get("COMMIT") or _said(command) or "unknown"
 
 
 def free_memory(device: torch.device) -> int:
@@ -80,18 +74,23 @@ def free_memory(device: torch.device) -> int:
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    text = info.read_text(encoding="utf-8") if info.exists() else ""
+    found = re.search(r"^model name\s*: (.*)", text, flags=re.MULTILINE)
+    return found[1].strip() if found else platform.processor()
 
 
 def _nvidia_smi() -> str | None:
-    if which("nvidia-smi") is None:
-        return None
     fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    said = _said(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"])
+    return said and said.splitlines()[0]
+
+
+def _said(command: Sequence[str]) -> str | None:
+    """What a command prints; None where it is missing, fails or hangs."""
+    if which(command[0]) is None:
+        return None
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
     except subprocess.TimeoutExpired:
         return None
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 else None
+    return done.stdout.strip() if done.returncode == 0 else None

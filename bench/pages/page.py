@@ -1,14 +1,12 @@
 """Records -> Markdown: tables by suite, goals beside figures, and where a rival is faster."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from bench.goals import Verdict, device_of, verdicts
-from bench.records import OURS, Record
-from bench.timing import noisy
+from bench.harness.records import OURS, Record, latest, mark
+from bench.pages.goals import Verdict, device_of, verdicts
 from raco_fast.report import markdown_table
 
 # Suite -> (title, what its ratios are multiples of).
@@ -22,11 +20,6 @@ SUITES = {
     "train": ("Whole training steps", "`trl`, of `plain` where TRL is missing"),
 }
 SCALES = {"us": (1.0, "us"), "ms": (1.0, "ms"), "s": (1.0, "s"), "bytes": (2.0**-20, "MiB")}
-
-
-def latest(records: Iterable[Record]) -> list[Record]:
-    """Of several records of the same thing the last one."""
-    return list({(r["name"], *map(str, r["params"].items())): r for r in records}.values())
 
 
 def by_suite(records: Iterable[Record], suite: str) -> list[Record]:
@@ -47,18 +40,13 @@ def contestant(record: Record) -> str:
     return str(record["name"]).split("/", 1)[1]
 
 
-def shown(params: Mapping[str, object]) -> str:
+def shown(params: Mapping[str, Any]) -> str:
     """Params in a few words."""
-    units = {"layers": "layers", "sequences": "sequences", "tokens": "tokens each"}
-    parts = []
-    for name, value in params.items():
-        if name == "elements":
-            parts.append(f"{float(str(value)) / 1e6:.3g} M")
-        elif name == "m":
-            parts.append(f"m = {value}")
-        else:
-            parts.append(f"{value} {units[name]}" if name in units else str(value))
-    return ", ".join(parts)
+    if "elements" in params:
+        params = {**params, "elements": f"{params['elements'] / 1e6:.3g} M"}
+    forms = {"m": "m = {}", "tokens": "{} tokens each"}
+    forms |= {name: f"{{}} {name}" for name in ("layers", "sequences")}
+    return ", ".join(forms.get(name, "{}").format(value) for name, value in params.items())
 
 
 def body(records: Sequence[Record]) -> str:
@@ -70,10 +58,7 @@ def body(records: Sequence[Record]) -> str:
 
 def goals(records: Sequence[Record], devices: Sequence[str]) -> str:
     """A table of every goal for the devices, with the figure and how sure it is."""
-    rows = [
-        [v.goal.text, _of_case(v), _figure(v), {True: "met", False: "**missed**", None: "-"}[v.met]]
-        for v in verdicts(latest(records), devices)
-    ]
+    rows = [_verdict(v) for v in verdicts(latest(records), devices)]
     return markdown_table(["goal", "measured on", "figure", ""], rows)
 
 
@@ -83,16 +68,17 @@ def losses(records: Sequence[Record]) -> str:
     Our own other ways and the price of one objective (`adamw`, `plain`) are no rivals.
     """
     own = (OURS, "reference", "capturable", "adamw", "plain", "raco, C++ alone")
-    rows = []
-    for suite in ("solve", "gram", "combine_adamw", "step"):
-        for case, found in cases(by_suite(latest(records), suite)).items():
-            for name, r in found.items():
-                if name not in own and OURS in found and r["ratio"] < 1:
-                    rows.append((r["ratio"], [suite, case, f"`{name}`", f"{r['ratio']:.2f}"]))
-    if not rows:
+    faster = [
+        (r["ratio"], [suite, case, f"`{name}`", f"{r['ratio']:.2f}"])
+        for suite in ("solve", "gram", "combine_adamw", "step")
+        for case, found in cases(by_suite(latest(records), suite)).items()
+        for name, r in found.items()
+        if name not in own and OURS in found and r["ratio"] < 1
+    ]
+    if not faster:
         return "In no case of the solver, Gram, update or step was a rival faster."
-    table = [row for _, row in sorted(rows, key=lambda pair: pair[0])]
-    return markdown_table(["suite", "case", "rival", "its time, ours is 1"], table)
+    rows = [row for _, row in sorted(faster, key=lambda pair: pair[0])]
+    return markdown_table(["suite", "case", "rival", "its time, ours is 1"], rows)
 
 
 def slope(sizes: Sequence[float], times: Sequence[float]) -> float:
@@ -108,13 +94,16 @@ def swept(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
     return found
 
 
+def points(records: Sequence[Record]) -> tuple[list[float], list[float]]:
+    """Sizes and medians of one sweep."""
+    return [r["params"]["size"] for r in records], [r["p50"] for r in records]
+
+
 def _machine(records: Sequence[Record]) -> str:
     last = records[-1]
-    card = {k: v for k, v in last["machine"].items() if k != "load"}
+    card = {**last["machine"], **last["versions"]}
     loads = [r["machine"]["load"] for r in records]
-    facts = [f"{k} {v}" for k, v in card.items()] + [
-        f"{k} {v}" for k, v in last["versions"].items()
-    ]
+    facts = [f"{k} {v}" for k, v in card.items() if k != "load"]
     commits = ", ".join(dict.fromkeys(f"`{r['commit'][:12]}`" for r in records))
     dirty = " (with changes)" if any("-dirty" in r["commit"] for r in records) else ""
     load = f"Load at the start of its parts: {min(loads)} to {max(loads)}."
@@ -122,11 +111,8 @@ def _machine(records: Sequence[Record]) -> str:
 
 
 def _ceilings(records: Sequence[Record]) -> str:
-    rows = [
-        [contestant(r), f"{r['rate']:.1f} {r['rate_unit']}{_mark(r)}"]
-        for r in records
-        if r["name"].startswith("ceilings/") and "rate" in r
-    ]
+    found = by_suite(records, "ceilings")
+    rows = [[contestant(r), f"{r['rate']:.1f} {r['rate_unit']}{_mark(r)}"] for r in found]
     return "### Ceilings\n\n" + markdown_table(["what", "rate"], rows) if rows else ""
 
 
@@ -136,24 +122,15 @@ def _suite(records: Sequence[Record], suite: str) -> str:
         return ""
     title, unit = SUITES[suite]
     names = list(dict.fromkeys(name for of_case in found.values() for name in of_case))
-    rows = [
-        [case, *(_cell(of_case.get(name)) for name in names)] for case, of_case in found.items()
-    ]
-    text = f"### {title} (`{suite}`)\n\n" + markdown_table(
-        ["case", *(f"`{name}`" for name in names)], rows
-    )
-    text += f"\n\nIn brackets: as a multiple of {unit}."
-    shares = [f"{c}: {f[OURS]['share']:.0%}" for c, f in found.items() if _has_share(f)]
+    rows = [[case, *(_cell(of.get(name)) for name in names)] for case, of in found.items()]
+    table = markdown_table(["case", *(f"`{name}`" for name in names)], rows)
+    text = f"### {title} (`{suite}`)\n\n{table}\n\nIn brackets: as a multiple of {unit}."
+    ours = {case: of.get(OURS, {}).get("share") for case, of in found.items()}
+    shares = [f"{case}: {share:.0%}" for case, share in ours.items() if share is not None]
     if shares:
         text += f" Share of the copy bandwidth that `{OURS}` reaches: {'; '.join(shares)}."
-    commands = dict.fromkeys(r["reproduce"] for r in by_suite(records, suite) if "reproduce" in r)
-    if commands:
-        text += f"\n\nAgain: `{next(iter(commands))}`."
-    return text
-
-
-def _has_share(found: Mapping[str, Record]) -> bool:
-    return OURS in found and found[OURS].get("share") is not None
+    commands = [r["reproduce"] for r in by_suite(records, suite) if "reproduce" in r]
+    return f"{text}\n\nAgain: `{commands[0]}`." if commands else text
 
 
 def _cell(record: Record | None) -> str:
@@ -161,33 +138,27 @@ def _cell(record: Record | None) -> str:
         return "-"
     scale, unit = SCALES[record["unit"]]
     value = f"{record['p50'] * scale:.3g} {unit}{_mark(record)}"
-    ratio = record.get("ratio")
-    extra = [] if ratio is None else [f"{ratio:.2f}"]
-    if "tokens_per_second" in record:
-        extra.append(f"{record['tokens_per_second']:.0f} tokens/s")
-    if "peak_bytes" in record:
-        extra.append(f"+{record['peak_bytes'] / 2**20:.0f} MiB")
-    return f"{value} ({', '.join(extra)})" if extra else value
+    extra = {
+        "ratio": lambda x: f"{x:.2f}",
+        "tokens_per_second": lambda x: f"{x:.0f} tokens/s",
+        "peak_bytes": lambda x: f"+{x / 2**20:.0f} MiB",
+    }
+    known = [form(record[k]) for k, form in extra.items() if record.get(k) is not None]
+    return f"{value} ({', '.join(known)})" if known else value
 
 
 def _mark(record: Record) -> str:
-    known = all(q in record for q in ("p20", "p50", "p80"))
-    return " ~" if known and noisy(record[q] for q in ("p20", "p50", "p80")) else ""
+    return " ~" if mark(record) else ""
 
 
 def _scaling(records: Sequence[Record]) -> str:
     rows = []
     for (what, against), found in swept(records).items():
-        sizes, times = ([float(x) for x in column] for column in _points(found))
-        points = "; ".join(f"{s:g}: {t:.3g} s" for s, t in zip(sizes, times, strict=True))
-        rows.append([f"`{what}`", against, points, f"{slope(sizes, times):.2f}"])
-    if not rows:
-        return ""
-    return "### Scaling\n\n" + markdown_table(["what", "against", "medians", "slope"], rows)
-
-
-def _points(records: Sequence[Record]) -> tuple[list[float], list[float]]:
-    return [r["params"]["size"] for r in records], [r["p50"] for r in records]
+        sizes, times = points(found)
+        medians = "; ".join(f"{s:g}: {t:.3g} s" for s, t in zip(sizes, times, strict=True))
+        rows.append([f"`{what}`", against, medians, f"{slope(sizes, times):.2f}"])
+    titles = ["what", "against", "medians", "slope"]
+    return "### Scaling\n\n" + markdown_table(titles, rows) if rows else ""
 
 
 def _failures(records: Sequence[Record]) -> str:
@@ -199,16 +170,12 @@ def _failures(records: Sequence[Record]) -> str:
     return "### Not measured\n\n" + "\n".join(lines) if lines else ""
 
 
-def _of_case(verdict: Verdict) -> str:
-    if verdict.record is None:
-        return "not measured"
-    return f"{shown(verdict.record['params'])}{_mark(verdict.record)}"
-
-
-def _figure(verdict: Verdict) -> str:
-    return "-" if verdict.figure is None else f"{verdict.figure:.3g}"
+def _verdict(verdict: Verdict) -> list[str]:
+    case = verdict.record and f"{shown(verdict.record['params'])}{_mark(verdict.record)}"
+    figure = "-" if verdict.figure is None else f"{verdict.figure:.3g}"
+    met = {True: "met", False: "**missed**", None: "-"}[verdict.met]
+    return [verdict.goal.text, case or "not measured", figure, met]
 
 
 def devices(records: Iterable[Record]) -> list[str]:
-    """The kinds of device that the records are of."""
     return sorted({device_of(r) for r in records})

@@ -1,0 +1,1 @@
+"""What is written: pages, plots, goals and the verdicts on them."""

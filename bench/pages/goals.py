@@ -1,0 +1,127 @@
+"""What the figures are meant to reach, as data, and the verdicts on them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bench.harness.records import Record
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A limit on one figure of the records `name` whose params contain `params`.
+
+    Args:
+        claim: as a reader sees it, with places for {limit}, {rival} and params.
+        name: of the records, suite/contestant.
+        device: "cpu" or "cuda".
+        limit: of the figure; a lower one where `at_least`.
+        figure: "ratio", "1/ratio" (ours over a rival whose ratio is in units of ours), "share",
+            "p50" or "wall".
+        params: what the record's params must contain.
+        elements: the least number of parameters that counts.
+    """
+
+    claim: str
+    name: str
+    device: str
+    limit: float
+    figure: str = "ratio"
+    params: Mapping[str, Any] = field(default_factory=dict)
+    elements: int = 0
+    at_least: bool = False
+
+    @property
+    def text(self) -> str:
+        return self.claim.format(limit=self.limit, rival=self.name.split("/")[1], **self.params)
+
+
+_SOLVE = ("`_C.solve`, m = {m}: at most {limit} us", "solve/raco, C++ alone", "cpu")
+_SOLVE_US = {2: 1.5, 4: 5.0, 8: 20.0, 16: 100.0}
+_PAPER = "step, m = 2: at least 2 times as fast as the paper's arithmetic"
+_ADAMW = ("step, m = 2: at most {limit} times torch's fused AdamW on one gradient", "step/adamw")
+_HOST = "step of 300 small tensors, m = 2: at most 0.15 ms, which is the work of the host"
+_FLOAT32, _50M, _1B = {"m": 2, "dtype": "float32"}, 50_000_000, 10**9
+
+
+def _copy(suite: str, claim: str, limit: float) -> Goal:
+    return Goal(claim, f"{suite}/raco", "cuda", limit, "share", elements=_1B, at_least=True)
+
+
+def _backward(kind: str, m: int, limit: float, device: str, mode: str = "one_backward") -> Goal:
+    claim = "{rival}, {kind}, m = {m}: at most {limit} plain DPO steps"
+    params = {"kind": kind, "m": m, "layers": 30}
+    return Goal(claim, f"backward/{mode}", device, limit, params=params)
+
+
+def _memory(mode: str, limit: float, device: str) -> Goal:
+    claim = "{rival}: at most {limit} of plain DPO's peak memory"
+    return Goal(claim, f"memory/{mode}", device, limit, params={"layers": 30})
+
+
+GOALS = (
+    *(Goal(*_SOLVE, limit, "p50", {"m": m}) for m, limit in _SOLVE_US.items()),
+    Goal(_PAPER, "step/paper", "cpu", 2.0, "ratio", _FLOAT32, _50M, at_least=True),
+    Goal(*_ADAMW, "cpu", 1.6, "1/ratio", _FLOAT32, _50M),
+    _copy("gram", "Gram: at least 92 % of the copy bandwidth", 0.92),
+    _copy("combine_adamw", "combine_adamw: at least 90 % of the copy bandwidth", 0.90),
+    Goal(*_ADAMW, "cuda", 1.35, "1/ratio", {"m": 2}, _1B),
+    Goal(_HOST, "step/raco", "cuda", 0.15, "wall", {"m": 2, "list": "300 small"}),
+    *(_backward("lora", m, limit, "cpu") for m, limit in ((2, 1.05), (8, 1.15))),
+    *(_backward("full", m, limit, "cpu") for m, limit in ((2, 1.35), (8, 1.5))),
+    *(_backward("lora", m, limit, "cuda") for m, limit in ((2, 1.05), (8, 1.15))),
+    *(_backward("full", m, limit, "cuda") for m, limit in ((2, 1.15), (4, 1.35))),
+    *(_backward("full", m, 1.25, "cuda", "gram_first, keep_dy") for m in (2, 4, 8)),
+    *(_memory("gram_first", 1.02, device) for device in ("cpu", "cuda")),
+    *(_memory("gram_first, step_in_backward", 0.85, device) for device in ("cpu", "cuda")),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A goal beside one record, or None where nothing was measured."""
+
+    goal: Goal
+    record: Record | None
+
+    @property
+    def figure(self) -> float | None:
+        """What the record says; None where it says nothing."""
+        if self.record is None:
+            return None
+        if self.goal.figure == "1/ratio":
+            return 1 / self.record["ratio"]
+        return self.record[self.goal.figure]
+
+    @property
+    def met(self) -> bool | None:
+        """Whether it is met; None where nothing was measured."""
+        if self.figure is None:
+            return None
+        sign = -1 if self.goal.at_least else 1
+        return sign * self.figure <= sign * self.goal.limit
+
+
+def device_of(record: Record) -> str:
+    """ "cuda" or "cpu", from the machine card."""
+    return "cuda" if "gpu" in record["machine"] else "cpu"
+
+
+def verdicts(records: Sequence[Record], devices: Iterable[str]) -> list[Verdict]:
+    """Every goal of the devices beside every figure that it is about."""
+    found = []
+    for goal in (g for g in GOALS if g.device in devices):
+        judged = [Verdict(goal, r) for r in records if _is_about(goal, r)]
+        found += judged or [Verdict(goal, None)]
+    return found
+
+
+def _is_about(goal: Goal, record: Record) -> bool:
+    params = record["params"]
+    return (
+        record["name"] == goal.name
+        and "p50" in record
+        and device_of(record) == goal.device
+        and all(params.get(k) == v for k, v in goal.params.items())
+        and params.get("elements", 0) >= goal.elements
+    )

@@ -1,0 +1,1 @@
+"""Who is measured: other people's ways, and every way of ours."""

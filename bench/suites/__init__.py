@@ -1,0 +1,1 @@
+"""One suite a file, by the name of its part."""
