@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from raco_fast.dpo.data.tokenization import PairBatch
 from raco_fast.dpo.logps import sequence_logps
-from raco_fast.dpo.losses import PairScores
+from raco_fast.dpo.losses.pair_scores import PairScores
 
 
 @dataclass(frozen=True)

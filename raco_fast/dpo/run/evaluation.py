@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,9 @@ from tqdm import tqdm
 
 from raco_fast.dpo.data.batches import labelled_counts, micro_batches
 from raco_fast.dpo.data.tokenization import EncodedPair, PairBatch, collate
-from raco_fast.dpo.losses import LossOptions, PairScores, preference_losses
+from raco_fast.dpo.losses.objective_losses import preference_losses
+from raco_fast.dpo.losses.pair_scores import PairScores
+from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 from raco_fast.dpo.metrics import PreferenceMetrics
 from raco_fast.dpo.scoring import ReferenceLogps, pair_logps, score_pairs
 
@@ -23,8 +25,7 @@ class HeldOut:
     Args:
         pairs: encoded held-out pairs.
         reference: their reference log-probabilities.
-        objectives: names to report.
-        loss, options: as in `preference_losses`; losses are means over all labelled pairs.
+        losses: objective name -> its loss; reported as means over all labelled pairs.
         pad_id: padding token.
         batch_pairs: pairs scored at once.
         chunk_tokens: as in `sequence_logps`.
@@ -32,9 +33,7 @@ class HeldOut:
 
     pairs: Sequence[EncodedPair]
     reference: ReferenceLogps
-    objectives: Sequence[str]
-    loss: str
-    options: LossOptions
+    losses: Mapping[str, PreferenceLoss]
     pad_id: int
     batch_pairs: int
     chunk_tokens: int
@@ -65,18 +64,16 @@ class HeldOut:
         return self._evaluate(score)
 
     def _evaluate(self, score: Callable[[PairBatch], PairScores]) -> dict[str, float]:
-        counts = labelled_counts(self.pairs, self.objectives)
-        metrics = PreferenceMetrics(self.options.beta)
-        losses = {name: torch.zeros(()) for name in self.objectives}
+        counts = labelled_counts(self.pairs, tuple(self.losses))
+        metrics = PreferenceMetrics(self.losses)
+        losses = {name: torch.zeros(()) for name in self.losses}
         groups = micro_batches(self.pairs, self.batch_pairs)
         for group in tqdm(groups, desc="evaluate", leave=False):
             batch = collate(group, self.pad_id)
             scores = score(batch)
-            parts = preference_losses(
-                scores, batch.labels, loss=self.loss, options=self.options, counts=counts
-            )
-            losses = {name: parts[name] + losses[name] for name in self.objectives}
+            parts = preference_losses(scores, batch.labels, loss=self.losses, counts=counts)
+            losses = {name: parts[name] + losses[name] for name in losses}
             metrics.add(scores, batch.labels)
         result = metrics.result()
-        result |= {f"loss/{name}": float(losses[name]) for name in self.objectives if counts[name]}
+        result |= {f"loss/{name}": float(losses[name]) for name in losses if counts[name]}
         return {f"eval_{name}": value for name, value in result.items()}

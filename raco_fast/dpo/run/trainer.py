@@ -16,7 +16,7 @@ from tqdm import tqdm
 from raco_fast.dpo.data.batches import BatchSchedule, labelled_counts, micro_batches
 from raco_fast.dpo.data.tokenization import EncodedPair, collate
 from raco_fast.dpo.logps import check_head
-from raco_fast.dpo.losses import preference_losses
+from raco_fast.dpo.losses.objective_losses import preference_losses
 from raco_fast.dpo.metrics import PreferenceMetrics, solution_metrics
 from raco_fast.dpo.models import (
     add_adapter,
@@ -74,7 +74,7 @@ class Trainer:
     """One run. `Trainer(config).run()` is `train(config)`."""
 
     def __init__(self, config: TrainConfig, resume: bool = False) -> None:
-        self.config = config
+        self.config, self.losses = config, config.objective_losses
         self._checkpoints = config.folder / "checkpoints"
         found = _checkpoint_to_resume(config.folder, resume)
         if found is not None:
@@ -162,16 +162,14 @@ class Trainer:
         """Fill every objective's gradient; return metrics, losses and the tokens processed."""
         config = self.config
         counts = labelled_counts(pairs, config.objectives)
-        preference = PreferenceMetrics(config.loss_options.beta)
+        preference = PreferenceMetrics(self.losses)
         totals = {name: torch.zeros((), device=self.device) for name in config.objectives}
         tokens = 0
         for group in micro_batches(pairs, config.pairs_per_micro_batch):
             batch = collate(group, self._pad_id)
             logps = pair_logps(self.model, batch, config.chunk_tokens)
             scores = score_pairs(logps, batch, self.reference)
-            losses = preference_losses(
-                scores, batch.labels, loss=config.loss, options=config.loss_options, counts=counts
-            )
+            losses = preference_losses(scores, batch.labels, loss=self.losses, counts=counts)
             self._backward(losses, logps)
             preference.add(scores, batch.labels)
             totals = {name: totals[name] + losses[name].detach() for name in totals}
@@ -216,9 +214,7 @@ class Trainer:
         return HeldOut(
             pairs,
             self._reference(pairs, model_hash),
-            config.objectives,
-            config.loss,
-            config.loss_options,
+            self.losses,
             pad_id=self._pad_id,
             batch_pairs=2 * config.pairs_per_micro_batch,
             chunk_tokens=config.chunk_tokens,

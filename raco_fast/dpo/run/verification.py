@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from raco_fast.dpo.data.tokenization import EncodedPair, collate
 from raco_fast.dpo.logps import check_head
-from raco_fast.dpo.losses import preference_losses
+from raco_fast.dpo.losses.objective_losses import preference_losses
 from raco_fast.dpo.models import add_adapter, load_base_model, load_tokenizer, trainable
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.dataset import check_pairs_fit, load_pairs
@@ -46,8 +46,7 @@ def verify_run(config: TrainConfig) -> Verification:
     def run(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
         logps = pair_logps(model, batch, config.chunk_tokens)
         scores = score_pairs(logps, batch, reference)
-        options = config.loss_options
-        return preference_losses(scores, batch.labels, loss=config.loss, options=options), logps
+        return preference_losses(scores, batch.labels, loss=config.objective_losses), logps
 
     for p in trainable(model).values():
         if not p.any():

@@ -10,6 +10,7 @@ import torch
 from raco_fast.dpo.data.batches import labelled_counts
 from raco_fast.dpo.data.tokenization import collate
 from raco_fast.dpo.run import reference_cache, trainer
+from raco_fast.dpo.run.config import check_same_run, identity
 from raco_fast.dpo.run.trainer import Trainer, train
 from raco_fast.dpo.scoring import pair_logps
 
@@ -152,6 +153,26 @@ def test_every_loss_trains(runs, make_config, loss, options, untrained):
         assert first["eval_loss/sure"] == pytest.approx(untrained, rel=1e-6)
     assert last["eval_loss/sure"] < first["eval_loss/sure"]
     assert last["eval_rewards/accuracies/sure"] > 0.6
+
+
+def test_every_objective_may_have_its_own_loss(runs, make_config):
+    own = {"kind": {"name": "nca", "beta": 0.3}}
+    config = make_config(loss="ipo", loss_options={"beta": 0.2}, losses=own, lr=0.003)
+    last, first = train(config), runs.evaluations(config)[0]
+    assert first["eval_loss/sure"] == pytest.approx(6.25, rel=1e-6)
+    assert first["eval_loss/kind"] == pytest.approx(2 * math.log(2), rel=1e-6)
+    assert last["eval_loss/sure"] < first["eval_loss/sure"]
+    assert identity(config)["losses"]["kind"] == {"name": "nca", "beta": 0.3}
+
+
+def test_a_run_is_the_same_however_its_losses_are_written(make_config, tmp_path):
+    simpo = {"name": "simpo", "beta": 2.0, "gamma": 0.3}
+    one = make_config(loss="simpo", loss_options={"beta": 2.0, "simpo_gamma": 0.3})
+    check_same_run(make_config(loss=simpo), identity(one), tmp_path)
+    check_same_run(make_config(losses={"sure": simpo, "kind": simpo}), identity(one), tmp_path)
+    other = make_config(loss=simpo, losses={"kind": "simpo"})
+    with pytest.raises(ValueError, match=r"\(losses: .*'gamma': 0.3.* in the checkpoint, .* now\)"):
+        check_same_run(other, identity(one), tmp_path)
 
 
 @pytest.mark.parametrize("rule", ["linear", "cagrad", "mgda"])
@@ -337,7 +358,16 @@ def test_an_objective_without_a_labelled_pair_is_an_error(make_config, write_pai
         ({"c": 1.0}, "`c` must"),
         ({"rule": "nash"}, "`rule` must"),
         ({"loss": "dpo"}, "`loss` must be one of"),
-        ({"loss": "ipo", "loss_options": {"label_smoothing": 0.1}}, "`label_smoothing` is defined"),
+        (
+            {"loss": "ipo", "loss_options": {"label_smoothing": 0.1}},
+            "is no option of the loss",
+        ),
+        (
+            {"losses": {"nice": "ipo"}},
+            r"`losses` must name objectives .*, got \['nice'\]",
+        ),
+        ({"losses": {"kind": "dpo"}}, "`losses.kind` must be one of"),
+        ({"losses": {"kind": {"name": "ipo", "gamma": 1}}}, r"\(`losses.kind`\), got 1; it has"),
         ({"lr": -1e-5}, "Invalid learning rate: -1e-05"),
         ({"betas": (0.9, 1.0)}, "Invalid beta parameter at index 1: 1.0"),
         ({"max_grad_norm": 0.0}, "`max_grad_norm` must be a positive number, got 0.0"),

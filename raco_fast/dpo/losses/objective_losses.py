@@ -1,0 +1,67 @@
+"""One scalar loss per objective, from the scores and labels of a batch.
+
+For objective i with labels s in {-1, 0, +1} over the B pairs of a batch,
+
+    L_i = 1/n_i  sum over labelled b of  loss(pair b),      n_i = pairs labelled for i.
+
+That L_i depends on the parameters only through the scores is what allows one backward pass for all
+objectives, so nothing here may look at a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from raco_fast.dpo.losses.margin_losses import Sigmoid
+from raco_fast.dpo.losses.pair_scores import PairScores
+from raco_fast.dpo.losses.preference_loss import PreferenceLoss
+
+
+def preference_losses(
+    scores: PairScores,
+    labels: Mapping[str, Tensor],
+    *,
+    loss: PreferenceLoss | Mapping[str, PreferenceLoss] | None = None,
+    counts: Mapping[str, float] | None = None,
+) -> dict[str, Tensor]:
+    """One scalar loss per objective over the pairs labelled for it.
+
+    Args:
+        scores: of the B pairs of this (micro-)batch.
+        labels: objective name -> [B] tensor: +1 response a is preferred, -1 response b,
+            0 not labelled for this objective. Best on the CPU, see `PairScores.labelled`.
+        loss: of all objectives, or objective name -> loss; DPO's by default.
+        counts: objective name -> number of labelled pairs to divide by. Give the counts of the
+            whole optimizer step when it is accumulated over micro-batches, so that 1 x 8 and
+            8 x 1 agree; by default the labelled pairs of this batch.
+    Returns:
+        Objective name -> float32 scalar. An objective without a labelled pair in this batch has
+        the constant 0 without a graph (`requires_grad` is False): nothing to backpropagate.
+    Raises:
+        ValueError: labels of another length than the scores; `counts` or `loss` without one of the
+            objectives.
+    """
+    loss = loss or Sigmoid()
+    by_objective = dict.fromkeys(labels, loss) if isinstance(loss, PreferenceLoss) else loss
+    for argument, given in (("loss", by_objective), ("counts", counts)):
+        missing = [] if given is None else [name for name in labels if name not in given]
+        if missing:
+            raise ValueError(
+                f"`{argument}` must hold every objective in `labels`, got none for {missing}"
+            )
+    result = {}
+    for name, label in labels.items():
+        if label.shape != scores.logps_a.shape:
+            raise ValueError(
+                f"labels[{name!r}] must have one entry a pair, shape {tuple(scores.logps_a.shape)},"
+                f" got {tuple(label.shape)}"
+            )
+        rows, pairs = scores.labelled(label)
+        if not rows.numel():
+            result[name] = scores.logps_a.new_zeros(())
+            continue
+        count = rows.numel() if counts is None else counts[name]
+        result[name] = by_objective[name](pairs).sum() / count
+    return result
