@@ -1,7 +1,8 @@
 """Preference pairs from files: reading, strict labels, and labels derived from length.
 
 A pair carries one label per objective: +1 (response a preferred), -1 (response b) or 0 (a tie, or
-not labelled for this objective). Several files may be mixed, each labelling its own objectives:
+not labelled for this objective); a label may be soft, right with some probability. Several files
+may be mixed, each labelling its own objectives:
 
     sources = [DataSource("helpful.jsonl", objective="helpful"), DataSource("pairs.jsonl.gz")]
     pairs = read_sources(sources, ["helpful", "harmless"])
@@ -25,7 +26,13 @@ from pathlib import Path
 from typing import Literal
 
 from raco_fast.dpo.data.formats import Format, detect_format, format_named
-from raco_fast.dpo.data.pairs import ConciseRule, PreferencePair, check_content
+from raco_fast.dpo.data.pairs import (
+    ConciseRule,
+    PreferencePair,
+    check_content,
+    pair_weights,
+    soft_label,
+)
 from raco_fast.dpo.data.rows import Row, RowError, read_rows, show
 
 __all__ = [
@@ -228,9 +235,16 @@ def _pair(
     check_content(row, prompt, response_a, response_b)
     labels = _labels(row, form, source, names, concise)
     if concise is not None and (concise.overwrite or concise.objective not in labels):
-        labels[concise.objective] = concise.label(response_a, response_b)
+        labels[concise.objective] = concise.label(response_a, response_b), 1.0
+    columns = {n: source.columns.get(n, n).removeprefix("-") for n in labels if labels[n][0]}
     return PreferencePair(
-        _pair_id(row, prefix), prompt, response_a, response_b, {n: labels.get(n, 0) for n in names}
+        _pair_id(row, prefix),
+        prompt,
+        response_a,
+        response_b,
+        {n: labels[n][0] if n in labels else 0 for n in names},
+        {n: confidence for n, (_, confidence) in labels.items() if confidence < 1.0},
+        pair_weights(row, columns),
     )
 
 
@@ -240,8 +254,8 @@ def _labels(
     source: DataSource,
     names: tuple[str, ...],
     concise: ConciseRule | None,
-) -> dict[str, int]:
-    """The labels this row carries; an objective the source is not said to label is left out."""
+) -> dict[str, tuple[int, float]]:
+    """(label, confidence) by objective; one that the source is not said to label is left out."""
     derived = None if concise is None else concise.objective
     wanted = source.declared or names
     if form.label is None:
@@ -257,13 +271,27 @@ def _labels(
                 f"labels, got {list(own)}; add e.g. `objective: {own[0] if own else names[0]}` to "
                 "the source"
             )
-        return {own[0]: 1}
+        soft = soft_label(row, own[0])
+        if soft is None and "preference_probabilities" in row.data:
+            raise row.error(
+                "preference_probabilities", f"hold {own[0]!r}", "another", "correct the name"
+            )
+        return {own[0]: soft or (1, 1.0)}
     labels = {}
     for name in wanted:
         column = source.columns.get(name, name)
-        value = form.label(row, column.removeprefix("-"))
-        if value is not None:
-            labels[name] = -value if column.startswith("-") else value
+        hard = form.label(row, column.removeprefix("-"))
+        label = soft_label(row, column.removeprefix("-"))
+        if hard is not None and label is not None:
+            raise row.error(
+                f"preference_probabilities.{column.removeprefix('-')}",
+                "stand for an objective without a hard label",
+                f"the label {hard} beside it",
+                "remove one of the two",
+            )
+        label = (hard, 1.0) if hard is not None else label
+        if label is not None:
+            labels[name] = (-label[0], label[1]) if column.startswith("-") else label
         elif name != derived:
             raise ValueError(
                 f"{row.where}: a row must label every objective of its source, got no field for "

@@ -18,7 +18,7 @@ and both responses share the prompt's ids. `raco_fast.dpo.rendering` makes their
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,6 +52,7 @@ class EncodedPair:
         a_ids: response a; ends with its one stop token unless it was truncated.
         b_ids: response b, likewise.
         labels: +1, -1 or 0 for each objective.
+        confidences, pair_weights: as in `PreferencePair`.
     """
 
     id: str
@@ -59,6 +60,8 @@ class EncodedPair:
     a_ids: list[int]
     b_ids: list[int]
     labels: dict[str, int]
+    confidences: dict[str, float] = field(default_factory=dict)
+    pair_weights: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,9 @@ class PairBatch:
         ids: the B pair ids.
         tokens_a: [B] float32, tokens of response a.
         tokens_b: [B] float32, tokens of response b.
+        confidences: objective -> [B] float32 in [0.5, 1], P(the label is right); of objectives
+            with a soft label in this batch.
+        pair_weights: objective -> [B] float32; of objectives with a weight other than 1.
     """
 
     input_ids: Tensor
@@ -105,17 +111,33 @@ class PairBatch:
     ids: list[str]
     tokens_a: Tensor
     tokens_b: Tensor
+    confidences: dict[str, Tensor] = field(default_factory=dict)
+    pair_weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def decided(self) -> dict[str, Tensor]:
+        """The labels, 0 where a confidence of 0.5 leaves open which response is preferred."""
+        open_ = {name: confidence == 0.5 for name, confidence in self.confidences.items()}
+        return {
+            name: label.masked_fill(open_[name], 0) if name in open_ else label
+            for name, label in self.labels.items()
+        }
 
     def to(self, device: torch.device | str) -> PairBatch:
         """The same batch on another device."""
+
+        def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.to(device) for name, tensor in tensors.items()}
+
         return PairBatch(
             self.input_ids.to(device),
             self.attention_mask.to(device),
             self.completion_mask.to(device),
-            {name: label.to(device) for name, label in self.labels.items()},
+            moved(self.labels),
             self.ids,
             self.tokens_a.to(device),
             self.tokens_b.to(device),
+            moved(self.confidences),
+            moved(self.pair_weights),
         )
 
 
@@ -157,6 +179,8 @@ def encode_pairs(
             writer.ended(a),
             writer.ended(b),
             dict(pair.preferences),
+            dict(pair.confidences),
+            dict(pair.pair_weights),
         )
         fitted = _fit(whole, options, writer.bos_id)
         report = _counted(report, whole, fitted)
@@ -197,10 +221,26 @@ def collate(pairs: Sequence[EncodedPair], pad_id: int, *, pad_to_multiple_of: in
         completion_mask[k, len(prompt) : end] = True
     tokens = completion_mask.sum(dim=1).to(torch.float32)
     labels = {n: torch.tensor([p.labels[n] for p in pairs], dtype=torch.float32) for n in names}
-    a, b = tokens[: len(pairs)], tokens[len(pairs) :]
     return PairBatch(
-        input_ids, attention_mask, completion_mask, labels, [p.id for p in pairs], a, b
+        input_ids,
+        attention_mask,
+        completion_mask,
+        labels,
+        [p.id for p in pairs],
+        tokens[: len(pairs)],
+        tokens[len(pairs) :],
+        _or_ones([p.confidences for p in pairs], names),
+        _or_ones([p.pair_weights for p in pairs], names),
     )
+
+
+def _or_ones(values: Sequence[dict[str, float]], names: Sequence[str]) -> dict[str, Tensor]:
+    """Name -> float32 [B], 1 where a pair has none; names that no pair has are left out."""
+    return {
+        name: torch.tensor([of_pair.get(name, 1.0) for of_pair in values], dtype=torch.float32)
+        for name in names
+        if any(name in of_pair for of_pair in values)
+    }
 
 
 def _fit(pair: EncodedPair, options: TokenOptions, bos_id: int | None) -> EncodedPair | None:

@@ -21,6 +21,7 @@ is beyond float32, and so would be the squares in a gradient's norm long before.
 
 @dataclass(frozen=True)
 class _FDivergence(PreferenceLoss):
+    soft = True
     beta: float = beta()
 
     @abstractmethod

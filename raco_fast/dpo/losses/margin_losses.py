@@ -19,6 +19,7 @@ class Sigmoid(PreferenceLoss):
     DPO (arXiv:2305.18290, Eq. 7), with label smoothing e as in cDPO.
     """
 
+    soft = True
     beta: float = beta()
     label_smoothing: float = option(
         0.0, "be in [0, 0.5)", lambda v: 0 <= v < 0.5, "at 0.5 a label says nothing"
@@ -46,6 +47,7 @@ class Ipo(PreferenceLoss):
     IPO (arXiv:2310.12036, Eq. 17), on log-ratios per token, as its authors advise.
     """
 
+    soft = True
     beta: float = beta()
 
     def __call__(self, pairs: RankedScores) -> Tensor:
@@ -59,6 +61,7 @@ class SigmoidNorm(PreferenceLoss):
     TRL's `sigmoid_norm`, open-instruct's `dpo_norm`.
     """
 
+    soft = True
     beta: float = beta()
 
     def __call__(self, pairs: RankedScores) -> Tensor:

@@ -2,7 +2,12 @@
 
 For objective i with labels s in {-1, 0, +1} over the B pairs of a batch,
 
-    L_i = 1/n_i  sum over labelled b of  loss(pair b),      n_i = pairs labelled for i.
+    L_i = 1/n_i  sum over labelled b of  v_b loss(pair b),      n_i = pairs labelled for i.
+
+The divisor is the number of pairs also where they have weights v: a pair then pulls as hard
+whichever pairs share its step, while divided by the step's weights a pair alone would not feel its
+own. Weights whose mean is 1 leave the objective's scale alone. A label that is right with
+probability q gives q loss(w, l) + (1 - q) loss(l, w).
 
 That L_i depends on the parameters only through the scores is what allows one backward pass for all
 objectives, so nothing here may look at a model.
@@ -15,8 +20,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from raco_fast.dpo.losses.margin_losses import Sigmoid
-from raco_fast.dpo.losses.pair_scores import PairScores
+from raco_fast.dpo.losses.pair_scores import PairScores, RankedScores
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
+from raco_fast.dpo.losses.registry import check_soft
 
 
 def preference_losses(
@@ -25,6 +31,8 @@ def preference_losses(
     *,
     loss: PreferenceLoss | Mapping[str, PreferenceLoss] | None = None,
     counts: Mapping[str, float] | None = None,
+    confidences: Mapping[str, Tensor] | None = None,
+    pair_weights: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """One scalar loss per objective over the pairs labelled for it.
 
@@ -36,12 +44,15 @@ def preference_losses(
         counts: objective name -> number of labelled pairs to divide by. Give the counts of the
             whole optimizer step when it is accumulated over micro-batches, so that 1 x 8 and
             8 x 1 agree; by default the labelled pairs of this batch.
+        confidences: objective name -> [B] tensor in [0.5, 1], P(the label is right), of objectives
+            with soft labels.
+        pair_weights: objective name -> [B] tensor, of objectives with weights other than 1.
     Returns:
         Objective name -> float32 scalar. An objective without a labelled pair in this batch has
         the constant 0 without a graph (`requires_grad` is False): nothing to backpropagate.
     Raises:
         ValueError: labels of another length than the scores; `counts` or `loss` without one of the
-            objectives.
+            objectives; soft labels for a loss that has no form for them.
     """
     loss = loss or Sigmoid()
     by_objective = dict.fromkeys(labels, loss) if isinstance(loss, PreferenceLoss) else loss
@@ -63,5 +74,22 @@ def preference_losses(
             result[name] = scores.logps_a.new_zeros(())
             continue
         count = rows.numel() if counts is None else counts[name]
-        result[name] = by_objective[name](pairs).sum() / count
+        each = _of_pairs(name, by_objective[name], pairs, _at(confidences, name, rows))
+        weights = _at(pair_weights, name, rows)
+        result[name] = (each if weights is None else each * weights.to(each)).sum() / count
     return result
+
+
+def _at(values: Mapping[str, Tensor] | None, name: str, rows: Tensor) -> Tensor | None:
+    return None if values is None or name not in values else values[name][rows]
+
+
+def _of_pairs(
+    name: str, loss: PreferenceLoss, pairs: RankedScores, confidence: Tensor | None
+) -> Tensor:
+    """[n] losses; of a soft label, the mean over what it may be."""
+    if confidence is None or bool((confidence == 1).all()):
+        return loss(pairs)
+    check_soft(name, loss)
+    q = confidence.to(pairs.logps_w)
+    return q * loss(pairs) + (1 - q) * loss(pairs.swapped())

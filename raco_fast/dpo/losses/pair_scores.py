@@ -69,6 +69,17 @@ class RankedScores:
     tokens_w: Tensor
     tokens_l: Tensor
 
+    def swapped(self) -> RankedScores:
+        """The same pairs with the other response preferred."""
+        return RankedScores(
+            self.logps_l,
+            self.logps_w,
+            self.ref_logps_l,
+            self.ref_logps_w,
+            self.tokens_l,
+            self.tokens_w,
+        )
+
     @property
     def ratio_w(self) -> Tensor:
         """r_w = log(policy / reference): the implicit reward divided by beta."""

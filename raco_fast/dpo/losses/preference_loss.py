@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -30,7 +30,13 @@ class PreferenceLoss(ABC):
 
     It may depend on the parameters through `logps_w` and `logps_l` alone: that is what one
     backward pass for all objectives rests on.
+
+    Attributes:
+        soft: a label that is right with probability q gives q loss(w, l) + (1 - q) loss(l, w), and
+            the margin at which that is smallest grows with q. False: soft labels are refused.
     """
+
+    soft: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Hold every option against its rule; ValueError names both."""

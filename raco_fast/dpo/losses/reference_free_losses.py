@@ -21,6 +21,7 @@ class Simpo(PreferenceLoss):
     beta.
     """
 
+    soft = True
     beta: float = beta()
     gamma: float = option(0.5, "be finite", math.isfinite, "0.5 is common")
 
@@ -36,6 +37,7 @@ class AmopoStatic(PreferenceLoss):
     the weights anew at every step.
     """
 
+    soft = True
     beta: float = beta()
 
     def __call__(self, pairs: RankedScores) -> Tensor:
@@ -50,6 +52,7 @@ class Cpo(PreferenceLoss):
     batch, in which long responses count more.
     """
 
+    soft = True
     beta: float = beta()
     alpha: float = option(1.0, "be at least 0 and finite", lambda v: 0 <= v < math.inf, "try 1")
 
@@ -65,6 +68,7 @@ class Orpo(PreferenceLoss):
     ORPO (arXiv:2403.07691, Eq. 6 and 7); log-odds(x) = x - log(1 - exp(x)). `lam` is TRL's beta.
     """
 
+    soft = True
     lam: float = option(0.1, "be positive and finite", lambda v: 0 < v < math.inf, "0.1 is common")
 
     def __call__(self, pairs: RankedScores) -> Tensor:

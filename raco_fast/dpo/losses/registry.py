@@ -83,6 +83,16 @@ def described(loss: PreferenceLoss) -> dict[str, Any]:
     return {"name": loss_name(loss), **asdict(loss)}
 
 
+def check_soft(objective: str, loss: PreferenceLoss) -> None:
+    """Raise ValueError unless the loss has a form for soft labels, which the objective has."""
+    if not loss.soft:
+        raise ValueError(
+            f"labels of {objective!r} must be hard (0 or 1) for its loss {loss_name(loss)!r}, got "
+            f"probabilities between; use a loss for soft labels: "
+            f"{sorted(name for name, known in LOSSES.items() if known.soft)}"
+        )
+
+
 def make_loss(
     spec: str | Mapping[str, Any], argument: str = "loss", options: Mapping[str, Any] | None = None
 ) -> PreferenceLoss:

@@ -15,6 +15,7 @@ from raco_fast.dpo.losses.preference_loss import PreferenceLoss, beta
 class Nca(PreferenceLoss):
     """-log s(beta r_w) - log s(-beta r_w) / 2 - log s(-beta r_l) / 2: NCA (arXiv:2402.05369)."""
 
+    soft = True
     beta: float = beta()
 
     def __call__(self, pairs: RankedScores) -> Tensor:
@@ -30,6 +31,7 @@ class Bco(PreferenceLoss):
     running mean that the paper subtracts from the rewards.
     """
 
+    soft = True
     beta: float = beta()
 
     def __call__(self, pairs: RankedScores) -> Tensor:
@@ -40,6 +42,7 @@ class Bco(PreferenceLoss):
 class Sppo(PreferenceLoss):
     """(r_w - 1/(2 beta))^2 + (r_l + 1/(2 beta))^2: SPPO, hard labels (arXiv:2405.00675)."""
 
+    soft = True
     beta: float = beta()
 
     def __call__(self, pairs: RankedScores) -> Tensor:

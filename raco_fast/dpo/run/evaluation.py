@@ -71,9 +71,16 @@ class HeldOut:
         for group in tqdm(groups, desc="evaluate", leave=False):
             batch = collate(group, self.pad_id)
             scores = score(batch)
-            parts = preference_losses(scores, batch.labels, loss=self.losses, counts=counts)
+            parts = preference_losses(
+                scores,
+                batch.labels,
+                loss=self.losses,
+                counts=counts,
+                confidences=batch.confidences,
+                pair_weights=batch.pair_weights,
+            )
             losses = {name: parts[name] + losses[name] for name in losses}
-            metrics.add(scores, batch.labels)
+            metrics.add(scores, batch.decided())
         result = metrics.result()
         result |= {f"loss/{name}": float(losses[name]) for name in losses if counts[name]}
         return {f"eval_{name}": value for name, value in result.items()}

@@ -169,9 +169,16 @@ class Trainer:
             batch = collate(group, self._pad_id)
             logps = pair_logps(self.model, batch, config.chunk_tokens)
             scores = score_pairs(logps, batch, self.reference)
-            losses = preference_losses(scores, batch.labels, loss=self.losses, counts=counts)
+            losses = preference_losses(
+                scores,
+                batch.labels,
+                loss=self.losses,
+                counts=counts,
+                confidences=batch.confidences,
+                pair_weights=batch.pair_weights,
+            )
             self._backward(losses, logps)
-            preference.add(scores, batch.labels)
+            preference.add(scores, batch.decided())
             totals = {name: totals[name] + losses[name].detach() for name in totals}
             tokens += int(batch.attention_mask.sum())
         return preference, totals, tokens

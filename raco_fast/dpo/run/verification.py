@@ -46,7 +46,14 @@ def verify_run(config: TrainConfig) -> Verification:
     def run(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
         logps = pair_logps(model, batch, config.chunk_tokens)
         scores = score_pairs(logps, batch, reference)
-        return preference_losses(scores, batch.labels, loss=config.objective_losses), logps
+        losses = preference_losses(
+            scores,
+            batch.labels,
+            loss=config.objective_losses,
+            confidences=batch.confidences,
+            pair_weights=batch.pair_weights,
+        )
+        return losses, logps
 
     for p in trainable(model).values():
         if not p.any():

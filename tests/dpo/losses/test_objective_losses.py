@@ -92,3 +92,67 @@ def test_errors_name_what_is_wrong():
         preference_losses(scores, two, counts={"x": 3})
     with pytest.raises(ValueError, match=r"`loss` must hold every objective .* for \['x'\]"):
         preference_losses(scores, two, loss={"y": Ipo()})
+
+
+SOFT = [name for name, loss in LOSSES.items() if loss.soft]
+HARD_ONLY = [name for name, loss in LOSSES.items() if not loss.soft]
+
+
+@pytest.mark.parametrize("name", SOFT)
+def test_a_soft_label_is_the_mean_over_what_it_may_be(name):
+    scores, loss = make_scores(4, dtype=torch.float64), make_loss(name)
+    label, confidence = torch.tensor([1, -1, 0, 1]), torch.tensor([0.75, 0.5, 1.0, 1.0])
+    ours = preference_losses(scores, {"x": label}, loss=loss, confidences={"x": confidence})["x"]
+    expected = 0.0
+    for k, a_preferred in ((0, 0.75), (1, 0.5), (3, 1.0)):
+        for sign, share in ((1, a_preferred), (-1, 1 - a_preferred)):
+            one = torch.tensor([sign if b == k else 0 for b in range(4)])
+            expected += share * preference_losses(scores, {"x": one}, loss=loss)["x"].item() / 3
+    assert ours.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", [n for n in SOFT if n not in ("cpo", "orpo")])
+def test_the_best_margin_grows_with_the_probability(name):
+    """Of losses with a likelihood term the best scores are log(q) and log(1 - q), not a margin."""
+    t = torch.linspace(-12, 12, 4801, dtype=torch.float64)
+    zero, one = torch.zeros_like(t), torch.ones_like(t)
+    scores, loss = PairScores(t, -t, zero, zero, one, one), make_loss(name, options={"beta": 0.5})
+    best = []
+    for q in (0.55, 0.7, 0.9):
+        pairs = scores.ranked(t == t)
+        best.append(t[(q * loss(pairs) + (1 - q) * loss(pairs.swapped())).argmin()].item())
+    assert best == sorted(set(best))
+    assert 0 < best[0] < best[-1] < 12
+
+
+def test_cdpo_is_dpo_with_soft_labels():
+    scores, label = make_scores(6), torch.ones(6)
+    soft = preference_losses(
+        scores, {"x": label}, loss=Sigmoid(0.3), confidences={"x": torch.full((6,), 0.85)}
+    )
+    smoothed = preference_losses(scores, {"x": label}, loss=Sigmoid(0.3, label_smoothing=0.15))
+    assert soft["x"].item() == pytest.approx(smoothed["x"].item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", HARD_ONLY)
+def test_soft_labels_are_refused_where_they_mean_nothing(name):
+    scores, label, loss = make_scores(3), torch.tensor([1, 0, -1]), make_loss(name)
+    certain = {"x": torch.tensor([1.0, 0.7, 1.0])}  # of the labelled ones
+    assert preference_losses(scores, {"x": label}, loss=loss, confidences=certain)["x"].isfinite()
+    doubtful = {"x": torch.tensor([1.0, 1.0, 0.7])}
+    message = rf"labels of 'x' must be hard .* loss '{name}', .* use a loss .*: \['alpha', .*'sppo'"
+    with pytest.raises(ValueError, match=message):
+        preference_losses(scores, {"x": label}, loss=loss, confidences=doubtful)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_weight_multiplies_a_pairs_loss_and_not_the_divisor(name):
+    scores, loss = make_scores(4, dtype=torch.float64), make_loss(name)
+    label, weight = torch.tensor([1, 0, -1, 1]), torch.tensor([2.5, 7.0, 0.125, 1.0])
+    ours = preference_losses(scores, {"x": label}, loss=loss, pair_weights={"x": weight})["x"]
+    alone = [
+        preference_losses(scores[torch.tensor([k])], {"x": label[k : k + 1]}, loss=loss)["x"]
+        for k in range(4)
+    ]
+    expected = (2.5 * alone[0] + 0.125 * alone[2] + alone[3]) / 3
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-12)

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,6 +75,12 @@ def test_data_hash_knows_labels_unless_told_otherwise():
     pairs = make_pairs(3)
     relabelled = [EncodedPair(p.id, p.prompt_ids, p.a_ids, p.b_ids, {"x": -1}) for p in pairs]
     assert data_hash(pairs) == data_hash(make_pairs(3)) != data_hash(relabelled)
+    weighted, soft = (
+        [replace(pairs[0], **{field: {"x": 0.75}}), *pairs[1:]]
+        for field in ("pair_weights", "confidences")
+    )
+    assert len({data_hash(pairs), data_hash(weighted), data_hash(soft)}) == 3
+    assert data_hash(pairs, with_labels=False) == data_hash(soft, with_labels=False)
     assert data_hash(pairs, with_labels=False) == data_hash(relabelled, with_labels=False)
     assert data_hash(pairs, with_labels=False) != data_hash(pairs[::-1], with_labels=False)
 

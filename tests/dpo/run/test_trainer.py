@@ -165,6 +165,55 @@ def test_every_objective_may_have_its_own_loss(runs, make_config):
     assert identity(config)["losses"]["kind"] == {"name": "nca", "beta": 0.3}
 
 
+def soft_rows(file: Path, probability: float, weight: float) -> None:
+    """Turn every label of `sure` into a probability and a weight."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows:
+        label = row["preferences"].pop("sure")
+        q = 0.5 + label * (probability - 0.5)
+        row |= {
+            "preference_probabilities": {"sure": q},
+            "pair_weights": {"sure": weight, "kind": 1},
+        }
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_soft_labels_and_weights_reach_the_losses(runs, make_config, write_pairs, tmp_path):
+    """Certain labels with a weight of 2 are hard labels with a loss of twice the size."""
+    words = {"sure": "yes", "kind": "calm"}
+    files = [write_pairs(f"{k}.jsonl", 16, 1, words) for k in range(3)]
+    rows = [json.loads(line) for line in files[0].read_text().splitlines()]
+    kept = "".join(json.dumps(row) + "\n" for row in rows if row["preferences"]["sure"])
+    for file in files:
+        file.write_text(kept)
+    soft_rows(files[1], 1.0, 2.0)
+    soft_rows(files[2], 0.9, 1.0)
+    first, last = [], []
+    for k, file in enumerate(files):
+        config = make_config(
+            data=[{"path": str(file)}],
+            eval_data=[{"path": str(file)}],
+            output_dir=str(tmp_path / str(k)),
+            max_steps=1,
+        )
+        last.append(train(config))
+        first.append(runs.steps(config)[0])
+    for name, rel in (("loss/sure", 1e-6), ("raco/grad_norm/sure", 1e-4)):
+        assert first[1][name] == pytest.approx(2 * first[0][name], rel=rel)
+    assert first[1]["loss/kind"] == pytest.approx(first[0]["loss/kind"], rel=1e-6)
+    assert first[2]["raco/grad_norm/sure"] < 0.9 * first[0]["raco/grad_norm/sure"]
+    assert last[1]["eval_loss/sure"] > 1.5 * last[0]["eval_loss/sure"]
+    assert last[2]["eval_pairs/sure"] == last[0]["eval_pairs/sure"]
+
+
+def test_soft_labels_are_refused_before_a_model_is_loaded(make_config, write_pairs):
+    file = write_pairs("soft.jsonl", 8, 1, {"sure": "yes", "kind": "calm"})
+    soft_rows(file, 0.9, 1.0)
+    config = make_config(data=[{"path": str(file)}], losses={"sure": "hinge"})
+    with pytest.raises(ValueError, match="labels of 'sure' must be hard .* its loss 'hinge'"):
+        Trainer(config)
+
+
 def test_a_run_is_the_same_however_its_losses_are_written(make_config, tmp_path):
     simpo = {"name": "simpo", "beta": 2.0, "gamma": 0.3}
     one = make_config(loss="simpo", loss_options={"beta": 2.0, "simpo_gamma": 0.3})
