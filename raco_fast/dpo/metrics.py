@@ -41,10 +41,13 @@ class PreferenceMetrics:
         self._sums: dict[str, Tensor] = {}
         self._pairs: dict[str, int] = {}
 
-    def add(self, scores: PairScores, labels: Mapping[str, Tensor]) -> None:
-        """Count the labelled pairs of one batch."""
+    def add(
+        self, scores: PairScores | Mapping[str, PairScores], labels: Mapping[str, Tensor]
+    ) -> None:
+        """Count the labelled pairs of one batch; arguments as in `preference_losses`."""
         for name, label in labels.items():
-            chosen, pairs = scores.labelled(label)
+            of_objective = scores if isinstance(scores, PairScores) else scores[name]
+            chosen, pairs = of_objective.labelled(label)
             if chosen.numel():
                 rows = self._statistics(pairs, self._losses[name].reward_scale)
                 self._sums[name] = self._sums.get(name, 0) + rows.double().sum(dim=1)

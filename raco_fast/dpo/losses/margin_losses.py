@@ -69,6 +69,22 @@ class SigmoidNorm(PreferenceLoss):
 
 
 @dataclass(frozen=True)
+class LengthDesensitized(Sigmoid):
+    """`Sigmoid` of scores that count only alpha of the tokens past the other response's end.
+
+    LD-DPO (arXiv:2409.06411): l = sum over t <= min(n_w, n_l) of log p_t + alpha (sum over the
+    rest), likewise under the reference. 1 is DPO, 0 looks at the shorter length alone.
+    """
+
+    alpha: float = option(0.5, "be in [0, 1]", lambda v: 0 <= v <= 1, "1 is plain DPO")
+
+    @property
+    def tail_weight(self) -> float:
+        """alpha."""
+        return float(self.alpha)
+
+
+@dataclass(frozen=True)
 class Robust(PreferenceLoss):
     """(-(1 - e) log s(x) + e log s(-x)) / (1 - 2e), x = beta (r_w - r_l).
 

@@ -26,7 +26,7 @@ from raco_fast.dpo.losses.registry import check_soft
 
 
 def preference_losses(
-    scores: PairScores,
+    scores: PairScores | Mapping[str, PairScores],
     labels: Mapping[str, Tensor],
     *,
     loss: PreferenceLoss | Mapping[str, PreferenceLoss] | None = None,
@@ -37,7 +37,8 @@ def preference_losses(
     """One scalar loss per objective over the pairs labelled for it.
 
     Args:
-        scores: of the B pairs of this (micro-)batch.
+        scores: of the B pairs of this (micro-)batch; objective name -> scores where their losses
+            are of different ones.
         labels: objective name -> [B] tensor: +1 response a is preferred, -1 response b,
             0 not labelled for this objective. Best on the CPU, see `PairScores.labelled`.
         loss: of all objectives, or objective name -> loss; DPO's by default.
@@ -51,12 +52,13 @@ def preference_losses(
         Objective name -> float32 scalar. An objective without a labelled pair in this batch has
         the constant 0 without a graph (`requires_grad` is False): nothing to backpropagate.
     Raises:
-        ValueError: labels of another length than the scores; `counts` or `loss` without one of the
-            objectives; soft labels for a loss that has no form for them.
+        ValueError: labels of another length than the scores; `scores`, `loss` or `counts` without
+            one of the objectives; soft labels for a loss that has no form for them.
     """
     loss = loss or Sigmoid()
     by_objective = dict.fromkeys(labels, loss) if isinstance(loss, PreferenceLoss) else loss
-    for argument, given in (("loss", by_objective), ("counts", counts)):
+    by_name = dict.fromkeys(labels, scores) if isinstance(scores, PairScores) else scores
+    for argument, given in (("scores", by_name), ("loss", by_objective), ("counts", counts)):
         missing = [] if given is None else [name for name in labels if name not in given]
         if missing:
             raise ValueError(
@@ -64,6 +66,7 @@ def preference_losses(
             )
     result = {}
     for name, label in labels.items():
+        scores = by_name[name]
         if label.shape != scores.logps_a.shape:
             raise ValueError(
                 f"labels[{name!r}] must have one entry a pair, shape {tuple(scores.logps_a.shape)},"

@@ -34,6 +34,8 @@ class PreferenceLoss(ABC):
     Attributes:
         soft: a label that is right with probability q gives q loss(w, l) + (1 - q) loss(l, w), and
             the margin at which that is smallest grows with q. False: soft labels are refused.
+        tail_weight: what its scores count of the tokens that one response has past the end of the
+            other: their log-probabilities, and the reference's, are multiplied by it.
     """
 
     soft: ClassVar[bool] = False
@@ -51,6 +53,11 @@ class PreferenceLoss(ABC):
     @abstractmethod
     def __call__(self, pairs: RankedScores) -> Tensor:
         """Loss of each of n pairs, [n]."""
+
+    @property
+    def tail_weight(self) -> float:
+        """1: scores are plain sums over the response, which all such losses share."""
+        return 1.0
 
     @property
     def reward_scale(self) -> float:

@@ -13,6 +13,7 @@ from raco_fast.dpo.losses.margin_losses import (
     Exo,
     Hinge,
     Ipo,
+    LengthDesensitized,
     Robust,
     Sigmoid,
     SigmoidNorm,
@@ -24,6 +25,7 @@ from raco_fast.dpo.losses.reward_losses import ApoDown, ApoZero, Bco, Nca, Sppo
 LOSSES: dict[str, type[PreferenceLoss]] = {
     "sigmoid": Sigmoid,
     "sigmoid-norm": SigmoidNorm,
+    "ld": LengthDesensitized,
     "robust": Robust,
     "exo": Exo,
     "hinge": Hinge,

@@ -33,7 +33,7 @@ from raco_fast.dpo.run.interrupt import Interrupt
 from raco_fast.dpo.run.metrics_file import MetricsFile, read_records
 from raco_fast.dpo.run.model_card import TrainingSummary, save_trained_model
 from raco_fast.dpo.run.reference_cache import data_hash, reference_logps
-from raco_fast.dpo.scoring import ReferenceLogps, pair_logps, score_pairs
+from raco_fast.dpo.scoring import ReferenceLogps, pair_logps, score_pairs, tail_weights
 from raco_fast.engine.prepare import prepare
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 
@@ -93,7 +93,7 @@ class Trainer:
             strict = config.gradient_mode != "auto"
             prepare(self.model, strict=strict, check_every=config.check_every)
         self.pairs = train_pairs
-        self.reference = self._reference(train_pairs, model_hash)
+        self.references = self._references(train_pairs, model_hash)
         self.held_out = self._held_out(eval_pairs, model_hash) if eval_pairs else None
         self.batches = BatchSchedule(len(train_pairs), config.pairs_per_step, config.seed)
         self.total_steps = _total_steps(config, self.batches)
@@ -167,8 +167,8 @@ class Trainer:
         tokens = 0
         for group in micro_batches(pairs, config.pairs_per_micro_batch):
             batch = collate(group, self._pad_id)
-            logps = pair_logps(self.model, batch, config.chunk_tokens)
-            scores = score_pairs(logps, batch, self.reference)
+            logps = pair_logps(self.model, batch, config.chunk_tokens, self.references)
+            scores = score_pairs(logps, batch, self.references, self.losses)
             losses = preference_losses(
                 scores,
                 batch.labels,
@@ -220,7 +220,7 @@ class Trainer:
         config = self.config
         return HeldOut(
             pairs,
-            self._reference(pairs, model_hash),
+            self._references(pairs, model_hash),
             self.losses,
             pad_id=self._pad_id,
             batch_pairs=2 * config.pairs_per_micro_batch,
@@ -260,17 +260,22 @@ class Trainer:
             evaluations=[r for r in records if any(name.startswith("eval_") for name in r)],
         )
 
-    def _reference(self, pairs: list[EncodedPair], model_hash: str) -> ReferenceLogps:
+    def _references(self, pairs: list[EncodedPair], model_hash: str) -> dict[float, ReferenceLogps]:
+        """Tail weight -> reference log-probabilities, of every one that a loss has."""
         config = self.config
-        return reference_logps(
-            self.model,
-            pairs,
-            model_hash=model_hash,
-            pad_id=self._pad_id,
-            cache_dir=Path(config.cache_dir),
-            batch_pairs=2 * config.pairs_per_micro_batch,
-            chunk_tokens=config.chunk_tokens,
-        )
+        return {
+            tail: reference_logps(
+                self.model,
+                pairs,
+                model_hash=model_hash,
+                pad_id=self._pad_id,
+                cache_dir=Path(config.cache_dir),
+                batch_pairs=2 * config.pairs_per_micro_batch,
+                chunk_tokens=config.chunk_tokens,
+                tail=tail,
+            )
+            for tail in tail_weights(self.losses)
+        }
 
     @property
     def _pad_id(self) -> int:

@@ -18,6 +18,7 @@ from raco_fast.dpo.losses.registry import LOSSES, make_loss
 OPTIONS = {
     "sigmoid": {"beta": 0.3, "label_smoothing": 0.15},
     "sigmoid-norm": {"beta": 1.7},
+    "ld": {"beta": 0.3, "label_smoothing": 0.1, "alpha": 0.4},  # of scores as they are given
     "robust": {"beta": 0.3, "label_smoothing": 0.2},
     "exo": {"beta": 0.3, "label_smoothing": 0.01},
     "hinge": {"beta": 0.3},
@@ -63,6 +64,7 @@ def formula(name, o, pi_w, pi_l, ref_w, ref_l, n_w, n_l):
     return {
         "sigmoid": lambda: (1 - e) * nls(x) + e * nls(-x),
         "sigmoid-norm": lambda: nls(b * mean),
+        "ld": lambda: (1 - e) * nls(x) + e * nls(-x),
         "robust": lambda: ((1 - e) * nls(x) - e * nls(-x)) / (1 - 2 * e),
         "exo": lambda: s(x) * (mp.log(s(x)) - mp.log(1 - e)) + s(-x) * (mp.log(s(-x)) - mp.log(e)),
         "hinge": lambda: max(mpf(0), 1 - x),

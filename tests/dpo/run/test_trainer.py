@@ -144,6 +144,7 @@ def test_objectives_may_have_pairs_of_their_own(runs, make_config, write_pairs):
         ("hinge", {"beta": 0.2}, 1.0),
         ("ipo", {"beta": 0.2}, 6.25),
         ("simpo", {"beta": 2.0, "simpo_gamma": 0.3}, None),
+        ("ld", {"beta": 0.2, "alpha": 0.4}, math.log(2)),
     ],
 )
 def test_every_loss_trains(runs, make_config, loss, options, untrained):
@@ -210,8 +211,30 @@ def test_soft_labels_are_refused_before_a_model_is_loaded(make_config, write_pai
     file = write_pairs("soft.jsonl", 8, 1, {"sure": "yes", "kind": "calm"})
     soft_rows(file, 0.9, 1.0)
     config = make_config(data=[{"path": str(file)}], losses={"sure": "hinge"})
-    with pytest.raises(ValueError, match="labels of 'sure' must be hard .* its loss 'hinge'"):
+    with pytest.raises(ValueError, match=r"labels of 'sure' must be hard .* its loss 'hinge'"):
         Trainer(config)
+
+
+@pytest.mark.parametrize("mode", ["one_backward", "gram_first"])
+def test_losses_of_different_scores_give_autograds_steps(
+    runs, make_config, save_tiny, tmp_path, mode
+):
+    model, losses = {"name": str(save_tiny())}, {"kind": {"name": "ld", "alpha": 0.3}}
+    both = [
+        make_config(
+            model,
+            losses=losses,
+            gradient_mode=each,
+            pairs_per_micro_batch=8,
+            check_every=1,
+            eps=1e-3,
+            output_dir=str(tmp_path / each),
+        )
+        for each in (mode, "autograd")
+    ]
+    for config in both:
+        train(config)
+    assert_close_runs(runs, *both, rtol=2e-5)
 
 
 def test_a_run_is_the_same_however_its_losses_are_written(make_config, tmp_path):
@@ -266,8 +289,8 @@ def test_reference_logps_are_computed_once_for_a_model_a_data_set_and_a_template
 
 
 def test_the_evaluation_at_step_0_is_that_of_the_untrained_policy(make_config):
-    for model in (None, LORA):
-        runner = Trainer(make_config(model))
+    for model, losses in ((None, {}), (LORA, {}), (None, {"kind": {"name": "ld", "alpha": 0.3}})):
+        runner = Trainer(make_config(model, losses=losses))
         assert runner.held_out.evaluate(runner.model) == runner.held_out.evaluate_reference()
 
 
@@ -352,7 +375,7 @@ def test_the_saved_model_is_the_trained_one(make_config, tiny, lora):
     batch = collate(runner.pairs[:8], 0)
     with torch.no_grad():
         ours, theirs = (pair_logps(model.eval(), batch, 64) for model in (runner.model, loaded))
-        original = torch.cat(runner.reference.of(batch.ids, torch.device("cpu")))
+        original = torch.cat(runner.references[1.0].of(batch.ids, torch.device("cpu")))
     torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-5)
     assert (ours - original).abs().max() > 0.1
     assert len(AutoTokenizer.from_pretrained(saved)) == len(runner.tokenizer)
