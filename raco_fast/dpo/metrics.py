@@ -44,10 +44,13 @@ class PreferenceMetrics:
     def add(
         self, scores: PairScores | Mapping[str, PairScores], labels: Mapping[str, Tensor]
     ) -> None:
-        """Count the labelled pairs of one batch; arguments as in `preference_losses`."""
+        """Count the labelled pairs of one batch; arguments as in `preference_losses`.
+
+        A soft label counts for its likelier response; 0.5, which has none, is left out.
+        """
         for name, label in labels.items():
             of_objective = scores if isinstance(scores, PairScores) else scores[name]
-            chosen, pairs = of_objective.labelled(label)
+            chosen, pairs = of_objective.labelled(label * (label.abs() != 0.5))
             if chosen.numel():
                 rows = self._statistics(pairs, self._losses[name].reward_scale)
                 self._sums[name] = self._sums.get(name, 0) + rows.double().sum(dim=1)

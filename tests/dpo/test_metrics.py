@@ -63,6 +63,15 @@ def test_preference_metrics_against_numbers_worked_out_by_hand():
     assert result == pytest.approx(expected)
 
 
+def test_a_soft_label_counts_for_its_likelier_response_and_one_half_for_none():
+    results = []
+    for label in ([0.8, -0.6, 0.5, 0], [1, -1, 0, 0]):
+        metrics = PreferenceMetrics(LOSSES)
+        metrics.add(scores_of(ROWS), {"x": torch.tensor(label)})
+        results.append(metrics.result())
+    assert results[0] == results[1]
+
+
 def test_nothing_labelled_gives_no_metrics():
     metrics = PreferenceMetrics(LOSSES)
     metrics.add(scores_of(ROWS), {"x": torch.zeros(4)})

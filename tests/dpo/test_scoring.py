@@ -18,11 +18,10 @@ def batch():
         return torch.randint(3, 32, (n,), generator=generator).tolist()
 
     lengths = [(3, 2, 6), (5, 4, 1), (1, 3, 3), (4, 1, 5)]
-    labels = [{"x": 1, "y": -1}, {"x": -1, "y": -1}, {"x": 1, "y": 0}, {"x": -1, "y": 1}]
-    soft = [{"y": 0.75}, {}, {}, {}]
+    labels = [{"x": 1, "y": -0.75}, {"x": -1, "y": -1}, {"x": 1, "y": 0}, {"x": -1, "y": 1}]
     return collate(
         [
-            EncodedPair(f"p{k}", ids(p), ids(a), ids(b), labels[k], soft[k], {"x": 0.5 + k})
+            EncodedPair(f"p{k}", ids(p), ids(a), ids(b), labels[k], {"x": 0.5 + k})
             for k, (p, a, b) in enumerate(lengths)
         ],
         0,
@@ -71,7 +70,6 @@ def test_one_backward_pass_is_exact_for_every_loss_beside_another(make_model, ba
             score_pairs(logps, batch, references, losses),
             batch.labels,
             loss=losses,
-            confidences=batch.confidences,
             pair_weights=batch.pair_weights,
         )
         return found, logps

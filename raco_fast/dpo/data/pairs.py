@@ -23,8 +23,8 @@ class PreferencePair:
         prompt: turns {"role": "system" | "user" | "assistant", "content": str}, ending with user.
         response_a: one answer, as text.
         response_b: the other.
-        preferences: +1 a preferred, -1 b preferred, 0 tie or not labelled, for every objective.
-        confidences: P(the label is right), in [0.5, 1), of the objectives with a soft label.
+        preferences: +1 a preferred, -1 b preferred, 0 tie or not labelled, for every objective;
+            of a soft label the sign times the probability that it is right, at least 0.5.
         pair_weights: what the pair's loss is multiplied by, where that is not 1.
     """
 
@@ -32,8 +32,7 @@ class PreferencePair:
     prompt: list[dict[str, str]]
     response_a: str
     response_b: str
-    preferences: dict[str, int]
-    confidences: dict[str, float] = field(default_factory=dict)
+    preferences: dict[str, float]
     pair_weights: dict[str, float] = field(default_factory=dict)
 
 
@@ -114,11 +113,11 @@ def check_content(
         )
 
 
-def soft_label(row: Row, column: str) -> tuple[int, float] | None:
-    """(label, confidence) from `preference_probabilities`, None where it has no such column.
+def soft_label(row: Row, column: str) -> float | None:
+    """Label from `preference_probabilities`, None where it has no such column.
 
-    A probability q that a is preferred is +1 with confidence q, or -1 with 1 - q where that is
-    more; at 0.5, +1 stands for either.
+    A probability q that a is preferred is +q, or -(1 - q) where that is larger. So 0 remains free
+    to say "not labelled", and +0.5 says that neither is better.
 
     Raises:
         ValueError: not an object, or not a number in [0, 1].
@@ -143,7 +142,8 @@ def soft_label(row: Row, column: str) -> tuple[int, float] | None:
             show(q),
             "it is the probability that response a is preferred",
         )
-    return (1, float(q)) if q >= 0.5 else (-1, 1.0 - q)
+    label = q if q >= 0.5 else q - 1
+    return int(label) if label in (-1, 1) else label
 
 
 def pair_weights(row: Row, columns: Mapping[str, str]) -> dict[str, float]:

@@ -235,15 +235,14 @@ def _pair(
     check_content(row, prompt, response_a, response_b)
     labels = _labels(row, form, source, names, concise)
     if concise is not None and (concise.overwrite or concise.objective not in labels):
-        labels[concise.objective] = concise.label(response_a, response_b), 1.0
-    columns = {n: source.columns.get(n, n).removeprefix("-") for n in labels if labels[n][0]}
+        labels[concise.objective] = concise.label(response_a, response_b)
+    columns = {n: source.columns.get(n, n).removeprefix("-") for n in labels if labels[n]}
     return PreferencePair(
         _pair_id(row, prefix),
         prompt,
         response_a,
         response_b,
-        {n: labels[n][0] if n in labels else 0 for n in names},
-        {n: confidence for n, (_, confidence) in labels.items() if confidence < 1.0},
+        {n: labels.get(n, 0) for n in names},
         pair_weights(row, columns),
     )
 
@@ -254,8 +253,8 @@ def _labels(
     source: DataSource,
     names: tuple[str, ...],
     concise: ConciseRule | None,
-) -> dict[str, tuple[int, float]]:
-    """(label, confidence) by objective; one that the source is not said to label is left out."""
+) -> dict[str, float]:
+    """The labels this row carries; an objective the source is not said to label is left out."""
     derived = None if concise is None else concise.objective
     wanted = source.declared or names
     if form.label is None:
@@ -276,22 +275,22 @@ def _labels(
             raise row.error(
                 "preference_probabilities", f"hold {own[0]!r}", "another", "correct the name"
             )
-        return {own[0]: soft or (1, 1.0)}
-    labels = {}
+        return {own[0]: soft or 1}
+    labels: dict[str, float] = {}
     for name in wanted:
         column = source.columns.get(name, name)
-        hard = form.label(row, column.removeprefix("-"))
-        label = soft_label(row, column.removeprefix("-"))
-        if hard is not None and label is not None:
+        field = column.removeprefix("-")
+        hard, soft = form.label(row, field), soft_label(row, field)
+        if hard is not None and soft is not None:
             raise row.error(
-                f"preference_probabilities.{column.removeprefix('-')}",
+                f"preference_probabilities.{field}",
                 "stand for an objective without a hard label",
                 f"the label {hard} beside it",
                 "remove one of the two",
             )
-        label = (hard, 1.0) if hard is not None else label
+        label = soft if hard is None else hard
         if label is not None:
-            labels[name] = (-label[0], label[1]) if column.startswith("-") else label
+            labels[name] = -label if column.startswith("-") else label
         elif name != derived:
             raise ValueError(
                 f"{row.where}: a row must label every objective of its source, got no field for "

@@ -51,16 +51,15 @@ class EncodedPair:
         prompt_ids: ends right where the response begins; shared by both responses.
         a_ids: response a; ends with its one stop token unless it was truncated.
         b_ids: response b, likewise.
-        labels: +1, -1 or 0 for each objective.
-        confidences, pair_weights: as in `PreferencePair`.
+        labels: as `PreferencePair.preferences`.
+        pair_weights: as there.
     """
 
     id: str
     prompt_ids: list[int]
     a_ids: list[int]
     b_ids: list[int]
-    labels: dict[str, int]
-    confidences: dict[str, float] = field(default_factory=dict)
+    labels: dict[str, float]
     pair_weights: dict[str, float] = field(default_factory=dict)
 
 
@@ -95,12 +94,10 @@ class PairBatch:
         input_ids: [2B, T] int64.
         attention_mask: [2B, T] int64, 0 on padding.
         completion_mask: [2B, T] bool, True on the tokens of the response, stop token included.
-        labels: objective -> [B] float32 in {-1, 0, 1}.
+        labels: objective -> [B] float32: 0, or the sign times the probability that it is right.
         ids: the B pair ids.
         tokens_a: [B] float32, tokens of response a.
         tokens_b: [B] float32, tokens of response b.
-        confidences: objective -> [B] float32 in [0.5, 1], P(the label is right); of objectives
-            with a soft label in this batch.
         pair_weights: objective -> [B] float32; of objectives with a weight other than 1.
     """
 
@@ -111,33 +108,19 @@ class PairBatch:
     ids: list[str]
     tokens_a: Tensor
     tokens_b: Tensor
-    confidences: dict[str, Tensor] = field(default_factory=dict)
     pair_weights: dict[str, Tensor] = field(default_factory=dict)
-
-    def decided(self) -> dict[str, Tensor]:
-        """The labels, 0 where a confidence of 0.5 leaves open which response is preferred."""
-        open_ = {name: confidence == 0.5 for name, confidence in self.confidences.items()}
-        return {
-            name: label.masked_fill(open_[name], 0) if name in open_ else label
-            for name, label in self.labels.items()
-        }
 
     def to(self, device: torch.device | str) -> PairBatch:
         """The same batch on another device."""
-
-        def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: tensor.to(device) for name, tensor in tensors.items()}
-
         return PairBatch(
             self.input_ids.to(device),
             self.attention_mask.to(device),
             self.completion_mask.to(device),
-            moved(self.labels),
+            {name: label.to(device) for name, label in self.labels.items()},
             self.ids,
             self.tokens_a.to(device),
             self.tokens_b.to(device),
-            moved(self.confidences),
-            moved(self.pair_weights),
+            {name: weight.to(device) for name, weight in self.pair_weights.items()},
         )
 
 
@@ -179,7 +162,6 @@ def encode_pairs(
             writer.ended(a),
             writer.ended(b),
             dict(pair.preferences),
-            dict(pair.confidences),
             dict(pair.pair_weights),
         )
         fitted = _fit(whole, options, writer.bos_id)
@@ -229,18 +211,12 @@ def collate(pairs: Sequence[EncodedPair], pad_id: int, *, pad_to_multiple_of: in
         [p.id for p in pairs],
         tokens[: len(pairs)],
         tokens[len(pairs) :],
-        _or_ones([p.confidences for p in pairs], names),
-        _or_ones([p.pair_weights for p in pairs], names),
+        {
+            n: torch.tensor([p.pair_weights.get(n, 1.0) for p in pairs])
+            for n in names
+            if any(n in p.pair_weights for p in pairs)
+        },
     )
-
-
-def _or_ones(values: Sequence[dict[str, float]], names: Sequence[str]) -> dict[str, Tensor]:
-    """Name -> float32 [B], 1 where a pair has none; names that no pair has are left out."""
-    return {
-        name: torch.tensor([of_pair.get(name, 1.0) for of_pair in values], dtype=torch.float32)
-        for name in names
-        if any(name in of_pair for of_pair in values)
-    }
 
 
 def _fit(pair: EncodedPair, options: TokenOptions, bos_id: int | None) -> EncodedPair | None:

@@ -55,7 +55,7 @@ def register_loss(name: str) -> Callable[[LossClass], LossClass]:
 
     Raises:
         ValueError: the name is taken.
-        TypeError: not a `PreferenceLoss` class.
+        TypeError: not a `PreferenceLoss`, or not yet a dataclass: its options would not be any.
     """
     if name in LOSSES:
         raise ValueError(
@@ -63,10 +63,11 @@ def register_loss(name: str) -> Callable[[LossClass], LossClass]:
         )
 
     def register(loss: LossClass) -> LossClass:
-        if not (isinstance(loss, type) and issubclass(loss, PreferenceLoss)):
+        is_loss = isinstance(loss, type) and issubclass(loss, PreferenceLoss)
+        if not (is_loss and "__dataclass_fields__" in vars(loss)):
             raise TypeError(
-                f"`register_loss({name!r})` must decorate a class derived from PreferenceLoss, got "
-                f"{loss!r}; see docs/losses.md"
+                f"`register_loss({name!r})` must decorate a dataclass derived from PreferenceLoss, "
+                f"got {loss!r}; write @dataclass(frozen=True) below it"
             )
         LOSSES[name] = loss
         return loss
@@ -89,8 +90,8 @@ def check_soft(objective: str, loss: PreferenceLoss) -> None:
     """Raise ValueError unless the loss has a form for soft labels, which the objective has."""
     if not loss.soft:
         raise ValueError(
-            f"labels of {objective!r} must be hard (0 or 1) for its loss {loss_name(loss)!r}, got "
-            f"probabilities between; use a loss for soft labels: "
+            f"labels of {objective!r} must be hard for its loss {loss_name(loss)!r}, got "
+            f"probabilities between 0 and 1; round them, or use a loss for soft labels: "
             f"{sorted(name for name, known in LOSSES.items() if known.soft)}"
         )
 

@@ -31,7 +31,7 @@ def load_pairs(
     training = _encoded(config, tokenizer, config.data, "data")
     held_out = _encoded(config, tokenizer, config.eval_data, "eval_data")
     for name, loss in config.objective_losses.items():
-        if any(name in pair.confidences for pair in (*training, *held_out)):
+        if any(abs(pair.labels[name]) not in (0, 1) for pair in (*training, *held_out)):
             check_soft(name, loss)
     for name in config.objectives:
         if not any(pair.labels[name] for pair in training):

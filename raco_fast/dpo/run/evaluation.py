@@ -77,11 +77,10 @@ class HeldOut:
                 batch.labels,
                 loss=self.losses,
                 counts=counts,
-                confidences=batch.confidences,
                 pair_weights=batch.pair_weights,
             )
             losses = {name: parts[name] + losses[name] for name in losses}
-            metrics.add(scores, batch.decided())
+            metrics.add(scores, batch.labels)
         result = metrics.result()
         result |= {f"loss/{name}": float(losses[name]) for name in losses if counts[name]}
         return {f"eval_{name}": value for name, value in result.items()}

@@ -33,8 +33,7 @@ def data_hash(pairs: Sequence[EncodedPair], *, with_labels: bool = True) -> str:
         content: tuple[object, ...] = (pair.id, pair.prompt_ids, pair.a_ids, pair.b_ids)
         if with_labels:
             content += (sorted(pair.labels.items()),)
-            extras = (pair.confidences, pair.pair_weights)
-            content += tuple(sorted(extra.items()) for extra in extras if any(extras))
+            content += (sorted(pair.pair_weights.items()),) if pair.pair_weights else ()
         digest.update(repr(content).encode())
     return digest.hexdigest()
 

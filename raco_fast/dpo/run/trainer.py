@@ -94,6 +94,11 @@ class Trainer:
             prepare(self.model, strict=strict, check_every=config.check_every)
         self.pairs = train_pairs
         self.references = self._references(train_pairs, model_hash)
+        if len(self.references) > 1:
+            logger.info(
+                "the losses weigh tokens in %d ways, so every sequence is run as often in a step",
+                len(self.references),
+            )
         self.held_out = self._held_out(eval_pairs, model_hash) if eval_pairs else None
         self.batches = BatchSchedule(len(train_pairs), config.pairs_per_step, config.seed)
         self.total_steps = _total_steps(config, self.batches)
@@ -174,11 +179,10 @@ class Trainer:
                 batch.labels,
                 loss=self.losses,
                 counts=counts,
-                confidences=batch.confidences,
                 pair_weights=batch.pair_weights,
             )
             self._backward(losses, logps)
-            preference.add(scores, batch.decided())
+            preference.add(scores, batch.labels)
             totals = {name: totals[name] + losses[name].detach() for name in totals}
             tokens += int(batch.attention_mask.sum())
         return preference, totals, tokens

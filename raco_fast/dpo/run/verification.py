@@ -51,7 +51,6 @@ def verify_run(config: TrainConfig) -> Verification:
             score_pairs(logps, batch, references, losses),
             batch.labels,
             loss=losses,
-            confidences=batch.confidences,
             pair_weights=batch.pair_weights,
         )
         return found, logps

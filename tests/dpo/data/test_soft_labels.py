@@ -21,19 +21,21 @@ def write(tmp_path):
     return write
 
 
-def test_a_probability_is_a_label_with_a_confidence(write):
+def test_a_probability_is_the_likelier_label_times_how_likely_it_is(write):
     values = (0.75, 0.25, 0.5, 1, 0.0)
     rows = [{"preferences": {"y": -1}, "preference_probabilities": {"x": q}} for q in values]
     pairs = read_pairs(write(*rows), ["x", "y"])
-    assert [pair.preferences for pair in pairs] == [{"x": s, "y": -1} for s in (1, -1, 1, 1, -1)]
-    assert [pair.confidences for pair in pairs] == [{"x": 0.75}, {"x": 0.75}, {"x": 0.5}, {}, {}]
+    labels = [pair.preferences["x"] for pair in pairs]
+    assert labels == [0.75, -0.75, 0.5, 1, -1]
+    assert [type(label) for label in labels] == [float, float, float, int, int]
+    assert all(pair.preferences["y"] == -1 for pair in pairs)
 
 
 def test_a_column_with_a_minus_turns_a_probability(write):
     row = {"preferences": {}, "preference_probabilities": {"long": 0.75}, "pair_weights": 2}
     source = DataSource(write(row), columns={"x": "-long"})
     (pair,) = read_sources([source], ["x"])
-    assert (pair.preferences, pair.confidences) == ({"x": -1}, {"x": 0.75})
+    assert pair.preferences == {"x": -0.75}
     assert pair.pair_weights == {"x": 2.0}
 
 
@@ -47,7 +49,7 @@ def test_a_chosen_response_may_be_chosen_with_a_probability(tmp_path):
     }
     file.write_text(json.dumps(row))
     (pair,) = read_pairs(file, ["x"])
-    assert (pair.preferences, pair.confidences) == ({"x": 1}, {"x": 0.9})
+    assert pair.preferences == {"x": 0.9}
     with pytest.raises(ValueError, match="`preference_probabilities` must hold 'y', got another"):
         read_pairs(file, ["y"])
 
@@ -102,17 +104,13 @@ def test_a_row_of_one_response_has_no_probability_and_no_weight(tmp_path):
         read_pairs(file, ["helpfulness"])
 
 
-def test_a_batch_holds_them_where_some_pair_has_one():
+def test_a_batch_holds_weights_where_some_pair_has_one():
     pairs = [
-        EncodedPair("p", [1], [2], [3], {"x": 1, "y": 1}, {"x": 0.5}, {"y": 4.0}),
-        EncodedPair("q", [1], [2], [3], {"x": -1, "y": 0}, {"x": 0.75}),
-        EncodedPair("r", [1], [2], [3], {"x": -1, "y": -1}),
+        EncodedPair("p", [1], [2], [3], {"x": 0.5, "y": 1}, {"y": 4.0}),
+        EncodedPair("q", [1], [2], [3], {"x": -0.75, "y": 0}),
     ]
     batch = collate(pairs, 0)
-    assert {n: c.tolist() for n, c in batch.confidences.items()} == {"x": [0.5, 0.75, 1.0]}
-    assert {n: w.tolist() for n, w in batch.pair_weights.items()} == {"y": [4.0, 1.0, 1.0]}
-    decided = batch.decided()
-    assert decided["x"].tolist() == [0.0, -1.0, -1.0]
-    assert decided["y"] is batch.labels["y"]
+    assert batch.labels["x"].tolist() == [0.5, -0.75]
+    assert {n: w.tolist() for n, w in batch.pair_weights.items()} == {"y": [4.0, 1.0]}
     assert batch.to("meta").pair_weights["y"].device == torch.device("meta")
-    assert not collate(pairs[2:], 0).confidences
+    assert not collate(pairs[1:], 0).pair_weights

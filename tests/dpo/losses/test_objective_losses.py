@@ -87,6 +87,8 @@ def test_errors_name_what_is_wrong():
     scores = make_scores(3)
     with pytest.raises(ValueError, match=r"labels\['x'\] must have one entry a pair, shape \(3,\)"):
         preference_losses(scores, {"x": torch.ones(4)})
+    with pytest.raises(ValueError, match=r"pair_weights\['x'\] must have one entry a pair"):
+        preference_losses(scores, {"x": torch.ones(3)}, pair_weights={"x": torch.ones(4)})
     two = {"x": torch.ones(3), "y": torch.ones(3)}
     with pytest.raises(ValueError, match=r"`counts` must hold every objective .* for \['y'\]"):
         preference_losses(scores, two, counts={"x": 3})
@@ -101,8 +103,8 @@ HARD_ONLY = [name for name, loss in LOSSES.items() if not loss.soft]
 @pytest.mark.parametrize("name", SOFT)
 def test_a_soft_label_is_the_mean_over_what_it_may_be(name):
     scores, loss = make_scores(4, dtype=torch.float64), make_loss(name)
-    label, confidence = torch.tensor([1, -1, 0, 1]), torch.tensor([0.75, 0.5, 1.0, 1.0])
-    ours = preference_losses(scores, {"x": label}, loss=loss, confidences={"x": confidence})["x"]
+    label = torch.tensor([0.75, -0.5, 0, 1])
+    ours = preference_losses(scores, {"x": label}, loss=loss)["x"]
     expected = 0.0
     for k, a_preferred in ((0, 0.75), (1, 0.5), (3, 1.0)):
         for sign, share in ((1, a_preferred), (-1, 1 - a_preferred)):
@@ -127,22 +129,23 @@ def test_the_best_margin_grows_with_the_probability(name):
 
 def test_cdpo_is_dpo_with_soft_labels():
     scores, label = make_scores(6), torch.ones(6)
-    soft = preference_losses(
-        scores, {"x": label}, loss=Sigmoid(0.3), confidences={"x": torch.full((6,), 0.85)}
-    )
+    soft = preference_losses(scores, {"x": 0.85 * label}, loss=Sigmoid(0.3))
     smoothed = preference_losses(scores, {"x": label}, loss=Sigmoid(0.3, label_smoothing=0.15))
     assert soft["x"].item() == pytest.approx(smoothed["x"].item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", HARD_ONLY)
 def test_soft_labels_are_refused_where_they_mean_nothing(name):
-    scores, label, loss = make_scores(3), torch.tensor([1, 0, -1]), make_loss(name)
-    certain = {"x": torch.tensor([1.0, 0.7, 1.0])}  # of the labelled ones
-    assert preference_losses(scores, {"x": label}, loss=loss, confidences=certain)["x"].isfinite()
-    doubtful = {"x": torch.tensor([1.0, 1.0, 0.7])}
+    scores, label = make_scores(3), torch.tensor([1.0, 0.0, -0.7])
     message = rf"labels of 'x' must be hard .* loss '{name}', .* use a loss .*: \['alpha', .*'sppo'"
     with pytest.raises(ValueError, match=message):
-        preference_losses(scores, {"x": label}, loss=loss, confidences=doubtful)
+        preference_losses(scores, {"x": label}, loss=make_loss(name))
+
+
+@pytest.mark.parametrize("value", [2.0, 0.3, torch.nan])
+def test_a_label_that_is_no_probability_is_refused(value):
+    with pytest.raises(ValueError, match=r"labels\['x'\] must be 0, or \+-q with q in \[0.5, 1\]"):
+        preference_losses(make_scores(2), {"x": torch.tensor([1.0, value])})
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -67,8 +67,14 @@ def test_a_name_is_taken_once_and_by_a_loss(monkeypatch):
     monkeypatch.setattr(registry, "LOSSES", dict(LOSSES))
     with pytest.raises(ValueError, match="`name` must be new, got 'ipo', which is Ipo"):
         register_loss("ipo")
-    with pytest.raises(TypeError, match="must decorate a class derived from PreferenceLoss, got 3"):
-        register_loss("three")(3)
+
+    class NoDataclass(PreferenceLoss):
+        width: float = 2.0
+
+    for wrong in (3, dict, NoDataclass):
+        with pytest.raises(TypeError, match=r"must decorate a dataclass derived from Pref.*, got"):
+            register_loss("wrong")(wrong)
+    assert set(registry.LOSSES) == set(LOSSES)
 
 
 def test_a_loss_that_is_not_registered_goes_by_its_class():

@@ -81,7 +81,7 @@ def test_data_hash_knows_labels_unless_told_otherwise():
     assert data_hash(pairs) == data_hash(make_pairs(3)) != data_hash(relabelled)
     weighted, soft = (
         [replace(pairs[0], **{field: {"x": 0.75}}), *pairs[1:]]
-        for field in ("pair_weights", "confidences")
+        for field in ("pair_weights", "labels")
     )
     assert len({data_hash(pairs), data_hash(weighted), data_hash(soft)}) == 3
     assert data_hash(pairs, with_labels=False) == data_hash(soft, with_labels=False)
