@@ -46,13 +46,13 @@ def pair_logps(
     Returns:
         float32 [k * 2B]: for each tail weight, responses a, then b.
     """
-    moved = batch.to(next(model.parameters()).device)
+    device = next(model.parameters()).device
     masks = [_token_weights(batch, tail) for tail in tails]
     copies = (len(masks), 1)
     return sequence_logps(
         model,
-        moved.input_ids.repeat(copies),
-        moved.attention_mask.repeat(copies),
+        batch.input_ids.to(device).repeat(copies),
+        batch.attention_mask.to(device).repeat(copies),
         masks[0] if len(masks) == 1 else torch.cat([mask.float() for mask in masks]),
         chunk_tokens,
     )

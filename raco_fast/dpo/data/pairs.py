@@ -9,8 +9,6 @@ from typing import Any, TypeGuard
 
 from raco_fast.dpo.data.rows import Row, shape, show
 
-__all__ = ["ConciseRule", "PreferencePair", "check_content", "pair_weights", "soft_label"]
-
 _ROLES = ("system", "user", "assistant")
 
 
@@ -174,11 +172,11 @@ def pair_weights(row: Row, columns: Mapping[str, str]) -> dict[str, float]:
 
 def _optional(row: Row, name: str) -> Any:
     """A field that any format may have, but not one that makes a pair of two rows."""
-    for side in ("ratings_a", "ratings_b"):
-        if name in row.data.get(side, ()):
-            raise row.error(
-                name, "stand in a row that is a pair", "one response's", "use the 'raco' format"
-            )
+    sides = (row.data.get("ratings_a"), row.data.get("ratings_b"))
+    if any(isinstance(side, dict) and name in side for side in sides):
+        raise row.error(
+            name, "stand in a row that is a pair", "one response's", "use the 'raco' format"
+        )
     return row.data.get(name)
 
 

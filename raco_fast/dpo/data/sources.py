@@ -35,14 +35,6 @@ from raco_fast.dpo.data.pairs import (
 )
 from raco_fast.dpo.data.rows import Row, RowError, read_rows, show
 
-__all__ = [
-    "ConciseRule",
-    "DataSource",
-    "PreferencePair",
-    "read_pairs",
-    "read_sources",
-]
-
 logger = logging.getLogger(__name__)
 
 

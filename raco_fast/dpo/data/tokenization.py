@@ -24,22 +24,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from raco_fast.dpo.data.rendering import PlainTemplate, TokenOptions, Writer, token_ids
-from raco_fast.dpo.data.sources import PreferencePair
+from raco_fast.dpo.data.pairs import PreferencePair
+from raco_fast.dpo.data.rendering import TokenOptions, Writer, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = [
-    "EncodeReport",
-    "EncodedPair",
-    "PairBatch",
-    "PlainTemplate",
-    "TokenOptions",
-    "collate",
-    "encode_pairs",
-    "token_counter",
-]
 
 
 @dataclass(frozen=True)
@@ -110,19 +99,6 @@ class PairBatch:
     tokens_b: Tensor
     pair_weights: dict[str, Tensor] = field(default_factory=dict)
 
-    def to(self, device: torch.device | str) -> PairBatch:
-        """The same batch on another device."""
-        return PairBatch(
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.completion_mask.to(device),
-            {name: label.to(device) for name, label in self.labels.items()},
-            self.ids,
-            self.tokens_a.to(device),
-            self.tokens_b.to(device),
-            {name: weight.to(device) for name, weight in self.pair_weights.items()},
-        )
-
 
 def token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
     """A function text -> number of tokens, without special tokens (for `ConciseRule`)."""
@@ -171,13 +147,12 @@ def encode_pairs(
     return encoded, report
 
 
-def collate(pairs: Sequence[EncodedPair], pad_id: int, *, pad_to_multiple_of: int = 1) -> PairBatch:
+def collate(pairs: Sequence[EncodedPair], pad_id: int) -> PairBatch:
     """Pad pairs to one batch.
 
     Args:
         pairs: B encoded pairs that label the same objectives.
         pad_id: token id of the padding; masked, so any valid id serves (EOS is usual).
-        pad_to_multiple_of: round T up to a multiple of this.
     Raises:
         ValueError: no pairs, or pairs that label different objectives.
     """
@@ -191,8 +166,7 @@ def collate(pairs: Sequence[EncodedPair], pad_id: int, *, pad_to_multiple_of: in
                 f"{pair.id!r} and {sorted(names)} for {pairs[0].id!r}; label the rest 0"
             )
     rows = [(p.prompt_ids, p.a_ids) for p in pairs] + [(p.prompt_ids, p.b_ids) for p in pairs]
-    longest = max(len(prompt) + len(response) for prompt, response in rows)
-    length = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
+    length = max(len(prompt) + len(response) for prompt, response in rows)
     input_ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     completion_mask = torch.zeros_like(input_ids, dtype=torch.bool)

@@ -114,7 +114,7 @@ def make_loss(
     if name not in LOSSES:
         raise ValueError(f"`{argument}` must be one of {sorted(LOSSES)}, got {name!r}")
     further = dict(options or {})
-    if name == "simpo" and "simpo_gamma" in further:
+    if name == "simpo" and "simpo_gamma" in further and "gamma" not in further:
         further = {"gamma": further.pop("simpo_gamma"), **further}
     if given.keys() & further.keys():
         raise ValueError(

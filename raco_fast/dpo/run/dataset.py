@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from raco_fast.dpo.data.batches import pair_length
-from raco_fast.dpo.data.sources import ConciseRule, DataSource, read_sources
+from raco_fast.dpo.data.pairs import ConciseRule
+from raco_fast.dpo.data.sources import DataSource, read_sources
 from raco_fast.dpo.data.tokenization import EncodedPair, encode_pairs, token_counter
 from raco_fast.dpo.losses.registry import check_soft
 from raco_fast.dpo.run.config import TrainConfig

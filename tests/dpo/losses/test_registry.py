@@ -52,6 +52,7 @@ def test_options_in_both_places(loss, options, made):
         ("cpo", {"alpha": math.inf}, r"`alpha` must be at least 0 and finite, got inf"),
         ("orpo", {"lam": 0.0}, r"`lam` must be positive and finite, got 0.0"),
         ("ipo", {"gamma": 1.0}, r"`gamma` is no option of the loss 'ipo' \(`loss`\), got 1.0; it "),
+        ("simpo", {"simpo_gamma": 1.0, "gamma": 2.0}, r"`simpo_gamma` is no option .*'gamma'\]"),
         ("ipo", {"simpo_gamma": 1.0}, r"`simpo_gamma` is no option of .* it has \['beta'\]"),
         ("dpo", {}, r"`loss` must be one of \['alpha', .*'sppo'\], got 'dpo'"),
         ({"beta": 0.1}, {}, r"`loss` must be one of .*, got None"),
