@@ -124,7 +124,7 @@ class Exo(PreferenceLoss):
 class Discopop(PreferenceLoss):
     """(1 - k)(-log s(x)) + k exp(-x), k = s(x / tau), x = beta (r_w - r_l).
 
-    DiscoPOP's log-ratio modulated loss (arXiv:2406.08414). With tau above 1 it would grow
+    DiscoPOP's log-ratio modulated loss (arXiv:2406.08414, Eq. 5). With tau above 1 it would grow
     exponentially to the left.
     """
 

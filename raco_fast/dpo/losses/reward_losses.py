@@ -40,7 +40,10 @@ class Bco(PreferenceLoss):
 
 @dataclass(frozen=True)
 class Sppo(PreferenceLoss):
-    """(r_w - 1/(2 beta))^2 + (r_l + 1/(2 beta))^2: SPPO, hard labels (arXiv:2405.00675)."""
+    """(r_w - 1/(2 beta))^2 + (r_l + 1/(2 beta))^2.
+
+    SPPO (arXiv:2405.00675, Eq. 4.7) with probabilities of 0 and 1.
+    """
 
     soft = True
     beta: float = beta()
@@ -52,7 +55,7 @@ class Sppo(PreferenceLoss):
 
 @dataclass(frozen=True)
 class ApoZero(PreferenceLoss):
-    """1 - s(beta r_w) + s(beta r_l): APO-zero (arXiv:2408.06266).
+    """1 - s(beta r_w) + s(beta r_l): APO-zero (arXiv:2408.06266, Eq. 7).
 
     For preferred responses that are better than the model: they become more likely.
     """
@@ -65,7 +68,7 @@ class ApoZero(PreferenceLoss):
 
 @dataclass(frozen=True)
 class ApoDown(PreferenceLoss):
-    """s(beta r_w) + 1 - s(beta (r_w - r_l)): APO-down (arXiv:2408.06266).
+    """s(beta r_w) + 1 - s(beta (r_w - r_l)): APO-down (arXiv:2408.06266, Eq. 8).
 
     For preferred responses that are worse than the model: both become less likely.
     """
