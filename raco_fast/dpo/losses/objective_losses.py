@@ -21,7 +21,7 @@ from torch import Tensor
 from raco_fast.dpo.losses.margin_losses import Sigmoid
 from raco_fast.dpo.losses.pair_scores import PairScores, RankedScores
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
-from raco_fast.dpo.losses.registry import check_soft
+from raco_fast.dpo.losses.registry import check_soft, loss_name
 
 
 def preference_losses(
@@ -52,7 +52,7 @@ def preference_losses(
     Raises:
         ValueError: labels or weights of another length than the scores; labels out of range;
             `scores`, `loss` or `counts` without one of the objectives; soft labels for a loss
-            without a form for them.
+            without a form for them; a loss that gives another shape.
     """
     loss = loss or Sigmoid()
     by_objective = dict.fromkeys(labels, loss) if isinstance(loss, PreferenceLoss) else loss
@@ -78,6 +78,11 @@ def preference_losses(
             result[name] = of_objective.logps_a.new_zeros(())
             continue
         each = _of_pairs(name, by_objective[name], pairs, label[rows].abs())
+        if each.shape != rows.shape:
+            raise ValueError(
+                f"the loss {loss_name(by_objective[name])!r} must give one number a pair, shape "
+                f"{tuple(rows.shape)}, got {tuple(each.shape)}; leave the mean out of it"
+            )
         if weight is not None:
             each = each * weight[rows].to(each)
         result[name] = each.sum() / (rows.numel() if counts is None else counts[name])

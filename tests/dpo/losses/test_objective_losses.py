@@ -89,6 +89,13 @@ def test_errors_name_what_is_wrong():
         preference_losses(scores, {"x": torch.ones(4)})
     with pytest.raises(ValueError, match=r"pair_weights\['x'\] must have one entry a pair"):
         preference_losses(scores, {"x": torch.ones(3)}, pair_weights={"x": torch.ones(4)})
+
+    class Mean(Sigmoid):
+        def __call__(self, pairs):
+            return super().__call__(pairs).mean()
+
+    with pytest.raises(ValueError, match=r"loss 'Mean' must give one number a pair, shape \(3,\)"):
+        preference_losses(scores, {"x": torch.ones(3)}, loss=Mean())
     two = {"x": torch.ones(3), "y": torch.ones(3)}
     with pytest.raises(ValueError, match=r"`counts` must hold every objective .* for \['y'\]"):
         preference_losses(scores, two, counts={"x": 3})
