@@ -35,7 +35,9 @@ from raco_fast.demo.model import (
 )
 from raco_fast.demo.results import Aligned, WarmStart
 from raco_fast.dpo.logps import sequence_logps
-from raco_fast.dpo.losses import LossOptions, PairScores, preference_losses
+from raco_fast.dpo.losses.margin_losses import Sigmoid
+from raco_fast.dpo.losses.objective_losses import preference_losses
+from raco_fast.dpo.losses.pair_scores import PairScores
 from raco_fast.dpo.metrics import PreferenceMetrics, solution_metrics
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 
@@ -151,7 +153,7 @@ def _optimize(
 ) -> list[dict[str, float]]:
     """One optimizer step per batch of pairs; returns the metrics of every step."""
     pairs = _Pairs(config, start.seed, tokenizer)
-    ref_logps = torch.tensor(start.ref_logps)
+    ref_logps, loss = torch.tensor(start.ref_logps), Sigmoid(config.beta)
     ramp = max(1, config.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / ramp))
     steps = []
@@ -159,11 +161,11 @@ def _optimize(
         logps = sequence_logps(model, *pairs.batch(rows)).view(2, -1)
         scores = pairs.scores(rows, logps, ref_logps[:, rows])
         labels = {name: label[rows] for name, label in pairs.labels.items()}
-        losses = preference_losses(scores, labels, options=LossOptions(beta=config.beta))
+        losses = preference_losses(scores, labels, loss=loss)
         optimizer.backward(losses)
         optimizer.step()
         optimizer.zero_grad()
-        preferences = PreferenceMetrics(config.beta)
+        preferences = PreferenceMetrics(dict.fromkeys(OBJECTIVES, loss))
         preferences.add(scores, labels)
         assert optimizer.solution is not None
         steps.append(

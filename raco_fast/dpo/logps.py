@@ -30,17 +30,18 @@ def sequence_logps(
     completion_mask: Tensor,
     chunk_tokens: int = 256,
 ) -> Tensor:
-    """Summed log-probability of each row's completion given what stands before it.
+    """(Weighted) sum of the log-probabilities of each row's completion.
 
     Args:
         model: a Hugging Face causal LM, also wrapped by PEFT.
         input_ids: int64 [B, T] on the model's device, right-padded.
         attention_mask: [B, T] beside it, 1 on tokens, 0 on padding.
-        completion_mask: [B, T], true where the token is scored; column 0 cannot be (nothing
-            predicts it). On the CPU, choosing the rows of the head waits for no GPU.
+        completion_mask: [B, T], true where the token is scored, or, floating-point, its weight;
+            column 0 cannot be scored (nothing predicts it). On the CPU, choosing the rows of the
+            head waits for no GPU.
         chunk_tokens: full rows of logits whose memory the head may take at any time.
     Returns:
-        float32 [B]: sum over scored t of log p(input_ids[b, t] | input_ids[b, :t]).
+        float32 [B]: sum over scored t of weight · log p(input_ids[b, t] | input_ids[b, :t]).
     Raises:
         ValueError: a scored token in column 0, masks of another shape than `input_ids`, or
             `chunk_tokens` below 1.
@@ -59,6 +60,8 @@ def sequence_logps(
             "`completion_mask` marks the first token of a row, which nothing predicts; "
             "start the row with at least one prompt or BOS token"
         )
+    weighted = completion_mask.is_floating_point()
+    of_tokens = completion_mask[rows, columns] if weighted else None
     causal_lm = unwrap(model)
     hidden = causal_lm.get_decoder()(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False
@@ -68,6 +71,8 @@ def sequence_logps(
         logps = _token_logps(
             causal_lm, hidden[rows, columns - 1], input_ids[rows, columns], chunk_tokens
         )
+    if of_tokens is not None:
+        logps = logps * of_tokens.to(logps)
     # Placed, then summed by row: a scattered add would run in no fixed order on a GPU.
     placed = logps.new_zeros(input_ids.shape).index_put((rows, columns), logps)
     return placed.sum(-1)

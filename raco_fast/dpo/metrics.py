@@ -11,15 +11,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from raco_fast.dpo.losses import PairScores, preference_margins
+from raco_fast.dpo.losses.pair_scores import PairScores, RankedScores
+from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 from raco_fast.solver.dual import DualSolution
 
 
 class PreferenceMetrics:
     """Accumulates preference statistics over batches without leaving the device.
 
-    Rewards are beta times the log-ratio to the reference whatever the loss is (also for SimPO,
-    which does without a reference), so that losses can be compared.
+    Rewards are the loss's beta (1 without one) times the log-ratio to the reference whatever the
+    loss is (also for SimPO, which does without a reference), so that losses can be compared.
 
     A margin of exactly zero (policy = reference, as at step 0) counts as half a correct ranking,
     which is what tossing a coin would give. TRL counts it as wrong.
@@ -35,35 +36,39 @@ class PreferenceMetrics:
         "logps/accuracies",
     )
 
-    def __init__(self, beta: float) -> None:
-        self.beta = beta
+    def __init__(self, losses: Mapping[str, PreferenceLoss]) -> None:
+        self._losses = losses
         self._sums: dict[str, Tensor] = {}
         self._pairs: dict[str, int] = {}
 
-    def add(self, scores: PairScores, labels: Mapping[str, Tensor]) -> None:
-        """Count the labelled pairs of one batch."""
+    def add(
+        self, scores: PairScores | Mapping[str, PairScores], labels: Mapping[str, Tensor]
+    ) -> None:
+        """Count the labelled pairs of one batch; arguments as in `preference_losses`.
+
+        A soft label counts for its likelier response; 0.5, which has none, is left out.
+        """
         for name, label in labels.items():
-            chosen, sign = scores.labelled(label)
-            if sign.numel():
-                rows = self._statistics(chosen, sign)
+            of_objective = scores if isinstance(scores, PairScores) else scores[name]
+            chosen, pairs = of_objective.labelled(label * (label.abs() != 0.5))
+            if chosen.numel():
+                rows = self._statistics(pairs, self._losses[name].reward_scale)
                 self._sums[name] = self._sums.get(name, 0) + rows.double().sum(dim=1)
                 self._pairs[name] = self._pairs.get(name, 0) + rows.shape[1]
 
-    def _statistics(self, scores: PairScores, label: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _statistics(self, pairs: RankedScores, scale: float) -> Tensor:
         """[len(_NAMES), n] statistics of n labelled pairs."""
-        chosen, rejected = preference_margins(scores, label, self.beta)
-        first = label > 0
-        a, b = scores.logps_a.detach(), scores.logps_b.detach()
-        logps_chosen, logps_rejected = torch.where(first, a, b), torch.where(first, b, a)
+        chosen, rejected = scale * pairs.ratio_w, scale * pairs.ratio_l
         return torch.stack(
             [
                 chosen,
                 rejected,
                 chosen - rejected,
                 _ranked_right(chosen - rejected),
-                logps_chosen,
-                logps_rejected,
-                _ranked_right(logps_chosen - logps_rejected),
+                pairs.logps_w,
+                pairs.logps_l,
+                _ranked_right(pairs.logps_w - pairs.logps_l),
             ]
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from raco_fast.dpo.data.tokenization import PairBatch
 from raco_fast.dpo.logps import sequence_logps
-from raco_fast.dpo.losses import PairScores
+from raco_fast.dpo.losses.pair_scores import PairScores
+from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 
 
 @dataclass(frozen=True)
@@ -26,26 +27,71 @@ class ReferenceLogps:
         return values[:, 0], values[:, 1]
 
 
-def pair_logps(model: nn.Module, batch: PairBatch, chunk_tokens: int) -> Tensor:
-    """Summed log-probabilities, float32 [2B]: responses a, then b, of a batch on the CPU."""
-    moved = batch.to(next(model.parameters()).device)
+def tail_weights(losses: Mapping[str, PreferenceLoss]) -> tuple[float, ...]:
+    """The different `tail_weight`s of the losses: what a response has to be scored with."""
+    return tuple(dict.fromkeys(loss.tail_weight for loss in losses.values()))
+
+
+def pair_logps(
+    model: nn.Module, batch: PairBatch, chunk_tokens: int, tails: Iterable[float] = (1.0,)
+) -> Tensor:
+    """Summed log-probabilities of a batch on the CPU.
+
+    Two scores of one run through the model would share its rows, of which one backward pass can
+    tell the gradient of a single score. So with k tail weights every sequence is run k times, as k
+    sequences; where all objectives agree on one, that is once.
+
+    Args:
+        tails: see `PreferenceLoss.tail_weight`.
+    Returns:
+        float32 [k * 2B]: for each tail weight, responses a, then b.
+    """
+    device = next(model.parameters()).device
+    masks = [_token_weights(batch, tail) for tail in tails]
+    copies = (len(masks), 1)
     return sequence_logps(
-        model, moved.input_ids, moved.attention_mask, batch.completion_mask, chunk_tokens
+        model,
+        batch.input_ids.to(device).repeat(copies),
+        batch.attention_mask.to(device).repeat(copies),
+        masks[0] if len(masks) == 1 else torch.cat([mask.float() for mask in masks]),
+        chunk_tokens,
     )
 
 
-def score_pairs(logps: Tensor, batch: PairBatch, reference: ReferenceLogps) -> PairScores:
-    """Scores of a batch on the CPU under the policy and the reference.
+def _token_weights(batch: PairBatch, tail: float) -> Tensor:
+    """The completion mask [2B, T], `tail` past the end of the pair's shorter response."""
+    mask = batch.completion_mask
+    if tail == 1.0:
+        return mask
+    shorter = torch.minimum(batch.tokens_a, batch.tokens_b).repeat(2)
+    past = mask.cumsum(1) > shorter[:, None]
+    return torch.where(past, tail, 1.0) * mask
+
+
+def score_pairs(
+    logps: Tensor,
+    batch: PairBatch,
+    references: Mapping[float, ReferenceLogps],
+    losses: Mapping[str, PreferenceLoss],
+) -> dict[str, PairScores]:
+    """Objective -> the scores of a batch on the CPU that its loss is a function of.
 
     Args:
-        logps: `pair_logps` of the policy. The scores are on its device; the batch's masks and
-            labels only select, so they stay on the CPU, and nothing waits for the GPU.
+        logps: `pair_logps` of the policy with the tail weights of `references`, in their order.
+            The scores are on its device; the batch's masks and labels only select, so they stay on
+            the CPU, and nothing waits for the GPU.
+        references: tail weight -> the reference's log-probabilities.
+        losses: of the objectives.
     """
-    logps_a, logps_b = logps.chunk(2)
-    device = logps_a.device
-    ref_a, ref_b = reference.of(batch.ids, device)
+    device, by_tail = logps.device, {}
     tokens_a, tokens_b = batch.tokens_a.to(device), batch.tokens_b.to(device)
-    return PairScores(logps_a, logps_b, ref_a, ref_b, tokens_a, tokens_b)
+    for (tail, reference), both in zip(
+        references.items(), logps.chunk(len(references)), strict=True
+    ):
+        a, b = both.chunk(2)
+        ref_a, ref_b = reference.of(batch.ids, device)
+        by_tail[tail] = PairScores(a, b, ref_a, ref_b, tokens_a, tokens_b)
+    return {name: by_tail[loss.tail_weight] for name, loss in losses.items()}
 
 
 def adapter_off(model: nn.Module) -> AbstractContextManager[None]:

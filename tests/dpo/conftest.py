@@ -157,9 +157,8 @@ def settings(tiny, preference_files, tmp_path) -> dict[str, Any]:
 @pytest.fixture
 def make_config(settings) -> Callable[..., Any]:
     """A function that makes a TrainConfig of `settings`, changed by its arguments."""
+    from raco_fast.dpo.data.rendering import TokenOptions
     from raco_fast.dpo.data.sources import DataSource
-    from raco_fast.dpo.data.tokenization import TokenOptions
-    from raco_fast.dpo.losses import LossOptions
     from raco_fast.dpo.models import LoraOptions, ModelOptions
     from raco_fast.dpo.run.config import TrainConfig
 
@@ -171,9 +170,8 @@ def make_config(settings) -> Callable[..., Any]:
         values["model"] = ModelOptions(**options)
         for name in ("data", "eval_data"):
             values[name] = [DataSource(**source) for source in values[name]]
-        for name, options_class in (("loss_options", LossOptions), ("tokens", TokenOptions)):
-            if name in values:
-                values[name] = options_class(**values[name])
+        if "tokens" in values:
+            values["tokens"] = TokenOptions(**values["tokens"])
         return TrainConfig(**values)
 
     return make

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from raco_fast import solve_dual
-from raco_fast.dpo.losses import PairScores
+from raco_fast.dpo.losses.margin_losses import Sigmoid
+from raco_fast.dpo.losses.pair_scores import PairScores
+from raco_fast.dpo.losses.reference_free_losses import Orpo
 from raco_fast.dpo.metrics import PreferenceMetrics, solution_metrics
 
 
@@ -21,11 +23,12 @@ ROWS = [
     (-8.0, -9.0, -8.0, -9.0, 2, 2),
     (math.nan, -1.0, -1.0, -1.0, 2, 2),  # labelled for nothing
 ]
+LOSSES = {"x": Sigmoid(beta=0.5), "y": Sigmoid(beta=0.5)}
 LABELS = {"x": torch.tensor([1, -1, 1, 0]), "y": torch.tensor([-1, 0, 0, 0])}
 
 
 def test_preference_metrics_against_numbers_worked_out_by_hand():
-    metrics = PreferenceMetrics(beta=0.5)
+    metrics = PreferenceMetrics(LOSSES)
     scores = scores_of(ROWS)
     for chosen in ([0, 3], [1, 2]):  # in two batches
         rows = torch.tensor(chosen)
@@ -60,10 +63,29 @@ def test_preference_metrics_against_numbers_worked_out_by_hand():
     assert result == pytest.approx(expected)
 
 
+def test_a_soft_label_counts_for_its_likelier_response_and_one_half_for_none():
+    results = []
+    for label in ([0.8, -0.6, 0.5, 0], [1, -1, 0, 0]):
+        metrics = PreferenceMetrics(LOSSES)
+        metrics.add(scores_of(ROWS), {"x": torch.tensor(label)})
+        results.append(metrics.result())
+    assert results[0] == results[1]
+
+
 def test_nothing_labelled_gives_no_metrics():
-    metrics = PreferenceMetrics(beta=0.5)
+    metrics = PreferenceMetrics(LOSSES)
     metrics.add(scores_of(ROWS), {"x": torch.zeros(4)})
     assert metrics.result() == {}
+
+
+def test_rewards_have_the_scale_of_each_objectives_loss():
+    metrics = PreferenceMetrics({"x": Sigmoid(beta=0.25), "y": Orpo()})
+    scores, label = scores_of(ROWS), torch.tensor([1, -1, 0, 0])
+    metrics.add(scores, {"x": label, "y": label})
+    result = metrics.result()
+    assert result["rewards/chosen/x"] == pytest.approx(0.25 * (2 + 2) / 2)
+    assert result["rewards/rejected/y"] == pytest.approx((-1 + 0) / 2)
+    assert result["rewards/margins"] == pytest.approx((0.25 * 5 + 5) / 4)
 
 
 def test_solution_metrics_have_the_names_of_the_design():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
 
-from raco_fast.dpo.data.rows import Row, show
-
-__all__ = ["ConciseRule", "PreferencePair", "check_content"]
+from raco_fast.dpo.data.rows import Row, shape, show
 
 _ROLES = ("system", "user", "assistant")
 
@@ -21,14 +21,17 @@ class PreferencePair:
         prompt: turns {"role": "system" | "user" | "assistant", "content": str}, ending with user.
         response_a: one answer, as text.
         response_b: the other.
-        preferences: +1 a preferred, -1 b preferred, 0 tie or not labelled, for every objective.
+        preferences: +1 a preferred, -1 b preferred, 0 tie or not labelled, for every objective;
+            of a soft label the sign times the probability that it is right, at least 0.5.
+        pair_weights: what the pair's loss is multiplied by, where that is not 1.
     """
 
     id: str
     prompt: list[dict[str, str]]
     response_a: str
     response_b: str
-    preferences: dict[str, int]
+    preferences: dict[str, float]
+    pair_weights: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,3 +109,76 @@ def check_content(
         raise row.unusable(
             "responses", "differ", "two identical ones", "remove the row: it prefers nothing"
         )
+
+
+def soft_label(row: Row, column: str) -> float | None:
+    """Label from `preference_probabilities`, None where it has no such column.
+
+    A probability q that a is preferred is +q, or -(1 - q) where that is larger. So 0 remains free
+    to say "not labelled", and +0.5 says that neither is better.
+
+    Raises:
+        ValueError: not an object, or not a number in [0, 1].
+    """
+    given = _optional(row, "preference_probabilities")
+    if given is None:
+        return None
+    if not isinstance(given, dict):
+        raise row.error(
+            "preference_probabilities",
+            "map objectives to probabilities",
+            shape(given),
+            "write an object",
+        )
+    if column not in given:
+        return None
+    q = given[column]
+    if not _is_number(q) or not 0 <= q <= 1:
+        raise row.error(
+            f"preference_probabilities.{column}",
+            "be in [0, 1]",
+            show(q),
+            "it is the probability that response a is preferred",
+        )
+    label = q if q >= 0.5 else q - 1
+    return int(label) if label in (-1, 1) else label
+
+
+def pair_weights(row: Row, columns: Mapping[str, str]) -> dict[str, float]:
+    """Objective -> weight of the pair, where that is not 1, from the field `pair_weights`.
+
+    Args:
+        row: the field is one number for all objectives, or an object.
+        columns: objective -> key in that object, of the objectives this row labels.
+    Raises:
+        ValueError: an objective without a weight, or one that is not a positive number.
+    """
+    given = _optional(row, "pair_weights")
+    if given is None:
+        return {}
+    weights = {}
+    for name, column in columns.items():
+        value = given.get(column) if isinstance(given, dict) else given
+        if not _is_number(value) or not 0 < value < math.inf:
+            raise row.error(
+                f"pair_weights.{column}" if isinstance(given, dict) else "pair_weights",
+                "be a positive number, or one for every objective that the row labels",
+                show(value),
+                "write 1 for a plain pair, and label 0 to leave a pair out",
+            )
+        weights[name] = float(value)
+    return {name: weight for name, weight in weights.items() if weight != 1.0}
+
+
+def _optional(row: Row, name: str) -> Any:
+    """A field that any format may have, but not one that makes a pair of two rows."""
+    sides = (row.data.get("ratings_a"), row.data.get("ratings_b"))
+    if any(isinstance(side, dict) and name in side for side in sides):
+        raise row.error(
+            name, "stand in a row that is a pair", "one response's", "use the 'raco' format"
+        )
+    return row.data.get(name)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

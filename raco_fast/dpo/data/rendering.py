@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jinja2 import TemplateError
 
-from raco_fast.dpo.data.sources import PreferencePair
+from raco_fast.dpo.data.pairs import PreferencePair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

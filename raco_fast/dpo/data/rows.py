@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-__all__ = ["Row", "RowError", "read_rows", "shape", "show"]
-
 _GZIP_MAGIC = b"\x1f\x8b"
 
 

@@ -1,7 +1,8 @@
 """Preference pairs from files: reading, strict labels, and labels derived from length.
 
 A pair carries one label per objective: +1 (response a preferred), -1 (response b) or 0 (a tie, or
-not labelled for this objective). Several files may be mixed, each labelling its own objectives:
+not labelled for this objective); a label may be soft, right with some probability. Several files
+may be mixed, each labelling its own objectives:
 
     sources = [DataSource("helpful.jsonl", objective="helpful"), DataSource("pairs.jsonl.gz")]
     pairs = read_sources(sources, ["helpful", "harmless"])
@@ -26,16 +27,14 @@ from typing import Literal
 
 from raco_fast.dpo.data.formats.format import Format
 from raco_fast.dpo.data.formats.registry import detect_format, format_named
-from raco_fast.dpo.data.pairs import ConciseRule, PreferencePair, check_content
+from raco_fast.dpo.data.pairs import (
+    ConciseRule,
+    PreferencePair,
+    check_content,
+    pair_weights,
+    soft_label,
+)
 from raco_fast.dpo.data.rows import Row, RowError, read_rows, show
-
-__all__ = [
-    "ConciseRule",
-    "DataSource",
-    "PreferencePair",
-    "read_pairs",
-    "read_sources",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -230,8 +229,14 @@ def _pair(
     labels = _labels(row, form, source, names, concise)
     if concise is not None and (concise.overwrite or concise.objective not in labels):
         labels[concise.objective] = concise.label(response_a, response_b)
+    columns = {n: source.columns.get(n, n).removeprefix("-") for n in labels if labels[n]}
     return PreferencePair(
-        _pair_id(row, prefix), prompt, response_a, response_b, {n: labels.get(n, 0) for n in names}
+        _pair_id(row, prefix),
+        prompt,
+        response_a,
+        response_b,
+        {n: labels.get(n, 0) for n in names},
+        pair_weights(row, columns),
     )
 
 
@@ -241,7 +246,7 @@ def _labels(
     source: DataSource,
     names: tuple[str, ...],
     concise: ConciseRule | None,
-) -> dict[str, int]:
+) -> dict[str, float]:
     """The labels this row carries; an objective the source is not said to label is left out."""
     derived = None if concise is None else concise.objective
     wanted = source.declared or names
@@ -258,13 +263,27 @@ def _labels(
                 f"labels, got {list(own)}; add e.g. `objective: {own[0] if own else names[0]}` to "
                 "the source"
             )
-        return {own[0]: 1}
-    labels = {}
+        soft = soft_label(row, own[0])
+        if soft is None and "preference_probabilities" in row.data:
+            raise row.error(
+                "preference_probabilities", f"hold {own[0]!r}", "another", "correct the name"
+            )
+        return {own[0]: soft or 1}
+    labels: dict[str, float] = {}
     for name in wanted:
         column = source.columns.get(name, name)
-        value = form.label(row, column.removeprefix("-"))
-        if value is not None:
-            labels[name] = -value if column.startswith("-") else value
+        field = column.removeprefix("-")
+        hard, soft = form.label(row, field), soft_label(row, field)
+        if hard is not None and soft is not None:
+            raise row.error(
+                f"preference_probabilities.{field}",
+                "stand for an objective without a hard label",
+                f"the label {hard} beside it",
+                "remove one of the two",
+            )
+        label = soft if hard is None else hard
+        if label is not None:
+            labels[name] = -label if column.startswith("-") else label
         elif name != derived:
             raise ValueError(
                 f"{row.where}: a row must label every objective of its source, got no field for "

@@ -18,28 +18,17 @@ and both responses share the prompt's ids. `raco_fast.dpo.rendering` makes their
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from raco_fast.dpo.data.rendering import PlainTemplate, TokenOptions, Writer, token_ids
-from raco_fast.dpo.data.sources import PreferencePair
+from raco_fast.dpo.data.pairs import PreferencePair
+from raco_fast.dpo.data.rendering import TokenOptions, Writer, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = [
-    "EncodeReport",
-    "EncodedPair",
-    "PairBatch",
-    "PlainTemplate",
-    "TokenOptions",
-    "collate",
-    "encode_pairs",
-    "token_counter",
-]
 
 
 @dataclass(frozen=True)
@@ -51,14 +40,16 @@ class EncodedPair:
         prompt_ids: ends right where the response begins; shared by both responses.
         a_ids: response a; ends with its one stop token unless it was truncated.
         b_ids: response b, likewise.
-        labels: +1, -1 or 0 for each objective.
+        labels: as `PreferencePair.preferences`.
+        pair_weights: as there.
     """
 
     id: str
     prompt_ids: list[int]
     a_ids: list[int]
     b_ids: list[int]
-    labels: dict[str, int]
+    labels: dict[str, float]
+    pair_weights: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,10 +83,11 @@ class PairBatch:
         input_ids: [2B, T] int64.
         attention_mask: [2B, T] int64, 0 on padding.
         completion_mask: [2B, T] bool, True on the tokens of the response, stop token included.
-        labels: objective -> [B] float32 in {-1, 0, 1}.
+        labels: objective -> [B] float32: 0, or the sign times the probability that it is right.
         ids: the B pair ids.
         tokens_a: [B] float32, tokens of response a.
         tokens_b: [B] float32, tokens of response b.
+        pair_weights: objective -> [B] float32; of objectives with a weight other than 1.
     """
 
     input_ids: Tensor
@@ -105,18 +97,7 @@ class PairBatch:
     ids: list[str]
     tokens_a: Tensor
     tokens_b: Tensor
-
-    def to(self, device: torch.device | str) -> PairBatch:
-        """The same batch on another device."""
-        return PairBatch(
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.completion_mask.to(device),
-            {name: label.to(device) for name, label in self.labels.items()},
-            self.ids,
-            self.tokens_a.to(device),
-            self.tokens_b.to(device),
-        )
+    pair_weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 def token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
@@ -157,6 +138,7 @@ def encode_pairs(
             writer.ended(a),
             writer.ended(b),
             dict(pair.preferences),
+            dict(pair.pair_weights),
         )
         fitted = _fit(whole, options, writer.bos_id)
         report = _counted(report, whole, fitted)
@@ -165,13 +147,12 @@ def encode_pairs(
     return encoded, report
 
 
-def collate(pairs: Sequence[EncodedPair], pad_id: int, *, pad_to_multiple_of: int = 1) -> PairBatch:
+def collate(pairs: Sequence[EncodedPair], pad_id: int) -> PairBatch:
     """Pad pairs to one batch.
 
     Args:
         pairs: B encoded pairs that label the same objectives.
         pad_id: token id of the padding; masked, so any valid id serves (EOS is usual).
-        pad_to_multiple_of: round T up to a multiple of this.
     Raises:
         ValueError: no pairs, or pairs that label different objectives.
     """
@@ -185,8 +166,7 @@ def collate(pairs: Sequence[EncodedPair], pad_id: int, *, pad_to_multiple_of: in
                 f"{pair.id!r} and {sorted(names)} for {pairs[0].id!r}; label the rest 0"
             )
     rows = [(p.prompt_ids, p.a_ids) for p in pairs] + [(p.prompt_ids, p.b_ids) for p in pairs]
-    longest = max(len(prompt) + len(response) for prompt, response in rows)
-    length = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
+    length = max(len(prompt) + len(response) for prompt, response in rows)
     input_ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     completion_mask = torch.zeros_like(input_ids, dtype=torch.bool)
@@ -197,9 +177,19 @@ def collate(pairs: Sequence[EncodedPair], pad_id: int, *, pad_to_multiple_of: in
         completion_mask[k, len(prompt) : end] = True
     tokens = completion_mask.sum(dim=1).to(torch.float32)
     labels = {n: torch.tensor([p.labels[n] for p in pairs], dtype=torch.float32) for n in names}
-    a, b = tokens[: len(pairs)], tokens[len(pairs) :]
     return PairBatch(
-        input_ids, attention_mask, completion_mask, labels, [p.id for p in pairs], a, b
+        input_ids,
+        attention_mask,
+        completion_mask,
+        labels,
+        [p.id for p in pairs],
+        tokens[: len(pairs)],
+        tokens[len(pairs) :],
+        {
+            n: torch.tensor([p.pair_weights.get(n, 1.0) for p in pairs])
+            for n in names
+            if any(n in p.pair_weights for p in pairs)
+        },
     )
 
 

@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import torch
 
+from raco_fast.dpo.data.rendering import TokenOptions
 from raco_fast.dpo.data.sources import DataSource
-from raco_fast.dpo.data.tokenization import TokenOptions
-from raco_fast.dpo.losses import LossOptions, check_loss
+from raco_fast.dpo.losses.preference_loss import PreferenceLoss
+from raco_fast.dpo.losses.registry import described, make_loss
 from raco_fast.dpo.models import ModelOptions
 from raco_fast.engine.prepare import CHECK_EVERY
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
@@ -35,8 +36,9 @@ class TrainConfig:
         weights: objective name -> weight; at least 0, summing to 1.
         c: radius of the correction, in [0, 1); 0 is the weighted sum.
         rule: how the gradients are combined.
-        loss: preference loss: sigmoid (DPO), hinge, ipo or simpo.
-        loss_options: beta, label smoothing and the like.
+        loss: preference loss by name, or {name: simpo, gamma: 1.0}; docs/losses.md lists them.
+        loss_options: its options, where `loss` is a name: beta, label_smoothing and the like.
+        losses: objective name -> loss of its own, written like `loss`; the others have `loss`.
         tokens: chat template, lengths and truncation.
         concise: objective whose labels are derived from length (the shorter response is
             preferred); None derives none.
@@ -74,8 +76,9 @@ class TrainConfig:
     eval_data: list[DataSource] = field(default_factory=list)
     c: float = 0.4
     rule: str = "cagrad-clip"
-    loss: str = "sigmoid"
-    loss_options: LossOptions = field(default_factory=LossOptions)
+    loss: str | dict[str, float | str] = "sigmoid"
+    loss_options: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, str | dict[str, float | str]] = field(default_factory=dict)
     tokens: TokenOptions = field(default_factory=TokenOptions)
     concise: str | None = None
     lr: float = 5e-6
@@ -105,7 +108,13 @@ class TrainConfig:
         """Check everything that can be checked before a model is loaded."""
         # The optimizer knows what weights, c, rule, lr, ... may be: let it look at them.
         ClippedCAGradAdamW([torch.zeros(1)], **self.optimizer_arguments)
-        check_loss(self.loss, self.loss_options)
+        unknown = [name for name in self.losses if name not in self.weights]
+        if unknown:
+            raise ValueError(
+                f"`losses` must name objectives in `weights`, got {unknown} for "
+                f"{sorted(self.weights)}; add them there or correct the names"
+            )
+        _ = self.objective_losses  # raises where a loss or an option is wrong
         if not self.data:
             raise ValueError("`data` must name at least one file of preference pairs, got none")
         if self.concise is not None and self.concise not in self.weights:
@@ -156,6 +165,13 @@ class TrainConfig:
         return tuple(self.weights)
 
     @property
+    def objective_losses(self) -> dict[str, PreferenceLoss]:
+        """Objective name -> its loss, in the order of the weights."""
+        common = make_loss(self.loss, "loss", self.loss_options)
+        own = {name: make_loss(s, f"losses.{name}") for name, s in self.losses.items()}
+        return {name: own.get(name, common) for name in self.weights}
+
+    @property
     def folder(self) -> Path:
         """`output_dir` as a path."""
         return Path(self.output_dir)
@@ -163,6 +179,8 @@ class TrainConfig:
 
 _FREE_TO_CHANGE = frozenset(
     {
+        "loss",  # these two are in `losses`, as they come out
+        "loss_options",
         "eval_data",
         "eval_every",
         "save_every",
@@ -174,12 +192,14 @@ _FREE_TO_CHANGE = frozenset(
         "check_every",
     }
 )
-"""Settings that may differ on `--resume`: none changes what is learnt, but by rounding."""
+"""Settings that are not compared on `--resume`: none changes what is learnt, but by rounding."""
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
     """The settings that define a run, as plain JSON values."""
-    settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    losses = {name: described(loss) for name, loss in config.objective_losses.items()}
+    given = {**dataclasses.asdict(config), "losses": losses}
+    settings: dict[str, Any] = json.loads(json.dumps(given))
     return {name: value for name, value in settings.items() if name not in _FREE_TO_CHANGE}
 
 

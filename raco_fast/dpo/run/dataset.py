@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from raco_fast.dpo.data.batches import pair_length
-from raco_fast.dpo.data.sources import ConciseRule, DataSource, read_sources
+from raco_fast.dpo.data.pairs import ConciseRule
+from raco_fast.dpo.data.sources import DataSource, read_sources
 from raco_fast.dpo.data.tokenization import EncodedPair, encode_pairs, token_counter
+from raco_fast.dpo.losses.registry import check_soft
 from raco_fast.dpo.run.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -23,19 +25,22 @@ def load_pairs(
     """Encoded training pairs and held-out pairs (empty without `eval_data`).
 
     Raises:
-        ValueError, FileNotFoundError: unreadable files, bad rows (file and line named), or an
-            objective for which no training pair is labelled.
+        ValueError, FileNotFoundError: unreadable files, bad rows (file and line named), an
+            objective for which no training pair is labelled, or soft labels for a loss that has no
+            form for them.
     """
     training = _encoded(config, tokenizer, config.data, "data")
+    held_out = _encoded(config, tokenizer, config.eval_data, "eval_data")
+    for name, loss in config.objective_losses.items():
+        if any(abs(pair.labels[name]) not in (0, 1) for pair in (*training, *held_out)):
+            check_soft(name, loss)
     for name in config.objectives:
         if not any(pair.labels[name] for pair in training):
             raise ValueError(
                 f"`weights` names {name!r}, but no training pair is labelled for it; "
                 "check the data's label fields or take the objective out"
             )
-    if not config.eval_data:
-        return training, []
-    return training, _encoded(config, tokenizer, config.eval_data, "eval_data")
+    return training, held_out
 
 
 def _encoded(
@@ -44,6 +49,8 @@ def _encoded(
     sources: Sequence[DataSource],
     argument: str,
 ) -> list[EncodedPair]:
+    if not sources:
+        return []
     concise = None
     if config.concise is not None:
         concise = ConciseRule(token_counter(tokenizer), config.concise)

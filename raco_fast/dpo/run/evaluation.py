@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from raco_fast.dpo.data.batches import labelled_counts, micro_batches
 from raco_fast.dpo.data.tokenization import EncodedPair, PairBatch, collate
-from raco_fast.dpo.losses import LossOptions, PairScores, preference_losses
+from raco_fast.dpo.losses.objective_losses import preference_losses
+from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 from raco_fast.dpo.metrics import PreferenceMetrics
 from raco_fast.dpo.scoring import ReferenceLogps, pair_logps, score_pairs
 
@@ -22,19 +23,16 @@ class HeldOut:
 
     Args:
         pairs: encoded held-out pairs.
-        reference: their reference log-probabilities.
-        objectives: names to report.
-        loss, options: as in `preference_losses`; losses are means over all labelled pairs.
+        references: tail weight -> their reference log-probabilities.
+        losses: objective name -> its loss; reported as means over all labelled pairs.
         pad_id: padding token.
         batch_pairs: pairs scored at once.
         chunk_tokens: as in `sequence_logps`.
     """
 
     pairs: Sequence[EncodedPair]
-    reference: ReferenceLogps
-    objectives: Sequence[str]
-    loss: str
-    options: LossOptions
+    references: Mapping[float, ReferenceLogps]
+    losses: Mapping[str, PreferenceLoss]
     pad_id: int
     batch_pairs: int
     chunk_tokens: int
@@ -45,8 +43,10 @@ class HeldOut:
         was_training = model.training
         model.eval()
 
-        def score(batch: PairBatch) -> PairScores:
-            return score_pairs(pair_logps(model, batch, self.chunk_tokens), batch, self.reference)
+        def score(batch: PairBatch) -> Tensor:
+            # One tail weight at a time, as for the reference: larger products round otherwise.
+            each = (pair_logps(model, batch, self.chunk_tokens, [t]) for t in self.references)
+            return torch.cat(list(each))
 
         result = self._evaluate(score)
         model.train(was_training)
@@ -58,25 +58,29 @@ class HeldOut:
         Before the first step the policy is the reference, so this is the evaluation at step 0.
         """
 
-        def score(batch: PairBatch) -> PairScores:
-            a, b = self.reference.of(batch.ids, batch.input_ids.device)
-            return PairScores(a, b, a, b, batch.tokens_a, batch.tokens_b)
+        def score(batch: PairBatch) -> Tensor:
+            cpu = torch.device("cpu")
+            return torch.cat([t for r in self.references.values() for t in r.of(batch.ids, cpu)])
 
         return self._evaluate(score)
 
-    def _evaluate(self, score: Callable[[PairBatch], PairScores]) -> dict[str, float]:
-        counts = labelled_counts(self.pairs, self.objectives)
-        metrics = PreferenceMetrics(self.options.beta)
-        losses = {name: torch.zeros(()) for name in self.objectives}
+    def _evaluate(self, score: Callable[[PairBatch], Tensor]) -> dict[str, float]:
+        counts = labelled_counts(self.pairs, tuple(self.losses))
+        metrics = PreferenceMetrics(self.losses)
+        losses = {name: torch.zeros(()) for name in self.losses}
         groups = micro_batches(self.pairs, self.batch_pairs)
         for group in tqdm(groups, desc="evaluate", leave=False):
             batch = collate(group, self.pad_id)
-            scores = score(batch)
+            scores = score_pairs(score(batch), batch, self.references, self.losses)
             parts = preference_losses(
-                scores, batch.labels, loss=self.loss, options=self.options, counts=counts
+                scores,
+                batch.labels,
+                loss=self.losses,
+                counts=counts,
+                pair_weights=batch.pair_weights,
             )
-            losses = {name: parts[name] + losses[name] for name in self.objectives}
+            losses = {name: parts[name] + losses[name] for name in losses}
             metrics.add(scores, batch.labels)
         result = metrics.result()
-        result |= {f"loss/{name}": float(losses[name]) for name in self.objectives if counts[name]}
+        result |= {f"loss/{name}": float(losses[name]) for name in losses if counts[name]}
         return {f"eval_{name}": value for name, value in result.items()}

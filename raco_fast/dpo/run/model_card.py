@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from raco_fast.dpo.losses.preference_loss import PreferenceLoss
+from raco_fast.dpo.losses.registry import described
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.files import atomic_folder
 from raco_fast.report import markdown_table, share_with_interval
@@ -74,8 +76,8 @@ def _body(summary: TrainingSummary) -> str:
     config = summary.config
     how = "LoRA adapter" if config.model.lora else "full fine-tuning"
     objectives = [
-        [name, f"{weight:g}", str(summary.labelled[name])]
-        for name, weight in config.weights.items()
+        [name, f"{config.weights[name]:g}", str(summary.labelled[name]), _loss_text(loss)]
+        for name, loss in config.objective_losses.items()
     ]
     files = [f"- train: `{source.path}` ({_selection(source.limit)})" for source in config.data]
     files += [f"- held out: `{s.path}` ({_selection(s.limit)})" for s in config.eval_data]
@@ -86,16 +88,22 @@ def _body(summary: TrainingSummary) -> str:
         f"Gradients of the objectives were combined by `{config.rule}`"
         + (f" with c = {config.c}" if config.rule.startswith("cagrad") else "")
         + " (RACO, arXiv:2602.02495).",
-        "## Objectives\n\n" + markdown_table(["objective", "weight", "labelled pairs"], objectives),
+        "## Objectives\n\n"
+        + markdown_table(["objective", "weight", "labelled pairs", "loss"], objectives),
         f"## Data\n\n{summary.pairs} training pairs.\n\n" + "\n".join(files),
-        f"## Training\n\nloss `{config.loss}`, beta {config.loss_options.beta}, "
-        f"{summary.steps} steps{skipped} of up to {config.pairs_per_step} pairs, "
+        f"## Training\n\n{summary.steps} steps{skipped} of up to {config.pairs_per_step} pairs, "
         f"peak learning rate {config.lr}, weights in {config.model.dtype}, seed {config.seed}.",
     ]
     if summary.evaluations:
         table = result_table(config, summary.evaluations)
         parts.append("## Results on the held-out pairs\n\n" + table)
     return "\n\n".join(parts) + "\n"
+
+
+def _loss_text(loss: PreferenceLoss) -> str:
+    options = described(loss)
+    name = options.pop("name")
+    return ", ".join([f"`{name}`", *(f"{key} {value}" for key, value in options.items())])
 
 
 def _selection(limit: int | None) -> str:

@@ -2,8 +2,8 @@
 
 The reference model is the policy before training, so its log-probabilities are computed once, at
 the start, and no second model stays in memory. They are cached on disk under a hash of everything
-they depend on: the weights, and the token ids of every pair (which hold the data, the tokenizer,
-the chat template and the truncation).
+they depend on: the weights, what is scored, and the token ids of every pair (which hold the data,
+the tokenizer, the chat template and the truncation).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def data_hash(pairs: Sequence[EncodedPair], *, with_labels: bool = True) -> str:
         content: tuple[object, ...] = (pair.id, pair.prompt_ids, pair.a_ids, pair.b_ids)
         if with_labels:
             content += (sorted(pair.labels.items()),)
+            content += (sorted(pair.pair_weights.items()),) if pair.pair_weights else ()
         digest.update(repr(content).encode())
     return digest.hexdigest()
 
@@ -46,6 +47,7 @@ def reference_logps(
     cache_dir: Path,
     batch_pairs: int,
     chunk_tokens: int,
+    tail: float = 1.0,
 ) -> ReferenceLogps:
     """Reference log-probabilities of `pairs`, from the cache or computed and cached.
 
@@ -57,17 +59,19 @@ def reference_logps(
         cache_dir: folder of the cache; created where missing.
         batch_pairs: pairs scored at once.
         chunk_tokens: as in `sequence_logps`.
+        tail: weight of the tokens past the shorter response's end, as in `pair_logps`.
     Raises:
         ValueError: one of them is not finite.
         OSError: the cache cannot be written.
     """
     data = data_hash(pairs, with_labels=False)
-    key = hashlib.sha256(f"{model_hash}{data}".encode()).hexdigest()[:32]
+    scored = "" if tail == 1.0 else f" tail {tail!r}"
+    key = hashlib.sha256(f"{model_hash}{data}{scored}".encode()).hexdigest()[:32]
     file = cache_dir / f"reference-{key}.safetensors"
     if file.is_file():
         logger.info("reference log-probabilities of %d pairs: from %s", len(pairs), file)
     else:
-        reference = compute_reference(model, pairs, pad_id, batch_pairs, chunk_tokens)
+        reference = compute_reference(model, pairs, pad_id, batch_pairs, chunk_tokens, tail)
         values = torch.tensor([reference.by_id[pair.id] for pair in pairs], dtype=torch.float32)
         wrong = [p.id for p, ok in zip(pairs, values.isfinite().all(dim=1), strict=True) if not ok]
         if wrong:
@@ -91,6 +95,7 @@ def compute_reference(
     pad_id: int,
     batch_pairs: int,
     chunk_tokens: int = 256,
+    tail: float = 1.0,
 ) -> ReferenceLogps:
     """Reference log-probabilities of `pairs`, not cached; arguments as in `reference_logps`."""
     by_id: dict[str, tuple[float, float]] = {}
@@ -100,7 +105,7 @@ def compute_reference(
     with adapter_off(model), progress:
         for group in micro_batches(pairs, batch_pairs):
             batch = collate(group, pad_id)
-            logps_a, logps_b = pair_logps(model, batch, chunk_tokens).chunk(2)
+            logps_a, logps_b = pair_logps(model, batch, chunk_tokens, [tail]).chunk(2)
             both = zip(logps_a.tolist(), logps_b.tolist(), strict=True)
             by_id |= dict(zip(batch.ids, both, strict=True))
             progress.update(len(group))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from raco_fast.dpo.data.batches import labelled_counts, micro_batches
 from raco_fast.dpo.data.tokenization import EncodedPair, collate
-from raco_fast.dpo.losses import LossOptions, preference_losses
+from raco_fast.dpo.losses.objective_losses import preference_losses
+from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 from raco_fast.dpo.metrics import PreferenceMetrics, solution_metrics
 from raco_fast.dpo.scoring import ReferenceLogps, pair_logps, score_pairs
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
@@ -52,8 +53,9 @@ class PreferenceStep:
     Args:
         model: the policy.
         optimizer: of its parameters; its weights name the objectives.
-        reference: log-probabilities under the reference of every pair that is to come.
-        loss, options: as in `preference_losses`.
+        references: log-probabilities under the reference of every pair that is to come, for each
+            of `tail_weights(losses)`.
+        losses: objective name -> loss.
         pad_id: padding token.
         pairs_per_micro_batch: pairs held in memory at once.
         chunk_tokens: as in `sequence_logps`.
@@ -62,26 +64,29 @@ class PreferenceStep:
 
     model: nn.Module
     optimizer: ClippedCAGradAdamW
-    reference: ReferenceLogps
+    references: Mapping[float, ReferenceLogps]
+    losses: Mapping[str, PreferenceLoss]
     pad_id: int
     pairs_per_micro_batch: int
-    loss: str = "sigmoid"
-    options: LossOptions = field(default_factory=LossOptions)
     chunk_tokens: int = 256
     mode: str = "one_backward"
 
     def __call__(self, pairs: Sequence[EncodedPair]) -> StepResult:
         """Losses are means over the labelled pairs of the whole step, however it is cut."""
         counts = labelled_counts(pairs, tuple(self.optimizer.weights))
-        preference = PreferenceMetrics(self.options.beta)
+        preference = PreferenceMetrics(self.losses)
         totals = {name: torch.zeros(()) for name in counts}
         tokens = 0
         for group in micro_batches(pairs, self.pairs_per_micro_batch):
             batch = collate(group, self.pad_id)
-            logps = pair_logps(self.model, batch, self.chunk_tokens)
-            scores = score_pairs(logps, batch, self.reference)
+            logps = pair_logps(self.model, batch, self.chunk_tokens, self.references)
+            scores = score_pairs(logps, batch, self.references, self.losses)
             losses = preference_losses(
-                scores, batch.labels, loss=self.loss, options=self.options, counts=counts
+                scores,
+                batch.labels,
+                loss=self.losses,
+                counts=counts,
+                pair_weights=batch.pair_weights,
             )
             self._backward(losses, logps)
             preference.add(scores, batch.labels)

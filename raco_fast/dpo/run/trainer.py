@@ -32,7 +32,7 @@ from raco_fast.dpo.run.metrics_file import MetricsFile, read_records
 from raco_fast.dpo.run.model_card import TrainingSummary, save_trained_model
 from raco_fast.dpo.run.reference_cache import data_hash, reference_logps
 from raco_fast.dpo.run.step import PreferenceStep
-from raco_fast.dpo.scoring import ReferenceLogps
+from raco_fast.dpo.scoring import ReferenceLogps, tail_weights
 from raco_fast.engine.prepare import prepare
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 
@@ -73,7 +73,7 @@ class Trainer:
     """One run. `Trainer(config).run()` is `train(config)`."""
 
     def __init__(self, config: TrainConfig, resume: bool = False) -> None:
-        self.config = config
+        self.config, self.losses = config, config.objective_losses
         self._checkpoints = config.folder / "checkpoints"
         found = _checkpoint_to_resume(config.folder, resume)
         if found is not None:
@@ -92,7 +92,12 @@ class Trainer:
             strict = config.gradient_mode != "auto"
             prepare(self.model, strict=strict, check_every=config.check_every)
         self.pairs = train_pairs
-        self.reference = self._reference(train_pairs, model_hash)
+        self.references = self._references(train_pairs, model_hash)
+        if len(self.references) > 1:
+            logger.info(
+                "the losses weigh tokens in %d ways, so every sequence is run as often in a step",
+                len(self.references),
+            )
         self.held_out = self._held_out(eval_pairs, model_hash) if eval_pairs else None
         self.batches = BatchSchedule(len(train_pairs), config.pairs_per_step, config.seed)
         self.total_steps = _total_steps(config, self.batches)
@@ -100,11 +105,10 @@ class Trainer:
         self._learn = PreferenceStep(
             self.model,
             self.state.optimizer,
-            self.reference,
+            self.references,
+            self.losses,
             self._pad_id,
             config.pairs_per_micro_batch,
-            config.loss,
-            config.loss_options,
             config.chunk_tokens,
             {"auto": "one_backward"}.get(config.gradient_mode, config.gradient_mode),
         )
@@ -179,10 +183,8 @@ class Trainer:
         config = self.config
         return HeldOut(
             pairs,
-            self._reference(pairs, model_hash),
-            config.objectives,
-            config.loss,
-            config.loss_options,
+            self._references(pairs, model_hash),
+            self.losses,
             pad_id=self._pad_id,
             batch_pairs=2 * config.pairs_per_micro_batch,
             chunk_tokens=config.chunk_tokens,
@@ -221,17 +223,22 @@ class Trainer:
             evaluations=[r for r in records if any(name.startswith("eval_") for name in r)],
         )
 
-    def _reference(self, pairs: list[EncodedPair], model_hash: str) -> ReferenceLogps:
+    def _references(self, pairs: list[EncodedPair], model_hash: str) -> dict[float, ReferenceLogps]:
+        """Tail weight -> reference log-probabilities, of every one that a loss has."""
         config = self.config
-        return reference_logps(
-            self.model,
-            pairs,
-            model_hash=model_hash,
-            pad_id=self._pad_id,
-            cache_dir=Path(config.cache_dir),
-            batch_pairs=2 * config.pairs_per_micro_batch,
-            chunk_tokens=config.chunk_tokens,
-        )
+        return {
+            tail: reference_logps(
+                self.model,
+                pairs,
+                model_hash=model_hash,
+                pad_id=self._pad_id,
+                cache_dir=Path(config.cache_dir),
+                batch_pairs=2 * config.pairs_per_micro_batch,
+                chunk_tokens=config.chunk_tokens,
+                tail=tail,
+            )
+            for tail in tail_weights(self.losses)
+        }
 
     @property
     def _pad_id(self) -> int:

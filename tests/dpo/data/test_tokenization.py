@@ -5,15 +5,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from raco_fast.dpo.data.sources import PreferencePair
-from raco_fast.dpo.data.tokenization import (
-    EncodedPair,
-    PlainTemplate,
-    TokenOptions,
-    collate,
-    encode_pairs,
-    token_counter,
-)
+from raco_fast.dpo.data.pairs import PreferencePair
+from raco_fast.dpo.data.rendering import PlainTemplate, TokenOptions
+from raco_fast.dpo.data.tokenization import EncodedPair, collate, encode_pairs, token_counter
 
 CHATML = (
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\n"
@@ -394,15 +388,6 @@ def test_collate_layout():
     dtypes = (batch.input_ids.dtype, batch.attention_mask.dtype, batch.completion_mask.dtype)
     assert dtypes == (torch.int64, torch.int64, torch.bool)
     assert batch.labels["helpful"].dtype == batch.tokens_a.dtype == torch.float32
-
-
-def test_collate_pads_to_a_multiple_and_moves():
-    batch = make_batch(pad_to_multiple_of=4)
-    assert batch.input_ids.shape == (4, 8)
-    assert not batch.attention_mask[:, 7].any()
-    moved = batch.to("meta")
-    tensors = (moved.input_ids, moved.attention_mask, moved.completion_mask, moved.tokens_a)
-    assert {t.device.type for t in (*tensors, moved.tokens_b, *moved.labels.values())} == {"meta"}
 
 
 def test_collate_errors():

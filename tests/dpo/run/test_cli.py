@@ -61,6 +61,7 @@ def test_a_setting_on_the_command_line_overrides_the_file(config_file, settings,
         "2e-5",
         "--weights",
         "{sure: 0.4, kind: 0.6}",
+        "--losses.kind={name: simpo, gamma: 1}",
     ]
     assert cli.main([*arguments, "--loss_options.beta=0.3", "--warmup_ratio=0"]) == 0
     out = capfd.readouterr().out
@@ -73,7 +74,8 @@ def test_a_setting_on_the_command_line_overrides_the_file(config_file, settings,
     )
     used = state["run"]["settings"]
     assert used["weights"] == {"sure": 0.4, "kind": 0.6}
-    assert used["loss_options"]["beta"] == 0.3
+    assert used["losses"]["sure"] == {"name": "sigmoid", "beta": 0.3, "label_smoothing": 0.0}
+    assert used["losses"]["kind"] == {"name": "simpo", "beta": 0.1, "gamma": 1}
     assert used["seed"] == 4  # from the file
 
 
@@ -89,6 +91,11 @@ def test_a_setting_on_the_command_line_overrides_the_file(config_file, settings,
         ({"weights": {"sure": 0.7, "kind": 0.7}}, [], "`weights` must sum to 1"),
         ({"weights": {"sure": 1.2, "kind": -0.2}}, [], "`weights` must"),
         ({}, ["--c", "-1"], "`c` must"),
+        (
+            {"losses": {"kind": {"name": "exo", "tau": 1.0}}},
+            [],
+            "`tau` is no option of the loss 'exo'",
+        ),
         ({"loss_options": {"label_smoothing": 0.7}}, [], "`label_smoothing` must be in [0, 0.5)"),
         ({}, ["--tokens.max_length", "1"], "`max_length` must be at least 2"),
         ({}, ["--model.device", "cuda:99"], "`device` must be 'auto'"),

@@ -28,7 +28,8 @@ def summary(make_config):
 
 
 def test_the_card_states_data_weights_rule_and_results(summary, settings):
-    card = model_card(summary({"name": "org/base", "lora": {"r": 2}}, c=0.35))
+    own = {"kind": {"name": "simpo", "gamma": 0.2}}
+    card = model_card(summary({"name": "org/base", "lora": {"r": 2}}, c=0.35, losses=own))
     _, header, body = card.split("---\n", 2)
     assert yaml.safe_load(header) == {
         "base_model": "org/base",
@@ -39,12 +40,12 @@ def test_the_card_states_data_weights_rule_and_results(summary, settings):
         "# base aligned with raco-fast",
         "(LoRA adapter)",
         "by `cagrad-clip` with c = 0.35",
-        "| sure | 0.7 | 77 |",
-        "| kind | 0.3 | 31 |",
+        "| sure | 0.7 | 77 | `sigmoid`, beta 0.1, label_smoothing 0.0 |",
+        "| kind | 0.3 | 31 | `simpo`, beta 0.1, gamma 0.2 |",
         "90 training pairs.",
         f"- train: `{settings['data'][0]['path']}` (all usable pairs)",
         f"- held out: `{settings['eval_data'][0]['path']}` (all usable pairs)",
-        "loss `sigmoid`, beta 0.1, 9 steps of up to 8 pairs, peak learning rate 0.01",
+        "9 steps of up to 8 pairs, peak learning rate 0.01",
         "weights in fp32, seed 4.",
         # Wilson intervals of 24, 32 of 40
         "| sure | 40 | 50.0% (35.2% to 64.8%) | 60.0% (44.6% to 73.7%) | 80.0% (65.2% to 89.5%) |",

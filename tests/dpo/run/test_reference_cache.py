@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from torch import nn
 
 from raco_fast.dpo.data.batches import micro_batches
 from raco_fast.dpo.data.tokenization import EncodedPair, collate
+from raco_fast.dpo.losses.margin_losses import Sigmoid
 from raco_fast.dpo.models import LoraOptions, add_adapter
 from raco_fast.dpo.run import reference_cache
 from raco_fast.dpo.run.reference_cache import data_hash, reference_logps
@@ -69,13 +71,22 @@ def test_the_cache_is_used_again_for_the_same_model_and_tokens_only(make_model, 
     assert len(computed) == 3
     reference(model, pairs[:-1], tmp_path)
     assert len(computed) == 4
-    assert len(list(tmp_path.iterdir())) == 4
+    tails = [reference(model, pairs, tmp_path, tail=tail).by_id for tail in (0.25, 0.0, 0.25)]
+    assert len(computed) == 6
+    assert tails[0] == tails[2] != tails[1] != first.by_id
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_data_hash_knows_labels_unless_told_otherwise():
     pairs = make_pairs(3)
     relabelled = [EncodedPair(p.id, p.prompt_ids, p.a_ids, p.b_ids, {"x": -1}) for p in pairs]
     assert data_hash(pairs) == data_hash(make_pairs(3)) != data_hash(relabelled)
+    weighted, soft = (
+        [replace(pairs[0], **{field: {"x": 0.75}}), *pairs[1:]]
+        for field in ("pair_weights", "labels")
+    )
+    assert len({data_hash(pairs), data_hash(weighted), data_hash(soft)}) == 3
+    assert data_hash(pairs, with_labels=False) == data_hash(soft, with_labels=False)
     assert data_hash(pairs, with_labels=False) == data_hash(relabelled, with_labels=False)
     assert data_hash(pairs, with_labels=False) != data_hash(pairs[::-1], with_labels=False)
 
@@ -89,7 +100,8 @@ def test_the_adapter_is_off_in_the_reference_and_on_in_the_policy(make_model, tm
             nn.init.normal_(parameter)
     ours = reference(policy, pairs, tmp_path / "b")
     assert ours.by_id == base
-    scores = score_pairs(pair_logps(policy, collate(pairs, 0), 5), collate(pairs, 0), ours)
+    batch, losses = collate(pairs, 0), {"x": Sigmoid()}
+    scores = score_pairs(pair_logps(policy, batch, 5), batch, {1.0: ours}, losses)["x"]
     assert (scores.logps_a - scores.ref_logps_a).abs().min() > 1e-3
     assert scores.logps_a.requires_grad
     assert not scores.ref_logps_a.requires_grad
@@ -103,7 +115,8 @@ def test_the_untrained_policy_scores_exactly_as_its_reference(make_model, tmp_pa
     ours = reference(model, pairs, tmp_path)
     for group in micro_batches(pairs, 4):
         batch = collate(group, 0)
-        scores = score_pairs(pair_logps(model, batch, 5), batch, ours)
+        logps = pair_logps(model, batch, 5)
+        scores = score_pairs(logps, batch, {1.0: ours}, {"x": Sigmoid()})["x"]
         assert torch.equal(scores.logps_a, scores.ref_logps_a)
         assert torch.equal(scores.logps_b, scores.ref_logps_b)
 

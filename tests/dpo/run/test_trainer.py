@@ -11,6 +11,7 @@ from raco_fast.dpo.data.batches import labelled_counts
 from raco_fast.dpo.data.tokenization import collate
 from raco_fast.dpo.run import reference_cache
 from raco_fast.dpo.run import step as step_module
+from raco_fast.dpo.run.config import check_same_run, identity
 from raco_fast.dpo.run.trainer import Trainer, train
 from raco_fast.dpo.scoring import pair_logps
 
@@ -144,6 +145,7 @@ def test_objectives_may_have_pairs_of_their_own(runs, make_config, write_pairs):
         ("hinge", {"beta": 0.2}, 1.0),
         ("ipo", {"beta": 0.2}, 6.25),
         ("simpo", {"beta": 2.0, "simpo_gamma": 0.3}, None),
+        ("ld", {"beta": 0.2, "alpha": 0.4}, math.log(2)),
     ],
 )
 def test_every_loss_trains(runs, make_config, loss, options, untrained):
@@ -153,6 +155,97 @@ def test_every_loss_trains(runs, make_config, loss, options, untrained):
         assert first["eval_loss/sure"] == pytest.approx(untrained, rel=1e-6)
     assert last["eval_loss/sure"] < first["eval_loss/sure"]
     assert last["eval_rewards/accuracies/sure"] > 0.6
+
+
+def test_every_objective_may_have_its_own_loss(runs, make_config):
+    own = {"kind": {"name": "nca", "beta": 0.3}}
+    config = make_config(loss="ipo", loss_options={"beta": 0.2}, losses=own, lr=0.003)
+    last, first = train(config), runs.evaluations(config)[0]
+    assert first["eval_loss/sure"] == pytest.approx(6.25, rel=1e-6)
+    assert first["eval_loss/kind"] == pytest.approx(2 * math.log(2), rel=1e-6)
+    assert last["eval_loss/sure"] < first["eval_loss/sure"]
+    assert identity(config)["losses"]["kind"] == {"name": "nca", "beta": 0.3}
+
+
+def soft_rows(file: Path, probability: float, weight: float) -> None:
+    """Turn every label of `sure` into a probability and a weight."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows:
+        label = row["preferences"].pop("sure")
+        q = 0.5 + label * (probability - 0.5)
+        row |= {
+            "preference_probabilities": {"sure": q},
+            "pair_weights": {"sure": weight, "kind": 1},
+        }
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_soft_labels_and_weights_reach_the_losses(runs, make_config, write_pairs, tmp_path):
+    """Certain labels with a weight of 2 are hard labels with a loss of twice the size."""
+    words = {"sure": "yes", "kind": "calm"}
+    files = [write_pairs(f"{k}.jsonl", 16, 1, words) for k in range(3)]
+    rows = [json.loads(line) for line in files[0].read_text().splitlines()]
+    kept = "".join(json.dumps(row) + "\n" for row in rows if row["preferences"]["sure"])
+    for file in files:
+        file.write_text(kept)
+    soft_rows(files[1], 1.0, 2.0)
+    soft_rows(files[2], 0.9, 1.0)
+    first, last = [], []
+    for k, file in enumerate(files):
+        config = make_config(
+            data=[{"path": str(file)}],
+            eval_data=[{"path": str(file)}],
+            output_dir=str(tmp_path / str(k)),
+            max_steps=1,
+        )
+        last.append(train(config))
+        first.append(runs.steps(config)[0])
+    for name, rel in (("loss/sure", 1e-6), ("raco/grad_norm/sure", 1e-4)):
+        assert first[1][name] == pytest.approx(2 * first[0][name], rel=rel)
+    assert first[1]["loss/kind"] == pytest.approx(first[0]["loss/kind"], rel=1e-6)
+    assert first[2]["raco/grad_norm/sure"] < 0.9 * first[0]["raco/grad_norm/sure"]
+    assert last[1]["eval_loss/sure"] > 1.5 * last[0]["eval_loss/sure"]
+    assert last[2]["eval_pairs/sure"] == last[0]["eval_pairs/sure"]
+
+
+def test_soft_labels_are_refused_before_a_model_is_loaded(make_config, write_pairs):
+    file = write_pairs("soft.jsonl", 8, 1, {"sure": "yes", "kind": "calm"})
+    soft_rows(file, 0.9, 1.0)
+    config = make_config(data=[{"path": str(file)}], losses={"sure": "hinge"})
+    with pytest.raises(ValueError, match=r"labels of 'sure' must be hard .* its loss 'hinge'"):
+        Trainer(config)
+
+
+@pytest.mark.parametrize("mode", ["one_backward", "gram_first"])
+def test_losses_of_different_scores_give_autograds_steps(
+    runs, make_config, save_tiny, tmp_path, mode
+):
+    model, losses = {"name": str(save_tiny())}, {"kind": {"name": "ld", "alpha": 0.3}}
+    both = [
+        make_config(
+            model,
+            losses=losses,
+            gradient_mode=each,
+            pairs_per_micro_batch=8,
+            check_every=1,
+            eps=1e-3,
+            output_dir=str(tmp_path / each),
+        )
+        for each in (mode, "autograd")
+    ]
+    for config in both:
+        train(config)
+    assert_close_runs(runs, *both, rtol=2e-5)
+
+
+def test_a_run_is_the_same_however_its_losses_are_written(make_config, tmp_path):
+    simpo = {"name": "simpo", "beta": 2.0, "gamma": 0.3}
+    one = make_config(loss="simpo", loss_options={"beta": 2.0, "simpo_gamma": 0.3})
+    check_same_run(make_config(loss=simpo), identity(one), tmp_path)
+    check_same_run(make_config(losses={"sure": simpo, "kind": simpo}), identity(one), tmp_path)
+    other = make_config(loss=simpo, losses={"kind": "simpo"})
+    with pytest.raises(ValueError, match=r"\(losses: .*'gamma': 0.3.* in the checkpoint, .* now\)"):
+        check_same_run(other, identity(one), tmp_path)
 
 
 @pytest.mark.parametrize("rule", ["linear", "cagrad", "mgda"])
@@ -199,8 +292,8 @@ def test_reference_logps_are_computed_once_for_a_model_a_data_set_and_a_template
 
 
 def test_the_evaluation_at_step_0_is_that_of_the_untrained_policy(make_config):
-    for model in (None, LORA):
-        runner = Trainer(make_config(model))
+    for model, losses in ((None, {}), (LORA, {}), (None, {"kind": {"name": "ld", "alpha": 0.3}})):
+        runner = Trainer(make_config(model, losses=losses))
         assert runner.held_out.evaluate(runner.model) == runner.held_out.evaluate_reference()
 
 
@@ -285,7 +378,7 @@ def test_the_saved_model_is_the_trained_one(make_config, tiny, lora):
     batch = collate(runner.pairs[:8], 0)
     with torch.no_grad():
         ours, theirs = (pair_logps(model.eval(), batch, 64) for model in (runner.model, loaded))
-        original = torch.cat(runner.reference.of(batch.ids, torch.device("cpu")))
+        original = torch.cat(runner.references[1.0].of(batch.ids, torch.device("cpu")))
     torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-5)
     assert (ours - original).abs().max() > 0.1
     assert len(AutoTokenizer.from_pretrained(saved)) == len(runner.tokenizer)
@@ -340,7 +433,16 @@ def test_an_objective_without_a_labelled_pair_is_an_error(make_config, write_pai
         ({"c": 1.0}, "`c` must"),
         ({"rule": "nash"}, "`rule` must"),
         ({"loss": "dpo"}, "`loss` must be one of"),
-        ({"loss": "ipo", "loss_options": {"label_smoothing": 0.1}}, "`label_smoothing` is defined"),
+        (
+            {"loss": "ipo", "loss_options": {"label_smoothing": 0.1}},
+            "is no option of the loss",
+        ),
+        (
+            {"losses": {"nice": "ipo"}},
+            r"`losses` must name objectives .*, got \['nice'\]",
+        ),
+        ({"losses": {"kind": "dpo"}}, "`losses.kind` must be one of"),
+        ({"losses": {"kind": {"name": "ipo", "gamma": 1}}}, r"\(`losses.kind`\), got 1; it has"),
         ({"lr": -1e-5}, "Invalid learning rate: -1e-05"),
         ({"betas": (0.9, 1.0)}, "Invalid beta parameter at index 1: 1.0"),
         ({"max_grad_norm": 0.0}, "`max_grad_norm` must be a positive number, got 0.0"),

@@ -1,0 +1,66 @@
+"""f-DPO: -log s(beta (h(r_w) - h(r_l))), h(log u) = f'(u) up to a constant (arXiv:2309.16240).
+
+h(r) = r is the reverse KL divergence, which is DPO's own (`sigmoid`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from raco_fast.dpo.losses.pair_scores import RankedScores
+from raco_fast.dpo.losses.preference_loss import PreferenceLoss, beta, option
+
+LARGEST_EXPONENT = 40.0
+"""exp(-r) is constant where a response is e^40 times less likely than under the reference: e^89
+is beyond float32, and so would be the squares in a gradient's norm long before."""
+
+
+@dataclass(frozen=True)
+class _FDivergence(PreferenceLoss):
+    soft = True
+    beta: float = beta()
+
+    @abstractmethod
+    def h(self, ratio: Tensor) -> Tensor:
+        """f'(exp(ratio)), less a constant."""
+
+    def __call__(self, pairs: RankedScores) -> Tensor:
+        return -F.logsigmoid(self.beta * (self.h(pairs.ratio_w) - self.h(pairs.ratio_l)))
+
+
+@dataclass(frozen=True)
+class ForwardKl(_FDivergence):
+    """h(r) = -exp(-r)."""
+
+    def h(self, ratio: Tensor) -> Tensor:
+        """-1 / u."""
+        return -(-ratio).clamp(max=LARGEST_EXPONENT).exp()
+
+
+@dataclass(frozen=True)
+class JensenShannon(_FDivergence):
+    """h(r) = log s(r)."""
+
+    def h(self, ratio: Tensor) -> Tensor:
+        """log(u / (1 + u))."""
+        return F.logsigmoid(ratio)
+
+
+@dataclass(frozen=True)
+class AlphaDivergence(_FDivergence):
+    """h(r) = (1 - exp(-alpha r)) / alpha.
+
+    Between reverse KL (alpha towards 0) and forward KL (1). TRL's coefficient is 1 - alpha.
+    """
+
+    alpha: float = option(
+        0.5, "be in (0, 1)", lambda v: 0 < v < 1, "its ends are `sigmoid` and `forward-kl`"
+    )
+
+    def h(self, ratio: Tensor) -> Tensor:
+        """(1 - u^-alpha) / alpha."""
+        return -(-self.alpha * ratio).clamp(max=LARGEST_EXPONENT).expm1() / self.alpha

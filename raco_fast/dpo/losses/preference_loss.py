@@ -1,0 +1,65 @@
+"""What a preference loss is: options, each with a rule, and one number for every ranked pair."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from raco_fast.dpo.losses.pair_scores import RankedScores
+
+
+def option(default: float, rule: str, holds: Callable[[float], bool], cure: str) -> Any:
+    """A field of a loss: its default, and what a value must do (`rule`, as in "be positive")."""
+    return field(default=default, metadata={"rule": rule, "holds": holds, "cure": cure})
+
+
+def beta(default: float = 0.1) -> Any:
+    """The option `beta`: strength of the pull to the reference; scales the implicit reward."""
+    rule = "be positive and finite"
+    return option(default, rule, lambda v: 0 < v < math.inf, f"{default:g} is a common value")
+
+
+@dataclass(frozen=True)
+class PreferenceLoss(ABC):
+    """A loss of ranked pairs; its fields are its options.
+
+    It may depend on the parameters through `logps_w` and `logps_l` alone: that is what one
+    backward pass for all objectives rests on.
+
+    Attributes:
+        soft: a label that is right with probability q gives q loss(w, l) + (1 - q) loss(l, w), and
+            the margin at which that is smallest grows with q. False: soft labels are refused.
+        tail_weight: what its scores count of the tokens that one response has past the end of the
+            other: their log-probabilities, and the reference's, are multiplied by it.
+    """
+
+    soft: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Hold every option against its rule; ValueError names both."""
+        for each in fields(self):
+            value, known = getattr(self, each.name), each.metadata
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if known and not (number and known["holds"](value)):
+                raise ValueError(
+                    f"`{each.name}` must {known['rule']}, got {value!r}; {known['cure']}"
+                )
+
+    @abstractmethod
+    def __call__(self, pairs: RankedScores) -> Tensor:
+        """Loss of each of n pairs, [n]."""
+
+    @property
+    def tail_weight(self) -> float:
+        """1: scores are plain sums over the response, which all such losses share."""
+        return 1.0
+
+    @property
+    def reward_scale(self) -> float:
+        """What a log-ratio is multiplied by to be an implicit reward: beta, 1 without one."""
+        return float(getattr(self, "beta", 1.0))
