@@ -11,14 +11,14 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
+from raco_fast.demo.jobs import Aligned, WarmStart
 from raco_fast.demo.judges import OBJECTIVES
-from raco_fast.demo.results import Aligned, WarmStart
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 CERTAINTY = 0.95
+_COSINE = "raco/cosine/"
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ class Spread:
         """The difference seed by seed."""
         return Spread(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))
 
+    def __str__(self) -> str:
+        """Mean ± deviation; the mean alone for one seed."""
+        return f"{self.mean:.3f}" + f" ± {self.deviation:.3f}" * (len(self.values) > 1)
+
     def interval(self) -> float:
         """Half width of the 95 % interval of the mean; infinite with one seed."""
         n = len(self.values)
@@ -60,53 +64,48 @@ class Row:
 
     Args:
         rule: the rule, or "start" for the model before alignment.
-        weights: objective -> weight, or None.
+        weights: in the order of the objectives; empty for a rule that ignores them.
         scores: objective -> judged score.
-        clip_active: share of steps in which clipping changed the update; None for the start.
+        clipped: share of steps in which clipping changed the update; None for the start.
         cosines: "a:b" -> mean cosine between the objectives' gradients; empty for the start.
         skipped_steps: steps not taken, over all seeds.
     """
 
     rule: str
-    weights: dict[str, float] | None
+    weights: tuple[float, ...]
     scores: dict[str, Spread]
-    clip_active: Spread | None
+    clipped: Spread | None
     cosines: dict[str, Spread]
     skipped_steps: int
 
     @property
+    def weights_text(self) -> str:
+        """For example "0.65/0.15/0.2"; a dash for none."""
+        return "/".join(f"{weight:g}" for weight in self.weights) or "-"
+
+    @property
     def name(self) -> str:
         """How sentences call this row."""
-        return self.rule if self.weights is None else f"{self.rule} at {weights_name(self.weights)}"
-
-
-def weights_name(weights: dict[str, float] | None) -> str:
-    """Weights in the order of the objectives, e.g. "0.65/0.15/0.2"; a dash for none."""
-    return "-" if weights is None else "/".join(f"{weights[name]:g}" for name in OBJECTIVES)
+        return f"{self.rule} at {self.weights_text}" if self.weights else self.rule
 
 
 def summarize(starts: Sequence[WarmStart], runs: Sequence[Aligned]) -> list[Row]:
     """The table: the start first, then every rule and weight vector in the order of the runs."""
-    rows = [Row("start", None, _scores(starts), None, {}, 0)]
-    groups: dict[tuple[str, str], list[Aligned]] = {}
+    groups: dict[tuple[str, tuple[float, ...]], list[Aligned]] = {}
     for run in runs:
-        groups.setdefault((run.rule, weights_name(run.weights)), []).append(run)
-    pairs = [f"{a}:{b}" for a, b in combinations(OBJECTIVES, 2)]
-    for group in groups.values():
-        rows.append(
-            Row(
-                group[0].rule,
-                group[0].weights,
-                _scores(group),
-                _over_steps(group, "raco/clip_active"),
-                {pair: _over_steps(group, f"raco/cosine/{pair}") for pair in pairs},
-                sum(run.skipped_steps for run in group),
-            )
-        )
+        weights = tuple(run.weights[name] for name in OBJECTIVES) if run.weights else ()
+        groups.setdefault((run.rule, weights), []).append(run)
+    rows = [Row("start", (), _scores(starts), None, {}, 0)]
+    for (rule, weights), group in groups.items():
+        names = [name for name in group[0].steps[0] if name.startswith(_COSINE)]
+        cosines = {name.removeprefix(_COSINE): _over_steps(group, name) for name in names}
+        skipped = sum(round(run.steps[-1]["raco/skipped_steps"]) for run in group)
+        clipped = _over_steps(group, "raco/clip_active")
+        rows.append(Row(rule, weights, _scores(group), clipped, cosines, skipped))
     return rows
 
 
-def _scores(results: Sequence[WarmStart] | Sequence[Aligned]) -> dict[str, Spread]:
+def _scores(results: Sequence[WarmStart | Aligned]) -> dict[str, Spread]:
     return {name: Spread(tuple(r.scores[name] for r in results)) for name in OBJECTIVES}
 
 

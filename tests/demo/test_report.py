@@ -7,16 +7,16 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from raco_fast.demo.claims import claims
 from raco_fast.demo.config import DemoConfig
+from raco_fast.demo.jobs import Aligned, WarmStart
 from raco_fast.demo.judges import OBJECTIVES
 from raco_fast.demo.plot import plot_scores
-from raco_fast.demo.report import markdown, metric_records, text_table, write_reports
-from raco_fast.demo.results import Aligned, WarmStart
+from raco_fast.demo.report import markdown, text_table, write_reports
 from raco_fast.demo.summary import Spread, dominates, summarize
+from raco_fast.dpo.scoring import ReferenceLogps
 
 HIGH = {"coverage": 0.65, "brevity": 0.15, "faithfulness": 0.2}
 LOW = {"coverage": 0.15, "brevity": 0.65, "faithfulness": 0.2}
@@ -25,15 +25,13 @@ JITTER = (-0.01, 0.0, 0.01)
 
 def start(seed: int, scores: tuple[float, float, float]) -> WarmStart:
     named = dict(zip(OBJECTIVES, scores, strict=True))
-    return WarmStart(seed, {}, [4.5, 0.9], np.zeros((2, 1), np.float32), named, 1.0)
+    return WarmStart(seed, named, [4.5, 0.9], {}, ReferenceLogps({}))
 
 
 def aligned(seed, rule, weights, scores, clip=(0.0, 1.0), skipped=0) -> Aligned:
-    step = {f"raco/cosine/{pair}": -0.4 for pair in PAIRS}
+    step = {f"raco/cosine/{pair}": -0.4 for pair in PAIRS} | {"raco/skipped_steps": float(skipped)}
     steps = [{"step": i, "raco/clip_active": active} | step for i, active in enumerate(clip, 1)]
-    return Aligned(
-        seed, rule, weights, dict(zip(OBJECTIVES, scores, strict=True)), steps, skipped, 2.0
-    )
+    return Aligned(seed, rule, weights, dict(zip(OBJECTIVES, scores, strict=True)), steps)
 
 
 PAIRS = ("coverage:brevity", "coverage:faithfulness", "brevity:faithfulness")
@@ -150,15 +148,21 @@ def test_quick_report_warns_and_the_full_one_does_not() -> None:
     assert warning not in markdown(DemoConfig(), rows, "", 9.0)
 
 
-def test_numbers_that_are_not_finite_become_null_and_stay_out_of_means() -> None:
+def test_numbers_that_are_not_finite_become_null_and_stay_out_of_means(tmp_path: Path) -> None:
     starts, runs = study({("cagrad-clip", "high"): (0.5, 0.5, 0.5)}, clip=(1.0, math.nan))
     rows = summarize(starts, runs)
-    assert rows[1].clip_active is not None
-    assert rows[1].clip_active.mean == 1.0
-    records = list(metric_records(starts, runs))
-    json.dumps(records, allow_nan=False)
+    assert rows[1].clipped is not None
+    assert rows[1].clipped.mean == 1.0
+    write_reports(tmp_path, DemoConfig(), starts, runs, seconds=1.0)
+    records = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     steps = [record for record in records if record["phase"] == "alignment"]
     assert [record["raco/clip_active"] for record in steps[:2]] == [1.0, None]
+
+
+def test_a_study_of_one_point_is_told_too() -> None:
+    text = sentences({("linear", "high"): (0.5, 0.5, 0.5)}, seeds=1)
+    assert "coverage went to between 0.490 (linear at 0.65/0.15/0.2) and 0.490 (linear" in text
+    assert "Between rules" not in text
 
 
 def test_without_matplotlib_the_report_says_how_to_get_the_plot(
