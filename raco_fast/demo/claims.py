@@ -20,7 +20,7 @@ def claims(rows: Sequence[Row]) -> list[str]:
         *_what_alignment_moved(start, aligned),
         *(_what_weights_trade(rule, rows) for rule, rows in weighted.items() if len(rows) > 1),
         *_what_rules_change(aligned),
-        *_who_is_dominated(rows),
+        _who_is_dominated(rows),
         *_what_clipping_did(weighted.get("cagrad-clip", [])),
         *(
             f"{row.name} skipped {row.skipped_steps} steps because a gradient was not finite."
@@ -86,25 +86,13 @@ def _what_rules_change(aligned: Sequence[Row]) -> Iterator[str]:
         yield f"{a.name} scores {_difference(gap)} in {name} against {b.rule}."
 
 
-def _who_is_dominated(rows: Sequence[Row]) -> Iterator[str]:
-    """Who is dominated by mean scores, and by whom where some difference is clear."""
-    better = {row.name: [other for other in rows if dominates(other, row)] for row in rows}
-    dominated = [name for name, others in better.items() if others]
-    yield (
-        f"By mean scores, {len(rows) - len(dominated)} of {len(rows)} rows are dominated by no "
-        f"other one{f'; dominated: {_listed(dominated)}' if dominated else ''}."
-    )
-    for row in rows:
-        clearly = [
-            other.name
-            for other in better[row.name]
-            if any((other.scores[name] - row.scores[name]).is_clear() for name in OBJECTIVES)
-        ]
-        if clearly:
-            yield (
-                f"{row.name} is dominated by {_listed(clearly)}, by mean scores and with a clear "
-                "difference in at least one objective."
-            )
+def _who_is_dominated(rows: Sequence[Row]) -> str:
+    """The rows that another one's mean scores are nowhere below and somewhere above."""
+    better = {row.name: [other.name for other in rows if dominates(other, row)] for row in rows}
+    dominated = [f"{name} (by {', '.join(others)})" for name, others in better.items() if others]
+    which = f"; dominated: {', '.join(dominated)}" if dominated else ""
+    free = len(rows) - len(dominated)
+    return f"By mean scores, {free} of {len(rows)} rows are dominated by no other one{which}."
 
 
 def _what_clipping_did(rows: Sequence[Row]) -> Iterator[str]:
@@ -114,8 +102,3 @@ def _what_clipping_did(rows: Sequence[Row]) -> Iterator[str]:
         yield f"Clipping changed the update in {' to '.join(ends)} of cagrad-clip's steps."
     elif shares:
         yield "Clipping never changed an update, so cagrad-clip took the same steps as cagrad."
-
-
-def _listed(names: Sequence[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

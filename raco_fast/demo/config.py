@@ -8,6 +8,9 @@ from typing import Any
 
 from raco_fast.solver.weights import RULES, check_c, check_rule
 
+WEIGHTLESS_RULE = "mgda"
+"""The rule that ignores the weights: it is run once a seed."""
+
 _QUICK: dict[str, Any] = {
     "seeds": 2,
     "steps": 4,
@@ -108,6 +111,15 @@ class DemoConfig:
             }
             for coverage in self.coverage_weights
         )
+
+    @property
+    def points(self) -> list[tuple[str, dict[str, float] | None]]:
+        """Every rule with every weight vector; a rule that ignores weights once, with None."""
+        return [
+            (rule, weights)
+            for rule in self.rules
+            for weights in ([None] if rule == WEIGHTLESS_RULE else self.weight_vectors)
+        ]
 
     def sized(self) -> DemoConfig:
         """This configuration, with the sizes of the quick form if `quick` is set."""

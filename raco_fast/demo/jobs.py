@@ -21,7 +21,14 @@ from transformers import LlamaForCausalLM
 from raco_fast.demo.config import DemoConfig
 from raco_fast.demo.documents import make_document
 from raco_fast.demo.judges import OBJECTIVES, draw_pairs, judge
-from raco_fast.demo.model import PAD, build_model, build_tokenizer, encode, summarise, warm_up
+from raco_fast.demo.model import (
+    PAD,
+    build_model,
+    build_tokenizer,
+    encode,
+    warm_up,
+    write_summaries,
+)
 from raco_fast.dpo.data.batches import micro_batches
 from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.losses import LossOptions
@@ -33,33 +40,16 @@ from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 
 
 @dataclass(frozen=True)
-class WarmStart:
-    """The starting point that every alignment of one seed shares.
+class Judged:
+    """A model of one seed, trained and judged.
 
     Args:
         seed: the seed.
-        scores: objective -> mean judged score of the summaries it writes, before alignment.
-        losses: supervised loss per summary token (nats), one entry a step.
-        state: the model's parameters by name, as arrays: tensors would travel by shared memory.
-        reference: log-probabilities of the summaries of every preference pair.
-    """
-
-    seed: int
-    scores: dict[str, float]
-    losses: list[float]
-    state: dict[str, npt.NDArray[Any]]
-    reference: ReferenceLogps
-
-
-@dataclass(frozen=True)
-class Aligned:
-    """One aligned model.
-
-    Args:
-        seed, rule: which start, which rule.
-        weights: objective -> weight; None for a rule that ignores weights.
+        rule: by which it was aligned; "start" for the warmed-up model that the others begin as.
+        weights: objective -> weight; None for the start, and for a rule that ignores weights.
         scores: objective -> mean judged score of the summaries it writes.
-        steps: the metrics of each optimizer step, under the names of docs/metrics.md.
+        steps: metrics of each training step, under the names of docs/metrics.md; of the warm-up,
+            the loss per summary token in nats.
     """
 
     seed: int
@@ -67,6 +57,21 @@ class Aligned:
     weights: Mapping[str, float] | None
     scores: dict[str, float]
     steps: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """What the alignments of one seed begin with.
+
+    Args:
+        judged: the warmed-up model's scores.
+        state: its parameters by name, as arrays: tensors would travel by shared memory.
+        reference: its log-probabilities of the summaries of every preference pair.
+    """
+
+    judged: Judged
+    state: dict[str, npt.NDArray[Any]]
+    reference: ReferenceLogps
 
 
 @contextmanager
@@ -86,23 +91,24 @@ def warm_up_job(config: DemoConfig, seed: int) -> WarmStart:
     of_seed = _Seed(config, seed)
     model = of_seed.build_model()
     batches = of_seed.batches("warm-up", config.warm_up_steps, config.warm_up_batch_size)
-    losses = warm_up(model, batches, config.warm_up_lr)
+    losses = enumerate(warm_up(model, batches, config.warm_up_lr), start=1)
+    steps = [{"step": step, "loss": loss} for step, loss in losses]
     pairs = [pair for batch in of_seed.preferences() for pair in batch]
     reference = compute_reference(model, pairs, PAD, config.batch_size)
     state = {name: value.numpy() for name, value in model.state_dict().items()}
-    return WarmStart(seed, of_seed.judged_scores(model), losses, state, reference)
+    return WarmStart(of_seed.judged(model, "start", None, steps), state, reference)
 
 
 @_one_thread()
 def align_job(
     config: DemoConfig, start: WarmStart, rule: str, weights: Mapping[str, float] | None
-) -> Aligned:
+) -> Judged:
     """Align the warmed-up model of a seed by one rule and judge what it writes then.
 
     Every rule sees the same pairs in the same order. `weights` is None for a rule that ignores
     them; the optimizer is then given equal ones.
     """
-    of_seed = _Seed(config, start.seed)
+    of_seed = _Seed(config, start.judged.seed)
     model = of_seed.build_model()
     model.load_state_dict({name: torch.tensor(value) for name, value in start.state.items()})
     optimizer = ClippedCAGradAdamW(
@@ -126,7 +132,7 @@ def align_job(
             lr = float(schedule.get_last_lr()[0])
             steps.append({"step": number, "learning_rate": lr, **learn(pairs).metrics()})
             schedule.step()
-    return Aligned(start.seed, rule, weights, of_seed.judged_scores(model), steps)
+    return of_seed.judged(model, rule, weights, steps)
 
 
 class _Seed:
@@ -150,13 +156,20 @@ class _Seed:
         """The batches of the alignment."""
         return self.batches("pairs", self.config.steps, self.config.batch_size)
 
-    def judged_scores(self, model: LlamaForCausalLM) -> dict[str, float]:
-        """Mean score by each judge of one sampled summary of every held-out document."""
+    def judged(
+        self,
+        model: LlamaForCausalLM,
+        rule: str,
+        weights: Mapping[str, float] | None,
+        steps: list[dict[str, float]],
+    ) -> Judged:
+        """Let every judge score one sampled summary of every held-out document."""
         rng = self._rng("held-out")
         documents = [make_document(rng) for _ in range(self.config.documents)]
-        texts = summarise(model, self.tokenizer, documents, self.seed)
+        texts = write_summaries(model, self.tokenizer, documents, self.seed)
         judged = [judge(document, text) for document, text in zip(documents, texts, strict=True)]
-        return {name: statistics.fmean(scores[name] for scores in judged) for name in OBJECTIVES}
+        scores = {name: statistics.fmean(each[name] for each in judged) for name in OBJECTIVES}
+        return Judged(self.seed, rule, weights, scores, steps)
 
     def _rng(self, purpose: str) -> random.Random:
         """Independent random numbers for each use of the seed."""

@@ -107,7 +107,7 @@ def warm_up(
     return losses
 
 
-def summarise(
+def write_summaries(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     documents: Sequence[Document],

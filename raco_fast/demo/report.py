@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from raco_fast.demo.claims import claims
 from raco_fast.demo.config import DemoConfig
-from raco_fast.demo.jobs import Aligned, WarmStart
+from raco_fast.demo.jobs import Judged
 from raco_fast.demo.judges import OBJECTIVES
 from raco_fast.demo.plot import plot_scores
 from raco_fast.demo.summary import Row, summarize
@@ -53,50 +52,31 @@ Mean cosine between the gradients of two objectives, before weighting:
 
 
 def write_reports(
-    folder: Path,
-    config: DemoConfig,
-    starts: Sequence[WarmStart],
-    runs: Sequence[Aligned],
-    *,
-    seconds: float,
+    folder: Path, config: DemoConfig, results: Sequence[Judged], seconds: float
 ) -> None:
     """Print the table and write metrics.jsonl, pareto.png (with matplotlib) and report.md.
 
     Args:
         folder: an existing folder; files of an earlier study in it are replaced.
-        config: the settings the runs were made with.
-        starts: one per seed.
-        runs: every seed's alignments, seed by seed in the order of `starts`.
+        config: the settings the models were made with.
+        results: the starts, then every seed's alignments, in the same order for every seed.
         seconds: wall-clock time of the study.
     """
-    rows = summarize(starts, runs)
+    rows = summarize(results)
     metrics = MetricsFile(folder / "metrics.jsonl")
-    for record in metric_records(starts, runs):
-        metrics.write(record)
+    for result in results:
+        of_model = {"seed": result.seed, "rule": result.rule, "weights": result.weights}
+        phase = "warm-up" if result.rule == "start" else "alignment"
+        for step in result.steps:
+            metrics.write({"phase": phase, **of_model, **step})
+        scores = {f"judge/{name}": score for name, score in result.scores.items()}
+        metrics.write({"phase": "judged", **of_model, **scores})
     plot_note = plot_scores(rows, folder / "pareto.png")
     with atomic_file(folder / "report.md") as partial:
         partial.write_text(markdown(config, rows, plot_note, seconds), encoding="utf-8")
     print(f"\n{text_table(rows)}\n\n{_bullets(rows)}")
     print(plot_note or f"\nplot: {folder / 'pareto.png'}")
     print(f"report: {folder / 'report.md'}; metrics: {folder / 'metrics.jsonl'}")
-
-
-def metric_records(
-    starts: Sequence[WarmStart], runs: Sequence[Aligned]
-) -> Iterator[dict[str, Any]]:
-    """Every measured number, one record for each line of metrics.jsonl."""
-    for start in starts:
-        for step, loss in enumerate(start.losses, start=1):
-            yield {"phase": "warm-up", "seed": start.seed, "step": step, "loss": loss}
-        yield {"phase": "judged", "seed": start.seed, "rule": "start", **_judged(start.scores)}
-    for run in runs:
-        of_run = {"seed": run.seed, "rule": run.rule, "weights": run.weights}
-        yield from ({"phase": "alignment", **of_run, **metrics} for metrics in run.steps)
-        yield {"phase": "judged", **of_run, **_judged(run.scores)}
-
-
-def _judged(scores: dict[str, float]) -> dict[str, float]:
-    return {f"judge/{name}": value for name, value in scores.items()}
 
 
 def text_table(rows: Sequence[Row]) -> str:

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from raco_fast.demo.jobs import Aligned, WarmStart
+from raco_fast.demo.jobs import Judged
 from raco_fast.demo.judges import OBJECTIVES
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 CERTAINTY = 0.95
-_COSINE = "raco/cosine/"
 
 
 @dataclass(frozen=True)
@@ -66,17 +65,27 @@ class Row:
         rule: the rule, or "start" for the model before alignment.
         weights: in the order of the objectives; empty for a rule that ignores them.
         scores: objective -> judged score.
-        clipped: share of steps in which clipping changed the update; None for the start.
-        cosines: "a:b" -> mean cosine between the objectives' gradients; empty for the start.
+        metrics: those of a step that begin with raco/ -> mean over the steps in which it is finite;
+            empty for the start.
         skipped_steps: steps not taken, over all seeds.
     """
 
     rule: str
     weights: tuple[float, ...]
     scores: dict[str, Spread]
-    clipped: Spread | None
-    cosines: dict[str, Spread]
+    metrics: dict[str, Spread]
     skipped_steps: int
+
+    @property
+    def clipped(self) -> Spread | None:
+        """Share of steps in which clipping changed the update; None for the start."""
+        return self.metrics.get("raco/clip_active")
+
+    @property
+    def cosines(self) -> dict[str, Spread]:
+        """ "a:b" -> mean cosine between the objectives' gradients; empty for the start."""
+        prefix = "raco/cosine/"
+        return {k.removeprefix(prefix): v for k, v in self.metrics.items() if k.startswith(prefix)}
 
     @property
     def weights_text(self) -> str:
@@ -89,33 +98,29 @@ class Row:
         return f"{self.rule} at {self.weights_text}" if self.weights else self.rule
 
 
-def summarize(starts: Sequence[WarmStart], runs: Sequence[Aligned]) -> list[Row]:
-    """The table: the start first, then every rule and weight vector in the order of the runs."""
-    groups: dict[tuple[str, tuple[float, ...]], list[Aligned]] = {}
-    for run in runs:
-        weights = tuple(run.weights[name] for name in OBJECTIVES) if run.weights else ()
-        groups.setdefault((run.rule, weights), []).append(run)
-    rows = [Row("start", (), _scores(starts), None, {}, 0)]
+def summarize(results: Sequence[Judged]) -> list[Row]:
+    """The table: a row for each rule and weight vector, in the order of the results."""
+    groups: dict[tuple[str, tuple[float, ...]], list[Judged]] = {}
+    for result in results:
+        weights = tuple(result.weights[name] for name in OBJECTIVES) if result.weights else ()
+        groups.setdefault((result.rule, weights), []).append(result)
+    rows = []
     for (rule, weights), group in groups.items():
-        names = [name for name in group[0].steps[0] if name.startswith(_COSINE)]
-        cosines = {name.removeprefix(_COSINE): _over_steps(group, name) for name in names}
-        skipped = sum(round(run.steps[-1]["raco/skipped_steps"]) for run in group)
-        clipped = _over_steps(group, "raco/clip_active")
-        rows.append(Row(rule, weights, _scores(group), clipped, cosines, skipped))
+        scores = {name: Spread(tuple(r.scores[name] for r in group)) for name in OBJECTIVES}
+        metrics = {
+            name: Spread(tuple(_mean(step[name] for step in r.steps) for r in group))
+            for name in group[0].steps[0]
+            if name.startswith("raco/")
+        }
+        skipped = sum(round(r.steps[-1].get("raco/skipped_steps", 0)) for r in group)
+        rows.append(Row(rule, weights, scores, metrics, skipped))
     return rows
 
 
-def _scores(results: Sequence[WarmStart | Aligned]) -> dict[str, Spread]:
-    return {name: Spread(tuple(r.scores[name] for r in results)) for name in OBJECTIVES}
-
-
-def _over_steps(group: Sequence[Aligned], metric: str) -> Spread:
-    """Each seed's mean of a metric over the steps in which it is finite."""
-    means = []
-    for run in group:
-        finite = [step[metric] for step in run.steps if math.isfinite(step[metric])]
-        means.append(statistics.fmean(finite) if finite else math.nan)
-    return Spread(tuple(means))
+def _mean(numbers: Iterable[float]) -> float:
+    """Mean of those that are finite, NaN where none is."""
+    finite = [number for number in numbers if math.isfinite(number)]
+    return statistics.fmean(finite) if finite else math.nan
 
 
 def dominates(a: Row, b: Row) -> bool:

@@ -16,8 +16,8 @@ from raco_fast.demo.model import (
     build_model,
     build_tokenizer,
     encode,
-    summarise,
     warm_up,
+    write_summaries,
 )
 from raco_fast.dpo.data.batches import micro_batches
 from raco_fast.dpo.data.pairs import PreferencePair
@@ -80,7 +80,7 @@ def test_batched_sampling_equals_writing_each_text_alone_without_cache(model) ->
     rng = random.Random(9)
     documents = [make_document(rng) for _ in range(5)]
     before = torch.random.get_rng_state()
-    texts = summarise(model, TOKENIZER, documents, seed=17)
+    texts = write_summaries(model, TOKENIZER, documents, seed=17)
     assert torch.equal(torch.random.get_rng_state(), before)
     prompts = [[BOS, *TOKENIZER(document.text).input_ids, SEP] for document in documents]
     assert len({len(prompt) for prompt in prompts}) > 1, "no padding: nothing is tested"
@@ -101,7 +101,7 @@ def test_batched_sampling_equals_writing_each_text_alone_without_cache(model) ->
 
 def test_samples_follow_the_seed(model) -> None:
     documents = [make_document(random.Random(i)) for i in range(6)]
-    first, again, other = (summarise(model, TOKENIZER, documents, seed) for seed in (1, 1, 2))
+    first, again, other = (write_summaries(model, TOKENIZER, documents, seed) for seed in (1, 1, 2))
     assert first == again != other
     assert all(len(text.split()) <= MAX_SUMMARY_TOKENS for text in first)
 
@@ -112,4 +112,5 @@ def test_random_numbers_depend_on_the_place_only(model) -> None:
     other = build_model(TOKENIZER, hidden_size=48, layers=2, seed=1)
     other.load_state_dict(model.state_dict())
     other.model.norm.weight.data *= 1 + 1e-6
-    assert summarise(other, TOKENIZER, documents, 3) == summarise(model, TOKENIZER, documents, 3)
+    theirs, ours = (write_summaries(m, TOKENIZER, documents, seed=3) for m in (other, model))
+    assert theirs == ours
