@@ -29,7 +29,6 @@ from raco_fast.demo.model import (
     warm_up,
     write_summaries,
 )
-from raco_fast.dpo.data.batches import micro_batches
 from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.losses import LossOptions
 from raco_fast.dpo.run.reference_cache import compute_reference
@@ -146,11 +145,9 @@ class _Seed:
         return build_model(self.tokenizer, self.config.hidden_size, self.config.layers, self.seed)
 
     def batches(self, purpose: str, steps: int, size: int) -> list[list[EncodedPair]]:
-        """Fresh pairs for every step; those of a step are of like length, which saves padding."""
-        rng = self._rng(purpose)
-        batches = micro_batches(encode(self.tokenizer, draw_pairs(steps * size, rng)), size)
-        rng.shuffle(batches)
-        return batches
+        """Fresh pairs for every step."""
+        pairs = encode(self.tokenizer, draw_pairs(steps * size, self._rng(purpose)))
+        return [pairs[start : start + size] for start in range(0, len(pairs), size)]
 
     def preferences(self) -> list[list[EncodedPair]]:
         """The batches of the alignment."""
