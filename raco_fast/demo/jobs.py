@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy.typing as npt
 import torch
@@ -37,6 +37,11 @@ from raco_fast.dpo.scoring import ReferenceLogps
 from raco_fast.engine.prepare import prepare
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 
+Weights: TypeAlias = "Mapping[str, float] | None"
+"""Objective -> weight; None for a model that was aligned without weights, or not at all."""
+Steps: TypeAlias = list[dict[str, float]]
+"""Metrics of each training step, under the names of docs/metrics.md."""
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -45,17 +50,16 @@ class Judged:
     Args:
         seed: the seed.
         rule: by which it was aligned; "start" for the warmed-up model that the others begin as.
-        weights: objective -> weight; None for the start, and for a rule that ignores weights.
+        weights: None for the start, and for a rule that ignores weights.
         scores: objective -> mean judged score of the summaries it writes.
-        steps: metrics of each training step, under the names of docs/metrics.md; of the warm-up,
-            the loss per summary token in nats.
+        steps: of the warm-up, with the loss per summary token in nats, or of the alignment.
     """
 
     seed: int
     rule: str
-    weights: Mapping[str, float] | None
+    weights: Weights
     scores: dict[str, float]
-    steps: list[dict[str, float]]
+    steps: Steps
 
 
 @dataclass(frozen=True)
@@ -93,15 +97,13 @@ def warm_up_job(config: DemoConfig, seed: int) -> WarmStart:
     losses = enumerate(warm_up(model, batches, config.warm_up_lr), start=1)
     steps = [{"step": step, "loss": loss} for step, loss in losses]
     pairs = [pair for batch in of_seed.preferences() for pair in batch]
-    reference = compute_reference(model, pairs, PAD, config.batch_size)
+    reference = compute_reference(model, pairs, PAD, config.batch_size, quiet=True)
     state = {name: value.numpy() for name, value in model.state_dict().items()}
     return WarmStart(of_seed.judged(model, "start", None, steps), state, reference)
 
 
 @_one_thread()
-def align_job(
-    config: DemoConfig, start: WarmStart, rule: str, weights: Mapping[str, float] | None
-) -> Judged:
+def align_job(config: DemoConfig, start: WarmStart, rule: str, weights: Weights) -> Judged:
     """Align the warmed-up model of a seed by one rule and judge what it writes then.
 
     Every rule sees the same pairs in the same order. `weights` is None for a rule that ignores
@@ -153,13 +155,7 @@ class _Seed:
         """The batches of the alignment."""
         return self.batches("pairs", self.config.steps, self.config.batch_size)
 
-    def judged(
-        self,
-        model: LlamaForCausalLM,
-        rule: str,
-        weights: Mapping[str, float] | None,
-        steps: list[dict[str, float]],
-    ) -> Judged:
+    def judged(self, model: LlamaForCausalLM, rule: str, weights: Weights, steps: Steps) -> Judged:
         """Let every judge score one sampled summary of every held-out document."""
         rng = self._rng("held-out")
         documents = [make_document(rng) for _ in range(self.config.documents)]
