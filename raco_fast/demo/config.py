@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from raco_fast.solver.registry import check_rule
 from raco_fast.solver.weights import RULES, check_c
 
+WEIGHTLESS_RULE = "mgda"
+"""The rule that ignores the weights: it is run once a seed."""
+
+_QUICK: dict[str, Any] = {
+    "seeds": 2,
+    "steps": 4,
+    "batch_size": 4,
+    "warm_up_steps": 25,
+    "warm_up_batch_size": 4,
+    "hidden_size": 32,
+    "layers": 2,
+    "documents": 12,
+    "workers": 1,
+}
+
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Settings of `raco-fast demo`; the defaults take three to five minutes on two cores.
+    """Settings of `raco-fast demo`; the defaults take about three minutes on two cores.
 
     Args:
         output_dir: folder for report.md, pareto.png and metrics.jsonl.
@@ -29,7 +45,7 @@ class DemoConfig:
         steps: optimizer steps of one alignment.
         batch_size: preference pairs in a step.
         warm_up_steps: supervised steps before.
-        warm_up_batch_size: summaries in a supervised step.
+        warm_up_batch_size: pairs of summaries in a supervised step.
         warm_up_lr: peak learning rate of the warm-up.
         hidden_size: width of the model, a multiple of 8.
         layers: depth of the model.
@@ -50,7 +66,7 @@ class DemoConfig:
     steps: int = 30
     batch_size: int = 8
     warm_up_steps: int = 260
-    warm_up_batch_size: int = 16
+    warm_up_batch_size: int = 8
     warm_up_lr: float = 1.5e-3
     hidden_size: int = 160
     layers: int = 3
@@ -59,38 +75,31 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         """Reject settings the study cannot run with."""
-        counts = ("seeds", "steps", "batch_size", "warm_up_steps", "warm_up_batch_size")
-        for name in (*counts, "layers", "documents"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
-        for name in ("beta", "lr", "warm_up_lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}")
-        if self.workers < 0:
-            raise ValueError(f"`workers` must be 0 (one a core) or more, got {self.workers}")
-        if self.hidden_size < 8 or self.hidden_size % 8:
-            raise ValueError(f"`hidden_size` must be a multiple of 8, got {self.hidden_size}")
         for rule in self.rules:
             check_rule(rule)
         check_c(self.c)
-        self._check_weights()
-
-    def _check_weights(self) -> None:
+        rest = 1 - self.faithfulness_weight
+        counts = ("seeds", "steps", "batch_size", "warm_up_steps", "warm_up_batch_size", "layers")
+        conditions = [
+            *((n, getattr(self, n) >= 1, "be at least 1") for n in (*counts, "documents")),
+            *((n, 0 < getattr(self, n) < math.inf, "be positive") for n in ("lr", "warm_up_lr")),
+            ("beta", 0 < self.beta < math.inf, "be positive"),
+            ("workers", self.workers >= 0, "be 0 (one a core) or more"),
+            ("hidden_size", self.hidden_size in range(8, 10**6, 8), "be a multiple of 8"),
+            ("faithfulness_weight", 0 <= rest <= 1, "be in [0, 1]"),
+            (
+                "coverage_weights",
+                all(0 <= weight <= rest + 1e-9 for weight in self.coverage_weights),
+                f"lie in [0, {rest:g}], which is what `faithfulness_weight` leaves",
+            ),
+        ]
         for name in ("rules", "coverage_weights"):
             values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"`{name}` must hold different values, at least one, got {values}")
-        rest = 1 - self.faithfulness_weight
-        if not 0 <= rest <= 1:
-            raise ValueError(
-                f"`faithfulness_weight` must be in [0, 1], got {self.faithfulness_weight}"
-            )
-        for weight in self.coverage_weights:
-            if not 0 <= weight <= rest + 1e-9:
-                raise ValueError(
-                    f"`coverage_weights` must lie in [0, {rest:g}], which is what "
-                    f"`faithfulness_weight` leaves, got {weight}"
-                )
+            distinct = 0 < len(values) == len(set(values))
+            conditions.append((name, distinct, "hold different values, at least one"))
+        for name, holds, rule in conditions:
+            if not holds:
+                raise ValueError(f"`{name}` must {rule}, got {getattr(self, name)}")
 
     @property
     def weight_vectors(self) -> tuple[dict[str, float], ...]:
@@ -104,21 +113,15 @@ class DemoConfig:
             for coverage in self.coverage_weights
         )
 
+    @property
+    def points(self) -> list[tuple[str, dict[str, float] | None]]:
+        """Every rule with every weight vector; a rule that ignores weights once, with None."""
+        return [
+            (rule, weights)
+            for rule in self.rules
+            for weights in ([None] if rule == WEIGHTLESS_RULE else self.weight_vectors)
+        ]
+
     def sized(self) -> DemoConfig:
         """This configuration, with the sizes of the quick form if `quick` is set."""
-        if not self.quick:
-            return self
-        return replace(
-            self,
-            seeds=2,
-            coverage_weights=(0.6, 0.2),
-            faithfulness_weight=0.2,
-            steps=4,
-            batch_size=4,
-            warm_up_steps=25,
-            warm_up_batch_size=8,
-            hidden_size=32,
-            layers=2,
-            documents=12,
-            workers=1,
-        )
+        return replace(self, **_QUICK) if self.quick else self

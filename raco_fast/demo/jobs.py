@@ -9,189 +9,72 @@ from __future__ import annotations
 
 import random
 import statistics
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
-import numpy as np
+import numpy.typing as npt
 import torch
-from tokenizers import Tokenizer
-from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from raco_fast.demo.config import DemoConfig
 from raco_fast.demo.documents import make_document
-from raco_fast.demo.judges import OBJECTIVES, judge, make_pair
+from raco_fast.demo.judges import OBJECTIVES, draw_pairs, judge
 from raco_fast.demo.model import (
-    Batch,
-    batches_by_length,
+    PAD,
     build_model,
     build_tokenizer,
-    collate,
-    encode_prompt,
-    encode_summary,
-    generate,
+    encode,
     warm_up,
+    write_summaries,
 )
-from raco_fast.demo.results import Aligned, WarmStart
-from raco_fast.dpo.logps import sequence_logps
+from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.losses.margin_losses import Sigmoid
-from raco_fast.dpo.losses.objective_losses import preference_losses
-from raco_fast.dpo.losses.pair_scores import PairScores
-from raco_fast.dpo.metrics import PreferenceMetrics, solution_metrics
+from raco_fast.dpo.run.reference_cache import compute_reference
+from raco_fast.dpo.run.step import PreferenceStep
+from raco_fast.dpo.scoring import ReferenceLogps
+from raco_fast.engine.prepare import prepare
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 
-# Six facts in full sentences and two fillers, the longest candidate, are 39 tokens with <eos>.
-_MAX_SUMMARY_TOKENS = 44
+Weights: TypeAlias = "Mapping[str, float] | None"
+"""Objective -> weight; None for a model that was aligned without weights, or not at all."""
+Steps: TypeAlias = list[dict[str, float]]
+"""Metrics of each training step, under the names of docs/metrics.md."""
 
 
-def warm_up_job(config: DemoConfig, seed: int) -> WarmStart:
-    """Teach the model of one seed to summarise, judge it, and score the preference pairs."""
-    began = time.perf_counter()
-    with _one_thread():
-        tokenizer = build_tokenizer()
-        model = build_model(tokenizer.get_vocab_size(), config.hidden_size, config.layers, seed)
-        losses = warm_up(
-            model,
-            tokenizer,
-            steps=config.warm_up_steps,
-            batch_size=config.warm_up_batch_size,
-            lr=config.warm_up_lr,
-            rng=_rng(seed, "warm-up"),
-        )
-        model.eval()
-        pairs = _Pairs(config, seed, tokenizer)
-        ref_logps = np.empty((2, len(pairs.a)), dtype=np.float32)
-        with torch.no_grad():
-            for rows in pairs.batches:
-                ref_logps[:, rows] = sequence_logps(model, *pairs.batch(rows)).view(2, -1)
-        return WarmStart(
-            seed=seed,
-            state={name: value.numpy() for name, value in model.state_dict().items()},
-            losses=losses,
-            ref_logps=ref_logps,
-            scores=_judged_scores(config, seed, model, tokenizer),
-            seconds=time.perf_counter() - began,
-        )
+@dataclass(frozen=True)
+class Judged:
+    """A model of one seed, trained and judged.
 
-
-def align_job(
-    config: DemoConfig, start: WarmStart, rule: str, weights: Mapping[str, float] | None
-) -> Aligned:
-    """Align the warmed-up model of a seed by one rule and judge what it writes then.
-
-    Every rule sees the same pairs in the same order. `weights` is None for a rule that ignores
-    them; the optimizer is then given equal ones.
+    Args:
+        seed: the seed.
+        rule: by which it was aligned; "start" for the warmed-up model that the others begin as.
+        weights: None for the start, and for a rule that ignores weights.
+        scores: objective -> mean judged score of the summaries it writes.
+        steps: of the warm-up, with the loss per summary token in nats, or of the alignment.
     """
-    began = time.perf_counter()
-    with _one_thread():
-        tokenizer = build_tokenizer()
-        model = build_model(
-            tokenizer.get_vocab_size(), config.hidden_size, config.layers, start.seed
-        )
-        model.load_state_dict({name: torch.tensor(v) for name, v in start.state.items()})
-        model.eval()
-        optimizer = ClippedCAGradAdamW(
-            model.parameters(),
-            lr=config.lr,
-            weight_decay=0.0,
-            weights=weights or dict.fromkeys(OBJECTIVES, 1 / len(OBJECTIVES)),
-            c=config.c,
-            rule=rule,
-            max_grad_norm=1.0,
-        )
-        steps = _optimize(config, start, model, tokenizer, optimizer)
-        return Aligned(
-            seed=start.seed,
-            rule=rule,
-            weights=None if weights is None else dict(weights),
-            scores=_judged_scores(config, start.seed, model, tokenizer),
-            steps=steps,
-            skipped_steps=optimizer.skipped_steps,
-            seconds=time.perf_counter() - began,
-        )
+
+    seed: int
+    rule: str
+    weights: Weights
+    scores: dict[str, float]
+    steps: Steps
 
 
-class _Pairs:
-    """The preference pairs of a seed, tokenized, labelled and in the order they are used."""
+@dataclass(frozen=True)
+class WarmStart:
+    """What the alignments of one seed begin with.
 
-    def __init__(self, config: DemoConfig, seed: int, tokenizer: Tokenizer) -> None:
-        rng = _rng(seed, "pairs")
-        pairs = [
-            make_pair(make_document(rng), rng) for _ in range(config.steps * config.batch_size)
-        ]
-        self.prompts = [encode_prompt(tokenizer, pair.document) for pair in pairs]
-        self.a = [encode_summary(tokenizer, pair.a) for pair in pairs]
-        self.b = [encode_summary(tokenizer, pair.b) for pair in pairs]
-        self.labels = {
-            name: torch.tensor([pair.labels[name] for pair in pairs]) for name in OBJECTIVES
-        }
-        lengths = [
-            len(prompt) + max(len(a), len(b))
-            for prompt, a, b in zip(self.prompts, self.a, self.b, strict=True)
-        ]
-        self.batches = batches_by_length(lengths, config.batch_size, rng)
+    Args:
+        judged: the warmed-up model's scores.
+        state: its parameters by name, as arrays: tensors would travel by shared memory.
+        reference: its log-probabilities of the summaries of every preference pair.
+    """
 
-    def batch(self, rows: list[int]) -> Batch:
-        """The pairs `rows` as one batch of 2B sequences, all a before all b."""
-        prompts = [self.prompts[i] for i in rows]
-        summaries = [self.a[i] for i in rows] + [self.b[i] for i in rows]
-        return collate(prompts + prompts, summaries)
-
-    def scores(self, rows: list[int], logps: Tensor, ref_logps: Tensor) -> PairScores:
-        """Scores of the pairs `rows` from [2, B] log-probabilities."""
-        tokens = torch.tensor([[float(len(text[i])) for i in rows] for text in (self.a, self.b)])
-        return PairScores(*logps, *ref_logps, *tokens)
-
-
-def _optimize(
-    config: DemoConfig,
-    start: WarmStart,
-    model: LlamaForCausalLM,
-    tokenizer: Tokenizer,
-    optimizer: ClippedCAGradAdamW,
-) -> list[dict[str, float]]:
-    """One optimizer step per batch of pairs; returns the metrics of every step."""
-    pairs = _Pairs(config, start.seed, tokenizer)
-    ref_logps, loss = torch.tensor(start.ref_logps), Sigmoid(config.beta)
-    ramp = max(1, config.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / ramp))
-    steps = []
-    for step, rows in enumerate(pairs.batches, start=1):
-        logps = sequence_logps(model, *pairs.batch(rows)).view(2, -1)
-        scores = pairs.scores(rows, logps, ref_logps[:, rows])
-        labels = {name: label[rows] for name, label in pairs.labels.items()}
-        losses = preference_losses(scores, labels, loss=loss)
-        optimizer.backward(losses)
-        optimizer.step()
-        optimizer.zero_grad()
-        preferences = PreferenceMetrics(dict.fromkeys(OBJECTIVES, loss))
-        preferences.add(scores, labels)
-        assert optimizer.solution is not None
-        steps.append(
-            {"step": step, "lr": float(schedule.get_last_lr()[0])}
-            | {f"loss/{name}": loss.item() for name, loss in losses.items()}
-            | preferences.result()
-            | solution_metrics(optimizer.solution, OBJECTIVES)
-        )
-        schedule.step()
-    return steps
-
-
-def _judged_scores(
-    config: DemoConfig, seed: int, model: LlamaForCausalLM, tokenizer: Tokenizer
-) -> dict[str, float]:
-    """Mean score by each judge of one sampled summary of every held-out document."""
-    rng = _rng(seed, "held-out")
-    documents = [make_document(rng) for _ in range(config.documents)]
-    texts = generate(model, tokenizer, documents, max_tokens=_MAX_SUMMARY_TOKENS, seed=seed)
-    judged = [judge(document, text) for document, text in zip(documents, texts, strict=True)]
-    return {name: statistics.fmean(scores[name] for scores in judged) for name in OBJECTIVES}
-
-
-def _rng(seed: int, purpose: str) -> random.Random:
-    """Independent random numbers for each use of a seed."""
-    return random.Random(f"raco-fast demo {purpose} {seed}")
+    judged: Judged
+    state: dict[str, npt.NDArray[Any]]
+    reference: ReferenceLogps
 
 
 @contextmanager
@@ -203,3 +86,83 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@_one_thread()
+def warm_up_job(config: DemoConfig, seed: int) -> WarmStart:
+    """Teach the model of one seed to summarise, judge it, and score the preference pairs."""
+    of_seed = _Seed(config, seed)
+    model = of_seed.build_model()
+    batches = of_seed.batches("warm-up", config.warm_up_steps, config.warm_up_batch_size)
+    losses = enumerate(warm_up(model, batches, config.warm_up_lr), start=1)
+    steps = [{"step": step, "loss": loss} for step, loss in losses]
+    pairs = [pair for batch in of_seed.preferences() for pair in batch]
+    reference = compute_reference(model, pairs, PAD, config.batch_size, quiet=True)
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    return WarmStart(of_seed.judged(model, "start", None, steps), state, reference)
+
+
+@_one_thread()
+def align_job(config: DemoConfig, start: WarmStart, rule: str, weights: Weights) -> Judged:
+    """Align the warmed-up model of a seed by one rule and judge what it writes then.
+
+    Every rule sees the same pairs in the same order. `weights` is None for a rule that ignores
+    them; the optimizer is then given equal ones.
+    """
+    of_seed = _Seed(config, start.judged.seed)
+    model = of_seed.build_model()
+    model.load_state_dict({name: torch.tensor(value) for name, value in start.state.items()})
+    optimizer = ClippedCAGradAdamW(
+        model.parameters(),
+        lr=config.lr,
+        weight_decay=0.0,
+        weights=weights or dict.fromkeys(OBJECTIVES, 1 / len(OBJECTIVES)),
+        c=config.c,
+        rule=rule,
+        max_grad_norm=1.0,
+    )
+    ramp = max(1, config.steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / ramp))
+    losses = dict.fromkeys(OBJECTIVES, Sigmoid(beta=config.beta))
+    references = {1.0: start.reference}
+    learn = PreferenceStep(model, optimizer, references, losses, PAD, config.batch_size)
+    steps = []
+    with prepare(model, strict=True):
+        for number, pairs in enumerate(of_seed.preferences(), start=1):
+            lr = float(schedule.get_last_lr()[0])
+            steps.append({"step": number, "learning_rate": lr, **learn(pairs).metrics()})
+            schedule.step()
+    return of_seed.judged(model, rule, weights, steps)
+
+
+class _Seed:
+    """Model, data and judging of one seed."""
+
+    def __init__(self, config: DemoConfig, seed: int) -> None:
+        self.config, self.seed, self.tokenizer = config, seed, build_tokenizer()
+
+    def build_model(self) -> LlamaForCausalLM:
+        """A fresh model."""
+        return build_model(self.tokenizer, self.config.hidden_size, self.config.layers, self.seed)
+
+    def batches(self, purpose: str, steps: int, size: int) -> list[list[EncodedPair]]:
+        """Fresh pairs for every step."""
+        pairs = encode(self.tokenizer, draw_pairs(steps * size, self._rng(purpose)))
+        return [pairs[start : start + size] for start in range(0, len(pairs), size)]
+
+    def preferences(self) -> list[list[EncodedPair]]:
+        """The batches of the alignment."""
+        return self.batches("pairs", self.config.steps, self.config.batch_size)
+
+    def judged(self, model: LlamaForCausalLM, rule: str, weights: Weights, steps: Steps) -> Judged:
+        """Let every judge score one sampled summary of every held-out document."""
+        rng = self._rng("held-out")
+        documents = [make_document(rng) for _ in range(self.config.documents)]
+        texts = write_summaries(model, self.tokenizer, documents, self.seed)
+        judged = [judge(document, text) for document, text in zip(documents, texts, strict=True)]
+        scores = {name: statistics.fmean(each[name] for each in judged) for name in OBJECTIVES}
+        return Judged(self.seed, rule, weights, scores, steps)
+
+    def _rng(self, purpose: str) -> random.Random:
+        """Independent random numbers for each use of the seed."""
+        return random.Random(f"raco-fast demo {purpose} {self.seed}")

@@ -19,7 +19,8 @@ import random
 from itertools import pairwise
 from typing import NamedTuple
 
-from raco_fast.demo.documents import VALUES, Document, Fact, make_summary
+from raco_fast.demo.documents import VALUES, Document, Fact, make_document, make_summary
+from raco_fast.dpo.data.pairs import PreferencePair
 
 OBJECTIVES = ("coverage", "brevity", "faithfulness")
 _VALUE_WORDS = frozenset(value for values in VALUES.values() for value in values)
@@ -30,18 +31,6 @@ class Statements(NamedTuple):
 
     claims: tuple[Fact, ...]
     broken: int
-
-
-class LabelledPair(NamedTuple):
-    """Two different summaries of one document and the judges' label for each objective.
-
-    A label is +1 where `a` scores higher, -1 where `b` does and 0 where both score the same.
-    """
-
-    document: Document
-    a: str
-    b: str
-    labels: dict[str, int]
 
 
 def read_statements(text: str) -> Statements:
@@ -68,21 +57,26 @@ def judge(document: Document, text: str) -> dict[str, float]:
     }
 
 
-def label(document: Document, a: str, b: str) -> dict[str, int]:
+def label(document: Document, a: str, b: str) -> dict[str, float]:
     """Which of two texts each judge prefers: +1 the first, -1 the second, 0 a tie."""
     scores_a, scores_b = judge(document, a), judge(document, b)
     return {
-        name: (scores_a[name] > scores_b[name]) - (scores_a[name] < scores_b[name])
+        name: float((scores_a[name] > scores_b[name]) - (scores_a[name] < scores_b[name]))
         for name in OBJECTIVES
     }
 
 
-def make_pair(document: Document, rng: random.Random) -> LabelledPair:
-    """Draw two different candidate summaries of a document and label them."""
-    a = b = make_summary(document, rng)
-    while a == b:
-        b = make_summary(document, rng)
-    return LabelledPair(document, a, b, label(document, a, b))
+def draw_pairs(n: int, rng: random.Random) -> list[PreferencePair]:
+    """n documents, each with two different candidate summaries and the judges' labels."""
+    pairs = []
+    for i in range(n):
+        document = make_document(rng)
+        a = b = make_summary(document, rng)
+        while a == b:
+            b = make_summary(document, rng)
+        prompt = [{"role": "user", "content": document.text}]
+        pairs.append(PreferencePair(str(i), prompt, a, b, label(document, a, b)))
+    return pairs
 
 
 def count_words(text: str) -> int:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
+from raco_fast.demo.jobs import Judged
 from raco_fast.demo.judges import OBJECTIVES
-from raco_fast.demo.results import Aligned, WarmStart
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
@@ -41,6 +40,10 @@ class Spread:
         """The difference seed by seed."""
         return Spread(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))
 
+    def __str__(self) -> str:
+        """Mean ± deviation; the mean alone for one seed."""
+        return f"{self.mean:.3f}" + f" ± {self.deviation:.3f}" * (len(self.values) > 1)
+
     def interval(self) -> float:
         """Half width of the 95 % interval of the mean; infinite with one seed."""
         n = len(self.values)
@@ -60,63 +63,64 @@ class Row:
 
     Args:
         rule: the rule, or "start" for the model before alignment.
-        weights: objective -> weight, or None.
+        weights: in the order of the objectives; empty for a rule that ignores them.
         scores: objective -> judged score.
-        clip_active: share of steps in which clipping changed the update; None for the start.
-        cosines: "a:b" -> mean cosine between the objectives' gradients; empty for the start.
+        metrics: those of a step that begin with raco/ -> mean over the steps in which it is finite;
+            empty for the start.
         skipped_steps: steps not taken, over all seeds.
     """
 
     rule: str
-    weights: dict[str, float] | None
+    weights: tuple[float, ...]
     scores: dict[str, Spread]
-    clip_active: Spread | None
-    cosines: dict[str, Spread]
+    metrics: dict[str, Spread]
     skipped_steps: int
+
+    @property
+    def clipped(self) -> Spread | None:
+        """Share of steps in which clipping changed the update; None for the start."""
+        return self.metrics.get("raco/clip_active")
+
+    @property
+    def cosines(self) -> dict[str, Spread]:
+        """ "a:b" -> mean cosine between the objectives' gradients; empty for the start."""
+        prefix = "raco/cosine/"
+        return {k.removeprefix(prefix): v for k, v in self.metrics.items() if k.startswith(prefix)}
+
+    @property
+    def weights_text(self) -> str:
+        """For example "0.65/0.15/0.2"; a dash for none."""
+        return "/".join(f"{weight:g}" for weight in self.weights) or "-"
 
     @property
     def name(self) -> str:
         """How sentences call this row."""
-        return self.rule if self.weights is None else f"{self.rule} at {weights_name(self.weights)}"
+        return f"{self.rule} at {self.weights_text}" if self.weights else self.rule
 
 
-def weights_name(weights: dict[str, float] | None) -> str:
-    """Weights in the order of the objectives, e.g. "0.65/0.15/0.2"; a dash for none."""
-    return "-" if weights is None else "/".join(f"{weights[name]:g}" for name in OBJECTIVES)
-
-
-def summarize(starts: Sequence[WarmStart], runs: Sequence[Aligned]) -> list[Row]:
-    """The table: the start first, then every rule and weight vector in the order of the runs."""
-    rows = [Row("start", None, _scores(starts), None, {}, 0)]
-    groups: dict[tuple[str, str], list[Aligned]] = {}
-    for run in runs:
-        groups.setdefault((run.rule, weights_name(run.weights)), []).append(run)
-    pairs = [f"{a}:{b}" for a, b in combinations(OBJECTIVES, 2)]
-    for group in groups.values():
-        rows.append(
-            Row(
-                group[0].rule,
-                group[0].weights,
-                _scores(group),
-                _over_steps(group, "raco/clip_active"),
-                {pair: _over_steps(group, f"raco/cosine/{pair}") for pair in pairs},
-                sum(run.skipped_steps for run in group),
-            )
-        )
+def summarize(results: Sequence[Judged]) -> list[Row]:
+    """The table: a row for each rule and weight vector, in the order of the results."""
+    groups: dict[tuple[str, tuple[float, ...]], list[Judged]] = {}
+    for result in results:
+        weights = tuple(result.weights[name] for name in OBJECTIVES) if result.weights else ()
+        groups.setdefault((result.rule, weights), []).append(result)
+    rows = []
+    for (rule, weights), group in groups.items():
+        scores = {name: Spread(tuple(r.scores[name] for r in group)) for name in OBJECTIVES}
+        metrics = {
+            name: Spread(tuple(_mean(step[name] for step in r.steps) for r in group))
+            for name in group[0].steps[0]
+            if name.startswith("raco/")
+        }
+        skipped = sum(round(r.steps[-1].get("raco/skipped_steps", 0)) for r in group)
+        rows.append(Row(rule, weights, scores, metrics, skipped))
     return rows
 
 
-def _scores(results: Sequence[WarmStart] | Sequence[Aligned]) -> dict[str, Spread]:
-    return {name: Spread(tuple(r.scores[name] for r in results)) for name in OBJECTIVES}
-
-
-def _over_steps(group: Sequence[Aligned], metric: str) -> Spread:
-    """Each seed's mean of a metric over the steps in which it is finite."""
-    means = []
-    for run in group:
-        finite = [step[metric] for step in run.steps if math.isfinite(step[metric])]
-        means.append(statistics.fmean(finite) if finite else math.nan)
-    return Spread(tuple(means))
+def _mean(numbers: Iterable[float]) -> float:
+    """Mean of those that are finite, NaN where none is."""
+    finite = [number for number in numbers if math.isfinite(number)]
+    return statistics.fmean(finite) if finite else math.nan
 
 
 def dominates(a: Row, b: Row) -> bool:

@@ -22,11 +22,12 @@ from raco_fast.demo.judges import (
     OBJECTIVES,
     Statements,
     count_words,
+    draw_pairs,
     judge,
     label,
-    make_pair,
     read_statements,
 )
+from raco_fast.dpo.data.pairs import PreferencePair
 
 TRAIN, RIVER = Fact("train", "late"), Fact("river", "frozen")
 MAYOR, ROAD = Fact("mayor", "happy"), Fact("road", "icy")
@@ -136,22 +137,29 @@ def test_documents_and_summaries_are_what_they_say(seed: int) -> None:
     assert 1 <= len(claims) <= FACTS_PER_DOCUMENT + 2
 
 
+def document_of(pair: PreferencePair) -> Document:
+    """The document of a pair, read from its prompt."""
+    text = pair.prompt[0]["content"]
+    return Document(read_statements(text).claims, text)
+
+
 @given(st.integers(0, 10**6))
 def test_labels_agree_with_the_judges_and_flip_with_the_pair(seed: int) -> None:
-    rng = random.Random(seed)
-    pair = make_pair(make_document(rng), rng)
-    assert pair.a != pair.b
-    a, b = judge(pair.document, pair.a), judge(pair.document, pair.b)
+    (pair,) = draw_pairs(1, random.Random(seed))
+    assert pair.response_a != pair.response_b
+    document = document_of(pair)
+    a, b = judge(document, pair.response_a), judge(document, pair.response_b)
     for name in OBJECTIVES:
         expected = 1 if a[name] > b[name] else -1 if a[name] < b[name] else 0
-        assert pair.labels[name] == expected
-    flipped = label(pair.document, pair.b, pair.a)
-    assert flipped == {name: -value for name, value in pair.labels.items()}
+        assert pair.preferences[name] == expected
+    flipped = label(document, pair.response_b, pair.response_a)
+    assert flipped == {name: -value for name, value in pair.preferences.items()}
 
 
 def test_pairs_conflict_agree_and_tie() -> None:
-    rng = random.Random(3)
-    labels = [make_pair(make_document(rng), rng).labels for _ in range(400)]
+    pairs = draw_pairs(400, random.Random(3))
+    assert len({pair.id for pair in pairs}) == 400
+    labels = [pair.preferences for pair in pairs]
     conflicts = sum(pair["coverage"] * pair["brevity"] == -1 for pair in labels)
     agreements = sum(pair["coverage"] * pair["brevity"] == 1 for pair in labels)
     assert conflicts > 2 * agreements > 0
@@ -166,12 +174,8 @@ def test_a_tie_is_a_tie_to_the_last_bit() -> None:
 
 
 def test_the_generator_is_a_function_of_its_seed() -> None:
-    def draw(seed: int) -> list[object]:
-        rng = random.Random(seed)
-        return [make_pair(make_document(rng), rng) for _ in range(20)]
-
-    assert draw(11) == draw(11)
-    assert draw(11) != draw(12)
+    first, again, other = (draw_pairs(20, random.Random(seed)) for seed in (11, 11, 12))
+    assert first == again != other
 
 
 def test_no_value_belongs_to_two_entities_and_no_filler_carries_content() -> None:

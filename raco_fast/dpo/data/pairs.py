@@ -43,7 +43,7 @@ class ConciseRule:
     unless `overwrite`.
 
     Attributes:
-        count: text -> number of tokens (`raco_fast.dpo.tokenization.token_counter`).
+        count: text -> number of tokens (`tokenization.token_counter`).
         objective: the objective to label.
         relative: fraction of the longer response, in [0, 1).
         absolute: tokens, at least 0.

@@ -1,7 +1,7 @@
 """Preference pairs as token ids: exact response boundary, one BOS, one EOS, lengths, padding.
 
 Prompt and response are tokenized apart (TRL's convention), so the boundary between them is exact
-and both responses share the prompt's ids. `raco_fast.dpo.rendering` makes their texts.
+and both responses share the prompt's ids. `raco_fast.dpo.data.rendering` makes their texts.
 
 - End: a response ends with exactly one stop token, the one with which the chat template closes an
   answer (`<|im_end|>`, `<|eot_id|>`, `<end_of_turn>`, `</s>` ...); what the template writes after
@@ -114,7 +114,7 @@ def encode_pairs(
 
     Args:
         tokenizer: any Hugging Face tokenizer, with or without a chat template.
-        pairs: as read by `raco_fast.dpo.data`.
+        pairs: as read by `read_sources`.
         options: lengths and policies.
     Returns:
         The encoded pairs, in order, and the counts of what was dropped or truncated.

@@ -96,12 +96,16 @@ def compute_reference(
     batch_pairs: int,
     chunk_tokens: int = 256,
     tail: float = 1.0,
+    quiet: bool = False,
 ) -> ReferenceLogps:
-    """Reference log-probabilities of `pairs`, not cached; arguments as in `reference_logps`."""
+    """Reference log-probabilities of `pairs`, not cached; arguments as in `reference_logps`.
+
+    `quiet` shows no progress.
+    """
     by_id: dict[str, tuple[float, float]] = {}
     was_training = model.training
     model.eval()
-    progress = tqdm(total=len(pairs), desc="reference", unit="pair", delay=1)
+    progress = tqdm(total=len(pairs), desc="reference", unit="pair", disable=quiet)
     with adapter_off(model), progress:
         for group in micro_batches(pairs, batch_pairs):
             batch = collate(group, pad_id)

@@ -1,0 +1,83 @@
+"""One step of preference training against a step written out in float64, pair by pair."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from raco_fast.dpo.data.batches import micro_batches
+from raco_fast.dpo.data.tokenization import EncodedPair
+from raco_fast.dpo.losses.margin_losses import Sigmoid
+from raco_fast.dpo.run.step import PreferenceStep
+from raco_fast.dpo.scoring import ReferenceLogps
+from raco_fast.engine.prepare import prepare
+from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
+
+WEIGHTS = {"x": 0.7, "y": 0.3}
+BETA = 0.3
+LABELS = [(1, -1), (-1, 0), (0, 0), (0, 0), (1, 1), (0, -1), (-1, 1)]
+ADAM = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}
+
+
+def make_pairs() -> list[EncodedPair]:
+    draw = torch.Generator().manual_seed(5)
+
+    def ids(k: int) -> list[int]:
+        return torch.randint(3, 32, (1 + k,), generator=draw).tolist()
+
+    # Longest first, so that pairs 2 and 3, which nobody has labelled, are a micro-batch of two.
+    return [
+        EncodedPair(f"p{k}", [1, *ids(9 - k)], [*ids(1), 2], [*ids(2), 2], {"x": x, "y": y})
+        for k, (x, y) in enumerate(LABELS)
+    ]
+
+
+def losses_written_out(model, pairs, reference) -> dict[str, torch.Tensor]:
+    """Mean DPO losses from all logits of one sequence at a time."""
+    margins = []
+    for pair in pairs:
+        sides = []
+        for response, known in zip((pair.a_ids, pair.b_ids), reference[pair.id], strict=True):
+            ids = torch.tensor(pair.prompt_ids + response)
+            logps = model(ids[None]).logits[0, :-1].log_softmax(-1)
+            scored = logps.gather(-1, ids[1:, None])[len(pair.prompt_ids) - 1 :]
+            sides.append(scored.sum() - known)
+        margins.append(sides[0] - sides[1])
+    result = {}
+    for name in WEIGHTS:
+        signed = [p.labels[name] * m for p, m in zip(pairs, margins, strict=True) if p.labels[name]]
+        result[name] = -F.logsigmoid(BETA * torch.stack(signed)).mean()
+    return result
+
+
+@pytest.mark.parametrize("mode", ["one_backward", "autograd", "gram_first"])
+def test_steps_are_adamw_on_the_weighted_losses_however_they_are_cut(make_model, mode):
+    model, pairs = make_model(), make_pairs()
+    reference = {pair.id: (-float(k) - 3, -4.5) for k, pair in enumerate(pairs)}
+    truth = copy.deepcopy(model).double()
+    size = len(pairs) if mode == "gram_first" else 2
+    assert mode == "gram_first" or [p.id for p in micro_batches(pairs, 2)[1]] == ["p2", "p3"]
+    if mode != "autograd":
+        prepare(model, strict=True)
+    optimizer = ClippedCAGradAdamW(
+        model.parameters(), weights=WEIGHTS, rule="linear", max_grad_norm=None, **ADAM
+    )
+    losses = dict.fromkeys(WEIGHTS, Sigmoid(beta=BETA))
+    references = {1.0: ReferenceLogps(reference)}
+    learn = PreferenceStep(model, optimizer, references, losses, 0, size, mode=mode)
+    adamw = torch.optim.AdamW(truth.parameters(), **ADAM)
+    for _ in range(3):
+        result = learn(pairs)
+        expected = losses_written_out(truth, pairs, reference)
+        adamw.zero_grad()
+        sum(WEIGHTS[name] * loss for name, loss in expected.items()).backward()
+        adamw.step()
+        for name, loss in expected.items():
+            assert float(result.losses[name]) == pytest.approx(loss.item(), rel=1e-5)
+    metrics = result.metrics()
+    assert metrics["loss/x"] == float(result.losses["x"])
+    assert (metrics["pairs/x"], metrics["pairs/y"], metrics["raco/skipped_steps"]) == (4, 4, 0)
+    assert result.tokens == sum(2 * len(p.prompt_ids) + len(p.a_ids) + len(p.b_ids) for p in pairs)
+    for ours, theirs in zip(model.parameters(), truth.parameters(), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-6)
