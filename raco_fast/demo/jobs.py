@@ -26,6 +26,7 @@ from raco_fast.demo.model import (
     build_model,
     build_tokenizer,
     encode,
+    rise_and_fall,
     warm_up,
     write_summaries,
 )
@@ -121,8 +122,7 @@ def align_job(config: DemoConfig, start: WarmStart, rule: str, weights: Weights)
         rule=rule,
         max_grad_norm=1.0,
     )
-    ramp = max(1, config.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / ramp))
+    schedule = rise_and_fall(optimizer, config.steps, rise=max(1, config.steps // 10))
     losses = dict.fromkeys(OBJECTIVES, Sigmoid(beta=config.beta))
     references = {1.0: start.reference}
     learn = PreferenceStep(model, optimizer, references, losses, PAD, config.batch_size)

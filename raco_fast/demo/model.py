@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from raco_fast.demo.documents import FILLERS, VALUES, Document
@@ -70,6 +72,11 @@ def encode(
     return encode_pairs(tokenizer, pairs, options)[0]
 
 
+def rise_and_fall(optimizer: Optimizer, steps: int, rise: int) -> LambdaLR:
+    """A learning rate that rises linearly for `rise` steps and falls over the last 40 %."""
+    return LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / rise, (steps - i) / (0.4 * steps)))
+
+
 def warm_up(
     model: LlamaForCausalLM, batches: Sequence[Sequence[EncodedPair]], lr: float
 ) -> list[float]:
@@ -84,11 +91,8 @@ def warm_up(
     Returns:
         Mean loss per summary token (nats) of every step.
     """
-    steps = len(batches)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 20, (steps - step) / (0.4 * steps))
-    )
+    schedule = rise_and_fall(optimizer, len(batches), rise=20)
     losses = []
     for pairs in batches:
         batch = collate(pairs, PAD)
