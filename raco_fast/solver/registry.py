@@ -105,16 +105,17 @@ def check_rule(rule: RuleLike) -> Rule:
 
 
 def spec_of(rule: Rule) -> str | dict[str, Any]:
-    """What `check_rule` makes this rule of, as plain JSON: its name, or a dict with its options.
+    """What `check_rule` makes this rule of, as plain JSON: its name, or a dict with the options
+    that are not at their defaults.
 
     A class that is not registered has its dotted path for a name, which cannot be built again.
     """
     kind, fields = type(rule), _fields(type(rule))
     name = next((n for n, known in _TYPES.items() if known is kind), None)
-    options = {f.name: getattr(rule, f.name) for f in fields}
+    options = {f.name: getattr(rule, f.name) for f in fields if getattr(rule, f.name) != f.default}
     if name is None:
         return {"name": f"{kind.__module__}.{kind.__qualname__}", **options}
-    return name if options == {f.name: f.default for f in fields} else {"name": name, **options}
+    return {"name": name, **options} if options else name
 
 
 @lru_cache(maxsize=256)
