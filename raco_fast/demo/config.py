@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
-from raco_fast.solver.registry import check_rule
+from raco_fast.solver.registry import check_rule, spec_of
 from raco_fast.solver.weights import RULES, check_c
 
 
@@ -19,7 +20,7 @@ class DemoConfig:
             and its training too short for its scores to mean anything. Overrides the sizes below.
         seed: first seed.
         seeds: number of seeds; each has its own model, data and sampling.
-        rules: the combination rules to compare.
+        rules: the rules to compare: names of docs/rules.md, or {name: ..., option: ...}.
         coverage_weights: one weight vector for each of these weights of coverage; what is left
             beside the weight of faithfulness goes to brevity.
         faithfulness_weight: weight of faithfulness in every weight vector.
@@ -41,7 +42,7 @@ class DemoConfig:
     quick: bool = False
     seed: int = 0
     seeds: int = 3
-    rules: tuple[str, ...] = RULES
+    rules: tuple[str | dict[str, Any], ...] = RULES
     coverage_weights: tuple[float, ...] = (0.65, 0.4, 0.15)
     faithfulness_weight: float = 0.2
     c: float = 0.4
@@ -70,15 +71,14 @@ class DemoConfig:
             raise ValueError(f"`workers` must be 0 (one a core) or more, got {self.workers}")
         if self.hidden_size < 8 or self.hidden_size % 8:
             raise ValueError(f"`hidden_size` must be a multiple of 8, got {self.hidden_size}")
-        for rule in self.rules:
-            check_rule(rule)
+        object.__setattr__(self, "rules", tuple(spec_of(check_rule(rule)) for rule in self.rules))
         check_c(self.c)
         self._check_weights()
 
     def _check_weights(self) -> None:
         for name in ("rules", "coverage_weights"):
             values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
+            if not values or any(value in values[:i] for i, value in enumerate(values)):
                 raise ValueError(f"`{name}` must hold different values, at least one, got {values}")
         rest = 1 - self.faithfulness_weight
         if not 0 <= rest <= 1:

@@ -38,6 +38,7 @@ from raco_fast.dpo.logps import sequence_logps
 from raco_fast.dpo.losses import LossOptions, PairScores, preference_losses
 from raco_fast.dpo.metrics import PreferenceMetrics, solution_metrics
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
+from raco_fast.solver.registry import RuleLike, check_rule, label_of
 
 # Six facts in full sentences and two fillers, the longest candidate, are 39 tokens with <eos>.
 _MAX_SUMMARY_TOKENS = 44
@@ -74,7 +75,7 @@ def warm_up_job(config: DemoConfig, seed: int) -> WarmStart:
 
 
 def align_job(
-    config: DemoConfig, start: WarmStart, rule: str, weights: Mapping[str, float] | None
+    config: DemoConfig, start: WarmStart, rule: RuleLike, weights: Mapping[str, float] | None
 ) -> Aligned:
     """Align the warmed-up model of a seed by one rule and judge what it writes then.
 
@@ -101,7 +102,7 @@ def align_job(
         steps = _optimize(config, start, model, tokenizer, optimizer)
         return Aligned(
             seed=start.seed,
-            rule=rule,
+            rule=label_of(check_rule(rule)),
             weights=None if weights is None else dict(weights),
             scores=_judged_scores(config, start.seed, model, tokenizer),
             steps=steps,

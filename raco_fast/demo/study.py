@@ -21,11 +21,12 @@ from tqdm import tqdm
 from raco_fast.demo.config import DemoConfig
 from raco_fast.demo.report import write_reports
 from raco_fast.demo.results import Aligned, WarmStart
+from raco_fast.solver.registry import RuleLike
 
 WEIGHTLESS_RULE = "mgda"
 """The rule that ignores the weights: it is run once a seed."""
 
-Point: TypeAlias = "tuple[str, dict[str, float] | None]"
+Point: TypeAlias = "tuple[RuleLike, dict[str, float] | None]"
 """A rule and the weights it is run with."""
 
 Result: TypeAlias = "tuple[int, WarmStart | Aligned]"

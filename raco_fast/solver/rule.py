@@ -69,6 +69,8 @@ class Rule:
 
     needs_losses: ClassVar[bool] = False
     """Whether `Problem.losses` must be there."""
+    uses_weights: ClassVar[bool] = True
+    """Whether the coefficients depend on the user's weights."""
 
     def coefficients(self, problem: Problem) -> Array:
         """[n, m] finite float64: the update of step k is Σ_i coefficients[k, i] g_i."""

@@ -390,6 +390,13 @@ def test_order_of_the_objectives(name: str) -> None:
             assert error(G, a, back) <= 1e-7, (M.tolist(), w, a, back)
 
 
+@pytest.mark.parametrize("name", OURS)
+def test_whether_weights_matter(name: str) -> None:
+    (M, w), *_ = comfortable(1)
+    a, b = (solve_dual(M, x, 0.4, name, losses=[1, 2]).coefficients for x in (w, w[::-1]))
+    assert (abs(a - b).max() > 0.01) == OURS[name].uses_weights
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_one_objective_and_none_that_moves(name: str) -> None:
     one = solve_dual([[4.0]], [1.0], 0.4, name, losses=[2.0])

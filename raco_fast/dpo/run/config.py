@@ -17,6 +17,7 @@ from raco_fast.dpo.losses import LossOptions, check_loss
 from raco_fast.dpo.models import ModelOptions
 from raco_fast.engine.prepare import CHECK_EVERY
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
+from raco_fast.solver.registry import check_rule, spec_of
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 """Learning-rate schedules and their names in transformers; each begins with the warm-up."""
@@ -34,7 +35,7 @@ class TrainConfig:
         eval_data: files of held-out pairs; none skips evaluation.
         weights: objective name -> weight; at least 0, summing to 1.
         c: radius of the correction, in [0, 1); 0 is the weighted sum.
-        rule: how the gradients are combined.
+        rule: how the gradients are combined: a name of docs/rules.md, or {name: ..., option: ...}.
         loss: preference loss: sigmoid (DPO), hinge, ipo or simpo.
         loss_options: beta, label smoothing and the like.
         tokens: chat template, lengths and truncation.
@@ -73,7 +74,7 @@ class TrainConfig:
     weights: dict[str, float]
     eval_data: list[DataSource] = field(default_factory=list)
     c: float = 0.4
-    rule: str = "cagrad-clip"
+    rule: str | dict[str, Any] = "cagrad-clip"
     loss: str = "sigmoid"
     loss_options: LossOptions = field(default_factory=LossOptions)
     tokens: TokenOptions = field(default_factory=TokenOptions)
@@ -103,7 +104,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check everything that can be checked before a model is loaded."""
-        # The optimizer knows what weights, c, rule, lr, ... may be: let it look at them.
+        object.__setattr__(self, "rule", spec_of(check_rule(self.rule)))  # as it is in YAML
+        # The optimizer knows what weights, c, lr, ... may be: let it look at them.
         ClippedCAGradAdamW([torch.zeros(1)], **self.optimizer_arguments)
         check_loss(self.loss, self.loss_options)
         if not self.data:

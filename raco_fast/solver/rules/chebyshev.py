@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -19,6 +20,8 @@ class Chebyshev(Rule):
     gradient of zero has no direction and the coefficient 0, the others are solved without it.
     Source: the definition in the abstract of arXiv 2605.09975; its step length was not read.
     """
+
+    uses_weights: ClassVar[bool] = False
 
     def coefficients(self, problem: Problem) -> Array:
         """[n, m]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from raco_fast.solver.rule import (
     Array,
@@ -29,6 +30,7 @@ class GAPO(Rule):
     Source: GAPO, as a secondary summary gives it; the paper itself was not read.
     """
 
+    uses_weights: ClassVar[bool] = False
     p: float = 1.0
 
     def __post_init__(self) -> None:

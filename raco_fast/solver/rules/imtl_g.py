@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -19,6 +20,8 @@ class IMTLG(Rule):
     Source: Liu et al., Towards impartial multi-task learning, ICLR 2021, Eq. 6; with M⁺ for
     dependent gradients arXiv 2406.16232. ConFIG (arXiv 2408.11104) has the same direction.
     """
+
+    uses_weights: ClassVar[bool] = False
 
     def coefficients(self, problem: Problem) -> Array:
         """[n, m]."""

@@ -20,6 +20,7 @@ class MGDADecoupled(Rule):
     """
 
     needs_losses: ClassVar[bool] = True
+    uses_weights: ClassVar[bool] = False
 
     def coefficients(self, problem: Problem) -> Array:
         """[n, m]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -25,6 +26,7 @@ class PCD(Rule):
     Source: arXiv 2606.29521, which has a working implementation in TorchJD.
     """
 
+    uses_weights: ClassVar[bool] = False
     tau: float = 0.02
     beta: float = 0.999
 

@@ -12,6 +12,7 @@ from raco_fast.dpo.data.tokenization import collate
 from raco_fast.dpo.run import reference_cache, trainer
 from raco_fast.dpo.run.trainer import Trainer, train
 from raco_fast.dpo.scoring import pair_logps
+from raco_fast.solver.rules.nash import Nash
 
 LORA = {"lora": {"r": 4, "alpha": 8, "dropout": 0.2}}
 
@@ -163,6 +164,17 @@ def test_every_rule_trains(runs, make_config, rule):
         assert coefficients == pytest.approx([0.7, 0.3])
     else:
         assert coefficients != pytest.approx([0.7, 0.3])
+
+
+@pytest.mark.parametrize("rule", [{"name": "fairgrad", "alpha": 0.5}, Nash(), "mgda-decoupled"])
+def test_rules_without_a_certificate_train(runs, make_config, rule):
+    """mgda-decoupled sees the losses of the micro-batches; what a rule does not have is null."""
+    config = make_config(rule=rule, max_steps=2, pairs_per_micro_batch=2)
+    train(config)
+    step = runs.steps(config)[-1]
+    assert config.rule == ("nash" if rule == Nash() else rule)
+    assert all(step[f"raco/coefficient/{name}"] > 0.0 for name in ("sure", "kind"))
+    assert step["raco/gap"] is step["raco/clip_active"] is step["raco/p/sure"] is None
 
 
 def test_one_objective_trains_as_plain_dpo(runs, make_config):
@@ -335,7 +347,7 @@ def test_an_objective_without_a_labelled_pair_is_an_error(make_config, write_pai
         ({"weights": {"sure": 1.5, "kind": -0.5}}, "`weights`"),
         ({"c": -0.1}, "`c` must"),
         ({"c": 1.0}, "`c` must"),
-        ({"rule": "nash"}, "`rule` must"),
+        ({"rule": "nosh"}, "`rule` must"),
         ({"loss": "dpo"}, "`loss` must be one of"),
         ({"loss": "ipo", "loss_options": {"label_smoothing": 0.1}}, "`label_smoothing` is defined"),
         ({"lr": -1e-5}, "Invalid learning rate: -1e-05"),
