@@ -110,7 +110,8 @@ def where_present(present: Mask, solve: Callable[[Index, Index], Array]) -> Arra
         solve: (rows, places) -> coefficients of `places`, in the problems `rows` that share them.
     """
     coefficients = np.zeros(present.shape)
-    for pattern in np.unique(present, axis=0):
+    same = bool((present == present[:1]).all())
+    for pattern in present[:1] if same else np.unique(present, axis=0):
         rows, places = np.flatnonzero((present == pattern).all(1)), np.flatnonzero(pattern)
         if len(places):
             coefficients[np.ix_(rows, places)] = solve(rows, places)
