@@ -9,6 +9,7 @@ objectives.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
 from typing import Any
 
@@ -17,8 +18,8 @@ import torch
 
 from bench.harness import optional
 from raco_fast import _C
-from raco_fast.solver.dual import solve_dual
-from raco_fast.solver.weights import RULES
+from raco_fast.solver.dual import DualSolution, solve_dual
+from raco_fast.solver.rules.conflict_averse import CAGradClip
 
 C = 0.4
 SIZES = (2, 3, 4, 8, 16, 32)
@@ -55,7 +56,7 @@ class Solver:
 def solvers(m: int) -> dict[str, Solver]:
     """Name -> solver, of those that are installed and take m objectives; equal weights."""
     matrices = grams(m)
-    w, rule = np.full(m, 1.0 / m), RULES.index("cagrad-clip")
+    w, rule = np.full(m, 1.0 / m), CAGradClip.number
     weights = {f"objective {i}": 1.0 / m for i in range(m)}
     found = {
         "raco": Solver(lambda M: solve_dual(M, weights, C), matrices, lambda s: s.p),
@@ -72,6 +73,44 @@ def solvers(m: int) -> dict[str, Solver]:
         tensors = [torch.tensor(M) for M in matrices]
         found["torchjd"] = Solver(CAGradWeighting(c=C), tensors, _direction)
     return found
+
+
+def rule_solvers(rule: str, m: int) -> dict[str, Solver]:
+    """The same for another rule; `p` are its coefficients for equal weights.
+
+    TorchJD's UPGrad and DualProj need a quadratic programme solver that is not installed here.
+    """
+    matrices, weights, losses = grams(m), [1.0 / m] * m, [1.0] * m
+    found = {
+        "raco": Solver(
+            lambda M: solve_dual(M, weights, C, rule, losses=losses), matrices, _coefficients
+        )
+    }
+    if optional.obstacle("torchjd") is None:
+        from torchjd import aggregation
+
+        theirs = {
+            "imtl-g": aggregation.IMTLGWeighting,
+            "aligned-mtl": aggregation.AlignedMTLWeighting,
+            "fairgrad": partial(aggregation.FairGradWeighting, alpha=2.0),
+        }
+        if rule in theirs:
+            tensors = [torch.tensor(M) for M in matrices]
+            found["torchjd"] = Solver(theirs[rule](), tensors, torch.Tensor.numpy)
+    return found
+
+
+def apart(solver: Solver, other: Solver, matrices: Sequence[np.ndarray]) -> float:
+    """1 less the smallest cosine between the updates of two solvers."""
+    cosines = []
+    for M, x, y in zip(matrices, solver.inputs, other.inputs, strict=True):
+        a, b = solver.p(solver.solve(x)), other.p(other.solve(y))
+        cosines.append(a @ M @ b / np.sqrt((a @ M @ a) * (b @ M @ b)))
+    return float(1.0 - min(cosines))
+
+
+def _coefficients(solution: DualSolution) -> np.ndarray:
+    return np.asarray(solution.coefficients)
 
 
 def _direction(coefficients: torch.Tensor) -> np.ndarray:

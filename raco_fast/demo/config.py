@@ -6,11 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raco_fast.solver.registry import check_rule
+from raco_fast.solver.registry import check_rule, spec_of
 from raco_fast.solver.weights import RULES, check_c
-
-WEIGHTLESS_RULE = "mgda"
-"""The rule that ignores the weights: it is run once a seed."""
 
 _QUICK: dict[str, Any] = {
     "seeds": 2,
@@ -35,7 +32,7 @@ class DemoConfig:
             and its training too short for its scores to mean anything. Overrides the sizes below.
         seed: first seed.
         seeds: number of seeds; each has its own model, data and sampling.
-        rules: the combination rules to compare.
+        rules: the rules to compare: names of docs/rules.md, or {name: ..., option: ...}.
         coverage_weights: one weight vector for each of these weights of coverage; what is left
             beside the weight of faithfulness goes to brevity.
         faithfulness_weight: weight of faithfulness in every weight vector.
@@ -57,7 +54,7 @@ class DemoConfig:
     quick: bool = False
     seed: int = 0
     seeds: int = 3
-    rules: tuple[str, ...] = RULES
+    rules: tuple[str | dict[str, Any], ...] = RULES
     coverage_weights: tuple[float, ...] = (0.65, 0.4, 0.15)
     faithfulness_weight: float = 0.2
     c: float = 0.4
@@ -75,8 +72,8 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         """Reject settings the study cannot run with."""
-        for rule in self.rules:
-            check_rule(rule)
+        rules = tuple(spec_of(check_rule(rule)) for rule in self.rules)
+        object.__setattr__(self, "rules", rules)
         check_c(self.c)
         rest = 1 - self.faithfulness_weight
         counts = ("seeds", "steps", "batch_size", "warm_up_steps", "warm_up_batch_size", "layers")
@@ -95,7 +92,7 @@ class DemoConfig:
         ]
         for name in ("rules", "coverage_weights"):
             values = getattr(self, name)
-            distinct = 0 < len(values) == len(set(values))
+            distinct = values and all(v not in values[:i] for i, v in enumerate(values))
             conditions.append((name, distinct, "hold different values, at least one"))
         for name, holds, rule in conditions:
             if not holds:
@@ -114,12 +111,12 @@ class DemoConfig:
         )
 
     @property
-    def points(self) -> list[tuple[str, dict[str, float] | None]]:
+    def points(self) -> list[tuple[str | dict[str, Any], dict[str, float] | None]]:
         """Every rule with every weight vector; a rule that ignores weights once, with None."""
         return [
             (rule, weights)
             for rule in self.rules
-            for weights in ([None] if rule == WEIGHTLESS_RULE else self.weight_vectors)
+            for weights in (self.weight_vectors if check_rule(rule).uses_weights else [None])
         ]
 
     def sized(self) -> DemoConfig:

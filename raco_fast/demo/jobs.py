@@ -37,6 +37,7 @@ from raco_fast.dpo.run.step import PreferenceStep
 from raco_fast.dpo.scoring import ReferenceLogps
 from raco_fast.engine.prepare import prepare
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
+from raco_fast.solver.registry import RuleLike, check_rule, label_of
 
 Weights: TypeAlias = "Mapping[str, float] | None"
 """Objective -> weight; None for a model that was aligned without weights, or not at all."""
@@ -104,7 +105,7 @@ def warm_up_job(config: DemoConfig, seed: int) -> WarmStart:
 
 
 @_one_thread()
-def align_job(config: DemoConfig, start: WarmStart, rule: str, weights: Weights) -> Judged:
+def align_job(config: DemoConfig, start: WarmStart, rule: RuleLike, weights: Weights) -> Judged:
     """Align the warmed-up model of a seed by one rule and judge what it writes then.
 
     Every rule sees the same pairs in the same order. `weights` is None for a rule that ignores
@@ -132,7 +133,7 @@ def align_job(config: DemoConfig, start: WarmStart, rule: str, weights: Weights)
             lr = float(schedule.get_last_lr()[0])
             steps.append({"step": number, "learning_rate": lr, **learn(pairs).metrics()})
             schedule.step()
-    return of_seed.judged(model, rule, weights, steps)
+    return of_seed.judged(model, label_of(check_rule(rule)), weights, steps)
 
 
 class _Seed:

@@ -91,10 +91,11 @@ def _ranked_right(margin: Tensor) -> Tensor:
 
 
 def solution_metrics(solution: DualSolution, objectives: Sequence[str]) -> dict[str, float]:
-    """`raco/*`: how the gradients were combined in one step."""
+    """`raco/*`: how the gradients were combined in one step; NaN for what a rule does not have."""
+    clip_active = solution.clip_active
     result: dict[str, float] = {
         "raco/gap": float(solution.gap),
-        "raco/clip_active": float(solution.clip_active),
+        "raco/clip_active": float("nan" if clip_active is None else clip_active),
         "raco/g0_norm": float(solution.g0_norm),
         "raco/update_norm": float(solution.update_norm),
     }

@@ -31,6 +31,7 @@ from raco_fast.gradients.objective_grad import (
     touched,
 )
 from raco_fast.gradients.overflow import clear_overflow
+from raco_fast.gradients.rule_memory import RuleMemory
 from raco_fast.solver.weights import ReadOnlyWeights, check_weights, weights_of
 
 
@@ -41,6 +42,8 @@ class ObjectiveGradients:
         params: the parameters, or a function that returns them. A function is asked anew at every
             backward pass, so parameters may be added or swapped in between.
         weights: objective name -> weight, or a sequence of weights (names "0", "1", ...).
+        keep_losses: sum the losses of a step's backward passes, for `combine` with a rule that
+            needs them; the optimizer and `gram_first` see to it themselves.
     Raises:
         ValueError: wrong weights, or no parameter.
     """
@@ -49,6 +52,8 @@ class ObjectiveGradients:
         self,
         params: Iterable[Tensor] | Callable[[], Iterable[Tensor]],
         weights: Mapping[str, float] | Sequence[float] | Tensor,
+        *,
+        keep_losses: bool = False,
     ) -> None:
         self.names, values = check_weights(weights)
         self._weights = dict(zip(self.names, values, strict=True))
@@ -65,6 +70,7 @@ class ObjectiveGradients:
         self._open: str | None = None
         self.exactness = Exactness()
         self._memory = HostMemory()
+        self.for_rules = RuleMemory(keep_losses)
 
     @property
     def weights(self) -> ReadOnlyWeights:
@@ -133,10 +139,13 @@ class ObjectiveGradients:
                 "losses are functions of, with their graph"
             )
         absent = set(self.names) - set(given) - self._ran
+        if self.for_rules.keep_losses and all(p.grad is None for p in self.parameters()):
+            self.for_rules.forget_losses()  # model.zero_grad() does not say so
         try:
             self._propagate(ordered, scores if mode == "one_backward" else None)
         finally:
             self._ran -= absent
+        self.for_rules.add((n, x) for n, x in zip(self.names, ordered, strict=True) if n in given)
 
     def _propagate(self, ordered: list[Tensor], scores: Tensor | None) -> None:
         if scores is not None and len(ordered) > 1:
@@ -166,7 +175,7 @@ class ObjectiveGradients:
         backward_of_others(others, losses, self._weights.values())
         inputs = self.trained() if others else None
         for i, (name, loss) in enumerate(zip(self.names, losses, strict=True)):
-            with self.objective(name):
+            with self._objective(name):
                 if loss.requires_grad:
                     torch.autograd.backward([loss], retain_graph=i + 1 < len(losses), inputs=inputs)
 
@@ -183,6 +192,12 @@ class ObjectiveGradients:
                 p.grad was filled outside of any.
             TypeError: the block left a sparse gradient.
         """
+        with self._objective(name):
+            yield
+        self.for_rules.miss(name)
+
+    @contextmanager
+    def _objective(self, name: str) -> Iterator[None]:
         if name not in self.names:
             raise ValueError(f"`name` must be one of the objectives {self.names}, got {name!r}")
         if self._open is not None:
@@ -276,6 +291,7 @@ class ObjectiveGradients:
         """Note that p.grad was cleared elsewhere: every objective needs a new backward pass."""
         self._ran.clear()
         self._held = False
+        self.for_rules.forget_losses()
 
     def _one_backward(self, losses: list[Tensor], scores: Tensor) -> bool:
         """Serve all losses with one pass; False, and nothing done, where it is not exact."""

@@ -25,7 +25,7 @@ from raco_fast.optim.adamw_part import Part, options_of, parts, stepping
 from raco_fast.optim.direction import Direction, refuse_scaled
 from raco_fast.optim.gram_first import gram_first
 from raco_fast.optim.settings import AdamWWithSettings, check_group
-from raco_fast.solver.dual import DualSolution, solve_dual, solve_present
+from raco_fast.solver.dual import DualSolution, solve_dual
 from raco_fast.solver.registry import RuleLike, label_of
 from raco_fast.solver.rules.conflict_averse import DualRule
 
@@ -266,7 +266,8 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         self._leave_device()
         M, scale = self._gram(grads)
         present = self.gradients.present
-        self._solution = solution = solve_present(M, self.weights, present, self.c, self._rule)
+        solver = self.gradients.for_rules
+        self._solution = solution = solver.solve(M, self.weights, present, self.c, self._rule)
         self._update(groups, solution, scale)
 
     def _leave_direction(self) -> None:

@@ -8,7 +8,7 @@ from raco_fast.backends import ops
 from raco_fast.gradients.norm_clip import ClippedGrad, clip_factor
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
 from raco_fast.gradients.overflow import leave_overflow
-from raco_fast.solver.dual import DualSolution, solve_present
+from raco_fast.solver.dual import DualSolution
 from raco_fast.solver.registry import RuleLike
 from raco_fast.solver.weights import check_max_grad_norm
 
@@ -34,18 +34,20 @@ def combine(
     Args:
         gradients: accumulated gradients of every objective.
         c: radius, 0 <= c < 1.
-        rule: as for `raco_fast.solve_dual`.
+        rule: as for `raco_fast.solve_dual`. `gradients` keeps the state of one that has a memory,
+            until another rule is asked for.
         max_grad_norm: clip ‖G0‖ to this, as `torch.nn.utils.clip_grad_norm_` does; its factor is
             not part of the solution's coefficients.
     Raises:
         ValueError: wrong `c`, `rule` or `max_grad_norm`.
-        RuntimeError: an objective has had no backward pass.
+        RuntimeError: an objective has had no backward pass; or the rule needs losses that
+            `gradients` has not seen or was not asked to keep.
     Source: arXiv 2602.02495, Algorithm 1.
     """
     max_grad_norm = check_max_grad_norm(max_grad_norm)
     ((params, grads),) = gradients.collect()
     M = ops.gram(grads)
-    solution = solve_present(M, gradients.weights, gradients.present, c, rule)
+    solution = gradients.for_rules.solve(M, gradients.weights, gradients.present, c, rule)
     if not solution.finite:
         gradients.zero()
         leave_overflow(params)

@@ -35,8 +35,8 @@ from raco_fast.gradients.objective_grad import is_zero
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
 from raco_fast.gradients.overflow import clear_overflow, leave_overflow
 from raco_fast.optim.combine import combine
-from raco_fast.solver.dual import DualSolution, solve_present
-from raco_fast.solver.registry import RuleLike
+from raco_fast.solver.dual import DualSolution
+from raco_fast.solver.registry import RuleLike, check_rule
 from raco_fast.solver.weights import check_max_grad_norm
 
 
@@ -72,7 +72,8 @@ def gram_first(
         RuntimeError: gradients have been accumulated already: there is no second micro-batch here.
         ValueError, TypeError: as for `ObjectiveGradients.backward` and `raco_fast.combine`.
     """
-    max_grad_norm = check_max_grad_norm(max_grad_norm)
+    max_grad_norm, rule = check_max_grad_norm(max_grad_norm), check_rule(rule)
+    gradients.for_rules.keep_losses |= rule.needs_losses
     if scores is None:
         raise ValueError(
             "`scores` must be given: the [B] sequence scores that the losses are functions of"
@@ -101,7 +102,9 @@ def gram_first(
             if keep_dy and graph.retained:
                 use_up(graph)
             M = ops.within_cauchy_schwarz(collector.gram())
-            solution = solve_present(M, gradients.weights, given, c, rule)
+            gradients.for_rules.forget_losses()
+            gradients.for_rules.add(zip(gradients.names, ordered, strict=True))
+            solution = gradients.for_rules.solve(M, gradients.weights, given, c, rule)
             if not solution.finite:
                 if on_gradient is None:
                     leave_overflow(wanted)

@@ -18,6 +18,7 @@ from torch.optim import AdamW, Optimizer
 
 from raco_fast.backends.rounding import check_rounding, check_seed
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
+from raco_fast.gradients.rule_memory import RuleMemory
 from raco_fast.solver.registry import RuleLike, check_rule, spec_of
 from raco_fast.solver.weights import (
     ReadOnlyWeights,
@@ -77,11 +78,13 @@ class AdamWWithSettings(AdamW):
     ) -> None:
         """Take the first settings; before AdamW's own constructor, which adds groups."""
         self._c = check_c(c)
-        self._rule = check_rule(rule)
+        self._rule = rule = check_rule(rule)
         self._max_grad_norm = check_max_grad_norm(max_grad_norm)
         self._rounding = check_rounding(rounding)
         self._seed = check_seed(seed)
-        self.gradients = ObjectiveGradients(ParametersOf(self), weights)
+        self.gradients = ObjectiveGradients(
+            ParametersOf(self), weights, keep_losses=rule.needs_losses
+        )
 
     @property
     def weights(self) -> ReadOnlyWeights:
@@ -109,6 +112,16 @@ class AdamWWithSettings(AdamW):
     @rule.setter
     def rule(self, rule: RuleLike) -> None:
         self._rule = check_rule(rule)
+        self.gradients.for_rules.keep_losses = self._rule.needs_losses
+
+    @property
+    def rule_state(self) -> dict[str, Any]:
+        """What a rule with a memory goes on from, as plain JSON; another rule begins anew."""
+        return self.gradients.for_rules.state_of(self._rule, self.gradients.names)
+
+    @rule_state.setter
+    def rule_state(self, saved: Mapping[str, Any]) -> None:
+        self.gradients.for_rules.restore(self._rule, self.gradients.names, saved)
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -153,7 +166,7 @@ class AdamWWithSettings(AdamW):
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's state_dict plus the key "raco" (weights, c, rule, ...), which AdamW ignores.
+        """AdamW's state_dict plus the key "raco" (weights, c, rule and its state, ...).
 
         The groups have it as well, for what keeps nothing but state and groups.
         """
@@ -176,7 +189,8 @@ class AdamWWithSettings(AdamW):
             ValueError: the checkpoint is for other objectives or has a setting out of its range
                 (nothing has been loaded then), or its parameter groups do not fit.
         """
-        own = {**self._settings(), **_own_part(state_dict)}
+        saved = _own_part(state_dict)
+        own = {**self._settings(), **({"rule_state": {}} if "rule" in saved else {}), **saved}
         if set(own["weights"]) != set(self.gradients.names):
             raise ValueError(
                 f"`state_dict` is of an optimizer for the objectives {tuple(own['weights'])}, this "
@@ -191,7 +205,8 @@ class AdamWWithSettings(AdamW):
         weights_of(self.gradients.names, own["weights"])
         check_c(own["c"])
         # A checkpoint has no class for a rule that is not registered: it must be set already.
-        own["rule"] = self._rule if own["rule"] == self.rule else check_rule(own["rule"])
+        rule = own["rule"] = self._rule if own["rule"] == self.rule else check_rule(own["rule"])
+        RuleMemory().restore(rule, self.gradients.names, own["rule_state"])
         check_max_grad_norm(own["max_grad_norm"])
         check_rounding(own["rounding"], any(group.get("differentiable") for group in plain))
         check_seed(own["seed"])
@@ -204,6 +219,7 @@ class AdamWWithSettings(AdamW):
             "weights": dict(self.weights),
             "c": self.c,
             "rule": self.rule,
+            "rule_state": self.rule_state,
             "max_grad_norm": self.max_grad_norm,
             "rounding": self.rounding,
             "seed": self.seed,

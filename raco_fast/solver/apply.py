@@ -28,7 +28,8 @@ def apply(rule: Rule, problem: Problem, state: State) -> tuple[Array, Array, Sta
         one = Problem(problem.gram[k : k + 1], problem.weights, problem.c, losses)
         found, after = rule.step(one, {key: value.copy() for key, value in state.items()})
         coefficients[k : k + 1] = _checked(rule, found, (1, m))
-    return coefficients, size(problem.gram, coefficients), after if n == 1 else state
+    after = checked_state(rule, m, after) if n == 1 else state
+    return coefficients, size(problem.gram, coefficients), after
 
 
 def checked_state(rule: Rule, m: int, state: Mapping[str, Any] | None) -> State:

@@ -9,12 +9,38 @@ from functools import lru_cache
 from typing import Any, TypeAlias
 
 from raco_fast.solver.rule import Rule
+from raco_fast.solver.rules.aligned_mtl import AlignedMTL
+from raco_fast.solver.rules.capped_mgda import CappedMGDA
+from raco_fast.solver.rules.chebyshev import Chebyshev
 from raco_fast.solver.rules.conflict_averse import MGDA, CAGrad, CAGradClip, Linear
+from raco_fast.solver.rules.dualproj import DualProj
+from raco_fast.solver.rules.fairgrad import FairGrad
+from raco_fast.solver.rules.gapo import GAPO
+from raco_fast.solver.rules.gradvac import GradVac
+from raco_fast.solver.rules.imtl_g import IMTLG
+from raco_fast.solver.rules.mgda_decoupled import MGDADecoupled
+from raco_fast.solver.rules.nash import Nash
+from raco_fast.solver.rules.pcd import PCD
+from raco_fast.solver.rules.pcgrad import PCGrad
+from raco_fast.solver.rules.upgrad import UPGrad
 
 RuleLike: TypeAlias = "str | Mapping[str, Any] | Rule"
 
 OURS: dict[str, type[Rule]] = {
     **{rule.name: rule for rule in (Linear, CAGrad, CAGradClip, MGDA)},
+    "capped-mgda": CappedMGDA,
+    "mgda-decoupled": MGDADecoupled,
+    "gapo": GAPO,
+    "chebyshev": Chebyshev,
+    "nash": Nash,
+    "fairgrad": FairGrad,
+    "pcgrad": PCGrad,
+    "gradvac": GradVac,
+    "dualproj": DualProj,
+    "upgrad": UPGrad,
+    "imtl-g": IMTLG,
+    "aligned-mtl": AlignedMTL,
+    "pcd": PCD,
 }
 """Name -> class of the rules that come with the library."""
 
@@ -79,16 +105,17 @@ def check_rule(rule: RuleLike) -> Rule:
 
 
 def spec_of(rule: Rule) -> str | dict[str, Any]:
-    """What `check_rule` makes this rule of, as plain JSON: its name, or a dict with its options.
+    """What `check_rule` makes this rule of, as plain JSON: its name, or a dict with the options
+    that are not at their defaults.
 
     A class that is not registered has its dotted path for a name, which cannot be built again.
     """
     kind, fields = type(rule), _fields(type(rule))
     name = next((n for n, known in _TYPES.items() if known is kind), None)
-    options = {f.name: getattr(rule, f.name) for f in fields}
+    options = {f.name: getattr(rule, f.name) for f in fields if getattr(rule, f.name) != f.default}
     if name is None:
         return {"name": f"{kind.__module__}.{kind.__qualname__}", **options}
-    return name if options == {f.name: f.default for f in fields} else {"name": name, **options}
+    return {"name": name, **options} if options else name
 
 
 @lru_cache(maxsize=256)

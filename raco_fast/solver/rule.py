@@ -7,6 +7,7 @@ docs/rules.md has an example, and the table of the rules that are here.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, TypeAlias
@@ -15,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array: TypeAlias = "NDArray[np.float64]"
+Index: TypeAlias = "NDArray[np.intp]"
+Mask: TypeAlias = "NDArray[np.bool_]"
 State: TypeAlias = "dict[str, NDArray[np.float64]]"
 """Name -> array of shape (), [m] or [m, m]: every axis is one of objectives."""
 
@@ -66,6 +69,8 @@ class Rule:
 
     needs_losses: ClassVar[bool] = False
     """Whether `Problem.losses` must be there."""
+    uses_weights: ClassVar[bool] = True
+    """Whether the coefficients depend on the user's weights."""
 
     def coefficients(self, problem: Problem) -> Array:
         """[n, m] finite float64: the update of step k is Σ_i coefficients[k, i] g_i."""
@@ -95,6 +100,22 @@ def size(gram: Array, x: Array) -> Array:
     square = np.einsum("ni,nij,nj->n", x, gram, x)
     terms = np.einsum("ni,ni->n", abs(x), np.sqrt(np.einsum("nii->ni", gram)))
     return np.sqrt(np.where(square > 4.0 * np.finfo(float).eps * terms**2, square, 0.0))
+
+
+def where_present(present: Mask, solve: Callable[[Index, Index], Array]) -> Array:
+    """[n, m] coefficients of the objectives that take part in each problem, 0 of the others.
+
+    Args:
+        present: [n, m] booleans.
+        solve: (rows, places) -> coefficients of `places`, in the problems `rows` that share them.
+    """
+    coefficients = np.zeros(present.shape)
+    same = bool((present == present[:1]).all())
+    for pattern in present[:1] if same else np.unique(present, axis=0):
+        rows, places = np.flatnonzero((present == pattern).all(1)), np.flatnonzero(pattern)
+        if len(places):
+            coefficients[np.ix_(rows, places)] = solve(rows, places)
+    return coefficients
 
 
 def check_option(name: str, value: float, rule: str, low: float, high: float) -> None:

@@ -155,7 +155,7 @@ def test_worker_processes_give_the_same_numbers(tmp_path: Path) -> None:
         ({"workers": -1}, "`workers` must be 0"),
         ({"hidden_size": 100}, "`hidden_size` must be a multiple of 8, got 100"),
         ({"rules": ("linear", "cagrad", "linear")}, "`rules` must hold different values"),
-        ({"rules": ("pcgrad",)}, "pcgrad"),
+        ({"rules": ("pcgrab",)}, "pcgrab"),
         ({"c": 1.0}, "`c`"),
         ({"faithfulness_weight": 1.2}, r"`faithfulness_weight` must be in \[0, 1\], got 1.2"),
         ({"coverage_weights": ()}, "`coverage_weights` must hold"),

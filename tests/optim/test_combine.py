@@ -189,7 +189,7 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match="`c` must be in "):
         combine(gradients, c=1.0)
     with pytest.raises(ValueError, match="`rule` must be one of"):
-        combine(gradients, rule="nash")
+        combine(gradients, rule="nosh")
     for limit in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="`max_grad_norm` must be a positive number, got"):
             combine(gradients, max_grad_norm=limit)

@@ -6,7 +6,9 @@ import io
 import json
 import pickle
 import weakref
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -124,7 +126,7 @@ def test_weights_belong_to_names(order, through):
         ("weights", None, TypeError, "`weights` must be a mapping"),
         ("c", 1.0, ValueError, r"`c` must be in \[0, 1\), got 1.0"),
         ("c", "0.4", TypeError, "`c` must be a number, got '0.4'"),
-        ("rule", "pcgrad", ValueError, "`rule` must be one of .* got 'pcgrad'"),
+        ("rule", "pcgrab", ValueError, "`rule` must be one of .*'pcgrab'; did you mean 'pcgrad'"),
         ("max_grad_norm", 0.0, ValueError, "`max_grad_norm` must be a positive number, got 0.0"),
         ("max_grad_norm", float("nan"), ValueError, "must be a positive number, got nan; None"),
         ("max_grad_norm", "1.0", TypeError, "`max_grad_norm` must be a number or None, got '1.0'"),
@@ -282,6 +284,60 @@ def test_every_checkpoint_carries_them(road, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")
 @pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize(
+    ("rule", "kept"),
+    [
+        ({"name": "gradvac", "beta": 0.3}, {"steps", "cosines"}),
+        ({"name": "pcd", "tau": 0.1, "beta": 0.5}, {"steps", "squares"}),
+    ],
+)
+def test_every_checkpoint_carries_the_state_of_a_rule(road, rule, kept, tmp_path):
+    """Resumed with the objectives in another order, except for pcd: its first one is special."""
+    whole, model, fresh = (network(seed, torch.float64) for seed in (0, 0, 1))
+    for m in (whole, model):
+        opt = optimizer_of(m, rule=rule)
+        train(m, opt, range(5 if m is whole else 3))
+    other = dict(reversed(WEIGHTS.items())) if rule["name"] == "gradvac" else WEIGHTS
+    fresh_opt = optimizer_of(fresh, weights=other, rule="mgda")
+    ROADS[road](model, opt, fresh, fresh_opt, *([tmp_path] if "files" in road else []))
+    assert fresh_opt.rule == rule
+    saved = fresh_opt.rule_state
+    assert saved["objectives"] == list(other)
+    assert set(saved["values"]) == kept
+    assert saved["values"]["steps"] == 3.0
+    fresh.load_state_dict(model.state_dict())
+    if rule["name"] == "pcd":
+        assert saved == opt.rule_state
+        train(fresh, fresh_opt, range(3, 5))
+        assert equal(fresh, whole)
+    else:
+        for i, row in enumerate(saved["values"]["cosines"]):
+            assert row == opt.rule_state["values"]["cosines"][2 - i][::-1]
+    fresh_opt.rule = "pcgrad"
+    assert fresh_opt.rule_state == {}
+
+
+def test_a_rule_that_is_not_registered_has_to_be_there_already():
+    @dataclass(frozen=True)
+    class Own(raco_fast.Rule):
+        scale: float = 2.0
+
+        def coefficients(self, problem):
+            return self.scale * np.tile(problem.weights, (len(problem.gram), 1))
+
+    opt = optimizer_of(network(), rule=Own(3.0))
+    assert opt.rule["name"].endswith("Own")
+    assert "Own(scale=3.0)" in repr(opt)
+    twin = optimizer_of(network(), rule=Own(3.0))
+    twin.load_state_dict(opt.state_dict())
+    assert twin.rule == opt.rule
+    for rule in (Own(2.0), "mgda"):
+        with pytest.raises(ValueError, match=r"`rule` must be one of .*Own'; raco_fast.register_"):
+            optimizer_of(network(), rule=rule).load_state_dict(opt.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")
+@pytest.mark.parametrize("road", ROADS)
 def test_other_objectives_are_refused_before_anything_is_loaded(road, tmp_path):
     model, fresh = network(), network()
     opt = optimizer_of(model, weights={"x": 0.5, "v": 0.3, "z": 0.2})
@@ -344,6 +400,7 @@ def test_a_broken_setting_in_a_checkpoint_loads_nothing():
     for name, value, message in [
         ("c", 2.0, "`c` must be in"),
         ("rule", "x", "`rule` must be one of"),
+        ("rule_state", {"objectives": [], "values": {"a": 0.0}}, r"`state` must have \{\}"),
         ("weights", {**WEIGHTS, "x": 0.0}, "`weights` must sum to 1"),
         ("max_grad_norm", -1.0, "`max_grad_norm` must be a positive"),
         ("rounding", "up", "`rounding` must be one of"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,6 +16,7 @@ from raco_fast.solver import registry
 from raco_fast.solver.dual import solve_dual
 from raco_fast.solver.registry import check_rule, label_of, registered_rules, spec_of
 from raco_fast.solver.rule import Problem, Rule, State
+from raco_fast.solver.rules.conflict_averse import DualRule
 
 GRAM = np.array([[17.0, -5.0], [-5.0, 2.0]])
 WEIGHTS = {"a": 0.2, "b": 0.8}
@@ -96,7 +100,7 @@ def test_registering_a_name_again_replaces_the_class() -> None:
     assert solve_dual(GRAM, WEIGHTS, 0.4, "levelled").rule == "levelled"
     raco_fast.register_combination_rule("levelled", Other)
     assert check_rule("levelled") == Other()
-    assert label_of(Levelled()).endswith("test_rule.Levelled(p=1.0)")
+    assert label_of(Levelled()).endswith("test_rule.Levelled()")
 
 
 @pytest.mark.parametrize(
@@ -218,3 +222,34 @@ def test_bad_state_and_losses() -> None:
         solve_dual(GRAM, WEIGHTS, 0.4, Echo(), losses=[1, 2], state={"last": np.zeros(3)})
     with pytest.raises(ValueError, match=r"`state` must have \{\} for Levelled"):
         solve_dual(GRAM, WEIGHTS, 0.4, Levelled(), state={"last": np.zeros(2)})
+
+
+def page() -> str:
+    root = next(p for p in Path(__file__).parents if (p / "pyproject.toml").exists())
+    return (root / "docs" / "rules.md").read_text(encoding="utf-8")
+
+
+def test_the_example_of_the_page_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", page(), flags=re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+    exec(code, {"__name__": __name__})
+
+
+def test_the_table_of_the_page_is_the_registry() -> None:
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page().splitlines()
+        if line.startswith("| `")
+    ]
+    assert [row[0].strip("`") for row in rows] == list(registry.OURS)
+    for name, _, options, weights, certificate, memory, _ in rows:
+        kind = registry.OURS[name.strip("`")]
+        fields = {f.name: f.default for f in dataclasses.fields(kind)}
+        assert dict(re.findall(r"`(\w+)` ([^,]+)", options)) == {
+            key: f'"{value}"' if isinstance(value, str) else repr(value)
+            for key, value in fields.items()
+        }
+        assert (weights == "yes") == kind.uses_weights
+        assert (certificate == "yes") == issubclass(kind, DualRule)
+        assert [word for word in memory.split(", ") if word] == list(kind().initial_state(2))
+        assert kind.needs_losses == (name == "`mgda-decoupled`")

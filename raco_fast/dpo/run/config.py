@@ -18,6 +18,7 @@ from raco_fast.dpo.losses.registry import described, make_loss
 from raco_fast.dpo.models import ModelOptions
 from raco_fast.engine.prepare import CHECK_EVERY
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
+from raco_fast.solver.registry import check_rule, spec_of
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 """Learning-rate schedules and their names in transformers; each begins with the warm-up."""
@@ -35,7 +36,7 @@ class TrainConfig:
         eval_data: files of held-out pairs; none skips evaluation.
         weights: objective name -> weight; at least 0, summing to 1.
         c: radius of the correction, in [0, 1); 0 is the weighted sum.
-        rule: how the gradients are combined.
+        rule: how the gradients are combined: a name of docs/rules.md, or {name: ..., option: ...}.
         loss: preference loss by name, or {name: simpo, gamma: 1.0}; docs/losses.md lists them.
         loss_options: its options, where `loss` is a name: beta, label_smoothing and the like.
         losses: objective name -> loss of its own, written like `loss`; the others have `loss`.
@@ -75,7 +76,7 @@ class TrainConfig:
     weights: dict[str, float]
     eval_data: list[DataSource] = field(default_factory=list)
     c: float = 0.4
-    rule: str = "cagrad-clip"
+    rule: str | dict[str, Any] = "cagrad-clip"
     loss: str | dict[str, float | str] = "sigmoid"
     loss_options: dict[str, float] = field(default_factory=dict)
     losses: dict[str, str | dict[str, float | str]] = field(default_factory=dict)
@@ -106,7 +107,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check everything that can be checked before a model is loaded."""
-        # The optimizer knows what weights, c, rule, lr, ... may be: let it look at them.
+        object.__setattr__(self, "rule", spec_of(check_rule(self.rule)))  # as it is in YAML
+        # The optimizer knows what weights, c, lr, ... may be: let it look at them.
         ClippedCAGradAdamW([torch.zeros(1)], **self.optimizer_arguments)
         unknown = [name for name in self.losses if name not in self.weights]
         if unknown:

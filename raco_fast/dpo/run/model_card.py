@@ -14,6 +14,8 @@ from raco_fast.dpo.losses.registry import described
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.files import atomic_folder
 from raco_fast.report import markdown_table, share_with_interval
+from raco_fast.solver.registry import check_rule, label_of
+from raco_fast.solver.rules.conflict_averse import CAGrad, CAGradClip
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,12 +84,14 @@ def _body(summary: TrainingSummary) -> str:
     files = [f"- train: `{source.path}` ({_selection(source.limit)})" for source in config.data]
     files += [f"- held out: `{s.path}` ({_selection(s.limit)})" for s in config.eval_data]
     skipped = f", {summary.skipped_steps} of them skipped" if summary.skipped_steps else ""
+    rule = check_rule(config.rule)
+    source = " (RACO, arXiv:2602.02495)" if isinstance(rule, CAGradClip) else ""
     parts = [
         f"# {Path(config.model.name).stem} aligned with raco-fast",
         f"`{config.model.name}` trained by multi-objective DPO ({how}) on preference pairs. "
-        f"Gradients of the objectives were combined by `{config.rule}`"
-        + (f" with c = {config.c}" if config.rule.startswith("cagrad") else "")
-        + " (RACO, arXiv:2602.02495).",
+        f"Gradients of the objectives were combined by `{label_of(rule)}`"
+        + (f" with c = {config.c}" if isinstance(rule, CAGrad | CAGradClip) else "")
+        + f"{source}.",
         "## Objectives\n\n"
         + markdown_table(["objective", "weight", "labelled pairs", "loss"], objectives),
         f"## Data\n\n{summary.pairs} training pairs.\n\n" + "\n".join(files),

@@ -50,7 +50,7 @@ class CAGradClip(DualRule):
 class MGDA(DualRule):
     """argmin over the simplex of ‖Gp‖; arXiv 1810.04650. A gradient of zero makes it zero."""
 
-    name, number = "mgda", 3
+    name, number, uses_weights = "mgda", 3, False
 
 
 def shortest(gram: Array) -> tuple[Array, Array]:

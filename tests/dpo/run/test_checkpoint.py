@@ -42,6 +42,21 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(
     runs.assert_same_run(whole, cut)
 
 
+def test_a_rule_with_a_memory_is_resumed(runs, make_config, monkeypatch, tmp_path):
+    rule = {"name": "gradvac", "beta": 0.2}
+    whole, cut = (make_config(rule=rule, output_dir=str(tmp_path / n)) for n in ("whole", "cut"))
+    runs.interrupt_after(monkeypatch, None)
+    train(whole)
+    runs.interrupt_after(monkeypatch, 3)
+    with pytest.raises(Interrupted):
+        train(cut)
+    runs.interrupt_after(monkeypatch, None)
+    resumed = Trainer(cut, resume=True)
+    assert resumed.state.optimizer.rule_state["values"]["steps"] == 3.0
+    resumed.run()
+    runs.assert_same_run(whole, cut)
+
+
 def test_a_checkpoint_of_another_configuration_is_refused_naming_every_difference(
     runs, make_config, monkeypatch
 ):

@@ -61,7 +61,7 @@ def test_the_card_of_a_local_model_names_no_path_in_its_header(summary, tiny):
     assert header["library_name"] == "transformers"
     assert f"# {tiny.name} aligned with raco-fast" in card
     assert "(full fine-tuning)" in card
-    assert "combined by `linear` (RACO" in card
+    assert "combined by `linear`." in card
     assert "- train: `x.jsonl` (the first 5 usable pairs)" in card
     assert "9 steps, 2 of them skipped of up to" in card
 

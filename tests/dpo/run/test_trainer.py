@@ -14,6 +14,7 @@ from raco_fast.dpo.run import step as step_module
 from raco_fast.dpo.run.config import check_same_run, identity
 from raco_fast.dpo.run.trainer import Trainer, train
 from raco_fast.dpo.scoring import pair_logps
+from raco_fast.solver.rules.nash import Nash
 
 LORA = {"lora": {"r": 4, "alpha": 8, "dropout": 0.2}}
 
@@ -259,6 +260,17 @@ def test_every_rule_trains(runs, make_config, rule):
         assert coefficients != pytest.approx([0.7, 0.3])
 
 
+@pytest.mark.parametrize("rule", [{"name": "fairgrad", "alpha": 0.5}, Nash(), "mgda-decoupled"])
+def test_rules_without_a_certificate_train(runs, make_config, rule):
+    """mgda-decoupled sees the losses of the micro-batches; what a rule does not have is null."""
+    config = make_config(rule=rule, max_steps=2, pairs_per_micro_batch=2)
+    train(config)
+    step = runs.steps(config)[-1]
+    assert config.rule == ("nash" if rule == Nash() else rule)
+    assert all(step[f"raco/coefficient/{name}"] > 0.0 for name in ("sure", "kind"))
+    assert step["raco/gap"] is step["raco/clip_active"] is step["raco/p/sure"] is None
+
+
 def test_one_objective_trains_as_plain_dpo(runs, make_config):
     config = make_config(weights={"sure": 1.0}, c=0.0, max_steps=2)
     train(config)
@@ -431,7 +443,7 @@ def test_an_objective_without_a_labelled_pair_is_an_error(make_config, write_pai
         ({"weights": {"sure": 1.5, "kind": -0.5}}, "`weights`"),
         ({"c": -0.1}, "`c` must"),
         ({"c": 1.0}, "`c` must"),
-        ({"rule": "nash"}, "`rule` must"),
+        ({"rule": "nosh"}, "`rule` must"),
         ({"loss": "dpo"}, "`loss` must be one of"),
         (
             {"loss": "ipo", "loss_options": {"label_smoothing": 0.1}},
