@@ -7,7 +7,7 @@
 Bytes per element, each element read once and written once (m = 2):
 
     gradients and weights bf16, states bf16 / fp32       16 / 24
-    the same with split master or Kahan residual         20 / 28
+    the same with split master weights                   20 / 28
     all fp32                                             32
 
 The rival forms G0 in memory, then reads it for its norm, for clipping and for AdamW: 54 at m = 2
@@ -42,7 +42,7 @@ from .columns import (
     shape_constants,
     weighted_sum,
 )
-from .rounding import check_rounding, opened, random_keys, store_rounded
+from .rounding import opened, random_keys, store_rounded
 from .tables import TensorTable, architecture, build, current, programs
 
 HYPER = (
@@ -58,7 +58,7 @@ HYPER = (
 """Columns of `hyper`: lr/(1-β1^t), lr·wd, 1-β1, 1-β2, 1/√(1-β2^t), ε, -1 to maximize else 1, t."""
 
 # Resident programs per multiprocessor, from the register counts of the compiled kernels.
-PROGRAMS = {"nearest": 9, "stochastic": 7, "split": 10, "kahan": 9}
+PROGRAMS = {"nearest": 9, "stochastic": 7, "split": 10}
 PROGRAMS_SM_100 = {**PROGRAMS, "stochastic": 6}
 
 
@@ -91,7 +91,7 @@ def _update(
     v = tl.load(states[1] + at, mask=mask, other=0.0)
     low = w
     residual = p
-    if ROUNDING == "split" or ROUNDING == "kahan":
+    if ROUNDING == "split":
         residual = residuals[0]
         low = tl.load(residual + at, mask=mask, other=0)
     g = hyper[6] * weighted_sum(loaded, alphas, M)
@@ -135,7 +135,7 @@ def combine_adamw_step(
     MISSING: tl.constexpr,
 ):
     """AdamW for all tensors of a table; columns: M gradients, weight, two states, residual."""
-    RESIDUALS: tl.constexpr = 1 if ROUNDING == "split" or ROUNDING == "kahan" else 0
+    RESIDUALS: tl.constexpr = 1 if ROUNDING == "split" else 0
     COLUMNS: tl.constexpr = M + 3 + RESIDUALS
     factor = tl.load(clip) / tl.load(grad_scale)
     alphas = ()
@@ -213,15 +213,12 @@ def combine_adamw(
         exp_avgs, exp_avg_sqs: n states each; bfloat16, float16 or float32.
         hyper: [n, 8] float32 on the device, columns `HYPER`.
         scalars: what the step needs besides.
-        rounding: "nearest", "stochastic", "split" or "kahan"; see rounding.py.
-        residuals: n tensors for "split" (int16) and "kahan" (bfloat16), zeros before the first
-            step; None otherwise.
+        rounding: "nearest", "stochastic" or "split"; see rounding.py.
+        residuals: n int16 tensors for "split", zeros before the first step; None otherwise.
         tables: those of an earlier call with the same tensors.
     Raises:
-        ValueError: a rounding that is unknown or does not fit the dtypes or `residuals`, or tensors
-            that overlap, have gaps or differ in size.
+        ValueError: tensors that overlap, have gaps or differ in size.
     """
-    check_rounding(params, rounding, residuals)
     m = len(grads)
     device = hyper.device
     columns = [*grads, params, exp_avgs, exp_avg_sqs, *([] if residuals is None else [residuals])]

@@ -70,13 +70,12 @@ void check_bfloat16(const Dtypes& dtypes, const char* message) {
   for (py::ssize_t k = 0; k < dtypes.size(); ++k) require(dtypes.data()[k] == bfloat16, message);
 }
 
-// Weights that are not rounded to nearest are bfloat16, and two of the ways keep a residual each.
+// Weights that are not rounded to nearest are bfloat16, and those of `split` have residuals.
 void check_rounding(raco::Rounding rounding, const Dtypes& params, const Addresses& residuals,
                     const Dtypes& residual_dtypes) {
   if (rounding != raco::Rounding::nearest)
     check_bfloat16(params, "rounding is for bfloat16 parameters");
-  const bool kept = rounding == raco::Rounding::split || rounding == raco::Rounding::kahan;
-  tensors(residuals, residual_dtypes, kept ? params.shape(0) : 0);
+  tensors(residuals, residual_dtypes, rounding == raco::Rounding::split ? params.shape(0) : 0);
   check_bfloat16(residual_dtypes, "residuals must be stored as bfloat16");
 }
 
@@ -142,7 +141,7 @@ void combine_adamw(const Addresses& grads, const Addresses& lengths, const Dtype
 
 void bind_cpu(py::module_& module) {
   module.attr("DTYPES") = py::make_tuple("float32", "bfloat16", "float16", "float64");
-  module.attr("ROUNDINGS") = py::make_tuple("nearest", "stochastic", "split", "kahan");
+  module.attr("ROUNDINGS") = py::make_tuple("nearest", "stochastic", "split");
   module.attr("BLOCK") = raco::kBlock;
   module.attr("CHUNK") = raco::kChunk;
   py::list names;

@@ -23,7 +23,6 @@ from raco_fast.backends.rounding import NEAREST, Rounding
 from raco_fast.kernels import combine as combine_kernels
 from raco_fast.kernels import combine_adamw as adamw_kernels
 from raco_fast.kernels import gram as gram_kernels
-from raco_fast.kernels.rounding import RESIDUALS
 from raco_fast.kernels.tables import (
     TensorTable,
     build,
@@ -227,8 +226,7 @@ def _launch(
     prepared: Prepared | None,
 ) -> None:
     device = rows.device
-    stored_as = RESIDUALS.get(rounding.name, torch.bfloat16)
-    residuals = [r.view(stored_as) for r in rounding.residuals] or None
+    residuals = [r.view(torch.int16) for r in rounding.residuals] or None
     tables = _recalled(prepared, device)
     if tables is None:
         pairs = zip(zip(*grads, strict=True), params, strict=True)

@@ -19,7 +19,7 @@ from raco_fast.backends.arguments import check_coefficients, check_length, check
 from raco_fast.backends.call_cache import Finding
 from raco_fast.backends.choose import BUILT, backend_of_weight_grad, finding_for, triton
 from raco_fast.backends.reference import AdamWOptions, Gradients
-from raco_fast.backends.rounding import NEAREST, WITH_RESIDUAL, Rounding
+from raco_fast.backends.rounding import NEAREST, Rounding
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -82,7 +82,7 @@ def combine_adamw_on_device(
 ) -> None:
     """`combine_adamw` with the coefficients of `step`, which only the device knows."""
     written = [params, exp_avgs, exp_avg_sqs]
-    if rounding.name in WITH_RESIDUAL:
+    if rounding.name == "split":
         written.append(rounding.residuals)
     finding = finding_for("combine_adamw", grads, *written, options=options)
     _note_writes("triton", *written)
@@ -147,7 +147,7 @@ def combine_adamw(
     for name, tensors in {**of_each_parameter, "state_steps": state_steps}.items():
         check_length(name, tensors, grads)
     written = [params, exp_avgs, exp_avg_sqs]
-    if rounding.name in WITH_RESIDUAL:
+    if rounding.name == "split":
         check_length("rounding.residuals", rounding.residuals, grads)
         written.append(rounding.residuals)
     finding = finding_for("combine_adamw", grads, *written, options=options)

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from raco_fast.backends import ops
 from raco_fast.backends.reference import AdamWOptions
-from raco_fast.backends.rounding import WITH_RESIDUAL, Rounding
+from raco_fast.backends.rounding import Rounding
 from raco_fast.gradients.objective_grad import Touched, along_p_grad
 
 if TYPE_CHECKING:
     from raco_fast.solver.on_device import DeviceStep
+
+RESIDUAL = "split_residual"
+"""The state key of what "split" keeps beside a weight."""
 
 
 class Part:
@@ -40,11 +43,11 @@ class Part:
         self._params, self._grads = touched
         self._states = [state[p] for p in touched.params]
         self._options = options_of(group)
-        last_made = _residual(rounding) if rounding in WITH_RESIDUAL else "step"
+        last_made = RESIDUAL if rounding == "split" else "step"
         for p, of_p in zip(self._params, self._states, strict=True):
             if last_made not in of_p:
                 _make_state(p, of_p, group, rounding)
-        residuals = self._all(last_made) if rounding in WITH_RESIDUAL else []
+        residuals = self._all(RESIDUAL) if rounding == "split" else []
         self._rounding = Rounding(rounding, residuals, seed)
 
     def update(self, coefficients: Tensor) -> None:
@@ -157,13 +160,8 @@ def _make_state(p: Tensor, state: dict[str, Tensor], group: dict[str, Any], roun
         names = ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * group["amsgrad"]]
         for name in names:
             state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-    if rounding in WITH_RESIDUAL:
-        state[_residual(rounding)] = torch.zeros_like(p, memory_format=torch.preserve_format)
-
-
-def _residual(rounding: str) -> str:
-    """The state key of a rounding's residual; each its own, as one means nothing to the other."""
-    return f"{rounding}_residual"
+    if rounding == "split":
+        state[RESIDUAL] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
 
 def options_of(group: dict[str, Any]) -> AdamWOptions:

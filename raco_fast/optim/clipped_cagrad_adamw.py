@@ -1,7 +1,7 @@
 """`ClippedCAGradAdamW`: AdamW along one direction that respects m objectives and their weights.
 
 step():   M = ⟨g_i, g_j⟩        of the accumulated gradients, once per step
-          α = solve_dual(M)     DESIGN: CAGrad-Clip, on m numbers
+          α = solve_dual(M)     CAGrad-Clip, on m numbers
           G0 = Σ α_i g_i        AdamW's gradient; ‖G0‖ is known from M, so clipping costs nothing
 
 Everything else is `torch.optim.AdamW`: constructor, state, checkpoints, schedulers, hooks.
@@ -63,9 +63,9 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         c: radius of the search around the weighted gradient, 0 <= c < 1.
         rule: "cagrad-clip", "cagrad", "linear" or "mgda".
         max_grad_norm: clip ‖G0‖ over all parameters, as `torch.nn.utils.clip_grad_norm_`.
-        rounding: of bfloat16 parameters (others are not affected): "nearest", "stochastic",
-            "split" (an exact float32 weight, 2 bytes more) or "kahan" (nearly so, 2 bytes more);
-            docs/backends.md compares them. A parameter group may have its own.
+        rounding: of bfloat16 parameters (others are not affected): "nearest", "stochastic" or
+            "split" (an exact float32 weight, 2 bytes more); docs/backends.md compares them. A
+            parameter group may have its own.
         seed: of stochastic rounding, together with the step count; any integer.
         amsgrad, maximize, foreach, capturable, differentiable, fused: as in `torch.optim.AdamW`.
             With `capturable` in every group, parameters on one CUDA device and at most 3

@@ -20,7 +20,7 @@ from triton.runtime import driver
 
 from raco_fast.backends import cuda
 from raco_fast.backends.reference import adamw_options
-from raco_fast.backends.rounding import ROUNDINGS, WITH_RESIDUAL, Rounding
+from raco_fast.backends.rounding import ROUNDINGS, Rounding
 from raco_fast.solver.on_device import DeviceStep
 
 CPU = torch.device("cpu")
@@ -87,7 +87,7 @@ def report(call: str, run: Callable[[], object]) -> None:
 
 def update(count: int, m: int, rounding: str, lr: float) -> Callable[[], object]:
     bf16 = torch.bfloat16
-    residuals = tensors(count, bf16) if rounding in WITH_RESIDUAL else []
+    residuals = tensors(count, bf16) if rounding == "split" else []
     options = adamw_options(lr=lr)
     grads = [tensors(count, bf16) for _ in range(m)]
     states = [tensors(count, torch.float32) for _ in range(2)]

@@ -25,7 +25,6 @@ PER_CALL = {
     "combine_adamw, nearest": ["combine_adamw_step", "combine_adamw_step"],
     "combine_adamw, stochastic": ["combine_adamw_step", "combine_adamw_step"],
     "combine_adamw, split": ["combine_adamw_step", "combine_adamw_step"],
-    "combine_adamw, kahan": ["combine_adamw_step", "combine_adamw_step"],
     "whole step": ["gram_partials", "gram_partials", "gram_total", "solve_dual_step"],
     "weight_grad": ["weight_grad_tiles"],
 }
