@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
+from raco_fast.kernels import weight_grad as kernel
 from raco_fast.kernels.tables import ALIGNMENT
-from raco_fast.kernels.weight_grad import store_weight_grad
-from raco_fast.kernels.weight_grad_arguments import INPUTS, OUTPUTS
-from raco_fast.kernels.weight_grad_plan import choose
+from raco_fast.kernels.weight_grad_plan import pays
+
+INPUTS = (torch.bfloat16, torch.float16)
+OUTPUTS = (*INPUTS, torch.float32)
 
 
 def weight_grad(
@@ -25,7 +28,7 @@ def weight_grad(
     Rows that lie with gaps are copied; this is rare.
     """
     rows = (x.contiguous(), dy.contiguous())
-    store_weight_grad(*rows, bounds, U.float(), out.unbind(), accumulate=not fresh)
+    kernel.weight_grad(*rows, bounds, U.float(), out.unbind(), accumulate=not fresh)
 
 
 def unsupported(x: Tensor, dy: Tensor, out: Tensor) -> str | None:
@@ -53,7 +56,7 @@ def slower(x: Tensor, dy: Tensor, bounds: Sequence[int], m: int, out: Tensor) ->
         return f"rows at addresses that are no multiple of {ALIGNMENT} are read one by one"
     groups = sum(start < stop for start, stop in pairwise(bounds))
     d_in, d_out = x.shape[1], dy.shape[1]
-    if not groups or choose(len(x), groups, m, d_in, d_out) == "rows":
+    if not groups or not pays(len(x), groups, m, d_in, d_out):
         return (
             f"m = {m} plain products are modelled to be faster for {len(x)} rows in {groups} "
             f"groups, {d_in} by {d_out} features"
