@@ -71,6 +71,7 @@ def record(records: Records, name: str, done: Done) -> None:
 def launch_all(device: torch.device) -> None:
     """Every kernel, in every variant that accesses memory in its own way."""
     from raco_fast.backends import ops
+    from raco_fast.backends.types import Update
 
     variants: list[tuple[int, torch.dtype]] = [
         (2, torch.bfloat16), (3, torch.float32), (8, torch.bfloat16), (12, torch.float16)
@@ -86,12 +87,7 @@ def launch_all(device: torch.device) -> None:
             ops.combine(grads, alpha, out)
             torch._foreach_mul_(exp_avg_sqs, exp_avg_sqs)
             steps = [torch.zeros(()) for _ in params]
-            options = {"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
-            flags = ("amsgrad", "maximize", "capturable", "differentiable")
-            rest = {**dict.fromkeys(flags, False), "foreach": None, "fused": None}
-            ops.combine_adamw(
-                params, grads, alpha, exp_avgs, exp_avg_sqs, [], steps, **options, **rest
-            )
+            ops.combine_adamw(Update(params, grads, exp_avgs, exp_avg_sqs, [], steps), alpha)
             for t in (*out, *params):
                 assert torch.isfinite(t).all()
     for m, dtype, out in (
@@ -101,9 +97,6 @@ def launch_all(device: torch.device) -> None:
     ):
         for d_in, d_out in ((48, 80), (144, 272), (37, 61)):
             _layer_gradients(m, dtype, out, d_in, d_out, device)
-    if device.type == "cuda":
-        for m in (2, 3):
-            _step_on_device(m, device)
 
 
 def _layer_gradients(
@@ -122,17 +115,6 @@ def _layer_gradients(
     for fresh in (True, False):
         ops.weight_grad(x, dy, bounds, U, gradients, fresh)
         assert torch.isfinite(gradients).all()
-
-
-def _step_on_device(m: int, device: torch.device) -> None:
-    """The kernel that solves the dual problem runs in a capturable step only."""
-    from raco_fast import ClippedCAGradAdamW
-
-    p = torch.nn.Parameter(torch.linspace(-1, 1, 1025, device=device))
-    opt = ClippedCAGradAdamW([p], weights=[1.0 / m] * m, capturable=True)
-    opt.backward([(p - i).square().sum() for i in range(m)])
-    opt.step()
-    assert torch.isfinite(p).all()
 
 
 def _lists(m: int, dtype: torch.dtype, device: torch.device) -> Iterator[list[list[Tensor | None]]]:

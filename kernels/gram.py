@@ -170,10 +170,13 @@ def gram(
     Raises:
         ValueError: tensors whose elements overlap or have gaps.
     """
+    m = len(grads)
+    if tables is None and m > MAX_UNROLLED:
+        return _gram_in_blocks(grads, device, programs_per_multiprocessor)
+    if tables is None:
+        tables = build(grads, m, device)
     with current(device):
-        if tables is not None:
-            return _gram_of_tables(tables, len(grads), device, programs_per_multiprocessor)
-        return _gram(grads, device, programs_per_multiprocessor)
+        return _gram_of_tables(tables, m, device, programs_per_multiprocessor)
 
 
 def objective_blocks(m: int) -> list[range]:
@@ -183,30 +186,21 @@ def objective_blocks(m: int) -> list[range]:
     return [range(a, b) for a, b in pairwise(edges)]
 
 
-def _gram(
+def _gram_in_blocks(
     grads: Sequence[Sequence[Tensor | None]], device: torch.device, per_multiprocessor: int | None
 ) -> Tensor:
     m = len(grads)
-    if m <= MAX_UNROLLED:
-        return _gram_of_few(grads, device, per_multiprocessor)
     total = torch.empty(m, m, dtype=torch.float64, device=device)
     blocks = objective_blocks(m)
     for a, first in enumerate(blocks):
         for second in blocks[a + 1 :]:
             members = [*first, *second]
-            part = _gram_of_few([grads[i] for i in members], device, per_multiprocessor)
+            part = gram([grads[i] for i in members], device, per_multiprocessor)
             for of_part, i in enumerate(members):
                 # Slices, not an index tensor: that would be copied from pageable memory.
                 total[i, first.start : first.stop] = part[of_part, : len(first)]
                 total[i, second.start : second.stop] = part[of_part, len(first) :]
     return total
-
-
-def _gram_of_few(
-    grads: Sequence[Sequence[Tensor | None]], device: torch.device, per_multiprocessor: int | None
-) -> Tensor:
-    m = len(grads)
-    return _gram_of_tables(build(grads, m, device), m, device, per_multiprocessor)
 
 
 def _gram_of_tables(

@@ -12,6 +12,7 @@ from bench.contest import Contest, our_calls
 from bench.problems import Tensors, exact_gram, gram_error
 from bench.rivals import Rival, rivals
 from raco_fast.backends import ops
+from raco_fast.backends.plan import Plan
 
 NAME = "gram"
 
@@ -27,7 +28,7 @@ def bytes_moved(case: Case) -> int:
 def contest(case: Case, skip: Sequence[str]) -> Contest:
     grads = case.gradients()
     truth = exact_gram(grads)
-    calls = our_calls(case, partial(ops.gram, grads))
+    calls = our_calls(case, partial(ops.gram, grads, Plan()))
     for name, rival in rivals(case.m, skip).items():
         calls[name] = partial(gram, rival, grads)
     return Contest(calls, lambda name: gram_error(calls[name](), truth), tolerance=1e-5)

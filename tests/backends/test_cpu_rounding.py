@@ -7,13 +7,13 @@ from torch import Tensor
 
 from raco_fast import _C
 from raco_fast.backends import choose, cpu, ops
-from raco_fast.backends.reference import adamw_options
 from raco_fast.backends.rounding import ROUNDINGS, Rounding
+from raco_fast.backends.types import AdamWOptions, Update
 
 bf16, fp32 = torch.bfloat16, torch.float32
 SHAPES = [(3,), (17, 5), (0, 4), (_C.BLOCK + 1,), (), (_C.CHUNK + 9,)]
 ALPHA = torch.tensor([0.9, 0.4], dtype=torch.float64)
-OPTIONS = adamw_options(lr=0.003, beta1=0.8, beta2=0.95, eps=1e-3, weight_decay=0.3)
+OPTIONS = AdamWOptions(lr=0.003, beta1=0.8, beta2=0.95, eps=1e-3, weight_decay=0.3)
 
 
 def draw(seed: int, dtype: torch.dtype) -> list[Tensor]:
@@ -43,9 +43,8 @@ class Run:
     def update(self, params: list[Tensor], grads: list[list[Tensor]], rounding: Rounding) -> None:
         """One step on the C++ backend."""
         with choose.backend("cpu"):
-            ops.combine_adamw(
-                params, grads, ALPHA, *self.states, [], self.steps, rounding, **OPTIONS
-            )
+            update = Update(params, grads, *self.states, [], self.steps, OPTIONS, rounding)
+            ops.combine_adamw(update, ALPHA)
 
 
 @pytest.mark.parametrize("state", [bf16, fp32])
@@ -77,16 +76,9 @@ def test_nan_and_infinity_stay_what_they_are(rounding):
     residuals = [torch.zeros(4, dtype=bf16)] if rounding == "split" else []
     params, zeros = [special.clone()], [[torch.zeros(4, dtype=bf16)] for _ in range(3)]
     with choose.backend("cpu"):
-        ops.combine_adamw(
-            params,
-            [zeros[0]],
-            torch.ones(1, dtype=torch.float64),
-            *zeros[1:],
-            [],
-            [torch.zeros(())],
-            Rounding(rounding, residuals),
-            **OPTIONS,
-        )
+        how = Rounding(rounding, residuals)
+        update = Update(params, [zeros[0]], *zeros[1:], [], [torch.zeros(())], OPTIONS, how)
+        ops.combine_adamw(update, torch.ones(1, dtype=torch.float64))
     assert torch.equal(params[0].nan_to_num(nan=7.0), special.nan_to_num(nan=7.0))
 
 

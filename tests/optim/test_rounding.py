@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from raco_fast.backends import choose, reference
 from raco_fast.backends.rounding import ROUNDINGS
+from raco_fast.backends.types import AdamWOptions, Update
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.optim.adamw_part import stepping
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
@@ -57,10 +58,9 @@ def ran(monkeypatch) -> list[tuple[str, str, list[torch.dtype]]]:
     calls = []
     for module in (choose.cpu, reference):
 
-        def spied(*args, module=module, real=module.combine_adamw, **options):
-            name = module.__name__.removeprefix("raco_fast.backends.")
-            calls.append((name, args[7].name, [p.dtype for p in args[0]]))
-            return real(*args, **options)
+        def spied(update, *rest, name=module.name, real=module.combine_adamw):
+            calls.append((name, update.rounding.name, [p.dtype for p in update.params]))
+            return real(update, *rest)
 
         monkeypatch.setattr(module, "combine_adamw", spied)
     return calls
@@ -138,15 +138,10 @@ def test_split_weights_are_those_of_a_float32_run_with_the_same_states():
         alpha = opt.solution.coefficients
         grads = list(opt.gradients.of(p).values())
         wide = [m.float(), v.float()]
-        reference.combine_adamw(
-            [master],
-            [[g.float()] for g in grads],
-            torch.as_tensor(alpha),
-            *[[s] for s in wide],
-            [],
-            [torch.tensor(float(t))],
-            **reference.adamw_options(lr=2e-4, beta1=0.8, beta2=0.95, weight_decay=0.1),
-        )
+        options = AdamWOptions(lr=2e-4, beta1=0.8, beta2=0.95, weight_decay=0.1)
+        states, step = [[s] for s in wide], [torch.tensor(float(t))]
+        update = Update([master], [[g.float()] for g in grads], *states, [], step, options)
+        reference.combine_adamw(update, torch.as_tensor(alpha))
         m, v = (s.to(bf16) for s in wide)
     low = opt.state[p]["split_residual"].view(torch.int16).int()
     stored = ((p.detach().view(torch.int16).int() << 16) + low).view(torch.float32)
