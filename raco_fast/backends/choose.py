@@ -24,8 +24,8 @@ from raco_fast.backends.types import AdamWOptions, Backend, Call, Prepared
 BACKENDS: list[Backend] = [cuda, cpu, reference]
 """In the order in which they are asked. `reference` has no obstacle to anything."""
 
-# What self-tests found wrong, by backend, device and part. Kept for the process, as it depends on the
-# card, its driver and the compiler alone: every optimizer would find the same, after seconds.
+# What self-tests found wrong, by backend, device and part. Kept for the process, as it depends on
+# card, driver and compiler alone: every optimizer would find the same, after seconds of compiling.
 _disagreements: dict[tuple[str, torch.device, str], str | None] = {}
 _forced: ContextVar[str | None] = ContextVar("raco_fast_backend", default=None)
 

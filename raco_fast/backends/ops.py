@@ -60,19 +60,22 @@ def gram_where_it_is(grads: Gradients, plan: Plan | None = None) -> Tensor:
     return within_cauchy_schwarz(backend.gram(grads, prepared))
 
 
-def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> None:
+def combine(
+    grads: Gradients, coefficients: Tensor, out: Sequence[Tensor], plan: Plan | None = None
+) -> None:
     """Write G0 = Σ α_i g_i to `out`, in float32 arithmetic or better.
 
     Args:
         grads: as for `gram`.
         coefficients: [m] float64 on the CPU, α.
         out: n tensors of the gradients' shapes; out[k] may be one of the gradients of tensor k.
+        plan: the caller's, if it has one.
     Raises:
         ValueError: as for `gram`, or `coefficients` or `out` do not fit `grads`.
         TypeError: as for `gram`.
     """
     check_coefficients(grads, coefficients, out=out)
-    backend, _ = planned(Call("combine", len(grads), [out], grads), None)
+    backend, _ = planned(Call("combine", len(grads), [out], grads), plan)
     backend.combine(grads, coefficients, out)
 
 

@@ -2,9 +2,9 @@
 
 Checking 300 parameters one attribute at a time takes milliseconds, and from step to step nothing
 changes. `describe` reads addresses, dtypes, shapes, strides and devices in C++ (through DLPack's
-exchange interface, some ten nanoseconds a tensor); a `Plan`, which an optimizer owns, hands out
-what was concluded for equal ones. No tensor is kept alive, and a swapped or reshaped one is another
-description.
+exchange interface, some ten nanoseconds a tensor); a `Plan`, of one optimizer or `combine`, hands
+out what was concluded for equal ones. No tensor is kept alive, and a swapped or reshaped one is
+another description.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ class Plan:
 
     def __init__(self) -> None:
         self._of: dict[Hashable, list[Finding]] = {}
+
+    def __reduce__(self) -> tuple[type[Plan], tuple[()]]:
+        return Plan, ()  # a copy's tensors are elsewhere
 
     def find(
         self, key: Hashable, seen: tuple[bytes, bytes], lists: Sequence[Sequence[Tensor | None]]

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from raco_fast.backends import choose, ops
-from raco_fast.backends.plan import Plan
 from raco_fast.backends.types import AdamWOptions, Call, Gradients
 from raco_fast.gradients.norm_clip import clip_factor
 from raco_fast.gradients.objective_grad import Touched, along_p_grad, joined
@@ -105,7 +104,6 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         self._solution: DualSolution | None = None
         self._skipped_on_host = 0
         self._on_device: DeviceStep | None = None
-        self._plan = Plan()
         self._direction: Direction | None = None
         super().__init__(
             params,
@@ -262,7 +260,7 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         for group, (params, of_group) in zip(self.param_groups, groups, strict=True):
             options = AdamWOptions.of(group)
             calls += [Call("combine_adamw", m, [params], of_group, options)] if params else []
-        found = (choose.waits(call, self._plan) for call in calls)
+        found = (choose.waits(call, self.gradients.plan) for call in calls)
         return on_device.obstacle(m, self.rule) or next(filter(None, found), None)
 
     def _step_through_host(self, groups: Sequence[Touched], grads: Gradients) -> None:
@@ -294,7 +292,9 @@ class ClippedCAGradAdamW(AdamWWithSettings):
     def _gram(self, grads: Gradients) -> tuple[Tensor, float]:
         """(Gram of the unscaled gradients, GradScaler's factor that is still in them)."""
         asked = [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
-        M, values = ops.gram_beside(grads, [x for x in asked if isinstance(x, Tensor)], self._plan)
+        M, values = ops.gram_beside(
+            grads, [x for x in asked if isinstance(x, Tensor)], self.gradients.plan
+        )
         read = iter(values)
         scale, found_inf = (next(read) if isinstance(x, Tensor) else x for x in asked)
         scale = 1.0 if scale is None else float(scale)
@@ -320,7 +320,7 @@ class ClippedCAGradAdamW(AdamWWithSettings):
             self._leave_device()
             self._on_device = DeviceStep(len(grads), device)
         coefficients = self._on_device.solve(
-            ops.gram_where_it_is(grads, self._plan),
+            ops.gram_where_it_is(grads, self.gradients.plan),
             self.weights,
             self.c,
             self.rule,
@@ -338,7 +338,7 @@ class ClippedCAGradAdamW(AdamWWithSettings):
 
     def _take(self, groups: Sequence[Touched], coefficients: Tensor) -> None:
         for update in updates(self.param_groups, groups, self.state, self.rounding, self.seed):
-            ops.combine_adamw(update, coefficients, self._plan)
+            ops.combine_adamw(update, coefficients, self.gradients.plan)
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -346,8 +346,7 @@ class ClippedCAGradAdamW(AdamWWithSettings):
     def __getstate__(self) -> dict[str, Any]:
         of_steps = {"_solution": self.solution, "_skipped_on_host": self.skipped_steps}
         # A copy begins without gradients, wherever they are: on the device or in p.grad.
-        fresh = {"_on_device": None, "_direction": None, "_plan": Plan()}
-        return {**super().__getstate__(), **of_steps, **fresh}
+        return {**super().__getstate__(), **of_steps, "_on_device": None, "_direction": None}
 
     def __repr__(self) -> str:
         backends = []

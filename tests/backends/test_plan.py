@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 
 import numpy as np
@@ -100,6 +102,14 @@ def test_nothing_is_concluded_from_or_for_negated_views():
     assert known.find("gram", looks_alike, [[negated]]) is None
     known.note("gram", looks_alike, [[negated]], reference)
     assert known.find("gram", seen, [[tensor]]) is finding
+
+
+def test_a_copy_begins_anew():
+    known, tensor = plan.Plan(), torch.zeros(3)
+    seen = plan.describe([[tensor]])
+    known.note("gram", seen, [[tensor]], cpu)
+    for other in (copy.deepcopy(known), pickle.loads(pickle.dumps(known))):
+        assert other.find("gram", seen, [[tensor]]) is None
 
 
 def test_only_the_latest_findings_of_a_key_are_kept(monkeypatch):
