@@ -1,8 +1,6 @@
-// The Python side of cpu_kernels.hpp. raco_fast/backends/cpu.py builds the tables and knows tensors; what is
-// checked here keeps the kernels inside the tables. That the addresses are those of memory of the
-// stated length is the caller's word.
-#include "bind_cpu.hpp"
-
+// The Python side of cpu_kernels.hpp. raco_fast/backends/cpu.py knows tensors and builds the tables;
+// what is checked here keeps the kernels inside the tables. Nothing can check that the addresses are
+// those of memory of the stated lengths.
 #include <pybind11/numpy.h>
 
 #include <string>
@@ -159,7 +157,6 @@ void bind_cpu(py::module_& module) {
              py::arg("exp_avg_sq_dtypes"), py::arg("decay"), py::arg("beta1"), py::arg("beta2"),
              py::arg("eps"), py::arg("step_sizes"), py::arg("root_corrections"),
              py::arg("rounding"), py::arg("steps"), py::arg("seed"), py::arg("residuals"),
-             py::arg("residual_dtypes"),
-             py::arg("threads"), py::arg("target") = 0,
+             py::arg("residual_dtypes"), py::arg("threads"), py::arg("target") = 0,
              "One AdamW step along G0, in place; csrc/cpu/cpu_kernels.hpp.");
 }
