@@ -93,6 +93,7 @@ def _update(
     if ROUNDING == "split":
         residual = residuals[0]
         low = tl.load(residual + at, mask=mask, other=0)
+    # In float32: the moments, then the weight that memory stands for.
     g = hyper[6] * weighted_sum(loaded, alphas, M)
     m = m.to(tl.float32)
     v = v.to(tl.float32)

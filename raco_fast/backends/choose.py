@@ -107,7 +107,8 @@ def waits(call: Call, plan: Plan) -> str | None:
         return None
     if _forced.get() is not None:
         return f"backend {running.name!r} is forced"
-    return next(_obstacle(b, call, False) for b in BACKENDS if b.on_device)
+    found = next((_obstacle(b, call, False) for b in BACKENDS if b.on_device), None)
+    return found or f"backend {running.name!r} was chosen for tensors like these"
 
 
 def _obstacle(candidate: Backend, call: Call, forced: bool) -> str | None:

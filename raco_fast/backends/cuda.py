@@ -113,7 +113,7 @@ def combine_adamw(update: Update, coefficients: Tensor, prepared: Prepared) -> N
     device, m = update.params[0].device, len(update.grads)
     rows = _advanced_rows(update, coefficients)
     alpha = coefficients.float()
-    if rows.device == alpha.device:  # one copy
+    if rows.is_cpu and alpha.is_cpu:  # one copy
         sent = to_device(torch.cat([rows.flatten(), alpha]), device)
         rows, alpha = sent[: rows.numel()].view_as(rows), sent[rows.numel() :]
     seed = upload(np.array([update.rounding.seed & 0xFFFFFFFF]), device)

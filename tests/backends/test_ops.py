@@ -12,6 +12,7 @@ from torch import Tensor
 
 import raco_fast
 from raco_fast.backends import choose, cpu, cuda, ops, reference
+from raco_fast.backends.plan import Plan
 from raco_fast.backends.rounding import Rounding
 from raco_fast.backends.types import AdamWOptions, Call, Gradients, Update
 from raco_fast.solver.dual import solve_dual
@@ -349,6 +350,17 @@ def test_coefficients_and_outputs_must_fit():
         ops.combine_adamw(rounded, alpha[:2])
     with pytest.raises(RuntimeError, match=r"coefficients on meta need .* got 'cpu'; pass coeff"):
         ops.combine_adamw(update, alpha[:2].to("meta"))
+
+
+def test_a_call_of_a_backend_that_waits_is_never_said_not_to(monkeypatch):
+    call, plan = Call("gram", 1, (), [[torch.ones(2)]]), Plan()
+    choose.planned(call, plan)
+    monkeypatch.setattr(cuda, "obstacle", lambda *asked: None)
+    monkeypatch.setattr(choose, "_disagreement", lambda *asked: None)
+    assert choose.waits(call, plan) == "backend 'cpu' was chosen for tensors like these"
+    assert choose.waits(call, Plan()) is None
+    with choose.backend("cpu"):
+        assert choose.waits(call, plan) == "backend 'cpu' is forced"
 
 
 class InFloat64:

@@ -271,7 +271,7 @@ def test_its_proof_is_asked_once_and_leaves_the_other_kernels(device, monkeypatc
     assert choose.chosen(Call("gram", 2, (), [[layer.x], [layer.x]])) is cuda
 
 
-def test_a_small_layer_is_compiled_and_proved_by_nobody(device, monkeypatch):
+def test_a_small_layer_is_neither_compiled_nor_proved(device, monkeypatch):
     monkeypatch.setattr(choose, "_disagreements", {})
     monkeypatch.setattr(self_test, "disagreement", None)
     assert Layer(device).backend() == PLAIN
