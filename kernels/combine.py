@@ -51,6 +51,7 @@ def combine_out(
     block = tl.arange(0, BLOCK)
     column = tl.arange(0, VEC)
     for c in tl.range(tl.program_id(0), n_chunks, tl.num_programs(0)):
+        # Which tensor, from which element on; its pointers.
         entry = tl.load(chunks + c)
         tensor = entry >> 32
         start = (entry & 0xFFFFFFFF) * CHUNK
@@ -58,6 +59,7 @@ def combine_out(
         row = addresses + tensor * (M + 1)
         gs = pointers(row, start, M, GRAD, ALIGN)
         out = pointers(row + M, start, 1, OUT, ALIGN)[0]
+        # Whole vectors of VEC elements, block by block; then what is left of the tensor.
         whole = (n // VEC) * VEC
         left = tl.minimum(whole - start, CHUNK).to(tl.int32)
         lefts = bounds(row, left, M, MISSING)

@@ -1,23 +1,23 @@
 """One AdamW step along G0 = Σ α_i g_i in one pass over memory.
 
-    g = (clip / grad_scale) Σ α_i g_i                               arXiv 2602.02495, Algorithm 1
+    g = Σ α_i g_i                                                   arXiv 2602.02495, Algorithm 1
     m <- m + (1 - β1)(g - m)             v <- v + (1 - β2)(g² - v)
     w <- w - (lr wd w + lr/(1 - β1^t) m / (√v / √(1 - β2^t) + ε))   decoupled AdamW
 
 Bytes per element, each element read once and written once (m = 2):
 
     gradients and weights bf16, states bf16 / fp32       16 / 24
-    the same with split master or Kahan residual         20 / 28
+    the same with split master weights                   20 / 28
     all fp32                                             32
 
 The rival forms G0 in memory, then reads it for its norm, for clipping and for AdamW: 54 at m = 2
-with bf16 states. Here ‖G0‖ is known from the Gram matrix, so clipping is one factor.
+with bf16 states. Here ‖G0‖ is known from the Gram matrix, so clipping is a factor in α.
 
 Why this design:
-- Everything that changes from step to step lies in device memory: α, clip factor, grad_scale,
-  found_inf, and one row of `HYPER` numbers per tensor, made from lr and the step count in float64
-  (1 - 0.999 in float32 would be off by 3e-5). A schedule survives CUDA-graph capture, and a step
-  whose α is not finite, or whose found_inf is set, writes nothing: no host has to look.
+- Everything that changes from step to step lies in device memory: α, and a row of `HYPER` numbers
+  per tensor, made from lr and the step count in float64 (1 - 0.999 in float32 is off by 3e-5). A
+  schedule survives CUDA-graph capture, and a step whose α is not finite writes nothing, so no host
+  has to look.
 - Persistent grid, one launch; in place, hence never autotuned (the tuner would step many times).
 - All addresses and numbers of a tensor are loaded before the inner loop: its stores forbid the
   compiler to move those loads out by itself.
@@ -27,7 +27,6 @@ Why this design:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import triton
 import triton.language as tl
@@ -42,8 +41,8 @@ from .columns import (
     shape_constants,
     weighted_sum,
 )
-from .rounding import check_rounding, opened, random_keys, store_rounded
-from .tables import TensorTable, architecture, build, current, programs
+from .rounding import opened, random_keys, store_rounded
+from .tables import TensorTable, architecture, current, programs
 
 HYPER = (
     "step_size",
@@ -58,7 +57,7 @@ HYPER = (
 """Columns of `hyper`: lr/(1-β1^t), lr·wd, 1-β1, 1-β2, 1/√(1-β2^t), ε, -1 to maximize else 1, t."""
 
 # Resident programs per multiprocessor, from the register counts of the compiled kernels.
-PROGRAMS = {"nearest": 9, "stochastic": 7, "split": 10, "kahan": 9}
+PROGRAMS = {"nearest": 9, "stochastic": 7, "split": 10}
 PROGRAMS_SM_100 = {**PROGRAMS, "stochastic": 6}
 
 
@@ -91,9 +90,10 @@ def _update(
     v = tl.load(states[1] + at, mask=mask, other=0.0)
     low = w
     residual = p
-    if ROUNDING == "split" or ROUNDING == "kahan":
+    if ROUNDING == "split":
         residual = residuals[0]
         low = tl.load(residual + at, mask=mask, other=0)
+    # In float32: the moments, then the weight that memory stands for.
     g = hyper[6] * weighted_sum(loaded, alphas, M)
     m = m.to(tl.float32)
     v = v.to(tl.float32)
@@ -108,7 +108,7 @@ def _update(
 
 @triton.jit(
     do_not_specialize=["n_chunks"],
-    do_not_specialize_on_alignment=["hyper", "alpha", "clip", "grad_scale", "found_inf", "seed"],
+    do_not_specialize_on_alignment=["hyper", "alpha", "seed"],
 )
 def combine_adamw_step(
     addresses,
@@ -118,9 +118,6 @@ def combine_adamw_step(
     n_chunks,
     hyper,
     alpha,
-    clip,
-    grad_scale,
-    found_inf,
     seed,
     M: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -135,18 +132,19 @@ def combine_adamw_step(
     MISSING: tl.constexpr,
 ):
     """AdamW for all tensors of a table; columns: M gradients, weight, two states, residual."""
-    RESIDUALS: tl.constexpr = 1 if ROUNDING == "split" or ROUNDING == "kahan" else 0
+    RESIDUALS: tl.constexpr = 1 if ROUNDING == "split" else 0
     COLUMNS: tl.constexpr = M + 3 + RESIDUALS
-    factor = tl.load(clip) / tl.load(grad_scale)
+    # The coefficients, shared by all tensors. If one is not finite, there are no chunks to work on.
     alphas = ()
-    zero = tl.load(found_inf)
+    zero = 0.0
     for i in tl.static_range(M):
-        alphas = alphas + (tl.load(alpha + i) * factor,)
-        zero += tl.abs(alphas[i] * 0.0)  # NaN if α_i is not finite
+        alphas = alphas + (tl.load(alpha + i),)
+        zero += alphas[i] * 0.0  # NaN if α_i is not finite
     runs = zero == 0.0
     block = tl.arange(0, BLOCK)
     column = tl.arange(0, VEC)
     for c in tl.range(tl.program_id(0), tl.where(runs, n_chunks, 0), tl.num_programs(0)):
+        # Which tensor, from which element on; its numbers and its pointers.
         entry = tl.load(chunks + c)
         tensor = entry >> 32
         start = (entry & 0xFFFFFFFF) * CHUNK
@@ -163,6 +161,7 @@ def combine_adamw_step(
         keys = ()
         if ROUNDING == "stochastic":
             keys = random_keys(tl.load(seed), tl.load(hyper + number * 8 + 7), number, start)
+        # Whole vectors of VEC elements, block by block; then what is left of the tensor.
         whole = (n // VEC) * VEC
         left = tl.minimum(whole - start, CHUNK).to(tl.int32)
         lefts = bounds(row, left, M, MISSING)
@@ -176,56 +175,31 @@ def combine_adamw_step(
             _update(gs, p, states, residuals, alphas, h, at, ends, end, keys, M, ROUNDING)
 
 
-@dataclass(frozen=True)
-class Scalars:
-    """What all tensors of a step share: tensors on the device, float32 but for `seed`.
-
-    `alpha` [m]: the coefficients; `clip` [1]: factor on the gradient; `grad_scale` [1]: divides the
-    gradient, as `GradScaler` multiplied the loss; `found_inf` [1]: nonzero skips the step; `seed`
-    [1] int64: of stochastic rounding, another one for every call of one step (parameter groups).
-    The bits change from step to step by themselves: with the step count in `hyper`.
-    """
-
-    alpha: Tensor
-    clip: Tensor
-    grad_scale: Tensor
-    found_inf: Tensor
-    seed: Tensor
-
-
 def combine_adamw(
-    params: Sequence[Tensor],
-    grads: Sequence[Sequence[Tensor | None]],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
+    tables: Sequence[TensorTable],
+    m: int,
     hyper: Tensor,
-    scalars: Scalars,
+    alpha: Tensor,
+    seed: Tensor,
     rounding: str = "nearest",
-    residuals: Sequence[Tensor] | None = None,
-    tables: Sequence[TensorTable] | None = None,
 ) -> None:
     """One AdamW step along G0; weights, states and residuals change in place.
 
     Args:
-        params: n tensors, bfloat16, float16 or float32; bfloat16 unless rounding is "nearest".
-            Tensors without any gradient are left alone.
-        grads: m <= 32 lists of n tensors or None, each with its weight's shape and element order.
-        exp_avgs, exp_avg_sqs: n states each; bfloat16, float16 or float32.
-        hyper: [n, 8] float32 on the device, columns `HYPER`.
-        scalars: what the step needs besides.
-        rounding: "nearest", "stochastic", "split" or "kahan"; see rounding.py.
-        residuals: n tensors for "split" (int16) and "kahan" (bfloat16), zeros before the first
-            step; None otherwise.
-        tables: those of an earlier call with the same tensors.
-    Raises:
-        ValueError: a rounding that is unknown or does not fit the dtypes or `residuals`, or tensors
-            that overlap, have gaps or differ in size.
+        tables: of `build([*grads, params, exp_avgs, exp_avg_sqs, *residuals], m, device)`, with
+            m <= 32 lists of gradients. Weights are bfloat16 unless rounding is "nearest", residuals
+            are int16, for "split" only. Tensors without any gradient are left alone.
+        m: the number of objectives.
+        hyper: [n, 8] float32 on the device, columns `HYPER`, a row for each of the n tensors.
+        alpha: [m] float32 on the device: the coefficients, unscaling and clipping folded in. If
+            one is not finite, nothing is written.
+        seed: [1] int64 on the device, of stochastic rounding, another one for every call of one
+            step (parameter groups). The random bits change from step to step by themselves: with
+            the step count in `hyper`.
+        rounding: "nearest", "stochastic" or "split"; see rounding.py.
     """
-    check_rounding(params, rounding, residuals)
-    m = len(grads)
     device = hyper.device
-    columns = [*grads, params, exp_avgs, exp_avg_sqs, *([] if residuals is None else [residuals])]
-    for table in build(columns, m, device) if tables is None else tables:
+    for table in tables:
         resident = resident_programs(rounding, architecture(device))
         grid = min(programs(device, resident), len(table.chunks))
         with current(device):
@@ -236,11 +210,8 @@ def combine_adamw(
                 table.chunks,
                 len(table.chunks),
                 hyper,
-                scalars.alpha,
-                scalars.clip,
-                scalars.grad_scale,
-                scalars.found_inf,
-                scalars.seed,
+                alpha,
+                seed,
                 **step_constants(m, table, rounding),
                 num_warps=NUM_WARPS,
                 enable_fp_fusion=True,

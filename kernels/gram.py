@@ -93,18 +93,21 @@ def gram_partials(
     program = tl.program_id(0)
     column = tl.arange(0, VEC)
     lane = tl.arange(0, BLOCK // VEC)[:, None] * VEC + column[None, :]
+    # Per pair i <= j: sums [BLOCK / VEC] of the main loop, one a thread; a scalar for the tails.
     sums = ()
     tails = ()
     for _ in tl.static_range(PAIRS):
         sums = sums + (tl.zeros((BLOCK // VEC,), tl.float32),)
         tails = tails + (tl.zeros((), tl.float32),)
     for c in tl.range(program, n_chunks, tl.num_programs(0)):
+        # Which tensor, from which element on, and how many whole vectors of it.
         entry = tl.load(chunks + c)
         tensor = entry >> 32
         start = (entry & 0xFFFFFFFF) * CHUNK
         n = tl.load(numels + tensor)
         whole = (n // VEC) * VEC
         left = tl.minimum(whole - start, CHUNK).to(tl.int32)
+        # Its m gradients, as pointers to that element, and the bound of each.
         gs = ()
         lefts = ()
         for i in tl.static_range(M):
@@ -115,12 +118,14 @@ def gram_partials(
                 lefts = lefts + (tl.where(address != 0, left, 0),)
             else:
                 lefts = lefts + (left,)
+        # Blocks [BLOCK / VEC, VEC] of each gradient; all pairs of products.
         for k in tl.range(0, left, BLOCK):
             xs = ()
             for i in tl.static_range(M):
                 x = tl.load(gs[i] + (k + lane), mask=k + lane < lefts[i], other=0.0)
                 xs = xs + (x.to(tl.float32),)
             sums = _add_products(sums, xs, M, True)
+        # Behind the last whole vector: at most VEC - 1 elements of the tensor.
         if (whole < n) & (start + CHUNK >= n):
             rest = (n - whole).to(tl.int32)
             xs = ()
@@ -170,10 +175,13 @@ def gram(
     Raises:
         ValueError: tensors whose elements overlap or have gaps.
     """
+    m = len(grads)
+    if tables is None and m > MAX_UNROLLED:
+        return _gram_in_blocks(grads, device, programs_per_multiprocessor)
+    if tables is None:
+        tables = build(grads, m, device)
     with current(device):
-        if tables is not None:
-            return _gram_of_tables(tables, len(grads), device, programs_per_multiprocessor)
-        return _gram(grads, device, programs_per_multiprocessor)
+        return _gram_of_tables(tables, m, device, programs_per_multiprocessor)
 
 
 def objective_blocks(m: int) -> list[range]:
@@ -183,30 +191,21 @@ def objective_blocks(m: int) -> list[range]:
     return [range(a, b) for a, b in pairwise(edges)]
 
 
-def _gram(
+def _gram_in_blocks(
     grads: Sequence[Sequence[Tensor | None]], device: torch.device, per_multiprocessor: int | None
 ) -> Tensor:
     m = len(grads)
-    if m <= MAX_UNROLLED:
-        return _gram_of_few(grads, device, per_multiprocessor)
     total = torch.empty(m, m, dtype=torch.float64, device=device)
     blocks = objective_blocks(m)
     for a, first in enumerate(blocks):
         for second in blocks[a + 1 :]:
             members = [*first, *second]
-            part = _gram_of_few([grads[i] for i in members], device, per_multiprocessor)
+            part = gram([grads[i] for i in members], device, per_multiprocessor)
             for of_part, i in enumerate(members):
                 # Slices, not an index tensor: that would be copied from pageable memory.
                 total[i, first.start : first.stop] = part[of_part, : len(first)]
                 total[i, second.start : second.stop] = part[of_part, len(first) :]
     return total
-
-
-def _gram_of_few(
-    grads: Sequence[Sequence[Tensor | None]], device: torch.device, per_multiprocessor: int | None
-) -> Tensor:
-    m = len(grads)
-    return _gram_of_tables(build(grads, m, device), m, device, per_multiprocessor)
 
 
 def _gram_of_tables(

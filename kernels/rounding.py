@@ -1,4 +1,4 @@
-"""What a float32 weight becomes in bfloat16 memory: four roundings, as device functions.
+"""What a float32 weight becomes in bfloat16 memory: three roundings, as device functions.
 
 At the learning rates of preference tuning most updates are smaller than half a unit in the last
 place of a bfloat16 weight, and round-to-nearest drops them:
@@ -10,23 +10,14 @@ place of a bfloat16 weight, and round-to-nearest drops them:
 - "split"       weight and int16 residual are the two halves of a float32 master weight: exact, in
                 4 bytes instead of 6. The halves are formed in integers, rounding half up; nearest
                 even would leave +32768 on a tie, which int16 cannot hold.
-- "kahan"       a bfloat16 residual holds what rounding lost, and is added before the next update.
 
 `opened` gives the float32 weight that memory stands for, `store_rounded` writes it back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-ROUNDINGS = ("nearest", "stochastic", "split", "kahan")
-RESIDUALS = {"split": torch.int16, "kahan": torch.bfloat16}
-"""Dtype of the residuals, for the roundings that have them."""
 
 
 @triton.jit
@@ -61,12 +52,10 @@ def _random_bits(at, keys):
 
 @triton.jit
 def opened(w, low, ROUNDING: tl.constexpr):
-    """The float32 weight of a stored weight `w` and, where the rounding has one, residual `low`."""
+    """The float32 weight of a stored weight `w` and, for "split", its residual `low`."""
     w = w.to(tl.float32)
     if ROUNDING == "split":
         w = (w.to(tl.int32, bitcast=True) + low.to(tl.int32)).to(tl.float32, bitcast=True)
-    if ROUNDING == "kahan":
-        w = w + low.to(tl.float32)
     return w
 
 
@@ -82,38 +71,9 @@ def store_rounded(w, p, residual, at, mask, keys, ROUNDING: tl.constexpr):
         noise = tl.where(w == w, _random_bits(at, keys), 0)
         half = ((bits + noise) >> 16).to(tl.uint16)
         tl.store(p + at, half.to(tl.bfloat16, bitcast=True), mask=mask)
-    elif ROUNDING == "split":
+    else:
+        tl.static_assert(ROUNDING == "split")
         bits = w.to(tl.int32, bitcast=True)
         high = tl.where(w == w, (bits + 0x8000) >> 16, 0x7FC0)  # NaN stays NaN
         tl.store(residual + at, (bits - (high << 16)).to(tl.int16), mask=mask)
         tl.store(p + at, high.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
-    else:
-        tl.static_assert(ROUNDING == "kahan")
-        rounded = w.to(PARAM)
-        tl.store(residual + at, (w - rounded.to(tl.float32)).to(PARAM), mask=mask)
-        tl.store(p + at, rounded, mask=mask)
-
-
-def check_rounding(
-    params: Sequence[Tensor], rounding: str, residuals: Sequence[Tensor] | None
-) -> None:
-    """Raise ValueError unless the rounding is known and fits the dtypes of both lists."""
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"`rounding` must be one of {ROUNDINGS}, got {rounding!r}")
-    if rounding != "nearest":
-        for k, p in enumerate(params):
-            if p.dtype != torch.bfloat16:
-                raise ValueError(
-                    f"`rounding`={rounding!r} is for bfloat16 parameters, got {p.dtype} at "
-                    f"`params`[{k}]; use 'nearest'"
-                )
-    wanted = RESIDUALS.get(rounding)
-    if (wanted is None) != (residuals is None):
-        need = f"n tensors of {wanted}" if wanted else "None"
-        raise ValueError(f"`residuals` must be {need} for `rounding`={rounding!r}")
-    for k, residual in enumerate(residuals or ()):
-        if residual.dtype != wanted:
-            raise ValueError(
-                f"`residuals`[{k}] must be {wanted} for `rounding`={rounding!r}, "
-                f"got {residual.dtype}"
-            )

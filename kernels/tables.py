@@ -163,8 +163,8 @@ def upload(table: np.ndarray, device: torch.device, content: object = None) -> T
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor to the device without waiting for the device."""
-    if device.type == "cuda":
+    """A tensor on the device, copied without waiting for the device if it is on the CPU."""
+    if device.type == "cuda" and values.is_cpu:
         pinned = values.pin_memory()
         if capturing(device):
             keep_for_graph(pinned)

@@ -19,7 +19,7 @@ from bench.harness.jobs import Done
 from bench.harness.machine import ROOT
 from bench.harness.records import Records
 from raco_fast.backends import ops
-from raco_fast.backends.reference import adamw_options
+from raco_fast.backends.types import AdamWOptions, Update
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 FINISHED = "all kernels launched"
@@ -80,9 +80,6 @@ def launch_all(device: torch.device) -> None:
     for sizes in ((48, 80), (144, 272), (37, 61)):
         for m, dtype, out in ((2, bf16, bf16), (3, fp16, fp32), (9, bf16, fp32)):
             _layer_gradients(sizes, dtype, torch.empty(m, *sizes[::-1], dtype=out, device=device))
-    if device.type == "cuda":
-        for m in (2, 3):
-            _step_on_device(m, device)
 
 
 def _combined(grads: list[list[Tensor | None]]) -> None:
@@ -92,8 +89,8 @@ def _combined(grads: list[list[Tensor | None]]) -> None:
     torch._foreach_mul_(exp_avg_sqs, exp_avg_sqs)
     alpha = torch.full((len(grads),), 1.0 / len(grads), dtype=torch.float64)
     ops.combine(grads, alpha, out)
-    states = (exp_avgs, exp_avg_sqs, [], [torch.zeros(()) for _ in params])
-    ops.combine_adamw(params, grads, alpha, *states, **adamw_options(lr=0.01, weight_decay=0.1))
+    steps, options = [torch.zeros(()) for _ in params], AdamWOptions(lr=0.01, weight_decay=0.1)
+    ops.combine_adamw(Update(params, grads, exp_avgs, exp_avg_sqs, [], steps, options), alpha)
     assert all(torch.isfinite(t).all() for t in (*out, *params))
 
 
@@ -106,15 +103,6 @@ def _layer_gradients(sizes: tuple[int, int], dtype: torch.dtype, out: Tensor) ->
     for fresh in (True, False):
         ops.weight_grad(x, dy, bounds, U, out, fresh)
         assert torch.isfinite(out).all()
-
-
-def _step_on_device(m: int, device: torch.device) -> None:
-    """The kernel that solves the dual problem runs in a capturable step only."""
-    p = torch.nn.Parameter(torch.linspace(-1, 1, 1025, device=device))
-    opt = raco_fast.ClippedCAGradAdamW([p], weights=[1.0 / m] * m, capturable=True)
-    opt.backward([(p - i).square().sum() for i in range(m)])
-    opt.step()
-    assert torch.isfinite(p).all()
 
 
 def _lists(m: int, dtype: torch.dtype, device: torch.device) -> Iterator[list[list[Tensor | None]]]:

@@ -10,6 +10,7 @@ from bench.harness.contest import Contest, our_calls
 from bench.harness.problems import Tensors, exact_gram, gram_error
 from bench.rivals.gradients import Rival, rivals
 from raco_fast.backends import ops
+from raco_fast.backends.plan import Plan
 
 NAME = "gram"
 HELD = (1, 0)
@@ -19,7 +20,7 @@ MOVED = (1, 0)
 def contest(case: Case, skip: Sequence[str]) -> Contest:
     grads = case.gradients()
     truth = exact_gram(grads)
-    calls = our_calls(case, partial(ops.gram, grads))
+    calls = our_calls(case, partial(ops.gram, grads, Plan()))
     for name, rival in rivals(case.m, skip).items():
         calls[name] = partial(gram, rival, grads)
     return Contest(calls, lambda name: gram_error(calls[name](), truth), tolerance=1e-5)

@@ -1,7 +1,7 @@
 """A whole optimizer step with the gradients at hand: Gram, dual problem, combination, AdamW.
 
 Everybody solves the dual problem with `solve_dual`, but `capturable`, our step that never waits for
-the device (m <= 3, CUDA only). `adamw` is torch's fused AdamW on one gradient: the price of one.
+the device (m <= 2, CUDA only). `adamw` is torch's fused AdamW on one gradient: the price of one.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from bench.harness.problems import ADAMW, Tensors, Weights, exact_gram
 from bench.harness.records import OURS
 from bench.rivals.gradients import Rival, rivals
 from raco_fast import ClippedCAGradAdamW, solve_dual
-from raco_fast.backends.choose import MAX_ON_DEVICE
+from raco_fast.solver.on_device import MAX_OBJECTIVES
 
 NAME = "step"
 HELD = (1, 3)
@@ -33,7 +33,7 @@ def contest(case: Case, skip: Sequence[str]) -> Contest:
     calls[OURS]()  # makes the states, which all others share
     states = [ours.state[p] for p in params]
     exp_avgs, exp_avg_sqs, steps = ([state[k] for state in states] for k in STATES)
-    if case.device.type == "cuda" and case.m <= MAX_ON_DEVICE:
+    if case.device.type == "cuda" and case.m <= MAX_OBJECTIVES:
         twins = [nn.Parameter(p.detach()) for p in params]
         capturable = optimizer(twins, grads, capturable=True)
         for p, m, v in zip(twins, exp_avgs, exp_avg_sqs, strict=True):

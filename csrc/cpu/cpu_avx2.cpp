@@ -3,7 +3,6 @@
 
 #if defined(RACO_X86_TARGETS)
 #include "half.hpp"
-#include "square_root.hpp"
 
 // To the end of the file, because templates are instantiated there. Nothing of the standard
 // library may be instantiated below: the linker could pick that copy for every processor.

@@ -1,7 +1,6 @@
 // The kernels for the instruction set that the whole build is for: SSE2, NEON, or plain C++.
 #include "cpu_target.hpp"
 #include "half.hpp"
-#include "square_root.hpp"
 
 #if defined(__SSE2__) || defined(__ARM_NEON)
 #define RACO_VECTOR_BYTES 16

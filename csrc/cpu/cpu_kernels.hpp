@@ -53,8 +53,8 @@ struct Tensors {
 void combine(const Lists& grads, const double* alpha, const Tensors& out, const Execution& how);
 
 // What a bfloat16 parameter becomes; all but nearest are for bfloat16 parameters only.
-enum class Rounding : std::uint8_t { nearest, stochastic, split, kahan };
-constexpr int kRoundings = 4;
+enum class Rounding : std::uint8_t { nearest, stochastic, split };
+constexpr int kRoundings = 3;
 
 // torch.optim.AdamW's step. Step counts belong to a column because parameters may have taken
 // different numbers of steps.
@@ -66,7 +66,7 @@ struct AdamW {
   Rounding rounding;
   const double* step;             // [n], t, for stochastic rounding
   std::uint32_t seed;             // of stochastic rounding
-  const std::int64_t* residual;   // [n], addresses of 2 bytes per element for split and kahan
+  const std::int64_t* residual;   // [n], addresses of 2 bytes per element for split
 };
 void combine_adamw(const Lists& grads, const double* alpha, const Tensors& params,
                    const Tensors& exp_avgs, const Tensors& exp_avg_sqs, const AdamW& adamw,

@@ -6,11 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__GNUC__)
 #define RACO_INLINE static inline __attribute__((always_inline))
-#else
-#define RACO_INLINE static inline
-#endif
 
 namespace raco {
 

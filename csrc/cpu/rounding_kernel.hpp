@@ -14,18 +14,10 @@ RACO_INLINE bool is_nan(std::uint32_t bits) { return (bits & 0x7fffffffu) > 0x7f
 // From the weights as stored, n from element `start` of the chunk on, to the ones they stand for.
 static void add_residual(const Step& step, std::int64_t start, std::int64_t n,
                          float* __restrict w) {
-  if (step.rounding == Rounding::split) {
-    const std::int16_t* __restrict low = static_cast<const std::int16_t*>(step.residual) + start;
-    for (std::int64_t k = 0; k < n; ++k)
-      w[k] = as_float(as_bits(w[k]) + static_cast<std::uint32_t>(std::int32_t{low[k]}));
-  } else if (step.rounding == Rounding::kahan) {
-    const bfloat16* __restrict lost = static_cast<const bfloat16*>(step.residual) + start;
-    for (std::int64_t k = 0; k < n; ++k) {
-      float x;
-      widen(lost[k], x);
-      w[k] += x;
-    }
-  }
+  if (step.rounding != Rounding::split) return;
+  const std::int16_t* __restrict low = static_cast<const std::int16_t*>(step.residual) + start;
+  for (std::int64_t k = 0; k < n; ++k)
+    w[k] = as_float(as_bits(w[k]) + static_cast<std::uint32_t>(std::int32_t{low[k]}));
 }
 
 static void store_stochastic(const Step& step, std::int64_t start, std::int64_t n,
@@ -50,17 +42,6 @@ static void store_split(const Step& step, std::int64_t start, std::int64_t n,
   }
 }
 
-static void store_kahan(const Step& step, std::int64_t start, std::int64_t n,
-                        const float* __restrict w, bfloat16* __restrict p) {
-  bfloat16* __restrict lost = static_cast<bfloat16*>(step.residual) + start;
-  for (std::int64_t k = 0; k < n; ++k) {
-    float rounded;
-    narrow(w[k], p[k]);
-    widen(p[k], rounded);
-    narrow(w[k] - rounded, lost[k]);
-  }
-}
-
 // n weights to the bfloat16 parameter `param`; false where they are to be rounded to nearest.
 static bool store_rounded(const Step& step, std::int64_t start, std::int64_t n, const float* w,
                           Slice param) {
@@ -68,7 +49,6 @@ static bool store_rounded(const Step& step, std::int64_t start, std::int64_t n, 
   switch (step.rounding) {
     case Rounding::stochastic: store_stochastic(step, start, n, w, p); return true;
     case Rounding::split: store_split(step, start, n, w, p); return true;
-    case Rounding::kahan: store_kahan(step, start, n, w, p); return true;
     default: return false;
   }
 }

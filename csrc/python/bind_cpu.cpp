@@ -1,8 +1,6 @@
-// The Python side of cpu_kernels.hpp. raco_fast/backends/cpu.py builds the tables and knows tensors; what is
-// checked here keeps the kernels inside the tables. That the addresses are those of memory of the
-// stated length is the caller's word.
-#include "bind_cpu.hpp"
-
+// The Python side of cpu_kernels.hpp. raco_fast/backends/cpu.py knows tensors and builds the tables;
+// what is checked here keeps the kernels inside the tables. Nothing can check that the addresses are
+// those of memory of the stated lengths.
 #include <pybind11/numpy.h>
 
 #include <string>
@@ -70,13 +68,12 @@ void check_bfloat16(const Dtypes& dtypes, const char* message) {
   for (py::ssize_t k = 0; k < dtypes.size(); ++k) require(dtypes.data()[k] == bfloat16, message);
 }
 
-// Weights that are not rounded to nearest are bfloat16, and two of the ways keep a residual each.
+// Weights that are not rounded to nearest are bfloat16, and those of `split` have residuals.
 void check_rounding(raco::Rounding rounding, const Dtypes& params, const Addresses& residuals,
                     const Dtypes& residual_dtypes) {
   if (rounding != raco::Rounding::nearest)
     check_bfloat16(params, "rounding is for bfloat16 parameters");
-  const bool kept = rounding == raco::Rounding::split || rounding == raco::Rounding::kahan;
-  tensors(residuals, residual_dtypes, kept ? params.shape(0) : 0);
+  tensors(residuals, residual_dtypes, rounding == raco::Rounding::split ? params.shape(0) : 0);
   check_bfloat16(residual_dtypes, "residuals must be stored as bfloat16");
 }
 
@@ -142,7 +139,7 @@ void combine_adamw(const Addresses& grads, const Addresses& lengths, const Dtype
 
 void bind_cpu(py::module_& module) {
   module.attr("DTYPES") = py::make_tuple("float32", "bfloat16", "float16", "float64");
-  module.attr("ROUNDINGS") = py::make_tuple("nearest", "stochastic", "split", "kahan");
+  module.attr("ROUNDINGS") = py::make_tuple("nearest", "stochastic", "split");
   module.attr("BLOCK") = raco::kBlock;
   module.attr("CHUNK") = raco::kChunk;
   py::list names;
@@ -160,7 +157,6 @@ void bind_cpu(py::module_& module) {
              py::arg("exp_avg_sq_dtypes"), py::arg("decay"), py::arg("beta1"), py::arg("beta2"),
              py::arg("eps"), py::arg("step_sizes"), py::arg("root_corrections"),
              py::arg("rounding"), py::arg("steps"), py::arg("seed"), py::arg("residuals"),
-             py::arg("residual_dtypes"),
-             py::arg("threads"), py::arg("target") = 0,
+             py::arg("residual_dtypes"), py::arg("threads"), py::arg("target") = 0,
              "One AdamW step along G0, in place; csrc/cpu/cpu_kernels.hpp.");
 }

@@ -1,7 +1,5 @@
 // Where the tensors of some lists are and how they are laid out, as bytes to compare with those of
 // the step before: what was checked and built for equal bytes holds again. Nothing is kept alive.
-#include "bind_layout.hpp"
-
 #include <pybind11/numpy.h>
 
 #include <algorithm>
@@ -13,12 +11,29 @@ namespace py = pybind11;
 
 namespace {
 
-const raco::dlpack::Exchange& exchange(const py::capsule& capsule) {
-  const auto* table = capsule.get_pointer<const raco::dlpack::Exchange>();
-  if (table->major != 1 || table->read == nullptr)
-    throw py::value_error("the tensors do not speak version 1 of DLPack's exchange interface");
-  return *table;
-}
+// Reads tensors of exactly the given types through their exchange interface.
+class Reader {
+ public:
+  Reader(const py::tuple& types, const py::capsule& exchange)
+      : table_(exchange.get_pointer<const raco::dlpack::Exchange>()) {
+    if (table_->major != 1 || table_->read == nullptr)
+      throw py::value_error("the tensors do not speak version 1 of DLPack's exchange interface");
+    for (const py::handle type : types)
+      types_.push_back(reinterpret_cast<const PyTypeObject*>(type.ptr()));
+  }
+
+  // False for other types, and for what DLPack cannot describe: sparse and quantized tensors.
+  bool read(PyObject* item, raco::dlpack::Tensor& t) const {
+    if (std::find(types_.begin(), types_.end(), Py_TYPE(item)) == types_.end()) return false;
+    if (table_->read(item, &t) == 0) return true;
+    PyErr_Clear();
+    return false;
+  }
+
+ private:
+  const raco::dlpack::Exchange* table_;
+  std::vector<const PyTypeObject*> types_;
+};
 
 py::bytes bytes_of(const std::vector<std::int64_t>& words) {
   return py::bytes(reinterpret_cast<const char*>(words.data()), words.size() * sizeof(words[0]));
@@ -38,11 +53,8 @@ void append(std::vector<std::int64_t>& words, const raco::dlpack::Tensor& t) {
 // Both as int64: data addresses (0 for None), and K, n, then what `append` writes of each tensor
 // (-1 for None). None if the lists differ in length or hold anything but tensors of exactly the
 // types given.
-py::object describe(const py::list& lists, const py::tuple& types, const py::capsule& capsule) {
-  const auto& table = exchange(capsule);
-  std::vector<const PyTypeObject*> plain;
-  for (const py::handle type : types)
-    plain.push_back(reinterpret_cast<const PyTypeObject*>(type.ptr()));
+py::object describe(const py::list& lists, const py::tuple& types, const py::capsule& exchange) {
+  const Reader reader(types, exchange);
   const std::size_t n = lists.empty() ? 0 : py::len(lists[0]);
   std::vector<std::int64_t> addresses, layout = {static_cast<std::int64_t>(lists.size()),
                                                  static_cast<std::int64_t>(n)};
@@ -58,12 +70,8 @@ py::object describe(const py::list& lists, const py::tuple& types, const py::cap
         layout.push_back(-1);
         continue;
       }
-      if (std::find(plain.begin(), plain.end(), Py_TYPE(item)) == plain.end()) return py::none();
       raco::dlpack::Tensor t;
-      if (table.read(item, &t) != 0) {  // sparse, quantized: DLPack cannot say what they are
-        PyErr_Clear();
-        return py::none();
-      }
+      if (!reader.read(item, t)) return py::none();
       addresses.push_back(reinterpret_cast<std::int64_t>(t.data) + t.byte_offset);
       append(layout, t);
     }
@@ -73,20 +81,12 @@ py::object describe(const py::list& lists, const py::tuple& types, const py::cap
 
 // Adds 1 to step counts, float scalars on the CPU, and returns them as float64; None, and nothing
 // changed, if one is anything else.
-py::object advance(const py::list& steps, const py::tuple& types, const py::capsule& capsule) {
-  const auto& table = exchange(capsule);
+py::object advance(const py::list& steps, const py::tuple& types, const py::capsule& exchange) {
+  const Reader reader(types, exchange);
   std::vector<raco::dlpack::Tensor> found(steps.size());
   for (std::size_t k = 0; k < found.size(); ++k) {
-    PyObject* item = PyList_GET_ITEM(steps.ptr(), k);
-    bool plain = false;
-    for (const py::handle type : types)
-      plain |= Py_TYPE(item) == reinterpret_cast<PyTypeObject*>(type.ptr());
-    if (!plain) return py::none();
-    if (table.read(item, &found[k]) != 0) {
-      PyErr_Clear();
-      return py::none();
-    }
-    const auto& t = found[k];
+    auto& t = found[k];
+    if (!reader.read(PyList_GET_ITEM(steps.ptr(), k), t)) return py::none();
     if (t.device_type != raco::dlpack::kCpu || t.ndim != 0 || t.code != raco::dlpack::kFloat ||
         (t.bits != 32 && t.bits != 64))
       return py::none();

@@ -3,12 +3,14 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
-#include "bind_cpu.hpp"
-#include "bind_layout.hpp"
 #include "solver/dual.hpp"
 #include "solver/problem.hpp"
 
 namespace py = pybind11;
+
+void bind_cpu(py::module_& module);
+void bind_layout(py::module_& module);
+
 using Array = py::array_t<double, py::array::c_style | py::array::forcecast>;
 
 // The array itself where it is float64 and contiguous, which dual.py sees to: letting pybind11

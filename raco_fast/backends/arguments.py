@@ -7,24 +7,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from raco_fast.backends.reference import Gradients
+from raco_fast.backends.types import Gradients, Update
 
 
-def check_length(name: str, values: Sequence[Tensor], grads: Gradients) -> None:
-    """Raise ValueError unless there is one tensor per gradient."""
-    if len(values) != len(grads[0]):
-        raise ValueError(
-            f"`{name}` must have one tensor per gradient, got {len(values)} for {len(grads[0])}"
-        )
-
-
-def check_coefficients(grads: Gradients, coefficients: Tensor) -> None:
-    """Raise ValueError unless there is one coefficient per objective."""
+def check_coefficients(grads: Gradients, coefficients: Tensor, **lists: Sequence[Tensor]) -> None:
+    """Raise ValueError unless there is a coefficient per objective, and lists of a tensor each."""
     if coefficients.shape != (len(grads),):
         raise ValueError(
             f"`coefficients` must have shape [{len(grads)}], one number per objective, "
             f"got {list(coefficients.shape)}"
         )
+    for name, values in lists.items():
+        if len(values) != len(grads[0]):
+            raise ValueError(
+                f"`{name}` must have one tensor per gradient, got {len(values)} for {len(grads[0])}"
+            )
+
+
+def check_update(update: Update, coefficients: Tensor) -> None:
+    """Raise ValueError unless an update's lists are equally long and its rounding fits."""
+    rounding = update.rounding
+    lists = {name: getattr(update, name) for name in ("params", "exp_avgs", "exp_avg_sqs", "steps")}
+    if rounding.name == "split":
+        lists["rounding.residuals"] = rounding.residuals
+    check_coefficients(update.grads, coefficients, **lists)
+    if rounding.name != "nearest":
+        wrong = next((p.dtype for p in update.params if p.dtype != torch.bfloat16), None)
+        if wrong is not None:
+            raise ValueError(
+                f"`rounding`={rounding.name!r} is for bfloat16 parameters, got {wrong}; use "
+                f"rounding='nearest'"
+            )
 
 
 def check_gradients(grads: Gradients) -> None:

@@ -1,30 +1,28 @@
-"""The Triton backend: `reference.py`'s signatures, on CUDA tensors, in the kernels of `kernels/`.
+"""The Triton backend: the operations on CUDA tensors, in the kernels of `kernels/`.
 
-What is decided here and not in the kernels: which tensors they can take (`unsupported`), copies of
-gradients whose elements lie in another order than their parameter's, and the numbers of a step
-(`cuda_numbers.py`).
-Nothing here waits for the device except `gram` and `gram_beside`, whose results the host needs: one
-copy through pinned memory, and one wait. `gram_on_device` and `combine_adamw_on_device` are the two
-halves of a step that never waits.
+What is decided here and not in the kernels: which tensors they take, copies of gradients whose
+elements lie in another order than their parameter's, and the numbers of a step on their way to the
+device. Nothing here waits for the device. Triton is imported at the first use of a kernel, so that
+`import raco_fast` does not need it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from raco_fast.backends.call_cache import advance
-from raco_fast.backends.cuda_numbers import hyper_rows, seed_of, sent_together, to_host
-from raco_fast.backends.cuda_weight_grad import weight_grad as weight_grad
-from raco_fast.backends.rounding import NEAREST, Rounding
-from raco_fast.kernels import combine as combine_kernels
-from raco_fast.kernels import combine_adamw as adamw_kernels
-from raco_fast.kernels import gram as gram_kernels
-from raco_fast.kernels.rounding import RESIDUALS
+from raco_fast.backends import weight_grad as plain
+from raco_fast.backends.plan import advance
+from raco_fast.backends.types import AdamWOptions, Call, Gradients, Prepared, Update
 from raco_fast.kernels.tables import (
+    ALIGNMENT,
     TensorTable,
     build,
     capturing,
@@ -33,233 +31,248 @@ from raco_fast.kernels.tables import (
     same_order,
     stream_of,
     to_device,
+    upload,
 )
+from raco_fast.kernels.weight_grad_plan import pays
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from raco_fast.backends.reference import AdamWOptions, Gradients
-    from raco_fast.solver.on_device import DeviceStep
+name = "triton"
+on_device = True
+unproved = True  # compilers, drivers and cards differ
 
 MAX_OBJECTIVES = 32
+_HALVES = (torch.bfloat16, torch.float16)
+_DTYPES = (*_HALVES, torch.float32)
 
-Prepared: TypeAlias = "dict[Hashable, list[TensorTable]]"
-"""Stream -> the tables of one call; the caller drops it when an address or layout changes."""
+
+@cache
+def missing() -> str | None:
+    """What this machine lacks for the kernels, with the cure."""
+    if find_spec("triton") is None:
+        return "the package triton is missing; pip install 'raco-fast[triton]'"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device; install a CUDA build of torch on a machine with one"
+    return None
 
 
-def unsupported(m: int, tensors: Iterable[Tensor | None], **options: object) -> str | None:
-    """Why the kernels cannot do an operation on these tensors; None if they can.
+def obstacle(call: Call, forced: bool) -> str | None:
+    """Why a call is not for the kernels; see `types.Backend`.
 
-    Args:
-        m: the number of objectives.
-        tensors: gradients, parameters and states.
-        **options: those of `combine_adamw`, where it is the operation.
+    Unless it is forced, `weight_grad` must be modelled to be faster than plain products.
     """
-    if m > MAX_OBJECTIVES:
-        return f"its kernels take at most {MAX_OBJECTIVES} objectives, got {m}"
-    for name in ("amsgrad", "differentiable"):
-        if options.get(name):
-            return f"its kernels do not have {name}=True"
+    found = missing() or _impossible(call)
+    if found is not None or forced:
+        return found
+    if next(call.tensors(), None) is None:
+        return "there are no tensors"
+    return _slower(call) if call.operation == "weight_grad" else None
+
+
+def gram(grads: Gradients, prepared: Prepared) -> Tensor:
+    """Gram matrix of m <= 32 lists of gradients: [m, m] float64 on their device."""
+    from raco_fast.kernels import gram as kernels
+
+    m = len(grads)
+    device = next((g.device for one in grads for g in one if g is not None), None)
+    if device is None:
+        return torch.zeros(m, m, dtype=torch.float64)
+    tables = _recalled(prepared, device)
+    if tables is None:
+        ordered = _in_one_order(grads)
+        if m > kernels.MAX_UNROLLED:
+            return kernels.gram(ordered, device)
+        tables = build(ordered, m, device)
+        _leave(prepared, tables, device, grads, ordered)
+    return kernels.gram(grads, device, tables=tables)
+
+
+def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> None:
+    """Write G0 = Σ α_i g_i; ValueError for an output that overlaps or has gaps."""
+    from raco_fast.kernels.combine import combine as launch
+
+    empty = [all(g is None for g in column) for column in zip(*grads, strict=True)]
+    for target, nothing in zip(out, empty, strict=True):
+        if nothing:
+            target.zero_()
+    if not all(empty):
+        alpha = to_device(coefficients.float(), out[0].device)
+        launch(_in_one_order(grads, out), alpha, out)
+    increment_version(out)
+
+
+def combine_adamw(update: Update, coefficients: Tensor, prepared: Prepared) -> None:
+    """One AdamW step along G0 = Σ α_i g_i, in float32 and rounded once.
+
+    Coefficients that are not finite leave parameters and states as they are, and step counts too if
+    they are on the coefficients' device. ValueError for a parameter or state that overlaps or has
+    gaps.
+    """
+    from raco_fast.kernels.combine_adamw import combine_adamw as launch
+
+    if not update.params:
+        return
+    device, m = update.params[0].device, len(update.grads)
+    rows = _advanced_rows(update, coefficients)
+    alpha = coefficients.float()
+    if rows.is_cpu and alpha.is_cpu:  # one copy
+        sent = to_device(torch.cat([rows.flatten(), alpha]), device)
+        rows, alpha = sent[: rows.numel()].view_as(rows), sent[rows.numel() :]
+    seed = upload(np.array([update.rounding.seed & 0xFFFFFFFF]), device)
+    tables = _recalled(prepared, device)
+    if tables is None:
+        ordered = _in_one_order(update.grads, update.params)
+        written = [*update.written[:3], *_residuals(update)]
+        tables = build([*ordered, *written], m, device)
+        _leave(prepared, tables, device, update.grads, ordered)
+    launch(tables, m, to_device(rows, device), to_device(alpha, device), seed, update.rounding.name)
+    increment_version([t for one in update.written for t in one])
+
+
+def weight_grad(
+    x: Tensor, dy: Tensor, bounds: Sequence[int], U: Tensor | None, out: Tensor, fresh: bool
+) -> None:
+    """Write or add the m weight gradients of a layer; for one objective that is a plain product.
+
+    Rows that lie with gaps are copied. The table of k-blocks and the coefficients, alike for all
+    layers of one pass, are sent once.
+    """
+    if U is None or len(U) == 1:
+        plain.weight_grad(x, dy, bounds, U, out, fresh)
+        return
+    from raco_fast.kernels.weight_grad import weight_grad as launch
+
+    launch(x.contiguous(), dy.contiguous(), bounds, U.float(), out.unbind(), accumulate=not fresh)
+
+
+def is_on_device(t: Tensor) -> bool:
+    """Whether a tensor is where the kernels run."""
+    return t.is_cuda
+
+
+def _impossible(call: Call) -> str | None:
+    """What the kernels cannot do."""
+    if call.m > MAX_OBJECTIVES:
+        return f"its kernels take at most {MAX_OBJECTIVES} objectives, got {call.m}"
     first: Tensor | None = None
-    for t in tensors:
-        if t is None:
-            continue
+    for t in call.tensors():
         first = t if first is None else first
+        if not is_on_device(t):
+            return "its kernels take CUDA tensors; move the model with .to('cuda')"
+        if call.operation == "weight_grad" and call.m == 1:
+            return None  # a plain product
         if type(t) not in (Tensor, torch.nn.Parameter):
             return f"its kernels take plain tensors, got a {type(t).__name__}"
-        if t.dtype not in gram_kernels.DTYPES:
+        if t.dtype not in _DTYPES:
             return f"its kernels take bfloat16, float16 and float32, got {t.dtype}"
         if t.device != first.device:
             return f"its kernels take tensors of one device, got {first.device} and {t.device}"
         if t.is_neg():
             return "its kernels do not take lazily negated views; pass tensor.resolve_neg()"
+    for option in ("amsgrad", "differentiable"):
+        if getattr(call.options, option, False):
+            return f"its kernels do not have {option}=True"
+    return _impossible_layer(call) if call.operation == "weight_grad" else call.recorded()
+
+
+def _impossible_layer(call: Call) -> str | None:
+    out, x, dy = call.tensors()
+    if x.dtype not in _HALVES or dy.dtype != x.dtype:
+        return (
+            f"its kernel takes bfloat16 or float16 inputs and output gradients of one dtype, got "
+            f"{x.dtype} and {dy.dtype}"
+        )
+    if not out[0].is_contiguous():
+        return f"its kernel writes contiguous gradients, got strides {out.stride()[1:]}"
     return None
 
 
-def gram(grads: Gradients, prepared: Prepared | None = None) -> Tensor:
-    """Gram matrix of m per-objective gradients; as `reference.gram`.
-
-    Args:
-        grads: m <= 32 lists of n tensors or None, on one CUDA device.
-        prepared: what this function left for exactly these gradients, or nothing yet.
-    Returns:
-        [m, m] float64 on the CPU, exactly symmetric; equal inputs on equal cards give equal bits.
-    Source: arXiv 2602.02495, Algorithm 1, line 5.
-    """
-    return gram_beside(grads, [], prepared)[0]
-
-
-def gram_beside(
-    grads: Gradients, numbers: Sequence[Tensor], prepared: Prepared | None = None
-) -> tuple[Tensor, list[float]]:
-    """`gram`, and tensors of one element that reach the host in the same copy."""
-    m = len(grads)
-    if all(g is None for one in grads for g in one):
-        return torch.zeros(m, m, dtype=torch.float64), [float(x) for x in numbers]
-    total = gram_on_device(grads, prepared)
-    sent = to_host(torch.cat([x.reshape(-1).to(total) for x in (total, *numbers)]))
-    return sent[: m * m].reshape(m, m), sent[m * m :].tolist()
+def _slower(call: Call) -> str | None:
+    """Why plain torch is the better choice for a layer."""
+    if call.m == 1:
+        return "one product is a plain product"
+    out, x, dy = call.tensors()
+    if any(t.data_ptr() % ALIGNMENT for t in (x, dy, out)):
+        return f"rows at addresses that are no multiple of {ALIGNMENT} are read one by one"
+    groups = sum(start < stop for start, stop in pairwise(call.bounds))
+    d_in, d_out = x.shape[1], dy.shape[1]
+    if not groups or not pays(len(x), groups, call.m, d_in, d_out):
+        return (
+            f"m = {call.m} plain products are modelled to be faster for {len(x)} rows in {groups} "
+            f"groups, {d_in} by {d_out} features"
+        )
+    return None
 
 
-def gram_on_device(grads: Gradients, prepared: Prepared | None = None) -> Tensor:
-    """`gram` without its way to the host: [m, m] float64 on the device of the gradients.
-
-    Args:
-        grads: at least one is not None.
-        prepared: what this function left for exactly these gradients, or nothing yet.
-    """
-    device = next(g.device for one in grads for g in one if g is not None)
-    m = len(grads)
-    tables = _recalled(prepared, device)
-    if tables is None:
-        columns = [_ordered(column) for column in zip(*grads, strict=True)]
-        ordered = _transposed(columns, m)
-        if m > gram_kernels.MAX_UNROLLED:
-            return gram_kernels.gram(ordered, device)
-        tables = build(ordered, m, device)
-        _leave(prepared, tables, device, grads, ordered)
-    return gram_kernels.gram(grads, device, tables=tables)
+def _residuals(update: Update) -> list[list[Tensor]]:
+    """The residuals as the int16 numbers that they are, if there are any."""
+    return [[r.view(torch.int16) for r in one] for one in update.written[3:]]
 
 
-def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> None:
-    """Write G0 = Σ α_i g_i; as `reference.combine`.
-
-    Raises:
-        ValueError: an output whose elements overlap or have gaps (an expanded tensor).
-    """
-    columns, targets = [], []
-    for column, target in zip(zip(*grads, strict=True), out, strict=True):
-        if all(g is None for g in column):
-            target.zero_()
-        else:
-            columns.append(_ordered(column, like=target))
-            targets.append(target)
-    if targets:
-        alpha = to_device(coefficients.float(), targets[0].device)
-        combine_kernels.combine(_transposed(columns, len(grads)), alpha, targets)
-
-
-def combine_adamw(
-    params: Sequence[Tensor],
-    grads: Gradients,
-    coefficients: Tensor,
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    state_steps: Sequence[Tensor],
-    rounding: Rounding = NEAREST,
-    prepared: Prepared | None = None,
-    **options: Unpack[AdamWOptions],
-) -> None:
-    """One AdamW step along G0 = Σ α_i g_i; as `reference.combine_adamw`, to rounding.
-
-    G0 is not rounded to the parameters' dtype on the way. Coefficients that are not finite leave
-    parameters and states as they are (step counts on the CPU advance: the caller knows better).
-    `foreach` and `fused` make no difference.
-
-    Args:
-        max_exp_avg_sqs: unused; amsgrad stays on the reference backend.
-        prepared: what this function left for exactly these tensors, or nothing yet.
-    Raises:
-        ValueError: a parameter or state whose elements overlap or have gaps (an expanded tensor).
-    """
-    if not params:
-        return
-    device = params[0].device
-    steps = advance(state_steps)
+def _advanced_rows(update: Update, coefficients: Tensor) -> Tensor:
+    """The step counts advanced, and `hyper_rows` of them."""
+    steps = list(update.steps)
+    if update.options.capturable and steps[0].device == coefficients.device:
+        # Not where the step is skipped, which only the device knows.
+        torch._foreach_add_(steps, coefficients.isfinite().all().to(steps[0].dtype))
+        return hyper_rows(torch.stack(steps).reshape(-1), len(steps), update.options)
+    counts = advance(steps)
     # All alike unless a parameter joined later; then Python computes the seven numbers faster.
-    counts = set(steps.tolist()) if steps.is_cpu else set()
-    rows = hyper_rows(counts.pop() if len(counts) == 1 else steps, len(steps), options)
-    shared = torch.cat([coefficients.float(), torch.tensor([1.0, 1.0, 0.0])])
-    if rows.device == device:
-        shared = to_device(shared, device)
-    else:
-        rows, shared = sent_together(rows, shared, device)
-    m = len(grads)
-    scalars = adamw_kernels.Scalars(
-        alpha=shared[:m],
-        clip=shared[m : m + 1],
-        grad_scale=shared[m + 1 : m + 2],
-        found_inf=shared[m + 2 :],
-        seed=seed_of(rounding, device),
-    )
-    _launch(params, grads, exp_avgs, exp_avg_sqs, rows, scalars, rounding, prepared)
+    alike = set(counts.tolist()) if counts.is_cpu else set()
+    return hyper_rows(alike.pop() if len(alike) == 1 else counts, len(steps), update.options)
 
 
-def combine_adamw_on_device(
-    params: Sequence[Tensor],
-    grads: Gradients,
-    step: DeviceStep,
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    state_steps: Sequence[Tensor],
-    rounding: Rounding = NEAREST,
-    prepared: Prepared | None = None,
-    **options: Unpack[AdamWOptions],
-) -> None:
-    """`combine_adamw` with coefficients that only the device knows; nothing waits for it.
+def hyper_rows(t: float | Tensor, n: int, options: AdamWOptions) -> Tensor:
+    """The numbers of a step, one row per tensor: [n, 8] float32, columns `combine_adamw.HYPER`.
+
+    They are computed in float64, on the device where the step counts or lr and betas are: on the
+    CPU for free, on the GPU without waiting for it.
 
     Args:
-        step: after its `solve`. Where it skips the step, step counts do not advance either.
-        state_steps: n scalar tensors on the device.
+        t: the tensors' step counts [n], already advanced, or the one that they all have.
+        n: the number of tensors.
+        options: of their group.
     """
-    torch._foreach_add_(list(state_steps), step.runs)
-    scalars = adamw_kernels.Scalars(
-        alpha=step.alpha,
-        clip=step.clip,
-        grad_scale=step.grad_scale,
-        found_inf=step.never,
-        seed=seed_of(rounding, params[0].device),
-    )
-    steps = torch.stack(list(state_steps)).reshape(-1)
-    rows = hyper_rows(steps, len(steps), options)
-    _launch(params, grads, exp_avgs, exp_avg_sqs, rows, scalars, rounding, prepared)
+    numbers = (t, options.lr, options.beta1, options.beta2)
+    places = [x.device for x in numbers if isinstance(x, Tensor)]
+    device = next((place for place in places if place.type == "cuda"), torch.device("cpu"))
+    t = t.to(device, torch.float64) if isinstance(t, Tensor) else t
+
+    def number(x: float | Tensor) -> float | Tensor:
+        # A copy of a CPU tensor to the device would wait for it; torch reads such a number too.
+        if isinstance(x, Tensor):
+            return float(x) if x.is_cpu else x.to(device, torch.float64)
+        return x
+
+    lr, beta1, beta2 = number(options.lr), number(options.beta1), number(options.beta2)
+    columns = [
+        lr / (1 - beta1**t),
+        lr * options.weight_decay,
+        1 - beta1,
+        1 - beta2,
+        (1 - beta2**t) ** -0.5,
+        options.eps,
+        -1.0 if options.maximize else 1.0,
+        t,
+    ]
+    if not any(isinstance(column, Tensor) for column in columns):
+        return torch.tensor(columns, dtype=torch.float32).repeat(n, 1)
+    rows = torch.empty(n, len(columns), dtype=torch.float64, device=device)
+    for i, column in enumerate(columns):
+        rows[:, i] = column
+    return rows.float()
 
 
-def _launch(
-    params: Sequence[Tensor],
-    grads: Gradients,
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    rows: Tensor,
-    scalars: adamw_kernels.Scalars,
-    rounding: Rounding,
-    prepared: Prepared | None,
-) -> None:
-    device = rows.device
-    stored_as = RESIDUALS.get(rounding.name, torch.bfloat16)
-    residuals = [r.view(stored_as) for r in rounding.residuals] or None
-    tables = _recalled(prepared, device)
-    if tables is None:
-        pairs = zip(zip(*grads, strict=True), params, strict=True)
-        ordered = _transposed([_ordered(column, like=p) for column, p in pairs], len(grads))
-        written = [params, exp_avgs, exp_avg_sqs, *([residuals] if residuals else [])]
-        tables = build([*ordered, *written], len(grads), device)
-        _leave(prepared, tables, device, grads, ordered)
-    adamw_kernels.combine_adamw(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        rows,
-        scalars,
-        rounding.name,
-        residuals,
-        tables,
-    )
-
-
-def _recalled(prepared: Prepared | None, device: torch.device) -> list[TensorTable] | None:
+def _recalled(prepared: Prepared, device: torch.device) -> list[TensorTable] | None:
     """The tables left by an earlier call on this stream; inside of a graph, of any stream."""
     if not prepared:
         return None
     if capturing(device):
-        return keep_for_graph(next(iter(prepared.values())))
+        found: list[TensorTable] = keep_for_graph(next(iter(prepared.values())))
+        return found
     return prepared.get(stream_of(device))
 
 
 def _leave(
-    prepared: Prepared | None,
+    prepared: Prepared,
     tables: list[TensorTable],
     device: torch.device,
     grads: Gradients,
@@ -268,27 +281,25 @@ def _leave(
     """Keep the tables for the next call, unless they point at copies, which end with this one."""
     pairs = zip(grads, ordered, strict=True)
     own = all(a is b for one, other in pairs for a, b in zip(one, other, strict=True))
-    if prepared is not None and own and not capturing(device):
+    if own and not capturing(device):
         prepared[stream_of(device)] = tables
 
 
-def _ordered(column: Sequence[Tensor | None], like: Tensor | None = None) -> list[Tensor | None]:
-    """The gradients of one parameter with their elements in one order, that of `like`.
+def _in_one_order(grads: Gradients, like: Sequence[Tensor] | None = None) -> Gradients:
+    """Gradients whose elements lie in the order of `like`, or else of each other.
 
-    A gradient in another order (transposed, expanded, sliced) is copied; this is rare.
+    One in another order (transposed, expanded, sliced) is copied; this is rare.
     """
-    if like is None:
-        like = next((g for g in column if g is not None and is_dense(g)), None)
-    ordered: list[Tensor | None] = []
-    for g in column:
-        if g is None or (like is not None and same_order(g, like)):
-            ordered.append(g)
-        elif like is None:
-            ordered.append(g.contiguous())
-        else:
-            ordered.append(torch.empty_like(like, dtype=g.dtype).copy_(g))
-    return ordered
+    columns = []
+    for k, column in enumerate(zip(*grads, strict=True)):
+        model = (
+            like[k] if like else next((g for g in column if g is not None and is_dense(g)), None)
+        )
+        columns.append([_ordered(g, model) for g in column])
+    return [[column[i] for column in columns] for i in range(len(grads))]
 
 
-def _transposed(columns: Sequence[Sequence[Tensor | None]], m: int) -> Gradients:
-    return [[column[i] for column in columns] for i in range(m)]
+def _ordered(g: Tensor | None, like: Tensor | None) -> Tensor | None:
+    if g is None or (like is not None and same_order(g, like)):
+        return g
+    return g.contiguous() if like is None else torch.empty_like(like, dtype=g.dtype).copy_(g)

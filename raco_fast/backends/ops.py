@@ -1,38 +1,29 @@
 """One function per operation: checks the arguments and calls the backend that `choose` picks.
 
-`gram`, `combine` and `combine_adamw` exist once per backend under the signatures of `reference.py`,
-`weight_grad` in "triton" and "reference".
-`gram_on_device` and `combine_adamw_on_device` are a step that never waits for the device; only
-"triton" has them.
+A `Plan` is for callers that repeat an operation on the same tensors; without one, everything is
+checked and prepared anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from raco_fast.backends.arguments import check_coefficients, check_length, check_rows
-from raco_fast.backends.call_cache import Finding
-from raco_fast.backends.choose import BUILT, backend_of_weight_grad, finding_for, triton
-from raco_fast.backends.reference import AdamWOptions, Gradients
-from raco_fast.backends.rounding import NEAREST, WITH_RESIDUAL, Rounding
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from raco_fast.solver.on_device import DeviceStep
+from raco_fast.backends.arguments import check_coefficients, check_rows, check_update
+from raco_fast.backends.choose import chosen, planned
+from raco_fast.backends.plan import Plan
+from raco_fast.backends.types import Call, Gradients, Update
 
 
-def gram(grads: Gradients) -> Tensor:
+def gram(grads: Gradients, plan: Plan | None = None) -> Tensor:
     """Gram matrix of m per-objective gradients.
 
     Args:
         grads: m lists of n tensors or None (zeros); tensor k has the same shape, dtype and device
             in every list.
+        plan: the caller's, if it has one.
     Returns:
         [m, m] float64 on the CPU: float32 products (float64 for float64 gradients), float64
         across blocks, summed in a fixed order. |M_ij| <= ‖g_i‖‖g_j‖ holds exactly; a gradient
@@ -43,127 +34,77 @@ def gram(grads: Gradients) -> Tensor:
         TypeError: a gradient that is sparse or quantized.
     Source: arXiv 2602.02495, Algorithm 1, line 5.
     """
-    return gram_beside(grads, [])[0]
+    return gram_beside(grads, [], plan)[0]
 
 
-def gram_beside(grads: Gradients, numbers: Sequence[Tensor]) -> tuple[Tensor, list[float]]:
+def gram_beside(
+    grads: Gradients, numbers: Sequence[Tensor], plan: Plan | None = None
+) -> tuple[Tensor, list[float]]:
     """`gram`, and the values of tensors of one element that the host needs at the same time.
 
-    On CUDA devices with the Triton backend all of it is one copy and one wait.
+    Where the Gram is on a CUDA device, all of it is one copy and one wait: for this stream only.
     """
-    finding = finding_for("gram", grads)
-    module = BUILT[finding.backend]
-    if finding.backend == "triton":
-        M, values = module.gram_beside(grads, numbers, finding.prepared)
-    else:
-        M, values = module.gram(grads, **_kept(finding)), [float(x) for x in numbers]
-    return within_cauchy_schwarz(M), values
+    M = gram_where_it_is(grads, plan)
+    if not M.is_cuda:
+        return M, [float(x) for x in numbers]
+    sent = torch.cat([x.reshape(-1).to(M) for x in (M, *numbers)])
+    arrived = torch.empty(sent.shape, dtype=sent.dtype, pin_memory=True)
+    arrived.copy_(sent, non_blocking=True)
+    torch.cuda.current_stream(sent.device).synchronize()
+    return arrived[: M.numel()].view_as(M), arrived[M.numel() :].tolist()
 
 
-def gram_on_device(grads: Gradients) -> Tensor:
-    """`gram` as [m, m] float64 on the gradients' device; nothing waits for it.
-
-    Entries are those of the kernel: the kernel that solves the dual applies the bounds of `gram`.
-    Only where `device_obstacle` is None; raises as `gram`.
-    """
-    M: Tensor = triton().gram_on_device(grads, finding_for("gram", grads).prepared)
-    return M
+def gram_where_it_is(grads: Gradients, plan: Plan | None = None) -> Tensor:
+    """`gram`, but not waited for: on the device of the gradients if the backend leaves it there."""
+    backend, prepared = planned(Call("gram", len(grads), (), grads), plan)
+    return within_cauchy_schwarz(backend.gram(grads, prepared))
 
 
-def combine_adamw_on_device(
-    params: Sequence[Tensor],
-    grads: Gradients,
-    step: DeviceStep,
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    state_steps: Sequence[Tensor],
-    rounding: Rounding = NEAREST,
-    **options: Unpack[AdamWOptions],
+def combine(
+    grads: Gradients, coefficients: Tensor, out: Sequence[Tensor], plan: Plan | None = None
 ) -> None:
-    """`combine_adamw` with the coefficients of `step`, which only the device knows."""
-    written = [params, exp_avgs, exp_avg_sqs]
-    if rounding.name in WITH_RESIDUAL:
-        written.append(rounding.residuals)
-    finding = finding_for("combine_adamw", grads, *written, options=options)
-    _note_writes("triton", *written)
-    triton().combine_adamw_on_device(
-        params,
-        grads,
-        step,
-        exp_avgs,
-        exp_avg_sqs,
-        state_steps,
-        rounding,
-        finding.prepared,
-        **options,
-    )
-
-
-def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> None:
     """Write G0 = Σ α_i g_i to `out`, in float32 arithmetic or better.
 
     Args:
         grads: as for `gram`.
         coefficients: [m] float64 on the CPU, α.
         out: n tensors of the gradients' shapes; out[k] may be one of the gradients of tensor k.
+        plan: the caller's, if it has one.
     Raises:
         ValueError: as for `gram`, or `coefficients` or `out` do not fit `grads`.
         TypeError: as for `gram`.
     """
-    check_coefficients(grads, coefficients)
-    check_length("out", out, grads)
-    backend = finding_for("combine", grads, out).backend
-    _note_writes(backend, out)
-    BUILT[backend].combine(grads, coefficients, out)
+    check_coefficients(grads, coefficients, out=out)
+    backend, _ = planned(Call("combine", len(grads), [out], grads), plan)
+    backend.combine(grads, coefficients, out)
 
 
-def combine_adamw(
-    params: Sequence[Tensor],
-    grads: Gradients,
-    coefficients: Tensor,
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    state_steps: Sequence[Tensor],
-    rounding: Rounding = NEAREST,
-    **options: Unpack[AdamWOptions],
-) -> None:
+def combine_adamw(update: Update, coefficients: Tensor, plan: Plan | None = None) -> None:
     """One AdamW step along G0 = Σ α_i g_i; parameters and states change in place.
 
     Args:
-        params: n tensors, each with at least one gradient that is not None.
-        grads: as for `gram`.
-        coefficients: [m] float64 on the CPU, α (gradient clipping and unscaling folded in).
-        exp_avgs, exp_avg_sqs: n states of the parameters' shapes.
-        max_exp_avg_sqs: n states with `amsgrad`, else empty.
-        state_steps: n scalar tensors.
-        rounding: of the parameters, see `rounding.Rounding`.
-        **options: the group's AdamW hyper-parameters, see `reference.AdamWOptions`.
+        update: everything else.
+        coefficients: [m] float64, α (gradient clipping and unscaling folded in); on the CPU, or
+            on a device whose backend reads them there, where NaN skips the step.
+        plan: the caller's, if it has one.
     Raises:
-        ValueError: `coefficients`, `params` or the states do not fit `grads`.
+        ValueError, TypeError: as for `gram`, or `coefficients`, parameters, states or residuals do
+            not fit `grads`.
     """
-    check_coefficients(grads, coefficients)
-    of_each_parameter = {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    for name, tensors in {**of_each_parameter, "state_steps": state_steps}.items():
-        check_length(name, tensors, grads)
-    written = [params, exp_avgs, exp_avg_sqs]
-    if rounding.name in WITH_RESIDUAL:
-        check_length("rounding.residuals", rounding.residuals, grads)
-        written.append(rounding.residuals)
-    finding = finding_for("combine_adamw", grads, *written, options=options)
-    _note_writes(finding.backend, *written)
-    BUILT[finding.backend].combine_adamw(
-        params,
-        grads,
-        coefficients,
-        exp_avgs,
-        exp_avg_sqs,
-        max_exp_avg_sqs,
-        state_steps,
-        rounding,
-        **_kept(finding),
-        **options,
-    )
+    check_update(update, coefficients)
+    backend, prepared = planned(call_of(update), plan)
+    if not (coefficients.is_cpu or backend.on_device):
+        raise RuntimeError(
+            f"coefficients on {coefficients.device} need a backend that reads them there, got "
+            f"{backend.name!r}; pass coefficients.cpu()"
+        )
+    backend.combine_adamw(update, coefficients, prepared)
+
+
+def call_of(update: Update) -> Call:
+    """An update as backends are asked about it."""
+    m, options = len(update.grads), update.options
+    return Call("combine_adamw", m, update.written, update.grads, options)
 
 
 def weight_grad(
@@ -183,12 +124,14 @@ def weight_grad(
         ValueError: shapes that do not fit together.
     """
     check_rows(x, dy, bounds, U, out)
-    chosen = backend_of_weight_grad(x, dy, bounds, U, out)
-    BUILT[chosen].weight_grad(x, dy, bounds, U, out, fresh)
+    call = Call("weight_grad", len(out), [[out]], [[x], [dy]], bounds=bounds)
+    chosen(call).weight_grad(x, dy, bounds, U, out, fresh)
 
 
 def within_cauchy_schwarz(M: Tensor) -> Tensor:
-    """Rounding, and squares that underflow where products do not (a saturated loss beside an
+    """M with |M_ij| <= √(M_ii M_jj).
+
+    Rounding, and squares that underflow where products do not (a saturated loss beside an
     ordinary one), leave a matrix that is no Gram matrix, which the solver would refuse.
     """
     norms = M.diagonal().sqrt()
@@ -196,14 +139,3 @@ def within_cauchy_schwarz(M: Tensor) -> Tensor:
     bounded = torch.maximum(torch.minimum(M, bound), -bound)
     bounded.diagonal().copy_(M.diagonal())
     return bounded
-
-
-def _kept(finding: Finding) -> dict[str, Any]:
-    """Where a backend keeps its tables for the next call with the same tensors."""
-    return {} if finding.backend == "reference" else {"prepared": finding.prepared}
-
-
-def _note_writes(backend: str, *written: Sequence[Tensor]) -> None:
-    """Tells autograd that these change in place; of plain torch it knows."""
-    if backend != "reference":
-        increment_version([t for some in written for t in some])

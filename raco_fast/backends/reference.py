@@ -16,21 +16,17 @@ A missing gradient (None) counts as zeros.  Source: arXiv 2602.02495, Algorithm 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from raco_fast.backends.rounding import NEAREST, Rounding
+from raco_fast.backends.types import Call, Gradients, Prepared, Update
 from raco_fast.backends.weight_grad import weight_grad as weight_grad
 from raco_fast.backends.weight_grad import widened
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-Gradients = Sequence[Sequence[Tensor | None]]
-"""m lists of n gradients; None stands for a gradient of zeros."""
+name = "reference"
+on_device = unproved = False
 
 # Elements per sum of products: m blocks stay in a cache, so each gradient is read from memory once
 # although it takes part in m products. On the CPU fewer than the 32768 from which torch cuts a sum
@@ -43,54 +39,23 @@ _WITHOUT_FLOAT64 = ("mps",)
 _BUCKET_BYTES = 64 << 20
 
 
-class AdamWOptions(TypedDict):
-    """The hyper-parameters of one parameter group, as `torch.optim.AdamW` names them."""
-
-    lr: float | Tensor
-    beta1: float | Tensor
-    beta2: float | Tensor
-    eps: float
-    weight_decay: float
-    amsgrad: bool
-    maximize: bool
-    foreach: bool | None
-    capturable: bool
-    differentiable: bool
-    fused: bool | None
+def missing() -> str | None:
+    """None: every machine can run it."""
+    return None
 
 
-def adamw_options(**given: Any) -> AdamWOptions:
-    """The hyper-parameters that are given, and the others as `torch.optim.AdamW` has them.
-
-    Raises:
-        TypeError: a name that is none of them.
-    """
-    options: AdamWOptions = {
-        "lr": 1e-3,
-        "beta1": 0.9,
-        "beta2": 0.999,
-        "eps": 1e-8,
-        "weight_decay": 1e-2,
-        "amsgrad": False,
-        "maximize": False,
-        "foreach": None,
-        "capturable": False,
-        "differentiable": False,
-        "fused": None,
-    }
-    unknown = [name for name in given if name not in options]
-    if unknown:
-        raise TypeError(f"AdamW has the hyper-parameters {list(options)}, not {unknown}")
-    options.update(cast("AdamWOptions", given))
-    return options
+def obstacle(call: Call, forced: bool) -> str | None:
+    """None: it takes every call."""
+    return None
 
 
-def gram(grads: Gradients) -> Tensor:
+def gram(grads: Gradients, prepared: Prepared | None = None) -> Tensor:
     """Gram matrix of m per-objective gradients.
 
     Args:
         grads: m lists of n tensors; tensor k has the same shape, dtype and device in every list
             where it is not None. Complex tensors count as pairs of real numbers.
+        prepared: not used.
     Returns:
         [m, m] float64 on the CPU, exactly symmetric.
     Source: arXiv 2602.02495, Algorithm 1, line 5.
@@ -133,17 +98,7 @@ def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> No
             target.copy_(total)
 
 
-def combine_adamw(
-    params: Sequence[Tensor],
-    grads: Gradients,
-    coefficients: Tensor,
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    state_steps: Sequence[Tensor],
-    rounding: Rounding = NEAREST,
-    **options: Unpack[AdamWOptions],
-) -> None:
+def combine_adamw(update: Update, coefficients: Tensor, prepared: Prepared | None = None) -> None:
     """One AdamW step along G0 = Σ α_i g_i; parameters and states change in place.
 
     With one objective and α = 1 the gradient itself goes to torch's `adamw`, so the result is
@@ -152,23 +107,19 @@ def combine_adamw(
     `torch.optim.AdamW` on float32 parameters, to the last bit.
 
     Args:
-        params: n tensors.
-        grads: m lists of n tensors or None; every parameter has at least one that is not None.
+        update: see `types.Update`.
         coefficients: [m] float64 on the CPU, α (with gradient clipping and unscaling folded in).
-        exp_avgs, exp_avg_sqs: n states of the parameters' shapes and dtypes.
-        max_exp_avg_sqs: n states for amsgrad, else empty.
-        state_steps: n scalar tensors.
-        rounding: of the parameters.
-        **options: see `AdamWOptions`.
+        prepared: not used.
     """
+    params, options, rounding = update.params, update.options, update.rounding
     alpha = coefficients.tolist()
-    columns = list(zip(*grads, strict=True))
+    columns = list(zip(*update.grads, strict=True))
     for bucket in _buckets(params):
-        maxima = bucket if options["amsgrad"] else []
+        maxima = bucket if options.amsgrad else []
         stored = [
-            [exp_avgs[k] for k in bucket],
-            [exp_avg_sqs[k] for k in bucket],
-            [max_exp_avg_sqs[k] for k in maxima],
+            [update.exp_avgs[k] for k in bucket],
+            [update.exp_avg_sqs[k] for k in bucket],
+            [update.max_exp_avg_sqs[k] for k in maxima],
         ]
         weights, states = [params[k] for k in bucket], stored
         if rounding.name != "nearest":
@@ -181,13 +132,13 @@ def combine_adamw(
             states[0],
             states[1],
             states[2],
-            [state_steps[k] for k in bucket],
+            [update.steps[k] for k in bucket],
             has_complex=any(w.is_complex() for w in weights),
-            **options,
+            **vars(options),
         )
         if rounding.name != "nearest":
             for k, w in zip(bucket, weights, strict=True):
-                rounding.store(w, params[k], k, state_steps[k])
+                rounding.store(w, params[k], k, update.steps[k])
             for one, wide in zip(stored, states, strict=True):
                 for state, new in zip(one, wide, strict=True):
                     state.copy_(new)

@@ -1,16 +1,14 @@
 """What a float32 weight becomes in bfloat16 memory: the plain twin of `kernels/rounding.py`.
 
 At the learning rates of preference tuning most updates are smaller than half a unit in the last
-place of a bfloat16 weight, and round-to-nearest drops them. Three other ways keep them:
+place of a bfloat16 weight, and round-to-nearest drops them. Two other ways keep them:
 
     "stochastic"  up or down, with the probability that makes it right on average. The random bits
                   are a hash of (element, parameter, step, seed): equal seeds give equal runs.
     "split"       weight and residual are the two halves of a float32 weight: exact.
-    "kahan"       the residual is what rounding lost, in bfloat16; it is added before the next
-                  update. Weight and residual together have about 17 bits.
 
-A residual is stored as bfloat16 in both cases: for "split" its bits are an int16. torch's
-`load_state_dict` casts every state to its parameter's dtype, and an int16 would come back rounded.
+A residual is an int16 in memory that is declared bfloat16: torch's `load_state_dict` casts every
+state to its parameter's dtype, and would round an int16.
 """
 
 from __future__ import annotations
@@ -21,8 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ROUNDINGS = ("nearest", "stochastic", "split", "kahan")
-WITH_RESIDUAL = ("split", "kahan")
+ROUNDINGS = ("nearest", "stochastic", "split")
 
 _LOW32 = 0xFFFFFFFF
 _BLOCK = 1 << 17  # elements hashed at one time: int64 indices of a whole embedding are too much
@@ -33,8 +30,8 @@ class Rounding:
     """How the weights of one call of `combine_adamw` are stored.
 
     `name` is one of `ROUNDINGS`, and all parameters are bfloat16 unless it is "nearest";
-    `residuals` are n bfloat16 tensors like the parameters for "split" and "kahan", zeros before
-    the first step, and else none; `seed` is that of "stochastic" (its low 32 bits count).
+    `residuals` are n bfloat16 tensors like the parameters for "split", zeros before the first
+    step, and else none; `seed` is that of "stochastic" (its low 32 bits count).
     """
 
     name: str = "nearest"
@@ -47,7 +44,7 @@ class Rounding:
         if self.name == "split":
             low = self.residuals[k].view(torch.int16)
             return (w.view(torch.int32) + low).view(torch.float32)
-        return w + self.residuals[k] if self.name == "kahan" else w
+        return w
 
     def store(self, w: Tensor, p: Tensor, k: int, step: Tensor) -> None:
         """Write the float32 weight `w`, which is used up, to parameter number k and its residual.
@@ -61,16 +58,13 @@ class Rounding:
         if self.name == "stochastic":
             _add_noise(w, self.seed, k, step)
             p.copy_(w)
-        elif self.name == "split":
+        else:
+            assert self.name == "split", "to nearest, torch rounds by itself"
             bits = w.view(torch.int32)
             # Half up, not to even: a tie would leave +32768, which int16 cannot hold.
             high = torch.where(w.isnan(), 0x7FC0, (bits + 0x8000) >> 16)
             self.residuals[k].view(torch.int16).copy_(bits - (high << 16))
             p.copy_(high.to(torch.int16).view(torch.bfloat16))
-        else:
-            assert self.name == "kahan", "to nearest, torch rounds by itself"
-            p.copy_(w)
-            self.residuals[k].copy_(w - p)
 
 
 NEAREST = Rounding()
@@ -78,6 +72,11 @@ NEAREST = Rounding()
 
 def check_rounding(name: str, differentiable: bool = False) -> str:
     """`name`, or ValueError unless it is a rounding that can be used."""
+    if name == "kahan":
+        raise ValueError(
+            f"`rounding` must be one of {ROUNDINGS}, got 'kahan', which is gone: it took the "
+            f"memory of 'split' and lost digits; use rounding='split'"
+        )
     if name not in ROUNDINGS:
         raise ValueError(
             f"`rounding` must be one of {ROUNDINGS}, got {name!r}; correct the spelling"

@@ -9,54 +9,47 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from subprocess import CalledProcessError
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from triton import TritonError
 
-from raco_fast.backends import cuda, reference
-from raco_fast.backends.reference import adamw_options
-from raco_fast.backends.rounding import Rounding
+from raco_fast.backends import reference
+from raco_fast.backends.rounding import NEAREST, Rounding
+from raco_fast.backends.types import AdamWOptions, Backend, Update
 
 _SIZES = (1, 37, 1031, 4099)
 _BOUNDS = (0, 65, 65, 66, 190)  # groups of a layer's rows, around a k-block of 64
-_OPTIONS = adamw_options(lr=0.1, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.1)
+_Comparison: TypeAlias = "Callable[[Backend, torch.device, torch.dtype], str | None]"
+_OPTIONS = AdamWOptions(lr=0.1, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.1)
 
 
-def disagreement(device: torch.device) -> str | None:
-    """What the Triton kernels of a step get wrong on this device, in words; None if nothing.
+def disagreement(backend: Backend, part: str, device: torch.device) -> str | None:
+    """What a backend gets wrong on this device, in words; None if nothing.
 
-    `gram`, `combine` and `combine_adamw` of two objectives, float32 and bfloat16, and split
-    rounding, against `reference.py`. Compiles eight kernels the first time on a machine; the random
-    number generators are left alone.
+    Args:
+        backend: compared with `reference`, on two objectives.
+        part: "step" for `gram`, `combine` and `combine_adamw`, float32 and bfloat16, and split
+            rounding; "weight_grad" for bfloat16 rows of a layer, with float32 gradients written and
+            bfloat16 ones added to. Compiles eight or two kernels the first time on a machine; the
+            random number generators are left alone.
+        device: where.
     """
-    for dtype in (torch.float32, torch.bfloat16):
-        found = _reported(_of_a_step, device, dtype)
+    bf16 = torch.bfloat16
+    tests: dict[str, list[tuple[_Comparison, torch.dtype]]] = {
+        "step": [(_of_a_step, torch.float32), (_of_a_step, bf16), (_of_split_rounding, bf16)],
+        "weight_grad": [(_of_a_layer, bf16)],
+    }
+    for compare, dtype in tests[part]:
+        try:
+            found = compare(backend, device, dtype)
+        except (TritonError, CalledProcessError, RuntimeError, OSError) as error:
+            # No compiler, no driver, out of resources: reported, and the reference can still run.
+            return f"the kernels for {dtype} failed with {type(error).__name__}: {error}"
         if found is not None:
-            return found
-    return _reported(_of_split_rounding, device, torch.bfloat16)
-
-
-def weight_grad_disagreement(device: torch.device) -> str | None:
-    """What `weight_grad` gets wrong on this device, in words; None if nothing.
-
-    bfloat16 rows of two objectives: float32 gradients written, bfloat16 ones added to. Compiles two
-    kernels the first time on a machine.
-    """
-    return _reported(_of_a_layer, device, torch.bfloat16)
-
-
-def _reported(
-    compare: Callable[[torch.device, torch.dtype], str | None],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> str | None:
-    try:
-        found = compare(device, dtype)
-    except (TritonError, CalledProcessError, RuntimeError, OSError) as error:
-        # No compiler, no driver, out of resources: reported, and the reference can still run.
-        return f"the kernels for {dtype} failed with {type(error).__name__}: {error}"
-    return None if found is None else f"`{found}` of {dtype} tensors differs from plain torch"
+            return f"`{found}` of {dtype} tensors differs from plain torch"
+    return None
 
 
 def _wave(n: int, phase: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -67,57 +60,59 @@ def _waves(phase: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]
     return [_wave(n, phase, device, dtype) for n in _SIZES]
 
 
-def _of_a_step(device: torch.device, dtype: torch.dtype) -> str | None:
+def _of_a_step(kernels: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
     def tensors(phase: int) -> list[Tensor]:
         return _waves(phase, device, dtype)
 
     grads = [tensors(1), tensors(2)]
     alpha = torch.tensor([0.75, 0.5], dtype=torch.float64)
-    ours: list[Tensor] = [cuda.gram(grads)]
+    ours: list[Tensor] = [kernels.gram(grads, {}).cpu()]
     theirs: list[Tensor] = [reference.gram(grads)]
     if not _agree(ours, theirs, 1e-5):
         return "gram"
     tolerance = 4 * torch.finfo(dtype).eps
     ours, theirs = tensors(0), tensors(0)
-    cuda.combine(grads, alpha, ours)
+    kernels.combine(grads, alpha, ours)
     reference.combine(grads, alpha, theirs)
     if not _agree(ours, theirs, tolerance):
         return "combine"
     stepped = []
-    for backend in (cuda, reference):
-        params, averages, squares = tensors(3), tensors(4), [t.square() for t in tensors(5)]
-        steps = [torch.tensor(3.0) for _ in params]
-        backend.combine_adamw(params, grads, alpha, averages, squares, [], steps, **_OPTIONS)
-        stepped.append([*params, *averages, *squares])
+    for backend in (kernels, reference):
+        update = _update(device, dtype, dtype)
+        backend.combine_adamw(update, alpha, {})
+        stepped.append([*update.params, *update.exp_avgs, *update.exp_avg_sqs])
     return None if _agree(stepped[0], stepped[1], tolerance) else "combine_adamw"
 
 
-def _of_split_rounding(device: torch.device, dtype: torch.dtype) -> str | None:
+def _of_split_rounding(kernels: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
     """The float32 weights that two halves stand for show what the rounded ones would hide."""
-    grads = [_waves(1, device, dtype), _waves(2, device, dtype)]
-    alpha = torch.tensor([0.75, 0.5], dtype=torch.float64)
     stepped = []
-    for backend in (cuda, reference):
-        params = _waves(3, device, dtype)
-        rounding = Rounding("split", [torch.zeros_like(p) for p in params])
-        averages, squares = ([t.float() for t in _waves(k, device, dtype)] for k in (4, 5))
-        steps = [torch.tensor(3.0) for _ in params]
-        backend.combine_adamw(
-            params,
-            grads,
-            alpha,
-            averages,
-            [t.square() for t in squares],
-            [],
-            steps,
-            rounding,
-            **_OPTIONS,
-        )
-        stepped.append([rounding.opened(p, k) for k, p in enumerate(params)])
+    for backend in (kernels, reference):
+        rounding = Rounding("split", [torch.zeros_like(p) for p in _waves(3, device, dtype)])
+        update = _update(device, dtype, torch.float32, rounding)
+        backend.combine_adamw(update, torch.tensor([0.75, 0.5], dtype=torch.float64), {})
+        stepped.append([rounding.opened(p, k) for k, p in enumerate(update.params)])
     return None if _agree(stepped[0], stepped[1], 1e-5) else "combine_adamw, split"
 
 
-def _of_a_layer(device: torch.device, dtype: torch.dtype) -> str | None:
+def _update(
+    device: torch.device, dtype: torch.dtype, state: torch.dtype, rounding: Rounding = NEAREST
+) -> Update:
+    """A step in the middle of a run, with states of the dtype `state`."""
+    averages, squares = ([t.to(state) for t in _waves(k, device, dtype)] for k in (4, 5))
+    return Update(
+        params=_waves(3, device, dtype),
+        grads=[_waves(1, device, dtype), _waves(2, device, dtype)],
+        exp_avgs=averages,
+        exp_avg_sqs=[t.square() for t in squares],
+        max_exp_avg_sqs=[],
+        steps=[torch.tensor(3.0) for _ in _SIZES],
+        options=_OPTIONS,
+        rounding=rounding,
+    )
+
+
+def _of_a_layer(kernels: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
     rows, d_in, d_out = _BOUNDS[-1], 144, 272  # several tiles, with ragged ones
     shape = (2, d_out, d_in)
     x = _wave(rows * d_in, 1, device, dtype).view(rows, d_in)
@@ -128,7 +123,7 @@ def _of_a_layer(device: torch.device, dtype: torch.dtype) -> str | None:
         (_wave(math.prod(shape), 3, device, dtype).view(shape), False, 4 * torch.finfo(dtype).eps),
     ):
         ours, theirs = out.clone(), out.clone()
-        cuda.weight_grad(x, dy, _BOUNDS, U, ours, fresh)
+        kernels.weight_grad(x, dy, _BOUNDS, U, ours, fresh)
         reference.weight_grad(x, dy, _BOUNDS, U, theirs, fresh)
         if not _agree([*ours], [*theirs], tolerance):
             return "weight_grad"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from raco_fast.backends.arguments import check_dense
+from raco_fast.backends.plan import Plan
 from raco_fast.engine.backward import backward_of_others, one_backward, sensitivities, use_up
 from raco_fast.engine.exactness import Exactness
 from raco_fast.engine.graph import ScoreGraph, other_leaves
@@ -69,6 +70,7 @@ class ObjectiveGradients:
         self._held = self._busy = False
         self._open: str | None = None
         self.exactness = Exactness()
+        self.plan = Plan()  # of the operations on these gradients
         self._memory = HostMemory()
         self.for_rules = RuleMemory(keep_losses)
 

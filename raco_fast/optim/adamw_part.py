@@ -4,88 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import compress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from raco_fast.backends import ops
-from raco_fast.backends.reference import AdamWOptions
-from raco_fast.backends.rounding import WITH_RESIDUAL, Rounding
+from raco_fast.backends.rounding import Rounding
+from raco_fast.backends.types import AdamWOptions, Update
 from raco_fast.gradients.objective_grad import Touched, along_p_grad
 
-if TYPE_CHECKING:
-    from raco_fast.solver.on_device import DeviceStep
+RESIDUAL = "split_residual"
+"""The state key of what "split" keeps beside a weight."""
 
 
-class Part:
-    """Some parameters of a group.
-
-    Args:
-        touched: the parameters, each with a gradient, and their gradients.
-        state: the optimizer's; states that are missing are made, as AdamW makes them.
-        group: the parameter group.
-        rounding: of all these parameters.
-        seed: of stochastic rounding, one that no other part has.
-    """
-
-    def __init__(
-        self,
-        touched: Touched,
-        state: Mapping[Tensor, dict[str, Tensor]],
-        group: dict[str, Any],
-        rounding: str,
-        seed: int,
-    ) -> None:
-        self._params, self._grads = touched
-        self._states = [state[p] for p in touched.params]
-        self._options = options_of(group)
-        last_made = _residual(rounding) if rounding in WITH_RESIDUAL else "step"
-        for p, of_p in zip(self._params, self._states, strict=True):
-            if last_made not in of_p:
-                _make_state(p, of_p, group, rounding)
-        residuals = self._all(last_made) if rounding in WITH_RESIDUAL else []
-        self._rounding = Rounding(rounding, residuals, seed)
-
-    def update(self, coefficients: Tensor) -> None:
-        """One AdamW step along Σ α_i g_i."""
-        ops.combine_adamw(
-            self._params,
-            self._grads,
-            coefficients,
-            self._all("exp_avg"),
-            self._all("exp_avg_sq"),
-            self._all("max_exp_avg_sq") if self._options["amsgrad"] else [],
-            self._all("step"),
-            self._rounding,
-            **self._options,
-        )
-
-    def update_on_device(self, step: DeviceStep) -> None:
-        """The same along the coefficients that only the device knows."""
-        ops.combine_adamw_on_device(
-            self._params,
-            self._grads,
-            step,
-            self._all("exp_avg"),
-            self._all("exp_avg_sq"),
-            self._all("step"),
-            self._rounding,
-            **self._options,
-        )
-
-    def _all(self, name: str) -> Sequence[Tensor]:
-        return [state[name] for state in self._states]
-
-
-def parts(
+def updates(
     groups: Sequence[dict[str, Any]],
     touched: Sequence[Touched],
     state: Mapping[Tensor, dict[str, Tensor]],
     rounding: str,
     seed: int,
-) -> Iterator[Part]:
-    """Every group's touched parameters, those apart that are rounded otherwise.
+) -> Iterator[Update]:
+    """The updates of every group's touched parameters, those apart that are rounded otherwise.
 
     Args:
         groups: the optimizer's.
@@ -96,7 +36,37 @@ def parts(
     """
     for i, (group, of_group) in enumerate(zip(groups, touched, strict=True)):
         for name, part in by_rounding(of_group, group.get("rounding", rounding)):
-            yield Part(part, state, group, name, seed + i)
+            yield _update(part, state, group, name, seed + i)
+
+
+def _update(
+    touched: Touched,
+    state: Mapping[Tensor, dict[str, Tensor]],
+    group: dict[str, Any],
+    rounding: str,
+    seed: int,
+) -> Update:
+    """The update of some parameters of a group; states that are missing are made, as AdamW does."""
+    params, grads = touched
+    states = [state[p] for p in params]
+    last_made = RESIDUAL if rounding == "split" else "step"
+    for p, of_p in zip(params, states, strict=True):
+        if last_made not in of_p:
+            _make_state(p, of_p, group, rounding)
+
+    def every(name: str) -> list[Tensor]:
+        return [of_p[name] for of_p in states]
+
+    return Update(
+        params,
+        grads,
+        every("exp_avg"),
+        every("exp_avg_sq"),
+        every("max_exp_avg_sq") if group["amsgrad"] else [],
+        every("step"),
+        AdamWOptions.of(group),
+        Rounding(rounding, every(RESIDUAL) if rounding == "split" else [], seed),
+    )
 
 
 def stepping(
@@ -105,7 +75,7 @@ def stepping(
     rounding: str,
     seed: int,
 ) -> Callable[[Tensor], None]:
-    """A function that takes the AdamW step of one parameter along its p.grad; see `parts`."""
+    """A function that takes the AdamW step of one parameter along its p.grad; see `updates`."""
     places: dict[int, tuple[dict[str, Any], int]] = {}
     for group in groups:
         for p in group["params"]:
@@ -116,14 +86,15 @@ def stepping(
     def step(p: Tensor) -> None:
         group, own_seed = places[id(p)]
         ((name, alone),) = by_rounding(along_p_grad([p]), group.get("rounding", rounding))
-        Part(alone, state, group, name, own_seed).update(torch.ones(1, dtype=torch.float64))
+        update = _update(alone, state, group, name, own_seed)
+        ops.combine_adamw(update, torch.ones(1, dtype=torch.float64))
 
     return step
 
 
 def by_rounding(touched: Touched, rounding: str) -> list[tuple[str, Touched]]:
     """Parameters that are rounded alike: bfloat16 ones as asked, others to nearest."""
-    narrow = [rounding != "nearest" and p.dtype == torch.bfloat16 for p in touched.params]
+    narrow = [p.dtype == torch.bfloat16 for p in touched.params] if rounding != "nearest" else []
     if not any(narrow):
         return [("nearest", touched)] if touched.params else []
     wide = [not chosen for chosen in narrow]
@@ -157,28 +128,5 @@ def _make_state(p: Tensor, state: dict[str, Tensor], group: dict[str, Any], roun
         names = ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * group["amsgrad"]]
         for name in names:
             state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-    if rounding in WITH_RESIDUAL:
-        state[_residual(rounding)] = torch.zeros_like(p, memory_format=torch.preserve_format)
-
-
-def _residual(rounding: str) -> str:
-    """The state key of a rounding's residual; each its own, as one means nothing to the other."""
-    return f"{rounding}_residual"
-
-
-def options_of(group: dict[str, Any]) -> AdamWOptions:
-    """A group's AdamW hyper-parameters, as the operations name them."""
-    beta1, beta2 = group["betas"]
-    return {
-        "lr": group["lr"],
-        "beta1": beta1,
-        "beta2": beta2,
-        "eps": group["eps"],
-        "weight_decay": group["weight_decay"],
-        "amsgrad": group["amsgrad"],
-        "maximize": group["maximize"],
-        "foreach": group["foreach"],
-        "capturable": group["capturable"],
-        "differentiable": group["differentiable"],
-        "fused": group["fused"],
-    }
+    if rounding == "split":
+        state[RESIDUAL] = torch.zeros_like(p, memory_format=torch.preserve_format)

@@ -1,7 +1,7 @@
 """`ClippedCAGradAdamW`: AdamW along one direction that respects m objectives and their weights.
 
 step():   M = ⟨g_i, g_j⟩        of the accumulated gradients, once per step
-          α = solve_dual(M)     DESIGN: CAGrad-Clip, on m numbers
+          α = solve_dual(M)     CAGrad-Clip, on m numbers
           G0 = Σ α_i g_i        AdamW's gradient; ‖G0‖ is known from M, so clipping costs nothing
 
 Everything else is `torch.optim.AdamW`: constructor, state, checkpoints, schedulers, hooks.
@@ -10,27 +10,25 @@ Source: arXiv 2602.02495, Algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from raco_fast.backends import choose, ops
-from raco_fast.backends.reference import Gradients
+from raco_fast.backends.types import AdamWOptions, Call, Gradients
 from raco_fast.gradients.norm_clip import clip_factor
 from raco_fast.gradients.objective_grad import Touched, along_p_grad, joined
-from raco_fast.optim.adamw_part import Part, options_of, parts, stepping
+from raco_fast.optim.adamw_part import stepping, updates
 from raco_fast.optim.direction import Direction, refuse_scaled
 from raco_fast.optim.gram_first import gram_first
 from raco_fast.optim.settings import AdamWWithSettings, check_group
+from raco_fast.solver import on_device
 from raco_fast.solver.dual import DualSolution, solve_dual
+from raco_fast.solver.on_device import DeviceStep
 from raco_fast.solver.registry import RuleLike, label_of
-from raco_fast.solver.rules.conflict_averse import DualRule
-
-if TYPE_CHECKING:
-    from raco_fast.solver.on_device import DeviceStep
 
 
 class ClippedCAGradAdamW(AdamWWithSettings):
@@ -66,12 +64,12 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         rule: "cagrad-clip", "cagrad", "linear", "mgda", or another of docs/rules.md, as a name, as
             {"name": name, option: value} or as a `raco_fast.Rule`.
         max_grad_norm: clip ‖G0‖ over all parameters, as `torch.nn.utils.clip_grad_norm_`.
-        rounding: of bfloat16 parameters (others are not affected): "nearest", "stochastic",
-            "split" (an exact float32 weight, 2 bytes more) or "kahan" (nearly so, 2 bytes more);
-            docs/backends.md compares them. A parameter group may have its own.
+        rounding: of bfloat16 parameters (others are not affected): "nearest", "stochastic" or
+            "split" (an exact float32 weight, 2 bytes more); docs/backends.md compares them. A
+            parameter group may have its own.
         seed: of stochastic rounding, together with the step count; any integer.
         amsgrad, maximize, foreach, capturable, differentiable, fused: as in `torch.optim.AdamW`.
-            With `capturable` in every group, parameters on one CUDA device and at most 3
+            With `capturable` in every group, parameters on one CUDA device and at most 2
             objectives, `step()` never waits for the device and can be captured in a CUDA graph,
             after at least one step outside of it (see docs/backends.md); `solution` and
             `skipped_steps` wait for the device when they are read. Elsewhere `capturable` fixes
@@ -136,13 +134,12 @@ class ClippedCAGradAdamW(AdamWWithSettings):
     @property
     def skipped_steps(self) -> int:
         """The number of steps whose gradients were not finite."""
-        on_device = 0 if self._on_device is None else self._on_device.skipped()
-        return self._skipped_on_host + on_device
+        return self._skipped_on_host + (0 if self._on_device is None else self._on_device.skipped)
 
     @skipped_steps.setter
     def skipped_steps(self, count: int) -> None:
         if self._on_device is not None:
-            self._on_device.outputs.skipped.zero_()
+            self._on_device.skipped = 0
         self._skipped_on_host = count
 
     def backward(
@@ -243,14 +240,7 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         self._direction = None
         groups = self.gradients.collect(group["params"] for group in self.param_groups)
         params, grads = joined(groups)
-        obstacle: str | None = "a parameter group has capturable=False"
-        if all(group["capturable"] for group in self.param_groups):
-            options = [options_of(group) for group in self.param_groups]
-            obstacle = choose.device_obstacle(grads, params, options)
-        if self.gradients.present != self.objective_names:
-            obstacle = "an objective of weight 0 has no loss"
-        if not isinstance(self._rule, DualRule):
-            obstacle = f"the rule {label_of(self._rule)} is solved on the host"
+        obstacle = self._waits(groups, grads)
         if obstacle is None:
             self._step_on_device(groups, grads, params[0].device)
         elif params and params[0].is_cuda and torch.cuda.is_current_stream_capturing():
@@ -260,6 +250,20 @@ class ClippedCAGradAdamW(AdamWWithSettings):
             )
         else:
             self._step_through_host(groups, grads)
+
+    def _waits(self, groups: Sequence[Touched], grads: Gradients) -> str | None:
+        """Why a step has to wait for the device; None if it need not."""
+        if not all(group["capturable"] for group in self.param_groups):
+            return "a parameter group has capturable=False"
+        if self.gradients.present != self.objective_names:
+            return "an objective of weight 0 has no loss"
+        m = len(grads)
+        calls = [Call("gram", m, (), grads)]
+        for group, (params, of_group) in zip(self.param_groups, groups, strict=True):
+            options = AdamWOptions.of(group)
+            calls += [Call("combine_adamw", m, [params], of_group, options)] if params else []
+        found = (choose.waits(call, self.gradients.plan) for call in calls)
+        return on_device.obstacle(m, label_of(self._rule)) or next(filter(None, found), None)
 
     def _step_through_host(self, groups: Sequence[Touched], grads: Gradients) -> None:
         """The general step: one wait for the device, for the Gram matrix."""
@@ -291,7 +295,9 @@ class ClippedCAGradAdamW(AdamWWithSettings):
     def _gram(self, grads: Gradients) -> tuple[Tensor, float]:
         """(Gram of the unscaled gradients, GradScaler's factor that is still in them)."""
         asked = [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
-        M, values = ops.gram_beside(grads, [x for x in asked if isinstance(x, Tensor)])
+        M, values = ops.gram_beside(
+            grads, [x for x in asked if isinstance(x, Tensor)], self.gradients.plan
+        )
         read = iter(values)
         scale, found_inf = (next(read) if isinstance(x, Tensor) else x for x in asked)
         scale = 1.0 if scale is None else float(scale)
@@ -307,21 +313,17 @@ class ClippedCAGradAdamW(AdamWWithSettings):
             return
         factor = clip_factor(float(solution.update_norm), self.max_grad_norm)
         coefficients = torch.as_tensor(solution.coefficients) * (factor / scale)
-        for part in self._parts(groups):
-            part.update(coefficients)
+        self._take(groups, coefficients)
 
     def _step_on_device(
         self, groups: Sequence[Touched], grads: Gradients, device: torch.device
     ) -> None:
         """The step of `capturable`: nothing waits, nothing is read back."""
-        if self._on_device is None or self._on_device.outputs.step.device != device:
-            from raco_fast.solver.on_device import DeviceStep
-
+        if self._on_device is None or self._on_device.device != device:
             self._leave_device()
             self._on_device = DeviceStep(len(grads), device)
-        step = self._on_device
-        step.solve(
-            ops.gram_on_device(grads),
+        coefficients = self._on_device.solve(
+            ops.gram_where_it_is(grads, self.gradients.plan),
             self.weights,
             self.c,
             label_of(self._rule),
@@ -329,8 +331,7 @@ class ClippedCAGradAdamW(AdamWWithSettings):
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
         )
-        for part in self._parts(groups):
-            part.update_on_device(step)
+        self._take(groups, coefficients)
 
     def _leave_device(self) -> None:
         """Keep what the device knows, as this optimizer's steps go on elsewhere."""
@@ -338,8 +339,9 @@ class ClippedCAGradAdamW(AdamWWithSettings):
             self._solution, self._skipped_on_host = self.solution, self.skipped_steps
             self._on_device = None
 
-    def _parts(self, groups: Sequence[Touched]) -> Iterator[Part]:
-        return parts(self.param_groups, groups, self.state, self.rounding, self.seed)
+    def _take(self, groups: Sequence[Touched], coefficients: Tensor) -> None:
+        for update in updates(self.param_groups, groups, self.state, self.rounding, self.seed):
+            ops.combine_adamw(update, coefficients, self.gradients.plan)
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -350,9 +352,10 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         return {**super().__getstate__(), **of_steps, "_on_device": None, "_direction": None}
 
     def __repr__(self) -> str:
-        backends = [
-            choose.update_backend(group["params"], options_of(group)) for group in self.param_groups
-        ]
+        backends = []
+        for group in self.param_groups:
+            of_group, options = [group["params"]], AdamWOptions.of(group)
+            backends.append(choose.name_of(Call("combine_adamw", 1, of_group, of_group, options)))
         own = {
             "weights": dict(self.weights),
             "c": self.c,

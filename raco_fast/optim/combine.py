@@ -46,7 +46,7 @@ def combine(
     """
     max_grad_norm = check_max_grad_norm(max_grad_norm)
     ((params, grads),) = gradients.collect()
-    M = ops.gram(grads)
+    M = ops.gram(grads, gradients.plan)
     solution = gradients.for_rules.solve(M, gradients.weights, gradients.present, c, rule)
     if not solution.finite:
         gradients.zero()
@@ -56,7 +56,7 @@ def combine(
     norm = float(solution.update_norm)
     factor = clip_factor(norm, max_grad_norm)
     with torch.no_grad():
-        ops.combine(grads, torch.as_tensor(solution.coefficients) * factor, out)
+        ops.combine(grads, torch.as_tensor(solution.coefficients) * factor, out, gradients.plan)
     gradients.zero()
     for p, g in zip(params, out, strict=True):
         p.grad = g if max_grad_norm is None else ClippedGrad.of(g, norm, max_grad_norm)

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from raco_fast import _C
 from raco_fast.backends import choose, cpu, ops
-from raco_fast.backends.reference import adamw_options
-from raco_fast.backends.rounding import ROUNDINGS, WITH_RESIDUAL, Rounding
+from raco_fast.backends.rounding import ROUNDINGS, Rounding
+from raco_fast.backends.types import AdamWOptions, Update
 
 bf16, fp32 = torch.bfloat16, torch.float32
 SHAPES = [(3,), (17, 5), (0, 4), (_C.BLOCK + 1,), (), (_C.CHUNK + 9,)]
 ALPHA = torch.tensor([0.9, 0.4], dtype=torch.float64)
-OPTIONS = adamw_options(lr=0.003, beta1=0.8, beta2=0.95, eps=1e-3, weight_decay=0.3)
+OPTIONS = AdamWOptions(lr=0.003, beta1=0.8, beta2=0.95, eps=1e-3, weight_decay=0.3)
 
 
 def draw(seed: int, dtype: torch.dtype) -> list[Tensor]:
@@ -37,15 +37,14 @@ class Run:
         self.states = [[transposed(s) for s in draw(2, state)], draw(3, state)]
         self.states[1] = [transposed(s.square()) for s in self.states[1]]
         self.steps = [torch.tensor(float(k)) for k in range(len(SHAPES))]
-        residuals = [torch.zeros_like(p) for p in self.params] if rounding in WITH_RESIDUAL else []
+        residuals = [torch.zeros_like(p) for p in self.params] if rounding == "split" else []
         self.rounding = Rounding(rounding, residuals, seed=2**33 + 5)
 
     def update(self, params: list[Tensor], grads: list[list[Tensor]], rounding: Rounding) -> None:
         """One step on the C++ backend."""
         with choose.backend("cpu"):
-            ops.combine_adamw(
-                params, grads, ALPHA, *self.states, [], self.steps, rounding, **OPTIONS
-            )
+            update = Update(params, grads, *self.states, [], self.steps, OPTIONS, rounding)
+            ops.combine_adamw(update, ALPHA)
 
 
 @pytest.mark.parametrize("state", [bf16, fp32])
@@ -74,19 +73,12 @@ def test_the_kernel_stores_what_the_twin_stores(rounding, state):
 @pytest.mark.parametrize("rounding", ROUNDINGS[1:])
 def test_nan_and_infinity_stay_what_they_are(rounding):
     special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0], dtype=bf16)
-    residuals = [torch.zeros(4, dtype=bf16)] if rounding in WITH_RESIDUAL else []
+    residuals = [torch.zeros(4, dtype=bf16)] if rounding == "split" else []
     params, zeros = [special.clone()], [[torch.zeros(4, dtype=bf16)] for _ in range(3)]
     with choose.backend("cpu"):
-        ops.combine_adamw(
-            params,
-            [zeros[0]],
-            torch.ones(1, dtype=torch.float64),
-            *zeros[1:],
-            [],
-            [torch.zeros(())],
-            Rounding(rounding, residuals),
-            **OPTIONS,
-        )
+        how = Rounding(rounding, residuals)
+        update = Update(params, [zeros[0]], *zeros[1:], [], [torch.zeros(())], OPTIONS, how)
+        ops.combine_adamw(update, torch.ones(1, dtype=torch.float64))
     assert torch.equal(params[0].nan_to_num(nan=7.0), special.nan_to_num(nan=7.0))
 
 
@@ -136,7 +128,7 @@ def test_the_extension_refuses_what_would_write_elsewhere():
     split = Run("split", bf16)
     none = {"residuals": np.empty(0, np.int64), "residual_dtypes": np.empty(0, np.uint8)}
     for how, message in [
-        ({"rounding": 4}, "rounding must index ROUNDINGS"),
+        ({"rounding": 3}, "rounding must index ROUNDINGS"),
         (none, r"addresses must be \[n\]"),
         ({"residual_dtypes": np.zeros(len(SHAPES), np.uint8)}, "residuals must be stored as bfl"),
         ({"steps": np.ones(1)}, r"steps must be \[n\]"),

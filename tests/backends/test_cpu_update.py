@@ -1,5 +1,7 @@
 """The C++ combine and AdamW against float64, and to the bit against themselves."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,13 +9,13 @@ from torch import Tensor
 
 from raco_fast import _C
 from raco_fast.backends import choose, cpu, ops, reference
-from raco_fast.backends.reference import adamw_options
+from raco_fast.backends.types import AdamWOptions, Update
 
 BLOCK, CHUNK = _C.BLOCK, _C.CHUNK
 SHAPES = [(3,), (17, 5), (1,), (0, 4), (BLOCK - 1,), (BLOCK,), (BLOCK + 1,), (2, 3, 4), ()]
 SHAPES += [(CHUNK - 1,), (CHUNK,), (2 * CHUNK + 1,)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-OPTIONS = adamw_options(lr=0.02, beta1=0.8, beta2=0.95, eps=1e-3, weight_decay=0.3)
+OPTIONS = AdamWOptions(lr=0.02, beta1=0.8, beta2=0.95, eps=1e-3, weight_decay=0.3)
 
 
 @pytest.fixture(autouse=True)
@@ -106,24 +108,23 @@ def problem(m: int, dtype: torch.dtype, shapes=SHAPES) -> dict:
     return {
         "params": draw(dtype, 100, shapes),
         "grads": [draw(dtype, i, shapes) for i in range(m)],
-        "coefficients": coefficients(m),
         "exp_avgs": [x * 0.1 for x in draw(dtype, 101, shapes)],
         "exp_avg_sqs": [x.square() for x in draw(dtype, 102, shapes)],
         "max_exp_avg_sqs": [],
-        "state_steps": [torch.tensor(float(k % 4)) for k in range(len(shapes))],
+        "steps": [torch.tensor(float(k % 4)) for k in range(len(shapes))],
     }
 
 
 def copied(inputs: dict) -> dict:
-    changing = ("params", "exp_avgs", "exp_avg_sqs", "state_steps")
+    changing = ("params", "exp_avgs", "exp_avg_sqs", "steps")
     return {**inputs, **{name: [t.clone() for t in inputs[name]] for name in changing}}
 
 
-def truth_of(inputs: dict, **options) -> list[list[Tensor]]:
-    g0 = g0_in_float64(inputs["grads"], inputs["coefficients"])
-    states = (inputs[name] for name in ("exp_avgs", "exp_avg_sqs", "state_steps"))
+def truth_of(inputs: dict, options: AdamWOptions = OPTIONS) -> list[list[Tensor]]:
+    g0 = g0_in_float64(inputs["grads"], coefficients(len(inputs["grads"])))
+    states = (inputs[name] for name in ("exp_avgs", "exp_avg_sqs", "steps"))
     steps = [
-        adamw_in_float64(p, g, m, v, int(t) + 1, **options)
+        adamw_in_float64(p, g, m, v, int(t) + 1, **vars(options))
         for p, g, m, v, t in zip(inputs["params"], g0, *states, strict=True)
     ]
     return [list(tensors) for tensors in zip(*steps, strict=True)]
@@ -133,17 +134,17 @@ def truth_of(inputs: dict, **options) -> list[list[Tensor]]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m", [1, 2, 5, 12])
 def test_adamw_against_float64(m, dtype, maximize):
-    options = {**OPTIONS, "maximize": maximize}
+    options = replace(OPTIONS, maximize=maximize)
     ours = problem(m, dtype)
     theirs = copied(ours)
-    truth = truth_of(ours, **options)
-    ops.combine_adamw(**ours, **options)
-    reference.combine_adamw(**theirs, **options)
+    truth = truth_of(ours, options)
+    ops.combine_adamw(Update(**ours, options=options), coefficients(m))
+    reference.combine_adamw(Update(**theirs, options=options), coefficients(m))
     for name, exact in zip(("params", "exp_avgs", "exp_avg_sqs"), truth, strict=True):
         assert all(t.dtype == dtype for t in ours[name])
         floor = 1e-15 * error(exact, [torch.zeros_like(x) for x in exact])
         assert error(ours[name], exact) <= 2 * error(theirs[name], exact) + floor
-    assert [int(t) for t in ours["state_steps"]] == [k % 4 + 1 for k in range(len(SHAPES))]
+    assert [int(t) for t in ours["steps"]] == [k % 4 + 1 for k in range(len(SHAPES))]
 
 
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16])
@@ -156,9 +157,9 @@ def test_states_of_another_dtype_round_once(dtype, state):
     for name in ("params", "exp_avgs", "exp_avg_sqs"):
         theirs[name] = [t.float() for t in theirs[name]]
     theirs["grads"] = [[g.float() for g in one] for one in ours["grads"]]
-    truth = truth_of(ours, **OPTIONS)
-    ops.combine_adamw(**ours, **OPTIONS)
-    reference.combine_adamw(**theirs, **OPTIONS)
+    truth = truth_of(ours)
+    ops.combine_adamw(Update(**ours, options=OPTIONS), coefficients(2))
+    reference.combine_adamw(Update(**theirs, options=OPTIONS), coefficients(2))
     for name, exact in zip(("params", "exp_avgs", "exp_avg_sqs"), truth, strict=True):
         plain = [t.to(o.dtype) for t, o in zip(theirs[name], ours[name], strict=True)]
         assert error(ours[name], exact) <= 2 * error(plain, exact)
@@ -176,7 +177,7 @@ def test_same_bits_for_any_thread_count_and_target(dtype):
             names = ("params", "exp_avgs", "exp_avg_sqs")
             tables = cpu.tables(run["grads"], [out, *(run[name] for name in names)])
             of_out, of_params, of_exp_avgs, of_exp_avg_sqs = tables.written
-            alpha = run["coefficients"].numpy()
+            alpha = coefficients(3).numpy()
             _C.combine(*tables.grads, alpha, *of_out, threads, target)
             _C.combine_adamw(
                 *tables.grads,
@@ -221,8 +222,8 @@ def test_layouts_do_not_matter_and_nothing_else_is_touched():
     for name in ("params", "exp_avgs", "exp_avg_sqs"):
         moved[name] = [embedded(t) for t in moved[name]]
     moved["grads"] = [[embedded(t) for t in one] for one in plain["grads"]]
-    ops.combine_adamw(**plain, **OPTIONS)
-    ops.combine_adamw(**moved, **OPTIONS)
+    for inputs in (plain, moved):
+        ops.combine_adamw(Update(**inputs, options=OPTIONS), coefficients(2))
     for name in ("params", "exp_avgs", "exp_avg_sqs"):
         assert all(torch.equal(a, b) for a, b in zip(plain[name], moved[name], strict=True))
     for buffer in buffers:
@@ -233,10 +234,9 @@ def test_autograd_notices_the_update():
     p = torch.linspace(1, 2, 5, requires_grad=True)
     loss = p.square().sum()
     states = [[torch.zeros(5)] for _ in range(2)]
+    update = Update([p], [[torch.ones(5)]], *states, [], [torch.zeros(())], OPTIONS)
     with torch.no_grad():
-        ops.combine_adamw(
-            [p], [[torch.ones(5)]], coefficients(1), *states, [], [torch.zeros(())], **OPTIONS
-        )
+        ops.combine_adamw(update, coefficients(1))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

@@ -1,12 +1,20 @@
 """Every operation: argument checks, and which backend runs."""
 
+import ast
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
-from raco_fast.backends import choose, ops, reference
-from raco_fast.backends.reference import adamw_options
+import raco_fast
+from raco_fast.backends import choose, cpu, cuda, ops, reference
+from raco_fast.backends.plan import Plan
+from raco_fast.backends.rounding import Rounding
+from raco_fast.backends.types import AdamWOptions, Call, Gradients, Update
 from raco_fast.solver.dual import solve_dual
 
 
@@ -14,26 +22,21 @@ def two_lists() -> list[list[torch.Tensor | None]]:
     return [[torch.ones(3), torch.ones(2, 2)], [torch.ones(3) * 2, None]]
 
 
-@pytest.fixture(autouse=True)
-def nothing_known_of_earlier_tensors() -> None:
-    choose.findings.clear()
-
-
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple[str, str]]:
     """(backend, operation) of every operation that runs; nothing is computed."""
     made: list[tuple[str, str]] = []
-    for name in ("cpu", "reference"):
+    for module in (cpu, reference):
 
-        def record(operation, name=name):
-            return lambda *a, **k: made.append((name, operation)) or torch.eye(2)
+        def record(operation, name=module.name):
+            return lambda *a: made.append((name, operation)) or torch.eye(2)
 
-        fake = SimpleNamespace(**{f: record(f) for f in ("gram", "combine", "combine_adamw")})
-        monkeypatch.setitem(choose.BUILT, name, fake)
+        for operation in ("gram", "combine", "combine_adamw"):
+            monkeypatch.setattr(module, operation, record(operation))
     return made
 
 
-OPTIONS = adamw_options(lr=0.01, beta1=0.8, beta2=0.95, eps=1e-7, weight_decay=0.05)
+OPTIONS = AdamWOptions(lr=0.01, beta1=0.8, beta2=0.95, eps=1e-7, weight_decay=0.05)
 
 
 def run_all(
@@ -47,7 +50,8 @@ def run_all(
     ops.gram(grads)
     ops.combine(grads, alpha, like)
     steps = [torch.zeros(()) for _ in like]
-    ops.combine_adamw(like, grads, alpha, like, like, [], steps, **{**OPTIONS, **options})
+    update = Update(like, grads, like, like, [], steps, replace(OPTIONS, **options))
+    ops.combine_adamw(update, alpha)
 
 
 def ran(*backends: str) -> list[tuple[str, str]]:
@@ -93,7 +97,10 @@ def test_an_exception_ends_the_forcing(calls):
 def test_options_of_the_reference(calls, options, reason):
     run_all(**options)
     assert calls == ran("cpu", "cpu", "reference")
-    assert choose.update_backend([torch.ones(2)], {**OPTIONS, **options}) == "reference"
+    like = [[torch.ones(2)]]
+    call = Call("combine_adamw", 1, like, like, replace(OPTIONS, **options))
+    assert choose.name_of(call) == "reference"
+    assert choose.name_of(replace(call, options=OPTIONS)) == "cpu"
     forced = pytest.raises(
         RuntimeError,
         match=rf"'cpu' cannot run this combine_adamw: {reason}.*backend\('reference'\)",
@@ -179,17 +186,16 @@ def test_what_autograd_would_record_goes_to_the_reference(calls):
     ],
 )
 def test_forcing_triton_where_it_cannot_run_raises(installed, device, cure, monkeypatch):
-    monkeypatch.setattr(choose, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(cuda, "find_spec", lambda name: object() if installed else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
-    monkeypatch.setattr(choose, "missing_for_triton", choose.missing_for_triton.__wrapped__)
+    monkeypatch.setattr(cuda, "missing", cuda.missing.__wrapped__)
     refused = pytest.raises(RuntimeError, match="backend 'triton' cannot run here: .*" + cure)
     with refused, choose.backend("triton"):
         pass
 
 
 def test_forced_triton_refuses_what_it_cannot_do(monkeypatch):
-    pytest.importorskip("triton", reason="triton is not installed")
-    monkeypatch.setattr(choose, "missing_for_triton", lambda: None)
+    monkeypatch.setattr(cuda, "missing", lambda: None)
     refused = pytest.raises(
         RuntimeError,
         match=r"backend 'triton' cannot run this gram: .* take CUDA tensors",
@@ -199,40 +205,41 @@ def test_forced_triton_refuses_what_it_cannot_do(monkeypatch):
 
 
 @pytest.fixture
-def on_cuda(monkeypatch) -> list[list[SimpleNamespace]]:
-    """Gradients that say they are on a CUDA device where the Triton kernels could run."""
+def on_cuda(monkeypatch) -> Call:
+    """A call of tensors that say they are on a CUDA device where the kernels could run."""
     pytest.importorskip("triton", reason="triton is not installed")
-    monkeypatch.setattr(choose, "missing_for_triton", lambda: None)
-    monkeypatch.setattr(choose, "_triton_obstacle", lambda *call: None)
+    monkeypatch.setattr(cuda, "missing", lambda: None)
+    monkeypatch.setattr(cuda, "_impossible", lambda call: None)
     monkeypatch.setattr(choose, "_disagreements", {})
-    return [[SimpleNamespace(is_cuda=True, device=torch.device("cuda"), requires_grad=False)]]
+    monkeypatch.setattr(cpu, "obstacle", lambda call, forced: "a tensor is on cuda")
+    tensor = SimpleNamespace(device=torch.device("cuda"))
+    return Call("gram", 1, (), [[tensor]])
 
 
 def test_cuda_tensors_take_triton_once_it_has_proved_itself(on_cuda, monkeypatch):
     from raco_fast.backends import self_test
 
     asked = []
-    monkeypatch.setattr(self_test, "disagreement", asked.append)
+    monkeypatch.setattr(self_test, "disagreement", lambda *call: asked.append(call))
+    assert choose.name_of(on_cuda) == "triton"
+    assert asked == []  # whoever only asks compiles nothing
     for _ in range(2):
-        assert choose.backend_of("gram", on_cuda) == "triton"
-    assert asked == [torch.device("cuda")]
-    assert choose.update_backend(on_cuda[0], OPTIONS) == "triton"
+        assert choose.chosen(on_cuda) is cuda
+    assert asked == [(cuda, "step", torch.device("cuda"))]
     with choose.backend("reference"):
-        assert choose.backend_of("gram", on_cuda) == "reference"
+        assert choose.chosen(on_cuda) is reference
 
 
 def test_a_kernel_that_disagrees_is_named_once_and_not_used(on_cuda, monkeypatch):
     from raco_fast.backends import self_test
 
-    monkeypatch.setattr(self_test, "disagreement", lambda device: "`combine` differs")
+    monkeypatch.setattr(self_test, "disagreement", lambda *call: "`combine` differs")
     with pytest.warns(UserWarning, match="kernels are not used on cuda: `combine` differs; plain"):
-        assert choose.backend_of("gram", on_cuda) == "reference"
-    assert (
-        choose.backend_of("combine", on_cuda, on_cuda[0]) == "reference"
-    )  # warnings are errors here
-    assert choose.update_backend(on_cuda[0], OPTIONS) == "reference"
+        assert choose.chosen(on_cuda) is reference
+    assert choose.chosen(replace(on_cuda, operation="combine")) is reference  # without a warning
+    assert choose.name_of(on_cuda) == "reference"
     with choose.backend("triton"):
-        assert choose.backend_of("gram", on_cuda) == "triton"
+        assert choose.chosen(on_cuda) is cuda
 
 
 @pytest.mark.parametrize(
@@ -331,10 +338,76 @@ def test_coefficients_and_outputs_must_fit():
         ops.combine(two_lists(), alpha, out)
     with pytest.raises(ValueError, match="`out` must have one tensor per gradient, got 1 for 2"):
         ops.combine(two_lists(), alpha[:2], out[:1])
-    for name in ("params", "exp_avgs", "exp_avg_sqs", "state_steps"):
-        of = dict.fromkeys(("params", "exp_avgs", "exp_avg_sqs", "state_steps"), out)
-        of[name] = out[:1]
+    update = Update(out, two_lists(), out, out, [], out)
+    for name in ("params", "exp_avgs", "exp_avg_sqs", "steps"):
         with pytest.raises(ValueError, match=f"`{name}` must have one tensor .* got 1 for 2"):
-            ops.combine_adamw(
-                grads=two_lists(), coefficients=alpha[:2], max_exp_avg_sqs=[], **of, **OPTIONS
-            )
+            ops.combine_adamw(replace(update, **{name: out[:1]}), alpha[:2])
+    split = replace(update, rounding=Rounding("split", out[:1]))
+    with pytest.raises(ValueError, match=r"`rounding.residuals` must have one tensor .* 1 for 2"):
+        ops.combine_adamw(split, alpha[:2])
+    rounded = replace(update, rounding=Rounding("stochastic"))
+    with pytest.raises(ValueError, match=r"'stochastic' is for bfloat16 .* got torch.float32; use"):
+        ops.combine_adamw(rounded, alpha[:2])
+    with pytest.raises(RuntimeError, match=r"coefficients on meta need .* got 'cpu'; pass coeff"):
+        ops.combine_adamw(update, alpha[:2].to("meta"))
+
+
+def test_a_call_of_a_backend_that_waits_is_never_said_not_to(monkeypatch):
+    call, plan = Call("gram", 1, (), [[torch.ones(2)]]), Plan()
+    choose.planned(call, plan)
+    monkeypatch.setattr(cuda, "obstacle", lambda *asked: None)
+    monkeypatch.setattr(choose, "_disagreement", lambda *asked: None)
+    assert choose.waits(call, plan) == "backend 'cpu' was chosen for tensors like these"
+    assert choose.waits(call, Plan()) is None
+    with choose.backend("cpu"):
+        assert choose.waits(call, plan) == "backend 'cpu' is forced"
+
+
+class InFloat64:
+    """A backend of one operation: what a new one has to have."""
+
+    name = "float64"
+    on_device = unproved = False
+
+    def missing(self) -> None:
+        return None
+
+    def obstacle(self, call: Call, forced: bool) -> str | None:
+        if call.operation != "combine":
+            return "it has `combine` alone"
+        if any(t.dtype != torch.float64 for t in call.tensors()):
+            return "it takes float64 tensors"
+        return None
+
+    def combine(self, grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> None:
+        for column, target in zip(zip(*grads, strict=True), out, strict=True):
+            target.copy_(sum(a * g for a, g in zip(coefficients, column, strict=True)))
+
+
+def test_a_new_backend_is_one_object_in_one_list(monkeypatch):
+    monkeypatch.setattr(choose, "BACKENDS", [InFloat64(), *choose.BACKENDS])
+    alpha = torch.tensor([0.5, -2.0], dtype=torch.float64)
+    grads = [[torch.full((3,), x, dtype=torch.float64)] for x in (4.0, 1.5)]
+    calls, out = [], [torch.empty(3, dtype=torch.float64)]
+    monkeypatch.setattr(cpu, "combine", lambda *call: calls.append(call))
+    ops.combine(grads, alpha, out)
+    assert out[0].tolist() == [-1.0] * 3
+    assert ops.gram(grads)[0, 0] == 48.0  # by another backend
+    assert calls == []
+    ops.combine([[g.float() for g in one] for one in grads], alpha, [out[0].float()])
+    assert len(calls) == 1
+    with raco_fast.backend("float64"):
+        ops.combine(grads, alpha, out)
+        with pytest.raises(RuntimeError, match="'float64' cannot run this gram: it has `combine`"):
+            ops.gram(grads)
+
+
+def test_only_the_registry_knows_backends_by_name():
+    names = {"triton", "reference"}  # "cpu" is a device as well
+    for file in Path(raco_fast.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare):
+                sides = [node.left, *node.comparators]
+                sides += [e for s in sides if isinstance(s, (ast.Tuple, ast.Set)) for e in s.elts]
+                compared = {s.value for s in sides if isinstance(s, ast.Constant)}
+                assert not compared & names, f"{file}:{node.lineno}"

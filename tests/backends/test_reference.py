@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from raco_fast.backends import reference
-from raco_fast.optim import adamw_part
+from raco_fast.backends.types import AdamWOptions, Update
 
 SHAPES = [(3,), (17, 5), (1,), (0, 4), (300_001,), (2, 3, 4), ()]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -187,24 +187,9 @@ def test_buckets_do_not_change_a_bit_of_the_update(monkeypatch):
         grads = random_gradients(2, torch.float32)
         state = [[torch.zeros_like(p) for p in params] for _ in range(3)]
         steps = [torch.tensor(4.0) for _ in params]
-        reference.combine_adamw(
-            params,
-            grads,
-            torch.tensor([0.7, 0.6], dtype=torch.float64),
-            *state,
-            steps,
-            lr=0.01,
-            beta1=0.8,
-            beta2=0.95,
-            eps=1e-7,
-            weight_decay=0.05,
-            amsgrad=True,
-            maximize=False,
-            foreach=False,
-            capturable=False,
-            differentiable=False,
-            fused=False,
-        )
+        options = AdamWOptions(0.01, 0.8, 0.95, 1e-7, 0.05, amsgrad=True, foreach=False)
+        alpha = torch.tensor([0.7, 0.6], dtype=torch.float64)
+        reference.combine_adamw(Update(params, grads, *state, steps, options), alpha)
         assert all(step.item() == 5.0 for step in steps)
         return [*params, *state[0], *state[1], *state[2]]
 
@@ -214,7 +199,6 @@ def test_buckets_do_not_change_a_bit_of_the_update(monkeypatch):
 
 def test_hyper_parameters_that_are_not_given_are_those_of_adamw():
     group = torch.optim.AdamW([torch.ones(1)]).param_groups[0]
-    assert adamw_part.options_of(group) == reference.adamw_options()
-    assert reference.adamw_options(beta1=0.5)["beta1"] == 0.5
-    with pytest.raises(TypeError, match=r"\['lr', .* not \['betas'\]"):
-        reference.adamw_options(betas=(0.9, 0.99))
+    assert AdamWOptions.of(group) == AdamWOptions()
+    group = torch.optim.AdamW([torch.ones(1)], 0.5, (0.7, 0.8), 1e-3, 0.3, True).param_groups[0]
+    assert AdamWOptions.of(group) == AdamWOptions(0.5, 0.7, 0.8, 1e-3, 0.3, amsgrad=True)

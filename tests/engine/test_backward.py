@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import raco_fast
 from raco_fast import ObjectiveGradients
-from raco_fast.backends import choose, ops
+from raco_fast.backends import choose, cpu, reference
 from raco_fast.engine import sequences as engine_sequences
 
 
@@ -276,13 +276,15 @@ def test_a_forced_backend_reaches_the_threads_of_autograd(monkeypatch):
         thread.start()
         thread.join()
 
-    def backend_of(x, dy, bounds, U, out) -> str:
+    def spied(x, dy, bounds, U, *rest) -> None:
         if U is not None:
             asked.append(choose._forced.get())
-        return "reference"
+        plain(x, dy, bounds, U, *rest)
 
     monkeypatch.setattr(torch.autograd, "backward", in_a_thread)
-    monkeypatch.setattr(ops, "backend_of_weight_grad", backend_of)
+    plain = reference.weight_grad
+    for module in (reference, cpu):
+        monkeypatch.setattr(module, "weight_grad", spied)
     gradients = ObjectiveGradients(model.parameters(), [0.4, 0.6])
     with raco_fast.prepare(model, strict=True, check_every=None):
         for name in ("reference", "cpu"):

@@ -19,11 +19,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from raco_fast.backends import cuda
-from raco_fast.backends.reference import adamw_options
-from raco_fast.backends.rounding import ROUNDINGS, WITH_RESIDUAL, Rounding
-from raco_fast.solver.on_device import DeviceStep
+from raco_fast.backends.rounding import ROUNDINGS, Rounding
+from raco_fast.backends.types import AdamWOptions, Update
 
-CPU = torch.device("cpu")
 launched: list[str] = []
 
 
@@ -87,29 +85,20 @@ def report(call: str, run: Callable[[], object]) -> None:
 
 def update(count: int, m: int, rounding: str, lr: float) -> Callable[[], object]:
     bf16 = torch.bfloat16
-    residuals = tensors(count, bf16) if rounding in WITH_RESIDUAL else []
-    options = adamw_options(lr=lr)
+    residuals = tensors(count, bf16) if rounding == "split" else []
     grads = [tensors(count, bf16) for _ in range(m)]
     states = [tensors(count, torch.float32) for _ in range(2)]
     steps = [torch.zeros(()) for _ in range(count)]
     how = Rounding(rounding, residuals, seed=count)
     params = tensors(count, bf16)
     alpha = torch.ones(m, dtype=torch.float64)
-    return lambda: cuda.combine_adamw(params, grads, alpha, *states, [], steps, how, **options)
+    made = Update(params, grads, *states, [], steps, AdamWOptions(lr=lr), how)
+    return lambda: cuda.combine_adamw(made, alpha, {})
 
 
 def combination(count: int, m: int, dtype: torch.dtype) -> Callable[[], object]:
     grads, out = [tensors(count, dtype) for _ in range(m)], tensors(count, dtype)
     return lambda: cuda.combine(grads, torch.ones(m, dtype=torch.float64), out)
-
-
-def whole_step(m: int) -> None:
-    """Gram, dual problem and update that stay on the device."""
-    grads = [tensors(2, torch.bfloat16) for _ in range(m)]
-    step = DeviceStep(m, CPU)
-    M = cuda.gram_on_device(grads)
-    weights = {str(i): 1.0 / m for i in range(m)}
-    step.solve(M, weights, 0.4, "cagrad-clip", 1.0, None, None)
 
 
 def layer(rows: int, features: int, m: int, dtype: torch.dtype, fresh: bool) -> None:
@@ -125,12 +114,10 @@ def main() -> None:
     for count in (2, 40):
         for dtype in (torch.bfloat16, torch.float32):
             grads = [tensors(count, dtype) for _ in range(2)]
-            report("gram", lambda grads=grads: cuda.gram_on_device(grads))
+            report("gram", lambda grads=grads: cuda.gram(grads, {}))
             report("combine", combination(count, 2, dtype))
         for rounding in ROUNDINGS:
             report(f"combine_adamw, {rounding}", update(count, 2, rounding, 0.1 / count))
-    for _ in range(2):
-        report("whole step", lambda: whole_step(3))
     for rows in (256, 1000):
         for fresh in (True, False):
             dtype = torch.float32 if fresh else torch.bfloat16

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import raco_fast
 from raco_fast import ClippedCAGradAdamW, ObjectiveGradients, combine, gram_first
 from raco_fast.backends import choose
+from raco_fast.solver import on_device
 
 RULES = pytest.mark.parametrize("rule", ["linear", "cagrad", "cagrad-clip", "mgda"])
 WEIGHTS = {"a": 0.2, "none": 0.0, "b": 0.5, "c": 0.3}
@@ -140,7 +141,8 @@ def test_the_device_solves_for_all_objectives_or_leaves_it_to_the_host(left_out,
     opt = ClippedCAGradAdamW(model.parameters(), weights=WEIGHTS)
     opt.param_groups[0]["capturable"] = True
     taken = []
-    monkeypatch.setattr(choose, "device_obstacle", lambda *args: None)
+    monkeypatch.setattr(choose, "waits", lambda *args: None)
+    monkeypatch.setattr(on_device, "MAX_OBJECTIVES", len(WEIGHTS))
     for name in ("_step_on_device", "_step_through_host"):
         monkeypatch.setattr(opt, name, lambda *args, name=name: taken.append(name))
     losses, scores = losses_of(model)

@@ -1,4 +1,4 @@
-"""Every rule of DESIGN.md section 2 as a property of `solve_dual`."""
+"""What the dual problem promises (docs/method.md), as properties of `solve_dual`."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def test_kinks_are_optimal_by_nonnegative_least_squares() -> None:
 
 @pytest.mark.parametrize("make", FAMILIES, ids=lambda make: make.__name__)
 def test_certificate_in_50_digits(make: Any) -> None:
-    """DESIGN.md's own formula, from p as returned and the Gram at face value."""
+    """The paper's formula (Algorithm 1), from p as returned and the Gram at face value."""
     for m in (3, 5, 9, 14):
         _, M, w, c = draw(3, make, m, 4)
         for gram in M:

@@ -48,7 +48,7 @@ class TrainConfig:
         eps: AdamW's epsilon.
         weight_decay: decoupled weight decay.
         max_grad_norm: clip the norm of the combined gradient; None does not clip.
-        rounding: of bfloat16 weights: nearest, stochastic, split or kahan.
+        rounding: of bfloat16 weights: nearest, stochastic or split.
         schedule: learning-rate schedule after the warm-up.
         warmup_ratio: share of the steps spent warming up linearly.
         epochs: passes over the data.

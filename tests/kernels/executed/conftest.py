@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, ClassVar
 
@@ -25,8 +26,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from raco_fast.backends import choose
-from raco_fast.backends.reference import adamw_options
+from raco_fast.backends import choose, cuda
+from raco_fast.backends.rounding import NEAREST
+from raco_fast.backends.types import AdamWOptions, Update
 
 SPLIT = 2.0**27 + 1  # Veltkamp's: cuts a float64 into two halves whose products are exact
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -49,19 +51,13 @@ def fresh_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(autouse=True)
-def nothing_known_of_earlier_tensors() -> None:
-    """Tests replace backends, which findings for equal tensors would outlive."""
-    choose.findings.clear()
-
-
 @pytest.fixture
 def as_on_cuda(monkeypatch) -> None:
     """In the interpreter CPU tensors pass for those of a CUDA device whose kernels are proved."""
     if INTERPRETED:
-        proved = {(torch.device("cpu"), part): None for part in ("step", "weight_grad")}
-        monkeypatch.setattr(choose, "_on_cuda", lambda tensors: True)
-        monkeypatch.setattr(choose, "missing_for_triton", lambda: None)
+        proved = {("triton", torch.device("cpu"), part): None for part in ("step", "weight_grad")}
+        monkeypatch.setattr(cuda, "is_on_device", lambda tensor: True)
+        monkeypatch.setattr(cuda, "missing", lambda: None)
         monkeypatch.setattr(choose, "_disagreements", proved)
 
 
@@ -72,10 +68,9 @@ ALPHA = (0.6, 0.55, -0.25, 0.4, 1.2, 0.3, 0.8, 0.05)
 class Problem:
     """Parameters, gradients and AdamW states in the middle of a run."""
 
-    ADAMW: ClassVar[dict[str, float]] = {"lr": 0.013, "beta1": 0.85, "beta2": 0.97, "eps": 1e-6}
-    OPTIONS: ClassVar[dict[str, Any]] = {
-        **adamw_options(**ADAMW, weight_decay=0.07, foreach=False, fused=False)
-    }
+    OPTIONS: ClassVar[AdamWOptions] = AdamWOptions(
+        lr=0.013, beta1=0.85, beta2=0.97, eps=1e-6, weight_decay=0.07, foreach=False, fused=False
+    )
 
     def __init__(self, device, m, grad, param, state, sizes=SIZES, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -94,47 +89,30 @@ class Problem:
     def state(self) -> list[Tensor]:
         return [*self.params, *self.exp_avgs, *self.exp_avg_sqs]
 
-    def step(self, backend, **options) -> None:
-        backend.combine_adamw(
-            self.params,
-            self.grads,
-            self.alpha,
-            self.exp_avgs,
-            self.exp_avg_sqs,
-            [],
-            self.steps,
-            **{**self.OPTIONS, **options},
+    def step(self, backend, alpha=None, rounding=NEAREST, **options) -> None:
+        states = (self.exp_avgs, self.exp_avg_sqs, [], self.steps)
+        update = Update(
+            self.params, self.grads, *states, replace(self.OPTIONS, **options), rounding
         )
+        backend.combine_adamw(update, self.alpha if alpha is None else alpha, {})
 
-    def launch(
-        self, rounding="nearest", residuals=None, alpha=None, seed=0, lr=OPTIONS["lr"], **scalars
-    ) -> None:
+    def launch(self, rounding="nearest", residuals=None, alpha=None, seed=0, lr=OPTIONS.lr) -> None:
         """The kernel itself, with everything it reads from device memory."""
-        from raco_fast.backends.cuda_numbers import hyper_rows
         from raco_fast.kernels import combine_adamw as kernels
+        from raco_fast.kernels import tables
 
-        device, options = self.params[0].device, {**self.OPTIONS, "lr": lr}
+        device, m = self.params[0].device, len(self.grads)
         for step in self.steps:
             step += 1
-
-        def one(value: float) -> Tensor:
-            return torch.tensor([value], device=device)
-
+        steps, options = torch.stack(self.steps), replace(self.OPTIONS, lr=lr)
+        columns = [*self.grads, self.params, self.exp_avgs, self.exp_avg_sqs]
         kernels.combine_adamw(
-            self.params,
-            self.grads,
-            self.exp_avgs,
-            self.exp_avg_sqs,
-            hyper_rows(torch.stack(self.steps), len(self.steps), options).to(device),
-            kernels.Scalars(
-                alpha=(self.alpha if alpha is None else alpha).float().to(device),
-                clip=one(scalars.get("clip", 1.0)),
-                grad_scale=one(scalars.get("grad_scale", 1.0)),
-                found_inf=one(scalars.get("found_inf", 0.0)),
-                seed=torch.tensor([seed], device=device),
-            ),
+            tables.build([*columns, residuals] if residuals else columns, m, device),
+            m,
+            cuda.hyper_rows(steps, len(steps), options).to(device),
+            (self.alpha if alpha is None else alpha).float().to(device),
+            torch.tensor([seed], device=device),
             rounding,
-            residuals,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Callable
 from itertools import pairwise
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 import raco_fast
 from raco_fast import ObjectiveGradients
-from raco_fast.backends import choose, cuda_weight_grad, ops, reference, self_test
+from raco_fast.backends import choose, cpu, cuda, ops, reference, self_test
+from raco_fast.backends.types import Call
 from raco_fast.kernels import tables
 
 pytestmark = pytest.mark.usefixtures("as_on_cuda")
@@ -21,6 +23,8 @@ pytestmark = pytest.mark.usefixtures("as_on_cuda")
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 LENGTHS = (33, 5, 0, 40, 1, 17)  # of the sequences of a packed row; a k-block has 32 rows
 D_IN, WIDTH, D_OUT = 48, 144, 32
+# The interpreter's tensors are on the CPU, whose backend has plain torch's weight gradients too.
+PLAIN = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "reference"
 
 
 @pytest.fixture
@@ -36,8 +40,8 @@ def ran(monkeypatch) -> list[str]:
 
         return spy
 
-    for name, module in (("triton", choose.triton()), ("reference", reference)):
-        monkeypatch.setattr(module, "weight_grad", spied(name, module.weight_grad))
+    for module in (cuda, reference, cpu):
+        monkeypatch.setattr(module, "weight_grad", spied(module.name, module.weight_grad))
     return calls
 
 
@@ -111,7 +115,7 @@ def test_with_another_backend_forced_plain_torch_runs(name, device, ran):
     with raco_fast.prepare(model, strict=True, check_every=None), raco_fast.backend(name):
         scores = model(tokens(1, device))
         gradients.backward(losses(scores, 2), scores=scores)
-    assert ran == ["reference"] * 2
+    assert ran == [name] * 2
 
 
 class Layer:
@@ -135,11 +139,16 @@ class Layer:
         ]
         return torch.einsum("ig,gkl->ikl", self.U, torch.stack(t))
 
+    def call(self) -> Call:
+        return Call(
+            "weight_grad", len(self.U), [[self.out]], [[self.x], [self.dy]], None, self.bounds
+        )
+
     def backend(self) -> str:
-        return choose.backend_of_weight_grad(*self.arguments())
+        return choose.chosen(self.call()).name
 
     def obstacle(self) -> str | None:
-        return choose.weight_grad_obstacle(self.x, self.dy, self.bounds, len(self.U), self.out)
+        return cuda.obstacle(self.call(), False)
 
 
 @pytest.mark.parametrize("fresh", [True, False])
@@ -180,9 +189,8 @@ def test_a_layer_that_the_model_of_costs_gives_to_the_kernel(device):
     assert Layer(device, **LARGE).obstacle() is None
     assert Layer(device, **LARGE).backend() == "triton"
     alone = Layer(device, **{**LARGE, "m": 1})
-    assert alone.backend() == "reference"
-    alone.U = None
-    assert alone.backend() == "reference"
+    assert alone.obstacle() == "one product is a plain product"
+    assert alone.backend() == PLAIN
 
 
 def shifted(layer: Layer) -> None:
@@ -221,7 +229,7 @@ def test_what_the_kernel_cannot_do_is_done_by_plain_torch(given, change, reason,
     layer = Layer(device, **{**LARGE, **given})
     if change is not None:
         change(layer)
-    assert layer.backend() == "reference"
+    assert layer.backend() == PLAIN
     assert layer.obstacle() is not None
     forced = pytest.raises(RuntimeError, match=f"'triton' cannot run this weight_grad: .*{reason}")
     with raco_fast.backend("triton"), forced:
@@ -242,7 +250,7 @@ def test_what_is_slower_on_the_kernel_runs_there_only_if_forced(given, change, r
     if change is not None:
         change(layer)
     assert re.search(reason, str(layer.obstacle()))
-    assert layer.backend() == "reference"
+    assert layer.backend() == PLAIN
     with raco_fast.backend("triton"):
         assert layer.backend() == "triton"
 
@@ -250,23 +258,23 @@ def test_what_is_slower_on_the_kernel_runs_there_only_if_forced(given, change, r
 def test_its_proof_is_asked_once_and_leaves_the_other_kernels(device, monkeypatch):
     layer, asked = Layer(device, **LARGE), []
 
-    def found(on: torch.device) -> str:
-        asked.append(on)
+    def found(*call: object) -> str:
+        asked.append(call)
         return "`weight_grad` differs"
 
-    monkeypatch.setattr(self_test, "weight_grad_disagreement", found)
-    monkeypatch.setattr(choose, "_disagreements", {(layer.x.device, "step"): None})
+    monkeypatch.setattr(self_test, "disagreement", found)
+    monkeypatch.setattr(choose, "_disagreements", {("triton", layer.x.device, "step"): None})
     with pytest.warns(UserWarning, match="kernel of weight_grad is not used on .*`weight_grad` di"):
-        assert layer.backend() == "reference"
-    assert layer.backend() == "reference"  # warnings are errors here
-    assert asked == [layer.x.device]
-    assert choose.backend_of("gram", [[layer.x], [layer.dy]]) == "triton"
+        assert layer.backend() == PLAIN
+    assert layer.backend() == PLAIN  # warnings are errors here
+    assert asked == [(cuda, "weight_grad", layer.x.device)]
+    assert choose.chosen(Call("gram", 2, (), [[layer.x], [layer.x]])) is cuda
 
 
-def test_a_small_layer_is_compiled_and_proved_by_nobody(device, monkeypatch):
+def test_a_small_layer_is_neither_compiled_nor_proved(device, monkeypatch):
     monkeypatch.setattr(choose, "_disagreements", {})
-    monkeypatch.setattr(self_test, "weight_grad_disagreement", None)
-    assert Layer(device).backend() == "reference"
+    monkeypatch.setattr(self_test, "disagreement", None)
+    assert Layer(device).backend() == PLAIN
 
 
 @pytest.mark.parametrize("fresh", [True, False])
@@ -278,6 +286,6 @@ def test_the_table_and_the_coefficients_are_sent_once_for_all_layers(fresh, devi
     tables._uploads.clear()
     layers = [Layer(device, d_in=16 * k, d_out=32) for k in (1, 2, 3)]
     for layer in layers:
-        cuda_weight_grad.weight_grad(*layer.arguments(), fresh)
+        cuda.weight_grad(*layer.arguments(), fresh)
     on_cpu = device.type == "cpu"  # where the coefficients are already
     assert len(sent) == 2 - on_cpu

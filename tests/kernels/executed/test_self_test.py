@@ -10,16 +10,15 @@ from raco_fast.backends import cuda, self_test
 
 def test_the_kernels_pass(device):
     before = torch.get_rng_state()
-    assert self_test.disagreement(device) is None
-    assert self_test.weight_grad_disagreement(device) is None
+    for part in ("step", "weight_grad"):
+        assert self_test.disagreement(cuda, part, device) is None
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def wrong_residuals(params, *others, **options):
-    combine_adamw(params, *others, **options)
-    rounding = others[6] if len(others) > 6 else None
-    if rounding is not None:
-        rounding.residuals[3][17] = 0.0
+def wrong_residuals(update, *rest):
+    combine_adamw(update, *rest)
+    if update.rounding.residuals:
+        update.rounding.residuals[3][17] = 0.0
 
 
 def wrong_weight_grad(x, dy, bounds, U, out, fresh):
@@ -31,8 +30,8 @@ def forgetful_weight_grad(x, dy, bounds, U, out, fresh):
     weight_grad(x, dy, bounds, U, out, True)
 
 
-def wrong_gram(grads):
-    return gram(grads) * (1 + 1e-4)
+def wrong_gram(*call):
+    return gram(*call) * (1 + 1e-4)
 
 
 def wrong_combine(grads, coefficients, out):
@@ -40,9 +39,9 @@ def wrong_combine(grads, coefficients, out):
     out[1][-1] = 0.0
 
 
-def wrong_combine_adamw(params, grads, coefficients, exp_avgs, exp_avg_sqs, *rest, **options):
-    combine_adamw(params, grads, coefficients, exp_avgs, exp_avg_sqs, *rest, **options)
-    exp_avg_sqs[2][1030] *= 1.2
+def wrong_combine_adamw(update, *rest):
+    combine_adamw(update, *rest)
+    update.exp_avg_sqs[2][1030] *= 1.2
 
 
 def raising(*args, **kwargs):
@@ -69,7 +68,7 @@ gram, combine, combine_adamw, weight_grad = (
 )
 def test_a_wrong_kernel_is_named(operation, wrong, finding, device, monkeypatch):
     monkeypatch.setattr(cuda, operation, wrong)
-    found = self_test.disagreement(device)
+    found = self_test.disagreement(cuda, "step", device)
     assert found is not None
     assert finding in found
 
@@ -84,7 +83,7 @@ def test_a_wrong_kernel_is_named(operation, wrong, finding, device, monkeypatch)
 )
 def test_a_wrong_kernel_of_layers_is_named_by_itself(wrong, finding, device, monkeypatch):
     monkeypatch.setattr(cuda, "weight_grad", wrong)
-    assert finding in str(self_test.weight_grad_disagreement(device))
+    assert finding in str(self_test.disagreement(cuda, "weight_grad", device))
 
 
 def test_nan_is_a_disagreement(device):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from raco_fast import _C
-from raco_fast.backends import call_cache
+from raco_fast.backends import cpu, plan, reference
 
 
 def lists() -> list[list[torch.Tensor | None]]:
@@ -20,7 +22,7 @@ def lists() -> list[list[torch.Tensor | None]]:
 
 def test_addresses_are_the_tensors():
     tensors = lists()
-    addresses, _ = call_cache.describe(tensors)
+    addresses, _ = plan.describe(tensors)
     expected = [0 if t is None else t.data_ptr() for one in tensors for t in one]
     assert np.frombuffer(addresses, np.int64).tolist() == expected
 
@@ -40,16 +42,16 @@ def test_addresses_are_the_tensors():
     ids=str,
 )
 def test_another_shape_stride_or_dtype_is_another_layout(other):
-    first = call_cache.describe([[torch.zeros(3, 4)]])
-    assert call_cache.describe([[torch.ones(3, 4)]])[1] == first[1]
-    assert call_cache.describe([[other]])[1] != first[1]
+    first = plan.describe([[torch.zeros(3, 4)]])
+    assert plan.describe([[torch.ones(3, 4)]])[1] == first[1]
+    assert plan.describe([[other]])[1] != first[1]
 
 
 def test_views_of_one_memory_differ_where_data_is_swapped():
     p = torch.nn.Parameter(torch.zeros(6, 2))
-    before = call_cache.describe([[p]])
+    before = plan.describe([[p]])
     p.data = p.data.view(2, 6)
-    after = call_cache.describe([[p]])
+    after = plan.describe([[p]])
     assert after[0] == before[0]
     assert after[1] != before[1]
 
@@ -59,60 +61,76 @@ def test_what_is_no_plain_dense_tensor_is_not_described():
         pass
 
     for odd in (torch.zeros(2, 2).to_sparse(), torch.zeros(2).as_subclass(Mine)):
-        assert call_cache.describe([[torch.zeros(2), odd]]) is None
-    assert call_cache.describe([[torch.zeros(2)], []]) is None
-    assert call_cache.describe([]) is not None
+        assert plan.describe([[torch.zeros(2), odd]]) is None
+    assert plan.describe([[torch.zeros(2)], []]) is None
+    assert plan.describe([]) is not None
     with pytest.raises(TypeError):
         _C.describe([[torch.zeros(2)]], (torch.Tensor,), object())
 
 
 def test_without_the_exchange_interface_everything_is_checked_anew(monkeypatch):
-    monkeypatch.setattr(call_cache, "_EXCHANGE", None)
-    assert call_cache.describe(lists()) is None
+    monkeypatch.setattr(plan, "_EXCHANGE", None)
+    assert plan.describe(lists()) is None
     steps = [torch.tensor(2.0), torch.tensor(5.0)]
-    assert call_cache.advance(steps).tolist() == [3.0, 6.0] == [s.item() for s in steps]
+    assert plan.advance(steps).tolist() == [3.0, 6.0] == [s.item() for s in steps]
 
 
 def test_findings_hold_for_equal_tensors_only_and_keep_none_alive():
-    findings = call_cache.Findings()
+    known = plan.Plan()
     tensor = torch.zeros(3)
-    seen = call_cache.describe([[tensor]])
-    finding = findings.note("gram", seen, "cpu")
+    seen = plan.describe([[tensor]])
+    finding = known.note("gram", seen, [[tensor]], cpu)
     finding.prepared["stream"] = ["table"]
-    assert findings.find("gram", seen, [[tensor]]) is finding
-    assert findings.find("combine", seen, [[tensor]]) is None
-    assert findings.find("gram", None, [[tensor]]) is None
+    assert known.find("gram", seen, [[tensor]]) is finding
+    assert known.find("combine", seen, [[tensor]]) is None
     other = torch.zeros(3)
-    moved = call_cache.describe([[other]])
-    assert findings.find("gram", moved, [[other]]) is finding
+    moved = plan.describe([[other]])
+    assert known.find("gram", moved, [[other]]) is finding
     assert not finding.prepared  # the tables were those of other addresses
-    negated = torch._neg_view(torch.ones(3))
-    assert call_cache.describe([[negated]])[1] == seen[1]
-    assert findings.find("gram", call_cache.describe([[negated]]), [[negated]]) is None
     alive = weakref.ref(tensor)
     del tensor
     gc.collect()
     assert alive() is None
 
 
-def test_only_the_latest_findings_of_a_key_are_kept():
-    findings = call_cache.Findings()
-    seen = [call_cache.describe([[torch.zeros(n)]]) for n in range(1, 11)]
+def test_nothing_is_concluded_from_or_for_negated_views():
+    known = plan.Plan()
+    tensor, negated = torch.zeros(3), torch._neg_view(torch.ones(3))
+    seen, looks_alike = plan.describe([[tensor]]), plan.describe([[negated]])
+    assert looks_alike[1] == seen[1]
+    finding = known.note("gram", seen, [[tensor]], cpu)
+    assert known.find("gram", looks_alike, [[negated]]) is None
+    known.note("gram", looks_alike, [[negated]], reference)
+    assert known.find("gram", seen, [[tensor]]) is finding
+
+
+def test_a_copy_begins_anew():
+    known, tensor = plan.Plan(), torch.zeros(3)
+    seen = plan.describe([[tensor]])
+    known.note("gram", seen, [[tensor]], cpu)
+    for other in (copy.deepcopy(known), pickle.loads(pickle.dumps(known))):
+        assert other.find("gram", seen, [[tensor]]) is None
+
+
+def test_only_the_latest_findings_of_a_key_are_kept(monkeypatch):
+    monkeypatch.setattr(plan, "_KEPT", 8)
+    known = plan.Plan()
+    seen = [plan.describe([[torch.zeros(n)]]) for n in range(1, 11)]
     for s in seen:
-        findings.note("gram", s, "cpu")
-    found = [findings.find("gram", s, []) is not None for s in seen]
+        known.note("gram", s, [], cpu)
+    found = [known.find("gram", s, []) is not None for s in seen]
     assert found == [False] * 2 + [True] * 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_step_counts_advance_in_place(dtype):
     steps = [torch.tensor(k, dtype=dtype) for k in (0.0, 7.0, 2.0**24 - 2)]
-    counts = call_cache.advance(steps)
+    counts = plan.advance(steps)
     assert counts.dtype == torch.float64
     assert counts.tolist() == [1.0, 8.0, 2.0**24 - 1] == [s.item() for s in steps]
 
 
 def test_step_counts_that_are_no_float_scalars_advance_in_torch():
     odd = [torch.tensor(3.0), torch.tensor(4)]
-    assert call_cache.advance(odd).tolist() == [4.0, 5.0]
+    assert plan.advance(odd).tolist() == [4.0, 5.0]
     assert [s.item() for s in odd] == [4.0, 5]

@@ -1,9 +1,10 @@
-"""Where a call's tensors are and how they look, read in one pass, and what was found out for them.
+"""Where a step's tensors are and how they look, read in one pass, and what was concluded for them.
 
 Checking 300 parameters one attribute at a time takes milliseconds, and from step to step nothing
 changes. `describe` reads addresses, dtypes, shapes, strides and devices in C++ (through DLPack's
-exchange interface, some ten nanoseconds a tensor); `Findings` hands out what was concluded for
-equal ones. No tensor is kept alive, and a swapped or reshaped one is another description.
+exchange interface, some ten nanoseconds a tensor); a `Plan`, of one optimizer or `combine`, hands
+out what was concluded for equal ones. No tensor is kept alive, and a swapped or reshaped one is
+another description.
 """
 
 from __future__ import annotations
@@ -16,22 +17,21 @@ import torch
 from torch import Tensor
 
 from raco_fast import _C
+from raco_fast.backends.types import Backend, Prepared
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _EXCHANGE: Any = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-_KEPT = 8  # descriptions per key: parameter groups, and gradients that alternate
+_KEPT = 64  # layouts per key: parameter groups, and sets of parameters that alternate
 
 
 @dataclass
 class Finding:
-    """What was concluded: the backend for tensors laid out like this, and what it has prepared for
-    these addresses.
-    """
+    """The backend for tensors laid out like this, and what it has prepared for these addresses."""
 
     layout: bytes
     addresses: bytes
-    backend: str
-    prepared: dict[Hashable, Any] = field(default_factory=dict)
+    backend: Backend
+    prepared: Prepared = field(default_factory=dict)
 
 
 def describe(lists: Sequence[Sequence[Tensor | None]]) -> tuple[bytes, bytes] | None:
@@ -50,45 +50,46 @@ def advance(steps: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(steps)).reshape(-1).to(torch.float64)
 
 
-class Findings:
-    """The latest findings for each key."""
+class Plan:
+    """The latest findings for each kind of call."""
 
     def __init__(self) -> None:
         self._of: dict[Hashable, list[Finding]] = {}
 
+    def __reduce__(self) -> tuple[type[Plan], tuple[()]]:
+        return Plan, ()  # a copy's tensors are elsewhere
+
     def find(
-        self,
-        key: Hashable,
-        seen: tuple[bytes, bytes] | None,
-        lists: Sequence[Sequence[Tensor | None]],
+        self, key: Hashable, seen: tuple[bytes, bytes], lists: Sequence[Sequence[Tensor | None]]
     ) -> Finding | None:
         """The finding for tensors that look like `seen`; what was prepared for others is dropped.
 
         Lazily negated views look like what they are views of, so new addresses are asked for them.
         """
-        if seen is None:
-            return None
         addresses, layout = seen
-        for finding in self._of.get(key, ()):
-            if finding.layout == layout and finding.addresses == addresses:
-                return finding
-        for finding in self._of.get(key, ()):
-            if finding.layout == layout:
-                if any(t is not None and t.is_neg() for one in lists for t in one):
-                    return None
-                finding.addresses = addresses
-                finding.prepared.clear()
-                return finding
-        return None
+        finding = next((f for f in self._of.get(key, ()) if f.layout == layout), None)
+        if finding is None or finding.addresses == addresses:
+            return finding
+        if _negated(lists):
+            return None
+        finding.addresses = addresses
+        finding.prepared.clear()
+        return finding
 
-    def note(self, key: Hashable, seen: tuple[bytes, bytes] | None, backend: str) -> Finding:
-        """A new finding, which takes the place of the oldest."""
-        addresses, layout = seen or (b"", b"")
+    def note(
+        self,
+        key: Hashable,
+        seen: tuple[bytes, bytes],
+        lists: Sequence[Sequence[Tensor | None]],
+        backend: Backend,
+    ) -> Finding:
+        """A new finding, which takes the place of the oldest; that of negated views is not kept."""
+        addresses, layout = seen
         finding = Finding(layout, addresses, backend)
-        if seen is not None:
+        if not _negated(lists):
             self._of[key] = [finding, *self._of.get(key, [])][:_KEPT]
         return finding
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self._of.clear()
+
+def _negated(lists: Sequence[Sequence[Tensor | None]]) -> bool:
+    return any(t is not None and t.is_neg() for one in lists for t in one)

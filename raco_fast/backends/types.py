@@ -1,0 +1,161 @@
+"""What operations are given, and what a backend is."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from raco_fast.backends.rounding import NEAREST, Rounding
+
+Gradients = Sequence[Sequence[Tensor | None]]
+"""m lists of n gradients; None stands for a gradient of zeros."""
+
+Prepared: TypeAlias = "dict[Hashable, Any]"
+"""What a backend built for the tensors of one call: empty at first, and again when an address or a
+layout has changed."""
+
+
+@dataclass(frozen=True)
+class AdamWOptions:
+    """The hyper-parameters of one parameter group, as `torch.optim.AdamW` names them."""
+
+    lr: float | Tensor = 1e-3
+    beta1: float | Tensor = 0.9
+    beta2: float | Tensor = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+    amsgrad: bool = False
+    maximize: bool = False
+    foreach: bool | None = None
+    capturable: bool = False
+    differentiable: bool = False
+    fused: bool | None = None
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> AdamWOptions:
+        """Those of a parameter group of an optimizer."""
+        beta1, beta2 = group["betas"]
+        rest = {name: group[name] for name in cls.__dataclass_fields__ if name in group}
+        return cls(beta1=beta1, beta2=beta2, **rest)
+
+
+@dataclass(frozen=True)
+class Update:
+    """One AdamW step of n parameters, but for the coefficients of their gradients.
+
+    Attributes:
+        params: n tensors, each with at least one gradient that is not None.
+        grads: m lists of n gradients of the parameters' shapes, or None.
+        exp_avgs, exp_avg_sqs: n states of the parameters' shapes.
+        max_exp_avg_sqs: n states with `amsgrad`, else empty.
+        steps: n scalar tensors, the step counts.
+        options: of the parameter group.
+        rounding: of the parameters; bfloat16 ones only, unless it is "nearest".
+    """
+
+    params: Sequence[Tensor]
+    grads: Gradients
+    exp_avgs: Sequence[Tensor]
+    exp_avg_sqs: Sequence[Tensor]
+    max_exp_avg_sqs: Sequence[Tensor]
+    steps: Sequence[Tensor]
+    options: AdamWOptions = AdamWOptions()
+    rounding: Rounding = NEAREST
+
+    @property
+    def written(self) -> list[Sequence[Tensor]]:
+        """Lists of n tensors that a kernel writes: parameters, states, residuals if there are."""
+        residuals = [self.rounding.residuals] if self.rounding.name == "split" else []
+        return [self.params, self.exp_avgs, self.exp_avg_sqs, *residuals]
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operation on certain tensors, as backends are asked about it.
+
+    Attributes:
+        operation: "gram", "combine", "combine_adamw" or "weight_grad".
+        m: the number of objectives.
+        written: lists of n tensors that are written in place.
+        read: lists of n tensors or None that are only read.
+        options: of "combine_adamw".
+        bounds: of "weight_grad", whose lists are [out], and [x], [dy].
+        runs: False where somebody only asks: then nothing is proved on a device.
+    """
+
+    operation: str
+    m: int
+    written: Sequence[Sequence[Tensor]]
+    read: Gradients
+    options: AdamWOptions | None = None
+    bounds: Sequence[int] = ()
+    runs: bool = True
+
+    @property
+    def lists(self) -> list[Sequence[Tensor | None]]:
+        """All lists."""
+        return [*self.written, *self.read]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors."""
+        return (t for one in self.lists for t in one if t is not None)
+
+    def recorded(self) -> str | None:
+        """Why a kernel that autograd cannot see must not write these tensors; None if it may."""
+        watched = self.runs and torch.is_grad_enabled()
+        if watched and any(t.requires_grad for one in self.written for t in one):
+            return "autograd would record it (use torch.no_grad())"
+        return None
+
+
+class Backend(Protocol):
+    """One implementation of the operations; `choose.BACKENDS` lists all of them.
+
+    Operations have the meaning and the errors that `ops.py` describes, and are called only where
+    `obstacle` is None. One that a backend lacks is an obstacle, and then need not be there.
+    """
+
+    @property
+    def name(self) -> str:
+        """For `raco_fast.backend(name)`."""
+
+    @property
+    def on_device(self) -> bool:
+        """Whether nothing waits for the device: `gram` stays there, coefficients may be there."""
+
+    @property
+    def unproved(self) -> bool:
+        """Whether it has to agree with `reference` before its first use on a device."""
+
+    def missing(self) -> str | None:
+        """What this machine lacks, with the cure; None if the backend can run here."""
+
+    def obstacle(self, call: Call, forced: bool) -> str | None:
+        """Why a call is not for this backend, None if it is; asked only if the tensors changed.
+
+        What is possible but slower is no obstacle if `forced`.
+        """
+
+    def gram(self, grads: Gradients, prepared: Prepared) -> Tensor:
+        """[m, m] float64, on the CPU or, not waited for, on the gradients' device."""
+
+    def combine(self, grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> None:
+        """Write Σ α_i g_i."""
+
+    def combine_adamw(self, update: Update, coefficients: Tensor, prepared: Prepared) -> None:
+        """One AdamW step along Σ α_i g_i."""
+
+    def weight_grad(
+        self,
+        x: Tensor,
+        dy: Tensor,
+        bounds: Sequence[int],
+        U: Tensor | None,
+        out: Tensor,
+        fresh: bool,
+    ) -> None:
+        """Write or add the m weight gradients of a layer."""
