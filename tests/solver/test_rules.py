@@ -34,7 +34,7 @@ INDEPENDENT = (families.generic, families.common_component)
 OPTIONS = {
     "capped-mgda": ({"alpha": 0.3}, {"alpha": 0.8}, {"alpha": 1.0}),
     "gapo": ({"p": 0.5}, {"p": 1.0}, {"p": 2.0}),
-    "fairgrad": ({"alpha": 0.4}, {"alpha": 1.0}, {"alpha": 3.0}),
+    "fairgrad": ({"alpha": 0.1}, {"alpha": 0.7}, {"alpha": 3.0}, {"alpha": 20.0}),
     "aligned-mtl": ({"scale": "min"}, {"scale": "median"}, {"scale": "mean"}),
     "pcgrad": ({"seed": 3},),
     "gradvac": ({"beta": 0.3, "seed": 5},),
@@ -484,7 +484,11 @@ def test_relatives() -> None:
         ({"name": "capped-mgda", "alpha": 1.5}, ValueError, r"must be in \(0, 1\], got 1.5"),
         ({"name": "gapo", "p": -1.0}, ValueError, "`p` of the rule gapo must be in"),
         ({"name": "gradvac", "beta": True}, TypeError, "must be a number, got True"),
-        ({"name": "pcd", "beta": 1.0}, ValueError, "`beta` of the rule pcd must be in"),
+        (
+            {"name": "pcd", "beta": 1.0},
+            ValueError,
+            r"`beta` of the rule pcd must be in \[0, 1\), got",
+        ),
         ({"name": "pcd", "tau": -0.1}, ValueError, "`tau` of the rule pcd must be in"),
         (
             {"name": "aligned-mtl", "scale": "max"},
