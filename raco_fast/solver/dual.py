@@ -268,6 +268,8 @@ def solve_dual(
     if packed.ndim == 1:
         _raise_for_status(matrix, packed[3 * m :])
     if certified is not None:
+        if state:
+            checked_state(certified, m, state)  # raises: these rules have none
         return DualSolution(names, array, c, certified.name, matrix, packed, tensor)
     after = _apply(rule, matrix, packed, array, c, losses, state)
     return DualSolution(names, array, c, label_of(rule), matrix, packed, tensor, after)

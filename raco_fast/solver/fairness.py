@@ -48,28 +48,40 @@ def fair_coefficients(problem: Problem, alpha: float) -> Array:
 
 
 def _newton(C: Array, kappa: Array, power: float, p: Array) -> Array:
-    """z > 0 with C z = κ z^-power, from a point between p (of the shortest Gp) and even ones."""
+    """z > 0 with C z = κ z^-power, from a point between p (of the shortest Gp) and even ones.
+
+    A z_i that no other one feels is κ_i and (Cz)_i alone; left in the Newton system it would hold
+    back the rest, whose step ends where some z_i would be negative.
+    """
     z = p + 1.0 / len(p)
     z = z * ((kappa @ z ** (1.0 - power)) / (z @ C @ z)) ** (1.0 / (1.0 + power))
-    value, least = _objective(C, kappa, power, z), np.inf
-    for _ in range(200):
-        S, e = C * z[:, None] * z, kappa * z ** (1.0 - power)
+    least = np.inf
+    for _ in range(400):
+        y = C @ z
+        small = (z < 1e-9 * z.max()) & (y > 0.0)
+        alone = (kappa / np.where(small, y, kappa)) ** (1.0 / power)
+        z = np.where(small, np.minimum(alone, 1e-8 * z.max()), z)
+        big = np.flatnonzero(~small)
+        S, e = C[big] * z[big, None] * z, kappa[big] * z[big] ** (1.0 - power)
         residual = S.sum(1) - e
         wrong = float((abs(residual) / (abs(S).sum(1) + e)).max())
-        change = -np.linalg.solve(S + np.diag(power * e), residual)
-        step, slope = min(1.0, 0.9 / max(-change.min(), 1e-300)), residual @ change
+        # The rounding of C is added: a system that is singular to that must have an answer too.
+        curvature = S[:, big] + np.diag(power * e + 1e-15 * z[big] ** 2)
+        change = -np.linalg.solve(curvature, residual)
+        step, slope = min(1.0, 0.99 / max(-change.min(), 1e-300)), residual @ change
         noise = 4.0 * np.finfo(float).eps * (abs(S).sum() + e.sum())
         near = -slope <= max(1e-10 * e.sum(), noise)  # the objective cannot tell such points apart
         if wrong <= 1e-15 or (near and wrong < 1e-9 and wrong >= 0.5 * least):
             return z
         least = wrong
+        value = _objective(C, kappa, power, z)
         while True:
-            there = z * (1.0 + step * change)
-            after = _objective(C, kappa, power, there)
-            if near or after <= value + 1e-4 * step * slope:
+            there = z.copy()
+            there[big] *= 1.0 + step * change
+            if near or _objective(C, kappa, power, there) <= value + 1e-4 * step * slope:
                 break
             step *= 0.5
-        z, value = there, after
+        z = there
     raise ArithmeticError(f"Newton's method did not settle for cosines {C.tolist()}, κ = {kappa}")
 
 

@@ -6,7 +6,6 @@ docs/rules.md has an example, and the table of the rules that are here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +29,8 @@ class Problem:
         gram: [n, m, m] float64, M_ij = <g_i, g_j>: finite, symmetric, with a non-negative diagonal.
         weights: [m] float64, the user's: non-negative, sum 1.
         c: the radius of CAGrad, for rules that have one.
-        losses: [n, m] float64, where the rule `needs_losses`; else None.
+        losses: [n, m] float64, where the rule `needs_losses`; else None. Those that a GradScaler
+            scaled have its factor.
     """
 
     gram: Array
@@ -118,9 +118,14 @@ def where_present(present: Mask, solve: Callable[[Index, Index], Array]) -> Arra
     return coefficients
 
 
-def check_option(name: str, value: float, rule: str, low: float, high: float) -> None:
-    """Raise unless an option is a number with low < value <= high."""
+def check_option(
+    name: str, value: float, rule: str, low: float, high: float, brackets: str = "[]"
+) -> None:
+    """Raise unless an option is a number of an interval, whose brackets say what of it is open."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"`{name}` of the rule {rule} must be a number, got {value!r}")
-    if not (low < value <= high and math.isfinite(value)):
-        raise ValueError(f"`{name}` of the rule {rule} must be in ({low:g}, {high:g}], got {value}")
+    above = low <= value if brackets[0] == "[" else low < value
+    below = value <= high if brackets[1] == "]" else value < high
+    if not (above and below):
+        interval = f"{brackets[0]}{low:g}, {high:g}{brackets[1]}"
+        raise ValueError(f"`{name}` of the rule {rule} must be in {interval}, got {value}")

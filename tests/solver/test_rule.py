@@ -222,6 +222,8 @@ def test_bad_state_and_losses() -> None:
         solve_dual(GRAM, WEIGHTS, 0.4, Echo(), losses=[1, 2], state={"last": np.zeros(3)})
     with pytest.raises(ValueError, match=r"`state` must have \{\} for Levelled"):
         solve_dual(GRAM, WEIGHTS, 0.4, Levelled(), state={"last": np.zeros(2)})
+    with pytest.raises(ValueError, match=r"`state` must have \{\} for MGDA"):
+        solve_dual(GRAM, WEIGHTS, 0.4, "mgda", state={"last": np.zeros(2)})
 
 
 def page() -> str:

@@ -34,7 +34,7 @@ INDEPENDENT = (families.generic, families.common_component)
 OPTIONS = {
     "capped-mgda": ({"alpha": 0.3}, {"alpha": 0.8}, {"alpha": 1.0}),
     "gapo": ({"p": 0.5}, {"p": 1.0}, {"p": 2.0}),
-    "fairgrad": ({"alpha": 0.4}, {"alpha": 1.0}, {"alpha": 3.0}),
+    "fairgrad": ({"alpha": 0.1}, {"alpha": 0.7}, {"alpha": 3.0}, {"alpha": 20.0}),
     "aligned-mtl": ({"scale": "min"}, {"scale": "median"}, {"scale": "mean"}),
     "pcgrad": ({"seed": 3},),
     "gradvac": ({"beta": 0.3, "seed": 5},),
@@ -55,6 +55,9 @@ def cases(make: Any, n: int, seed: int = 0) -> Iterator[Case]:
         G = make(rng.standard_normal((1, m, m + int(rng.integers(2, 12)))), rng)[0]
         G *= 10.0 ** rng.uniform(-6, 6)
         w = rng.dirichlet(np.ones(m)) if trial % 3 else np.full(m, 1.0 / m)
+        if m > 2 and trial % 5 == 4:
+            w[rng.integers(m)] = 0.0
+            w /= w.sum()
         M = np.array([[np.dot(a, b) for b in G] for a in G])
         yield G, M, w
 
@@ -227,7 +230,7 @@ def of_caps(M: np.ndarray, w: np.ndarray, rule: Any, a: np.ndarray) -> float:
 
 def of_shares(M: np.ndarray, w: np.ndarray, rule: Any, a: np.ndarray) -> float:
     """(Ma)_i = (a_i / (m w_i))^(-1/α), or a combination of the gradients that is zero."""
-    there, power = lengths(M) > 0.0, 1.0 / rule.get("alpha", 1.0)
+    there, power = (lengths(M) > 0.0) & (w > 0.0), 1.0 / rule.get("alpha", 1.0)
     assert not a[~there].any()
     a, M, omega = a[there], M[np.ix_(there, there)], len(w) * w[there]
     if not len(a):
@@ -245,6 +248,8 @@ def of_a_projection(M: np.ndarray, w: np.ndarray, rule: Any, a: np.ndarray) -> f
     """v >= w, Mv >= 0, and one of both with equality."""
     d = lengths(M)
     total = abs(a) @ d
+    if total == 0.0:
+        return 0.0
     x, y = (a - w) * d / total, np.divide(M @ a, d * total, out=np.zeros_like(d), where=d > 0.0)
     assert x.min() >= 0.0
     return max(0.0, -y.min(), float((x * abs(y)).max()))
@@ -484,7 +489,11 @@ def test_relatives() -> None:
         ({"name": "capped-mgda", "alpha": 1.5}, ValueError, r"must be in \(0, 1\], got 1.5"),
         ({"name": "gapo", "p": -1.0}, ValueError, "`p` of the rule gapo must be in"),
         ({"name": "gradvac", "beta": True}, TypeError, "must be a number, got True"),
-        ({"name": "pcd", "beta": 1.0}, ValueError, "`beta` of the rule pcd must be in"),
+        (
+            {"name": "pcd", "beta": 1.0},
+            ValueError,
+            r"`beta` of the rule pcd must be in \[0, 1\), got",
+        ),
         ({"name": "pcd", "tau": -0.1}, ValueError, "`tau` of the rule pcd must be in"),
         (
             {"name": "aligned-mtl", "scale": "max"},

@@ -28,7 +28,7 @@ class CappedMGDA(Rule):
 
     def __post_init__(self) -> None:
         """Check the option."""
-        check_option("alpha", self.alpha, "capped-mgda", 0.0, 1.0)
+        check_option("alpha", self.alpha, "capped-mgda", 0.0, 1.0, "(]")
 
     def coefficients(self, problem: Problem) -> Array:
         """[n, m]."""

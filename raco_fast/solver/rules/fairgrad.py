@@ -16,7 +16,7 @@ class FairGrad(Rule):
     a gradient of zero and a stationary point mean: `fairness.fair_coefficients`.
 
     Args:
-        alpha: in (0, 100].
+        alpha: in [0.1, 20]; beyond, float64 ends.
     Source: arXiv 2402.15638, Eq. 4.
     """
 
@@ -24,7 +24,7 @@ class FairGrad(Rule):
 
     def __post_init__(self) -> None:
         """Check the option."""
-        check_option("alpha", self.alpha, "fairgrad", 0.0, 100.0)
+        check_option("alpha", self.alpha, "fairgrad", 0.1, 20.0)
 
     def coefficients(self, problem: Problem) -> Array:
         """[n, m]."""

@@ -35,7 +35,7 @@ class GAPO(Rule):
 
     def __post_init__(self) -> None:
         """Check the option."""
-        check_option("p", self.p, "gapo", -5e-324, 4.0)
+        check_option("p", self.p, "gapo", 0.0, 4.0)
 
     def coefficients(self, problem: Problem) -> Array:
         """[n, m]."""

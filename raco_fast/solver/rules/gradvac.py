@@ -33,7 +33,7 @@ class GradVac(Rule):
 
     def __post_init__(self) -> None:
         """Check the option."""
-        check_option("beta", self.beta, "gradvac", 0.0, 1.0)
+        check_option("beta", self.beta, "gradvac", 0.0, 1.0, "(]")
 
     def initial_state(self, m: int) -> State:
         """The number of steps and the cosines aimed at."""

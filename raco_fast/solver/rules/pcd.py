@@ -32,8 +32,8 @@ class PCD(Rule):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        check_option("tau", self.tau, "pcd", -5e-324, 1.0)
-        check_option("beta", self.beta, "pcd", -5e-324, float(np.nextafter(1.0, 0.0)))
+        check_option("tau", self.tau, "pcd", 0.0, 1.0)
+        check_option("beta", self.beta, "pcd", 0.0, 1.0, "[)")
 
     def initial_state(self, m: int) -> State:
         """The number of steps and the moving average of the squared norms."""
