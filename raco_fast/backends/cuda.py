@@ -120,7 +120,8 @@ def combine_adamw(update: Update, coefficients: Tensor, prepared: Prepared) -> N
     tables = _recalled(prepared, device)
     if tables is None:
         ordered = _in_one_order(update.grads, update.params)
-        written = [*update.written[:3], *_residuals(update)]
+        *written, residuals = *update.written[:3], update.rounding.residuals
+        written += [[r.view(torch.int16) for r in residuals]] if residuals else []
         tables = build([*ordered, *written], m, device)
         _leave(prepared, tables, device, update.grads, ordered)
     launch(tables, m, to_device(rows, device), to_device(alpha, device), seed, update.rounding.name)
@@ -200,11 +201,6 @@ def _slower(call: Call) -> str | None:
             f"groups, {d_in} by {d_out} features"
         )
     return None
-
-
-def _residuals(update: Update) -> list[list[Tensor]]:
-    """The residuals as the int16 numbers that they are, if there are any."""
-    return [[r.view(torch.int16) for r in one] for one in update.written[3:]]
 
 
 def _advanced_rows(update: Update, coefficients: Tensor) -> Tensor:

@@ -92,19 +92,15 @@ def combine_adamw(update: Update, coefficients: Tensor, plan: Plan | None = None
             not fit `grads`.
     """
     check_update(update, coefficients)
-    backend, prepared = planned(call_of(update), plan)
+    grads, options = update.grads, update.options
+    call = Call("combine_adamw", len(grads), update.written, grads, options)
+    backend, prepared = planned(call, plan)
     if not (coefficients.is_cpu or backend.on_device):
         raise RuntimeError(
             f"coefficients on {coefficients.device} need a backend that reads them there, got "
             f"{backend.name!r}; pass coefficients.cpu()"
         )
     backend.combine_adamw(update, coefficients, prepared)
-
-
-def call_of(update: Update) -> Call:
-    """An update as backends are asked about it."""
-    m, options = len(update.grads), update.options
-    return Call("combine_adamw", m, update.written, update.grads, options)
 
 
 def weight_grad(
