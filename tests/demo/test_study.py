@@ -82,7 +82,10 @@ def test_rules_share_start_and_pairs_and_then_part(quick: Path) -> None:
             {first[0][f"loss/{name}"]},
         )
         assert len({record[f"raco/grad_norm/{name}"] for record in first}) == 1
-    assert len({record["raco/grad_norm/coverage"] for record in last}) == len(last)
+    clipped = [r["weights"] for r in of(steps, rule="cagrad-clip") if r["raco/clip_active"]]
+    # Where nothing was clipped, cagrad-clip is cagrad.
+    parted = [r for r in last if r["rule"] != "cagrad-clip" or r["weights"] in clipped]
+    assert len({r["raco/grad_norm/coverage"] for r in parted}) == len(parted) > len(last) - 3
 
 
 def test_table_agrees_with_the_metrics(quick: Path) -> None:
