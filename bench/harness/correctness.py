@@ -18,7 +18,7 @@ TESTS = ROOT / "tests"
 KERNEL_TESTS = TESTS / "kernels" / "executed"
 _ON_CPU = [TESTS / f for f in ("backends/test_cpu_gram.py", "backends/test_cpu_update.py")]
 _ON_CPU += [TESTS / "optim" / "test_on_cpu.py"]
-_KERNELS = ("gram", "combine_adamw", "solve_dual", "capturable")
+_KERNELS = ("gram", "combine_adamw", "capturable")
 _ON_CUDA = [KERNEL_TESTS / f"test_{name}.py" for name in _KERNELS]
 # Device -> suite -> test files that it relies on.
 RELIES_ON = {

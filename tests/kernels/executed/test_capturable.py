@@ -207,7 +207,7 @@ def test_where_the_step_cannot_stay_on_the_device_it_goes_through_the_host(devic
     ("m", "rule", "change", "reason"),
     [
         (4, "linear", {}, "the dual problem of m = 4 objectives is solved on the host"),
-        (2, "other", {}, "the rule 'other' is solved on the host"),
+        (2, "nash", {}, "the rule 'nash' is solved on the host"),
         (2, "mgda", {"amsgrad": True}, "its kernels do not have amsgrad=True"),
         (2, "mgda", {"capturable": False}, "a parameter group has capturable=False"),
         (2, "mgda", {}, None),
@@ -217,7 +217,7 @@ def test_why_a_step_waits(m, rule, change, reason, device):
     params = parameters(device)
     weights = dict.fromkeys("abcd"[:m], 1 / m)
     opt = ClippedCAGradAdamW(groups(params), **SETTINGS, weights=weights, capturable=True)
-    opt._rule = rule
+    opt.rule = rule
     opt.param_groups[1].update(change)
     fill(opt, params, 0)
     touched = opt.gradients.collect(group["params"] for group in opt.param_groups)
@@ -225,7 +225,7 @@ def test_why_a_step_waits(m, rule, change, reason, device):
         assert opt._waits(touched, joined(touched).grads) == reason
         with choose.backend("reference"):
             forced = opt._waits(touched, joined(touched).grads)
-    assert forced == (reason if change == {"capturable": False} or m == 4 or rule == "other"
+    assert forced == (reason if change == {"capturable": False} or m == 4 or rule == "nash"
                       else "backend 'reference' is forced")  # fmt: skip
 
 
