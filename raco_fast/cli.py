@@ -157,3 +157,7 @@ def _run_demo(parser: ArgumentParser, values: Any) -> int:
 def _fields_of(config_class: Any, options: Any) -> dict[str, Any]:
     """The parsed options that are fields of a configuration class."""
     return {field.name: options[field.name] for field in dataclasses.fields(config_class)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -38,7 +38,7 @@ class DemoConfig:
         faithfulness_weight: weight of faithfulness in every weight vector.
         c: radius of the search around the weighted gradient, 0 <= c < 1.
         beta: strength of DPO's pull towards the warmed-up model.
-        lr: learning rate of the alignment.
+        lr: learning rate of the alignment, after a rise over the first tenth of its steps.
         steps: optimizer steps of one alignment.
         batch_size: preference pairs in a step.
         warm_up_steps: supervised steps before.
@@ -53,7 +53,7 @@ class DemoConfig:
     output_dir: str = "runs/demo"
     quick: bool = False
     seed: int = 0
-    seeds: int = 3
+    seeds: int = 5
     rules: tuple[str | dict[str, Any], ...] = RULES
     coverage_weights: tuple[float, ...] = (0.65, 0.4, 0.15)
     faithfulness_weight: float = 0.2

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy.typing as npt
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaForCausalLM
 
 from raco_fast.demo.config import DemoConfig
@@ -26,10 +27,10 @@ from raco_fast.demo.model import (
     build_model,
     build_tokenizer,
     encode,
-    rise_and_fall,
     warm_up,
     write_summaries,
 )
+from raco_fast.dpo.data.batches import micro_batches
 from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.losses.margin_losses import Sigmoid
 from raco_fast.dpo.run.reference_cache import compute_reference
@@ -123,7 +124,8 @@ def align_job(config: DemoConfig, start: WarmStart, rule: RuleLike, weights: Wei
         rule=rule,
         max_grad_norm=1.0,
     )
-    schedule = rise_and_fall(optimizer, config.steps, rise=max(1, config.steps // 10))
+    rise = max(1, config.steps // 10)
+    schedule = LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / rise))
     losses = dict.fromkeys(OBJECTIVES, Sigmoid(beta=config.beta))
     references = {1.0: start.reference}
     learn = PreferenceStep(model, optimizer, references, losses, PAD, config.batch_size)
@@ -147,9 +149,18 @@ class _Seed:
         return build_model(self.tokenizer, self.config.hidden_size, self.config.layers, self.seed)
 
     def batches(self, purpose: str, steps: int, size: int) -> list[list[EncodedPair]]:
-        """Fresh pairs for every step."""
-        pairs = encode(self.tokenizer, draw_pairs(steps * size, self._rng(purpose)))
-        return [pairs[start : start + size] for start in range(0, len(pairs), size)]
+        """Fresh pairs for every step.
+
+        Those of eight steps are sorted by length before they are cut: there is half the padding.
+        """
+        rng = self._rng(purpose)
+        pairs = encode(self.tokenizer, draw_pairs(steps * size, rng))
+        batches = []
+        for start in range(0, len(pairs), 8 * size):
+            of_like_length = micro_batches(pairs[start : start + 8 * size], size)
+            rng.shuffle(of_like_length)
+            batches += of_like_length
+        return batches
 
     def preferences(self) -> list[list[EncodedPair]]:
         """The batches of the alignment."""

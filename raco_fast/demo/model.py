@@ -11,7 +11,6 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -72,11 +71,6 @@ def encode(
     return encode_pairs(tokenizer, pairs, options)[0]
 
 
-def rise_and_fall(optimizer: Optimizer, steps: int, rise: int) -> LambdaLR:
-    """A learning rate that rises linearly for `rise` steps and falls over the last 40 %."""
-    return LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / rise, (steps - i) / (0.4 * steps)))
-
-
 def warm_up(
     model: LlamaForCausalLM, batches: Sequence[Sequence[EncodedPair]], lr: float
 ) -> list[float]:
@@ -87,13 +81,13 @@ def warm_up(
     Args:
         model: a fresh model.
         batches: the pairs of every step.
-        lr: peak learning rate.
+        lr: peak learning rate; it rises for 20 steps and falls over the last 40 %.
     Returns:
         Mean loss per summary token (nats) of every step.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = rise_and_fall(optimizer, len(batches), rise=20)
-    losses = []
+    steps, losses = len(batches), []
+    schedule = LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / 20, (steps - i) / (0.4 * steps)))
     for pairs in batches:
         batch = collate(pairs, PAD)
         loss = -pair_logps(model, batch, chunk_tokens=1024).sum() / batch.completion_mask.sum()

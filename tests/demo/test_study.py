@@ -5,13 +5,18 @@ import math
 import re
 import statistics
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
 from raco_fast.demo.config import DemoConfig
+from raco_fast.demo.jobs import _Seed
 from raco_fast.demo.judges import OBJECTIVES
+from raco_fast.demo.model import PAD
 from raco_fast.demo.study import run
+from raco_fast.dpo.data.batches import pair_length
+from raco_fast.dpo.data.tokenization import EncodedPair, collate
 
 RULES = ("linear", "cagrad", "cagrad-clip", "mgda")
 PAIRS = ("coverage:brevity", "coverage:faithfulness", "brevity:faithfulness")
@@ -168,6 +173,23 @@ def test_worker_processes_give_the_same_numbers(tmp_path: Path) -> None:
 def test_settings_that_cannot_work_are_refused(setting: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DemoConfig(**setting)
+
+
+def test_batches_hold_every_pair_once_with_half_the_padding() -> None:
+    batches = _Seed(DemoConfig(), seed=3).batches("pairs", steps=20, size=8)
+    assert [len(pairs) for pairs in batches] == [8] * 20
+    pairs = sorted(chain.from_iterable(batches), key=lambda pair: int(pair.id))
+    assert [pair.id for pair in pairs] == [str(i) for i in range(160)]
+    as_drawn = [pairs[start : start + 8] for start in range(0, 160, 8)]
+    assert padding(batches) < 0.6 * padding(as_drawn)
+    longest = [max(map(pair_length, pairs)) for pairs in batches[:8]]
+    assert longest != sorted(longest, reverse=True), "a curriculum from long to short"
+
+
+def padding(batches: list[list[EncodedPair]]) -> float:
+    """Share of the positions of all batches that is padding."""
+    masks = [collate(pairs, PAD).attention_mask for pairs in batches]
+    return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
 
 def test_weight_vectors_sum_to_one() -> None:

@@ -123,6 +123,13 @@ def test_a_missing_config_file_or_command(capfd, tmp_path):
     assert "fly" in run_bad(capfd, "fly")
 
 
+def test_the_module_runs_as_the_command_does():
+    command = [sys.executable, "-m", "raco_fast.cli", "fly"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == BAD_INPUT
+    assert "fly" in run.stderr
+
+
 def test_help_reads_no_models_library():
     code = "import sys; from raco_fast import cli; cli._parser(None).format_help(); "
     code += "print([m for m in ('transformers', 'peft', 'raco_fast.dpo') if m in sys.modules])"
