@@ -4,8 +4,6 @@
 restricts them to one objective. `raco/*` describe the combination of the gradients.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

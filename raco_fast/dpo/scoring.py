@@ -1,7 +1,5 @@
 """Pair scores: the policy's log-probabilities of a batch beside the reference's."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass

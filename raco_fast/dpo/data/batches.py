@@ -1,7 +1,5 @@
 """Which pairs a step sees: a pure function of the step, so that resuming needs no replay."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

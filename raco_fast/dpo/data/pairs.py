@@ -1,7 +1,5 @@
 """A preference pair: what it holds, when it is valid, and what is derived from it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,37 +36,20 @@ class PreferencePair:
 class ConciseRule:
     """Label an objective from length: the shorter response is preferred.
 
-    The label is 0 when the lengths differ by less than `relative` of the longer one or by less
-    than `absolute` tokens. Rows that carry a label field for the objective keep it, a 0 included,
-    unless `overwrite`.
+    Rows that carry a label field for the objective keep it, a 0 included.
 
     Attributes:
-        count: text -> number of tokens (`tokenization.token_counter`).
+        count: text -> number of tokens (`raco_fast.dpo.data.tokenization.token_counter`).
         objective: the objective to label.
-        relative: fraction of the longer response, in [0, 1).
-        absolute: tokens, at least 0.
-        overwrite: replace labels that the data already carries.
     """
 
     count: Callable[[str], int]
     objective: str = "concise"
-    relative: float = 0.10
-    absolute: int = 3
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the thresholds."""
-        if not 0 <= self.relative < 1:
-            raise ValueError(
-                f"`relative` must lie in [0, 1), got {self.relative}; 0.1 means 10 % of the longer"
-            )
-        if self.absolute < 0:
-            raise ValueError(f"`absolute` must be at least 0 tokens, got {self.absolute}; use 0")
 
     def label(self, response_a: str, response_b: str) -> int:
-        """+1 when a is shorter, -1 when b is, 0 when they are about equally long."""
+        """+1 when a is shorter, -1 when b is; 0 within 3 tokens or 10 % of the longer one."""
         a, b = self.count(response_a), self.count(response_b)
-        if abs(a - b) < self.absolute or abs(a - b) < self.relative * max(a, b):
+        if abs(a - b) < 3 or abs(a - b) < 0.1 * max(a, b):
             return 0
         return (b > a) - (a > b)
 

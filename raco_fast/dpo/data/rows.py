@@ -5,8 +5,6 @@ file and line: a damaged file that trains anyway is a wrong result that goes unn
 Messages never quote prompts or responses, which may be private or harmful; they give lengths.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import zlib

@@ -15,8 +15,6 @@ Which labels a source must carry is decided per source:
 - an objective derived from length (`ConciseRule`) needs no field anywhere.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 from collections import Counter
@@ -46,7 +44,7 @@ class DataSource:
     Args:
         path: JSON Lines or a JSON list, gzip or not.
         objective: the objective(s) this file labels; None: every objective of the run.
-        format: a name in `formats.registry.FORMATS`, or "auto" (from the first row's keys).
+        format: a name in `raco_fast.dpo.data.formats.registry.FORMATS`, or "auto" (from the first row's keys).
         limit: read only the first `limit` usable pairs.
         columns: objective -> the field that labels it, where the names differ; a leading "-"
             turns the sign ({"concise": "-verbosity"}).
@@ -68,32 +66,6 @@ class DataSource:
         if self.objective is None:
             return None
         return (self.objective,) if isinstance(self.objective, str) else tuple(self.objective)
-
-
-def read_pairs(
-    path: str | Path,
-    objectives: Sequence[str],
-    *,
-    format: str = "auto",
-    concise: ConciseRule | None = None,
-    limit: int | None = None,
-) -> list[PreferencePair]:
-    """Read the pairs of one file; `read_sources` with one source.
-
-    Args:
-        path: JSON Lines or a JSON list, gzip or not.
-        objectives: names to label. A file without label fields takes one (besides `concise`).
-        format: a name in `formats.registry.FORMATS`, or "auto".
-        concise: derives one objective from length.
-        limit: read only the first `limit` pairs.
-    Returns:
-        The pairs, in file order; each labels every objective.
-    Raises:
-        ValueError, FileNotFoundError: see `read_sources`.
-    """
-    return read_sources(
-        [DataSource(str(path), format=format, limit=limit)], objectives, concise=concise
-    )
 
 
 def read_sources(
@@ -227,7 +199,7 @@ def _pair(
     prompt, response_a, response_b = form.content(row)
     check_content(row, prompt, response_a, response_b)
     labels = _labels(row, form, source, names, concise)
-    if concise is not None and (concise.overwrite or concise.objective not in labels):
+    if concise is not None and concise.objective not in labels:
         labels[concise.objective] = concise.label(response_a, response_b)
     columns = {n: source.columns.get(n, n).removeprefix("-") for n in labels if labels[n]}
     return PreferencePair(

@@ -3,8 +3,6 @@
 h(r) = r is the reverse KL divergence, which is DPO's own (`sigmoid`).
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Losses of the margin between two log-ratios to the reference."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

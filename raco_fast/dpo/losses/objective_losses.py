@@ -12,8 +12,6 @@ That L_i depends on the parameters only through the scores is what allows one ba
 objectives, so nothing here may look at a model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import Tensor

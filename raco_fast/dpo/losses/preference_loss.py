@@ -1,7 +1,5 @@
 """What a preference loss is: options, each with a rule, and one number for every ranked pair."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Losses by name, as a configuration gives them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from typing import Any, TypeVar

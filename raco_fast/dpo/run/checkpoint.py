@@ -10,8 +10,6 @@ A checkpoint is a folder `checkpoints/step-<n>`:
 It is written under another name and renamed, and the previous one is removed only afterwards.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The configuration of a training run: one dataclass, one YAML file, one CLI."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Held-out preference accuracy, margin and loss per objective."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Whatever is written here is written beside its destination and renamed when it i
 full disk, a crash or Ctrl-C leaves the previous version in place.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The JSON Lines file that metrics go to, and TensorBoard's beside it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

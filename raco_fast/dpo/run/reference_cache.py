@@ -6,8 +6,6 @@ they depend on: the weights, what is scored, and the token ids of every pair (wh
 the tokenizer, the chat template and the truncation).
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """`raco-fast verify`: every gradient mode against autograd, on the model and data of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
