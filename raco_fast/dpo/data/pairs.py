@@ -3,9 +3,9 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
-from raco_fast.dpo.data.rows import Row, shape, show
+from raco_fast.dpo.data.rows import Row, is_number, shape, show
 
 _ROLES = ("system", "user", "assistant")
 
@@ -105,16 +105,12 @@ def soft_label(row: Row, column: str) -> float | None:
     if given is None:
         return None
     if not isinstance(given, dict):
-        raise row.error(
-            "preference_probabilities",
-            "map objectives to probabilities",
-            shape(given),
-            "write an object",
-        )
+        name, rule = "preference_probabilities", "map objectives to probabilities"
+        raise row.error(name, rule, shape(given), "write an object")
     if column not in given:
         return None
     q = given[column]
-    if not _is_number(q) or not 0 <= q <= 1:
+    if not is_number(q) or not 0 <= q <= 1:
         raise row.error(
             f"preference_probabilities.{column}",
             "be in [0, 1]",
@@ -140,7 +136,7 @@ def pair_weights(row: Row, columns: Mapping[str, str]) -> dict[str, float]:
     weights = {}
     for name, column in columns.items():
         value = given.get(column) if isinstance(given, dict) else given
-        if not _is_number(value) or not 0 < value < math.inf:
+        if not is_number(value) or not 0 < value < math.inf:
             raise row.error(
                 f"pair_weights.{column}" if isinstance(given, dict) else "pair_weights",
                 "be a positive number, or one for every objective that the row labels",
@@ -159,7 +155,3 @@ def _optional(row: Row, name: str) -> Any:
             name, "stand in a row that is a pair", "one response's", "use the 'raco' format"
         )
     return row.data.get(name)
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -18,8 +18,6 @@ from raco_fast.dpo.data.pairs import PreferencePair
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PlainTemplate", "TokenOptions", "Writer", "token_ids"]
-
 _PROBE = "Probe"
 
 

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeGuard, cast
 
 _GZIP_MAGIC = b"\x1f\x8b"
 
@@ -30,6 +30,11 @@ def shape(value: object) -> str:
     """Prompt or response content for an error message: type and length, never the text."""
     size = f" of length {len(value)}" if isinstance(value, (str, list, dict)) else ""
     return f"{type(value).__name__}{size}"
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a number, which JSON's true and false are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
