@@ -100,10 +100,9 @@ def _run_train(parser: ArgumentParser, values: Any) -> int:
 
     logging.basicConfig(format="raco-fast: %(message)s")
     logging.getLogger("raco_fast").setLevel(logging.INFO)
-    options = parser.instantiate(values).train
-    config = TrainConfig(**_fields_of(TrainConfig, options))
+    config = _config(TrainConfig, parser.instantiate(values).train)
     try:
-        results = train(config, resume=options.resume)
+        results = train(config, resume=values.train.resume)
     except Interrupted as stop:
         print(f"raco-fast: {stop}", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -122,9 +121,8 @@ def _run_verify(parser: ArgumentParser, values: Any) -> int:
     from raco_fast.dpo.run.verification import verify_run
     from raco_fast.engine.tap import NotExactError
 
-    options = parser.instantiate(values).verify
     try:
-        found = verify_run(TrainConfig(**_fields_of(TrainConfig, options)))
+        found = verify_run(_config(TrainConfig, parser.instantiate(values).verify))
     except NotExactError as error:
         print(f"raco-fast: not exact: {error}", file=sys.stderr)
         return EXIT_NOT_EXACT
@@ -150,10 +148,11 @@ def _run_demo(parser: ArgumentParser, values: Any) -> int:
     from raco_fast.demo.config import DemoConfig
     from raco_fast.demo.study import run
 
-    run(DemoConfig(**_fields_of(DemoConfig, parser.instantiate(values).demo)))
+    run(_config(DemoConfig, parser.instantiate(values).demo))
     return 0
 
 
-def _fields_of(config_class: Any, options: Any) -> dict[str, Any]:
-    """The parsed options that are fields of a configuration class."""
-    return {field.name: options[field.name] for field in dataclasses.fields(config_class)}
+def _config(config_class: Any, options: Any) -> Any:
+    """A configuration of the parsed options that are its fields."""
+    fields = dataclasses.fields(config_class)
+    return config_class(**{field.name: options[field.name] for field in fields})

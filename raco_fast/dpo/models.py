@@ -129,6 +129,12 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id of the padding token. Padding is masked, so any id will do for a tokenizer without one."""
+    pad_id = tokenizer.pad_token_id
+    return pad_id if isinstance(pad_id, int) else 0
+
+
 def load_base_model(options: ModelOptions) -> PreTrainedModel:
     """The causal LM of `options` on its device, before any adapter.
 

@@ -177,22 +177,11 @@ class TrainConfig:
         return Path(self.output_dir)
 
 
-_FREE_TO_CHANGE = frozenset(
-    {
-        "loss",  # these two are in `losses`, as they come out
-        "loss_options",
-        "eval_data",
-        "eval_every",
-        "save_every",
-        "log_every",
-        "output_dir",
-        "cache_dir",
-        "tensorboard",
-        "gradient_mode",
-        "check_every",
-    }
-)
-"""Settings that are not compared on `--resume`: none changes what is learnt, but by rounding."""
+# Settings that may change on `--resume`. What these two come to is compared in `losses`,
+_NOT_COMPARED = {"loss", "loss_options"}
+# and none of the others changes what is learnt, but by rounding.
+_NOT_COMPARED |= {"eval_data", "eval_every", "save_every", "log_every", "tensorboard"}
+_NOT_COMPARED |= {"output_dir", "cache_dir", "gradient_mode", "check_every"}
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
@@ -200,7 +189,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     losses = {name: described(loss) for name, loss in config.objective_losses.items()}
     given = {**dataclasses.asdict(config), "losses": losses}
     settings: dict[str, Any] = json.loads(json.dumps(given))
-    return {name: value for name, value in settings.items() if name not in _FREE_TO_CHANGE}
+    return {name: value for name, value in settings.items() if name not in _NOT_COMPARED}
 
 
 def check_same_run(config: TrainConfig, saved: dict[str, Any], checkpoint: Path) -> None:

@@ -81,8 +81,12 @@ def _body(summary: TrainingSummary) -> str:
         [name, f"{config.weights[name]:g}", str(summary.labelled[name]), _loss_text(loss)]
         for name, loss in config.objective_losses.items()
     ]
-    files = [f"- train: `{source.path}` ({_selection(source.limit)})" for source in config.data]
-    files += [f"- held out: `{s.path}` ({_selection(s.limit)})" for s in config.eval_data]
+    files = [
+        f"- {use}: `{source.path}` ({f'the first {source.limit}' if source.limit else 'all'} "
+        "usable pairs)"
+        for use, sources in (("train", config.data), ("held out", config.eval_data))
+        for source in sources
+    ]
     skipped = f", {summary.skipped_steps} of them skipped" if summary.skipped_steps else ""
     rule = check_rule(config.rule)
     source = " (RACO, arXiv:2602.02495)" if isinstance(rule, CAGradClip) else ""
@@ -108,10 +112,6 @@ def _loss_text(loss: PreferenceLoss) -> str:
     options = described(loss)
     name = options.pop("name")
     return ", ".join([f"`{name}`", *(f"{key} {value}" for key, value in options.items())])
-
-
-def _selection(limit: int | None) -> str:
-    return "all usable pairs" if limit is None else f"the first {limit} usable pairs"
 
 
 def result_table(config: TrainConfig, evaluations: Sequence[Mapping[str, Any]]) -> str:

@@ -21,6 +21,7 @@ from raco_fast.dpo.models import (
     fingerprint,
     load_base_model,
     load_tokenizer,
+    padding_id,
     trainable,
 )
 from raco_fast.dpo.run.checkpoint import TrainingState, latest, read_state
@@ -80,6 +81,7 @@ class Trainer:
             check_same_run(config, read_state(found)["run"]["settings"], found)
         torch.manual_seed(config.seed)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.model)
+        self._pad_id = padding_id(self.tokenizer)
         train_pairs, eval_pairs = load_pairs(config, self.tokenizer)
         base = load_base_model(config.model)
         check_pairs_fit(base, [*train_pairs, *eval_pairs])
@@ -100,7 +102,8 @@ class Trainer:
             )
         self.held_out = self._held_out(eval_pairs, model_hash) if eval_pairs else None
         self.batches = BatchSchedule(len(train_pairs), config.pairs_per_step, config.seed)
-        self.total_steps = _total_steps(config, self.batches)
+        steps = config.epochs * self.batches.steps_per_epoch
+        self.total_steps = min(steps, config.max_steps or steps)
         self.state = self._new_state(train_pairs, model_hash)
         self._learn = PreferenceStep(
             self.model,
@@ -151,7 +154,13 @@ class Trainer:
         result = self._learn(pairs)
         state.scheduler.step()
         state.step += 1
-        self._report_skip()
+        if not result.solution.finite:
+            logger.warning(
+                "step %d: a loss or gradient is not finite; the step was skipped (%d so far), "
+                "weights and optimizer state are unchanged",
+                state.step,
+                result.skipped_steps,
+            )
         progress.update()
         if _due(state.step, config.log_every):
             seconds = time.perf_counter() - began
@@ -164,17 +173,8 @@ class Trainer:
                 "tokens_per_second": result.tokens / seconds,
             }
             self.metrics.write(record)
-            progress.set_postfix(_brief(record, config.objectives))
-
-    def _report_skip(self) -> None:
-        optimizer = self.state.optimizer
-        if optimizer.solution is not None and not optimizer.solution.finite:
-            logger.warning(
-                "step %d: a loss or gradient is not finite; the step was skipped (%d so far), "
-                "weights and optimizer state are unchanged",
-                self.state.step,
-                optimizer.skipped_steps,
-            )
+            losses = {name: f"{record[f'loss/{name}']:.3f}" for name in config.objectives}
+            progress.set_postfix(losses)
 
     def _record(self, evaluation: dict[str, float]) -> None:
         self.metrics.write({"step": self.state.step, **evaluation})
@@ -240,12 +240,6 @@ class Trainer:
             for tail in tail_weights(self.losses)
         }
 
-    @property
-    def _pad_id(self) -> int:
-        """Padding is masked, so any id will do for a tokenizer that has none."""
-        pad_id = self.tokenizer.pad_token_id
-        return pad_id if isinstance(pad_id, int) else 0
-
 
 def _checkpoint_to_resume(output_dir: Path, resume: bool) -> Path | None:
     """The checkpoint to go on from; refuses to mix two runs in one folder."""
@@ -268,15 +262,5 @@ def _checkpoint_to_resume(output_dir: Path, resume: bool) -> Path | None:
     return found
 
 
-def _total_steps(config: TrainConfig, batches: BatchSchedule) -> int:
-    steps = config.epochs * batches.steps_per_epoch
-    return steps if config.max_steps is None else min(steps, config.max_steps)
-
-
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _brief(record: dict[str, Any], objectives: Sequence[str]) -> dict[str, str]:
-    """What the progress bar shows: the loss of each objective."""
-    return {name: f"{record[f'loss/{name}']:.3f}" for name in objectives}
