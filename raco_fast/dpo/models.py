@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from raco_fast.dpo.data.choices import check_choices
 from raco_fast.dpo.logps import unwrap
 
 if TYPE_CHECKING:
@@ -64,9 +65,7 @@ class ModelOptions:
     lora: LoraOptions | None = None
 
     def __post_init__(self) -> None:
-        """Check the choices."""
-        if self.dtype not in DTYPES:
-            raise ValueError(f"`dtype` must be one of {sorted(DTYPES)}, got {self.dtype!r}")
+        check_choices(self)
         pick_device(self.device)
 
 
@@ -127,12 +126,6 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id of the padding token. Padding is masked, so any id will do for a tokenizer without one."""
-    pad_id = tokenizer.pad_token_id
-    return pad_id if isinstance(pad_id, int) else 0
 
 
 def load_base_model(options: ModelOptions) -> PreTrainedModel:

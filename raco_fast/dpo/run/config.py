@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from raco_fast.dpo.data.choices import check_choices
 from raco_fast.dpo.data.rendering import TokenOptions
 from raco_fast.dpo.data.sources import DataSource
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
@@ -20,8 +21,6 @@ from raco_fast.solver.registry import check_rule, spec_of
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 """Learning-rate schedules and their names in transformers; each begins with the warm-up."""
-
-GRADIENT_MODES = ("auto", "autograd", "one_backward", "gram_first")
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check everything that can be checked before a model is loaded."""
+        check_choices(self)
         object.__setattr__(self, "rule", spec_of(check_rule(self.rule)))  # as it is in YAML
         # The optimizer knows what weights, c, lr, ... may be: let it look at them.
         ClippedCAGradAdamW([torch.zeros(1)], **self.optimizer_arguments)
@@ -129,28 +129,17 @@ class TrainConfig:
                 raise ValueError(f"`{name}` must be at least 1, got {value}")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"`warmup_ratio` must be in [0, 1], got {self.warmup_ratio}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(
-                f"`schedule` must be one of {sorted(SCHEDULES)}, got {self.schedule!r}"
-            )
-        self._check_gradient_mode()
-        if self.tensorboard and find_spec("tensorboard") is None:
-            raise ValueError(
-                "`tensorboard: true` needs the package tensorboard; "
-                "pip install 'raco-fast[tensorboard]'"
-            )
-
-    def _check_gradient_mode(self) -> None:
-        if self.gradient_mode not in GRADIENT_MODES:
-            raise ValueError(
-                f"`gradient_mode` must be one of {GRADIENT_MODES}, got {self.gradient_mode!r}"
-            )
         if self.gradient_mode == "gram_first" and self.pairs_per_micro_batch < self.pairs_per_step:
             raise ValueError(
                 f"`gradient_mode` 'gram_first' needs the whole step in one micro-batch (products "
                 f"between micro-batches are part of its Gram matrix), got {self.pairs_per_step} "
                 f"`pairs_per_step` in micro-batches of {self.pairs_per_micro_batch}; set both to "
                 f"the same number, or use 'one_backward'"
+            )
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise ValueError(
+                "`tensorboard: true` needs the package tensorboard; "
+                "pip install 'raco-fast[tensorboard]'"
             )
 
     @property

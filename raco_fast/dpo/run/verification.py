@@ -2,21 +2,13 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from raco_fast.dpo.data.tokenization import EncodedPair, collate
-from raco_fast.dpo.logps import check_head
 from raco_fast.dpo.losses.objective_losses import preference_losses
-from raco_fast.dpo.models import (
-    add_adapter,
-    load_base_model,
-    load_tokenizer,
-    padding_id,
-    trainable,
-)
+from raco_fast.dpo.models import trainable
 from raco_fast.dpo.run.config import TrainConfig
-from raco_fast.dpo.run.dataset import check_pairs_fit, load_pairs
+from raco_fast.dpo.run.inputs import load_inputs
 from raco_fast.dpo.run.reference_cache import compute_reference
 from raco_fast.dpo.scoring import pair_logps, score_pairs, tail_weights
 from raco_fast.verification import Verification, verify
@@ -32,21 +24,13 @@ def verify_run(config: TrainConfig) -> Verification:
         ValueError: bad configuration, data or model path; or one backward pass is not exact for
             the model, for a reason that the message gives.
     """
-    torch.manual_seed(config.seed)
-    tokenizer = load_tokenizer(config.model)
-    pairs, _ = load_pairs(config, tokenizer)
-    chosen = _labelled_for_all(pairs, config.objectives, config.pairs_per_micro_batch)
-    base = load_base_model(config.model)
-    check_pairs_fit(base, chosen)
-    model = add_adapter(base, config.model.lora)
-    device = next(model.parameters()).device
-    check_head(model, torch.tensor(chosen[0].prompt_ids + chosen[0].a_ids, device=device))
-    pad_id = padding_id(tokenizer)
-    batch = collate(chosen, pad_id)
-    losses = config.objective_losses
+    inputs, losses = load_inputs(config), config.objective_losses
+    model, pad_id = inputs.model, inputs.pad_id
+    pairs = _labelled_for_all(inputs.training, config.objectives, config.pairs_per_micro_batch)
+    batch = collate(pairs, pad_id)
     references = {
         tail: compute_reference(
-            model, chosen, pad_id, len(chosen), config.chunk_tokens, tail, quiet=True
+            model, pairs, pad_id, len(pairs), config.chunk_tokens, tail, quiet=True
         )
         for tail in tail_weights(losses)
     }

@@ -393,7 +393,7 @@ def test_the_saved_model_is_the_trained_one(make_config, tiny, lora):
         original = torch.cat(runner.references[1.0].of(batch.ids, torch.device("cpu")))
     torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-5)
     assert (ours - original).abs().max() > 0.1
-    assert len(AutoTokenizer.from_pretrained(saved)) == len(runner.tokenizer)
+    assert len(AutoTokenizer.from_pretrained(saved)) == len(runner.inputs.tokenizer)
     card = (saved / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: " + ("peft" if lora else "transformers"))
     assert "40 training pairs" in card
