@@ -172,7 +172,7 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 def _from_pretrained(auto_class: Any, name: str, source: str, extra: dict[str, Any]) -> Any:
     try:
         return auto_class.from_pretrained(source, **extra)
-    # OSError is transformers' way of saying: not there, or no such file in it.
+    # transformers raises OSError where there is no such model, or a file of it is missing.
     except (OSError, SafetensorError) as error:
         raise ValueError(f"`model`: {name!r} cannot be loaded: {error}") from error
 
@@ -204,11 +204,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def fingerprint(model: nn.Module) -> str:
     """Hash of what a model computes: its configuration and every byte of its weights.
 
-    Gigabytes a second (CRC-32 a tensor, SHA-256 over those), little beside loading them.
+    A CRC-32 of each tensor and SHA-256 over those: fast enough beside reading them from disk.
     """
     config = unwrap(model).config.to_diff_dict()
     for name in ("_name_or_path", "transformers_version"):
-        config.pop(name, None)  # where it lies and who wrote it say nothing about what it computes
+        config.pop(name, None)  # neither changes what the model computes
     digest = hashlib.sha256(repr(sorted(config.items())).encode())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

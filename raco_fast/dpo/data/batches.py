@@ -1,4 +1,4 @@
-"""Which pairs a step sees: a pure function of the step, so that resuming needs no replay."""
+"""Which pairs a step sees: computed from its number, so a resumed run replays nothing."""
 
 import math
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ class BatchSchedule:
 def micro_batches(pairs: Sequence[EncodedPair], size: int) -> list[list[EncodedPair]]:
     """Cut a step into micro-batches of like length, longest first.
 
-    Like length saves padding; longest first meets the memory peak at once.
+    Like length saves padding; with the longest first, what does not fit in memory fails at once.
     """
     by_length = sorted(pairs, key=lambda pair: (-pair_length(pair), pair.id))
     return [by_length[start : start + size] for start in range(0, len(by_length), size)]

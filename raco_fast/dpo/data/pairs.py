@@ -148,7 +148,7 @@ def pair_weights(row: Row, columns: Mapping[str, str]) -> dict[str, float]:
 
 
 def _optional(row: Row, name: str) -> Any:
-    """A field that any format may have, but not one that makes a pair of two rows."""
+    """A field of a row that is a pair by itself; refused where two rows make one pair."""
     sides = (row.data.get("ratings_a"), row.data.get("ratings_b"))
     if any(isinstance(side, dict) and name in side for side in sides):
         raise row.error(

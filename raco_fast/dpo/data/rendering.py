@@ -144,7 +144,7 @@ class Writer:
         return prompt, a, b
 
     def begun(self, pair_id: str, prompt_ids: list[int]) -> list[int]:
-        """The prompt with its one BOS, where the tokenizer has the habit."""
+        """The prompt with exactly one BOS, where the tokenizer puts one before plain text."""
         if not prompt_ids:
             raise ValueError(
                 f"pair {pair_id!r}: the prompt must give at least one token, got none: the "

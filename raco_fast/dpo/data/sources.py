@@ -1,9 +1,5 @@
 """Preference pairs from files: reading, strict labels, and labels derived from length.
 
-A pair carries one label per objective: +1 (response a preferred), -1 (response b) or 0 (a tie, or
-not labelled for this objective); a label may be soft, right with some probability. Several files
-may be mixed, each labelling its own objectives:
-
     sources = [DataSource("helpful.jsonl", objective="helpful"), DataSource("pairs.jsonl.gz")]
     pairs = read_sources(sources, ["helpful", "harmless"])
 

@@ -106,7 +106,7 @@ class TrainConfig:
         """Check everything that can be checked before a model is loaded."""
         check_choices(self)
         object.__setattr__(self, "rule", spec_of(check_rule(self.rule)))  # as it is in YAML
-        # The optimizer knows what weights, c, lr, ... may be: let it look at them.
+        # The optimizer checks weights, c, lr and the like, here before a model is loaded.
         ClippedCAGradAdamW([torch.zeros(1)], **self.optimizer_arguments)
         unknown = [name for name in self.losses if name not in self.weights]
         if unknown:

@@ -33,8 +33,8 @@ class MetricsFile:
 
     Args:
         path: the file.
-        resumed_at: steps completed before a resumed run goes on: later records are dropped, for
-            they are written again. None starts a new file.
+        resumed_at: steps that a resumed run has completed; later records are dropped, since they
+            are written again. None starts a new file.
         tensorboard: also write event files to `tensorboard/` beside it.
     """
 

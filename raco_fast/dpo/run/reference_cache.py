@@ -1,9 +1,8 @@
 """Reference log-probabilities, computed once and cached.
 
-The reference model is the policy before training, so its log-probabilities are computed once, at
-the start, and no second model stays in memory. They are cached on disk under a hash of everything
-they depend on: the weights, what is scored, and the token ids of every pair (which hold the data,
-the tokenizer, the chat template and the truncation).
+The reference model is the policy before training, so no second model stays in memory. They are
+cached on disk under a hash of everything they depend on: the weights, what is scored, and the token
+ids of every pair, which follow from the data, the tokenizer, the chat template and the truncation.
 """
 
 import hashlib
