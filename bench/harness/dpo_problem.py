@@ -3,7 +3,7 @@
 The model has the shape of a real one and random weights, the batch random tokens: time and memory
 depend on neither. The two responses of a pair share their prompt and end in the last token of the
 vocabulary, as text does that ends in a stop token, so that a trainer which tokenizes text can be
-given the very same ids. All pairs have full length: nobody pads, nobody saves by not padding.
+given the very same ids. All pairs have full length: padding, or the lack of it, is in no figure.
 """
 
 from argparse import ArgumentParser, Namespace
