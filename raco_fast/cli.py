@@ -52,23 +52,16 @@ def _parser(command: str | None) -> ArgumentParser:
     """The parser, with the options of `command` alone: reading the others' types takes seconds."""
     from jsonargparse import ActionYesNo, ArgumentParser
 
-    parser = ArgumentParser(
-        prog="raco-fast",
-        description="Align language models to several conflicting preferences.",
-        exit_on_error=False,
-    )
+    about = "Align language models to several conflicting preferences."
+    parser = ArgumentParser(prog="raco-fast", description=about, exit_on_error=False)
     commands = parser.add_subcommands(required=True)
     train = ArgumentParser(
         usage="raco-fast train config.yaml [--resume] [--lr 2e-5] [any setting of the file]",
         description="Multi-objective DPO on preference pairs.",
         exit_on_error=False,
     )
-    train.add_argument(
-        "--resume",
-        action=ActionYesNo,
-        default=False,
-        help="go on from the newest checkpoint in output_dir",
-    )
+    resume = "go on from the newest checkpoint in output_dir"
+    train.add_argument("--resume", action=ActionYesNo, default=False, help=resume)
     verify = ArgumentParser(
         usage="raco-fast verify config.yaml [any setting of the file]",
         description="Compare every gradient mode with autograd on the model and data of a run.",
@@ -82,9 +75,8 @@ def _parser(command: str | None) -> ArgumentParser:
             of_run.add_class_arguments(TrainConfig)
     commands.add_subcommand("train", train, help="align a model on preference data")
     commands.add_subcommand("verify", verify, help="are the gradients of this run exact?")
-    demo = ArgumentParser(
-        description="A miniature of the paper's study; needs no download.", exit_on_error=False
-    )
+    about = "A miniature of the paper's study; needs no download."
+    demo = ArgumentParser(description=about, exit_on_error=False)
     demo.add_argument("--quick", action=ActionYesNo, default=False, help="a few seconds' version")
     if command == "demo":
         from raco_fast.demo.config import DemoConfig

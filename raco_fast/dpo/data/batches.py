@@ -9,14 +9,10 @@ from raco_fast.dpo.data.tokenization import EncodedPair
 
 
 class BatchSchedule:
-    """Shuffled epochs over `n_pairs` pairs, cut into steps.
+    """Shuffled epochs over `n_pairs` pairs, cut into steps of `pairs_per_step`.
 
-    Every pair is seen once an epoch; an epoch's last step may be smaller.
-
-    Args:
-        n_pairs: pairs in the training set.
-        pairs_per_step: pairs in one optimizer step.
-        seed: of the shuffles; epoch e uses seed + e.
+    Every pair is seen once an epoch; an epoch's last step may be smaller. Epoch e is shuffled with
+    seed + e.
     """
 
     def __init__(self, n_pairs: int, pairs_per_step: int, seed: int) -> None:

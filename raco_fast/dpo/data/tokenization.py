@@ -41,8 +41,7 @@ class EncodedPair:
         prompt_ids: ends right where the response begins; shared by both responses.
         a_ids: response a; ends with its one stop token unless it was truncated.
         b_ids: response b, likewise.
-        labels: as `PreferencePair.preferences`.
-        pair_weights: as there.
+        labels, pair_weights: as `PreferencePair.preferences` and `pair_weights`.
     """
 
     id: str
@@ -86,8 +85,7 @@ class PairBatch:
         completion_mask: [2B, T] bool, True on the tokens of the response, stop token included.
         labels: objective -> [B] float32: 0, or the sign times the probability that it is right.
         ids: the B pair ids.
-        tokens_a: [B] float32, tokens of response a.
-        tokens_b: [B] float32, tokens of response b.
+        tokens_a, tokens_b: [B] float32, tokens of each response.
         pair_weights: objective -> [B] float32; of objectives with a weight other than 1.
     """
 

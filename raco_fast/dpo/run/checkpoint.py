@@ -30,12 +30,8 @@ from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 class TrainingState:
     """What a checkpoint saves and restores in place.
 
-    Args:
-        model: the policy.
-        optimizer: its optimizer.
-        scheduler: its learning-rate schedule.
-        run: JSON-able identity of the run; must agree on load.
-        step: completed optimizer steps, which is also the position in the data.
+    `run` identifies the run in plain JSON values, which must agree on load; `step` counts completed
+    optimizer steps, and is also the position in the data.
     """
 
     model: nn.Module

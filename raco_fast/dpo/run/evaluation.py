@@ -20,12 +20,10 @@ class HeldOut:
     """A held-out set and how it is scored.
 
     Args:
-        pairs: encoded held-out pairs.
+        pairs: encoded, of which `batch_pairs` are scored at once.
         references: tail weight -> their reference log-probabilities.
         losses: objective name -> its loss; reported as means over all labelled pairs.
-        pad_id: padding token.
-        batch_pairs: pairs scored at once.
-        chunk_tokens: as in `sequence_logps`.
+        pad_id, chunk_tokens: as in `collate` and `sequence_logps`.
     """
 
     pairs: Sequence[EncodedPair]

@@ -30,10 +30,8 @@ class RunInputs:
     """Tokenizer, encoded pairs and policy of a run.
 
     Args:
-        tokenizer: the policy's.
         pad_id: of the padding, which is masked: any id will do for a tokenizer without one.
-        training: the pairs to learn from.
-        held_out: those to evaluate on; empty without `eval_data`.
+        training, held_out: the pairs to learn from and to evaluate on (none without `eval_data`).
         model: the policy, its adapter fresh.
         model_hash: `raco_fast.dpo.models.fingerprint` of the policy without an adapter.
     """

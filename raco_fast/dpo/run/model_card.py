@@ -26,11 +26,9 @@ class TrainingSummary:
     """What a model card tells of a finished run.
 
     Args:
-        config: the run.
         steps: optimizer steps, skipped ones included.
         skipped_steps: those with a gradient that was not finite.
-        pairs: training pairs.
-        labelled: objective name -> training pairs labelled for it.
+        labelled: objective name -> those of the training `pairs` that are labelled for it.
         evaluations: records of metrics.jsonl with `eval_` metrics, in order; may be empty.
     """
 

@@ -42,7 +42,6 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     """Run a whole training: load, score the reference, train, evaluate, save.
 
     Args:
-        config: the run.
         resume: go on from the newest checkpoint in `config.output_dir`.
     Returns:
         The last evaluation's record in metrics.jsonl (empty without `eval_data`).
