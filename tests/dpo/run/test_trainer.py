@@ -464,6 +464,7 @@ def test_an_objective_without_a_labelled_pair_is_an_error(make_config, write_pai
         ({"eval_every": 0}, "`eval_every` must be at least 1, got 0"),
         ({"warmup_ratio": 1.1}, r"`warmup_ratio` must be in \[0, 1\], got 1.1"),
         ({"schedule": "step"}, r"`schedule` must be one of \['constant', 'cosine', 'linear'\]"),
+        ({"gradient_mode": "both"}, r"`gradient_mode` must be one of \['auto', .*got 'both'"),
     ],
 )
 def test_a_wrong_configuration_is_refused_before_anything_is_loaded(make_config, changes, message):
