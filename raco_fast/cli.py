@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 EXIT_NOT_EXACT = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-_COMMANDS = ("train", "verify", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,13 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = arguments[0] if arguments else None
     if command in ("train", "verify") and len(arguments) > 1 and not arguments[1].startswith("-"):
         arguments.insert(1, "--config")  # the config file may stand without its flag
+    runs = {"train": _run_train, "verify": _run_verify, "demo": _run_demo}
     try:
         parser = _parser(command)
         values = parser.parse_args(arguments)
-        runs = {"train": _run_train, "verify": _run_verify, "demo": _run_demo}
         return runs[values.subcommand](parser, values)
     except ArgumentError as error:
-        about = f"raco-fast {command}" if command in _COMMANDS else "raco-fast"
+        about = f"raco-fast {command}" if command in runs else "raco-fast"
         print(f"raco-fast: {error}\nsee {about} --help", file=sys.stderr)
         return EXIT_BAD_INPUT
     except (ValueError, OSError) as error:

@@ -19,9 +19,6 @@ from raco_fast.engine.prepare import CHECK_EVERY
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 from raco_fast.solver.registry import check_rule, spec_of
 
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-"""Learning-rate schedules and their names in transformers; each begins with the warm-up."""
-
 
 @dataclass(frozen=True)
 class TrainConfig:

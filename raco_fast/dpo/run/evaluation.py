@@ -42,8 +42,8 @@ class HeldOut:
         def score(batch: PairBatch) -> Tensor:
             # One tail weight at a time, as the reference was scored: larger matrix products round
             # in another way, and rewards of an untrained policy would not be exactly zero.
-            each = (pair_logps(model, batch, self.chunk_tokens, [t]) for t in self.references)
-            return torch.cat(list(each))
+            each = [pair_logps(model, batch, self.chunk_tokens, [t]) for t in self.references]
+            return torch.cat(each)
 
         result = self._evaluate(score)
         model.train(was_training)

@@ -79,21 +79,20 @@ def _body(summary: TrainingSummary) -> str:
         [name, f"{config.weights[name]:g}", str(summary.labelled[name]), _loss_text(loss)]
         for name, loss in config.objective_losses.items()
     ]
-    files = [
-        f"- {use}: `{source.path}` ({f'the first {source.limit}' if source.limit else 'all'} "
-        "usable pairs)"
-        for use, sources in (("train", config.data), ("held out", config.eval_data))
-        for source in sources
-    ]
+    files = []
+    for use, sources in (("train", config.data), ("held out", config.eval_data)):
+        for source in sources:
+            part = "all" if source.limit is None else f"the first {source.limit}"
+            files.append(f"- {use}: `{source.path}` ({part} usable pairs)")
     skipped = f", {summary.skipped_steps} of them skipped" if summary.skipped_steps else ""
     rule = check_rule(config.rule)
-    source = " (RACO, arXiv:2602.02495)" if isinstance(rule, CAGradClip) else ""
+    paper = " (RACO, arXiv:2602.02495)" if isinstance(rule, CAGradClip) else ""
     parts = [
         f"# {Path(config.model.name).stem} aligned with raco-fast",
         f"`{config.model.name}` trained by multi-objective DPO ({how}) on preference pairs. "
         f"Gradients of the objectives were combined by `{label_of(rule)}`"
         + (f" with c = {config.c}" if isinstance(rule, CAGrad | CAGradClip) else "")
-        + f"{source}.",
+        + f"{paper}.",
         "## Objectives\n\n"
         + markdown_table(["objective", "weight", "labelled pairs", "loss"], objectives),
         f"## Data\n\n{summary.pairs} training pairs.\n\n" + "\n".join(files),

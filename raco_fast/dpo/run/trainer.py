@@ -12,7 +12,7 @@ from raco_fast.dpo.data.batches import BatchSchedule, labelled_counts
 from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.models import trainable
 from raco_fast.dpo.run.checkpoint import TrainingState, latest, read_state
-from raco_fast.dpo.run.config import SCHEDULES, TrainConfig, check_same_run, identity
+from raco_fast.dpo.run.config import TrainConfig, check_same_run, identity
 from raco_fast.dpo.run.evaluation import HeldOut
 from raco_fast.dpo.run.inputs import load_inputs
 from raco_fast.dpo.run.interrupt import Interrupt
@@ -168,10 +168,10 @@ class Trainer:
 
         config = self.config
         optimizer = ClippedCAGradAdamW(trainable(self.model).values(), **config.optimizer_arguments)
+        # What transformers calls "constant" ignores the warm-up.
+        schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
         warmup = round(config.warmup_ratio * self.total_steps)
-        scheduler: LRScheduler = get_scheduler(
-            SCHEDULES[config.schedule], optimizer, warmup, self.total_steps
-        )
+        scheduler: LRScheduler = get_scheduler(schedule, optimizer, warmup, self.total_steps)
         content = {"data": data_hash(self.pairs), "model": self.inputs.model_hash}
         run = {"settings": identity(config), **content}
         return TrainingState(self.model, optimizer, scheduler, run)
