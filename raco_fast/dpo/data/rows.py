@@ -130,10 +130,11 @@ def _decoded_lines(file: Path, stream: BinaryIO) -> Iterator[tuple[int, str]]:
 
 def _list_rows(file: Path, text: str) -> Iterator[Row]:
     decoder = json.JSONDecoder()
-    at = _skip_space(text, text.index("[") + 1)
-    counted, line, item = 0, 1, 0
-    closed = text[at : at + 1] == "]"
-    while not closed:
+    at, counted, line, item, mark = text.index("["), 0, 1, 0, ","
+    while mark == ",":
+        at = _skip_space(text, at + 1)
+        if item == 0 and text[at : at + 1] == "]":
+            return
         item += 1
         line += text.count("\n", counted, at)
         counted = at
@@ -150,9 +151,8 @@ def _list_rows(file: Path, text: str) -> Iterator[Row]:
                 f"{where}: an item must be followed by ',' or ']', got {mark or 'the end'!r}; "
                 "the list is cut off or damaged here, write the file again"
             )
-        closed = mark == "]"
-        at = _skip_space(text, at + 1)
-    if closed and item and at != len(text):
+    at = _skip_space(text, at + 1)
+    if at != len(text):
         raise ValueError(
             f"{file}: a JSON list must end the file, got {len(text) - at} characters after ']'; "
             "remove them"
