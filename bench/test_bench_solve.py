@@ -23,4 +23,4 @@ def test_solver(benchmark: Any, m: int, name: str) -> None:
         assert excess <= 1e-3 * abs(M).max()
     benchmark.group = f"m = {m:2d}"
     turn, solve = cycle(solver.inputs), solver.solve
-    benchmark(lambda: solve(next(turn)))  # in turn, so that nobody is timed on one lucky Gram
+    benchmark(lambda: solve(next(turn)))  # in turn: one Gram may be easy

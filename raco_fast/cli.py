@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 EXIT_NOT_EXACT = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-_COMMANDS = ("train", "verify", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,13 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = arguments[0] if arguments else None
     if command in ("train", "verify") and len(arguments) > 1 and not arguments[1].startswith("-"):
         arguments.insert(1, "--config")  # the config file may stand without its flag
+    runs = {"train": _run_train, "verify": _run_verify, "demo": _run_demo}
     try:
         parser = _parser(command)
         values = parser.parse_args(arguments)
-        runs = {"train": _run_train, "verify": _run_verify, "demo": _run_demo}
         return runs[values.subcommand](parser, values)
     except ArgumentError as error:
-        about = f"raco-fast {command}" if command in _COMMANDS else "raco-fast"
+        about = f"raco-fast {command}" if command in runs else "raco-fast"
         print(f"raco-fast: {error}\nsee {about} --help", file=sys.stderr)
         return EXIT_BAD_INPUT
     except (ValueError, OSError) as error:
@@ -52,23 +51,16 @@ def _parser(command: str | None) -> ArgumentParser:
     """The parser, with the options of `command` alone: reading the others' types takes seconds."""
     from jsonargparse import ActionYesNo, ArgumentParser
 
-    parser = ArgumentParser(
-        prog="raco-fast",
-        description="Align language models to several conflicting preferences.",
-        exit_on_error=False,
-    )
+    about = "Align language models to several conflicting preferences."
+    parser = ArgumentParser(prog="raco-fast", description=about, exit_on_error=False)
     commands = parser.add_subcommands(required=True)
     train = ArgumentParser(
         usage="raco-fast train config.yaml [--resume] [--lr 2e-5] [any setting of the file]",
         description="Multi-objective DPO on preference pairs.",
         exit_on_error=False,
     )
-    train.add_argument(
-        "--resume",
-        action=ActionYesNo,
-        default=False,
-        help="go on from the newest checkpoint in output_dir",
-    )
+    resume = "go on from the newest checkpoint in output_dir"
+    train.add_argument("--resume", action=ActionYesNo, default=False, help=resume)
     verify = ArgumentParser(
         usage="raco-fast verify config.yaml [any setting of the file]",
         description="Compare every gradient mode with autograd on the model and data of a run.",
@@ -82,9 +74,8 @@ def _parser(command: str | None) -> ArgumentParser:
             of_run.add_class_arguments(TrainConfig)
     commands.add_subcommand("train", train, help="align a model on preference data")
     commands.add_subcommand("verify", verify, help="are the gradients of this run exact?")
-    demo = ArgumentParser(
-        description="A miniature of the paper's study; needs no download.", exit_on_error=False
-    )
+    about = "A miniature of the paper's study; needs no download."
+    demo = ArgumentParser(description=about, exit_on_error=False)
     demo.add_argument("--quick", action=ActionYesNo, default=False, help="a few seconds' version")
     if command == "demo":
         from raco_fast.demo.config import DemoConfig
@@ -100,10 +91,9 @@ def _run_train(parser: ArgumentParser, values: Any) -> int:
 
     logging.basicConfig(format="raco-fast: %(message)s")
     logging.getLogger("raco_fast").setLevel(logging.INFO)
-    options = parser.instantiate(values).train
-    config = TrainConfig(**_fields_of(TrainConfig, options))
+    config = _config(TrainConfig, parser.instantiate(values).train)
     try:
-        results = train(config, resume=options.resume)
+        results = train(config, resume=values.train.resume)
     except Interrupted as stop:
         print(f"raco-fast: {stop}", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -122,9 +112,8 @@ def _run_verify(parser: ArgumentParser, values: Any) -> int:
     from raco_fast.dpo.run.verification import verify_run
     from raco_fast.engine.tap import NotExactError
 
-    options = parser.instantiate(values).verify
     try:
-        found = verify_run(TrainConfig(**_fields_of(TrainConfig, options)))
+        found = verify_run(_config(TrainConfig, parser.instantiate(values).verify))
     except NotExactError as error:
         print(f"raco-fast: not exact: {error}", file=sys.stderr)
         return EXIT_NOT_EXACT
@@ -150,13 +139,14 @@ def _run_demo(parser: ArgumentParser, values: Any) -> int:
     from raco_fast.demo.config import DemoConfig
     from raco_fast.demo.study import run
 
-    run(DemoConfig(**_fields_of(DemoConfig, parser.instantiate(values).demo)))
+    run(_config(DemoConfig, parser.instantiate(values).demo))
     return 0
 
 
-def _fields_of(config_class: Any, options: Any) -> dict[str, Any]:
-    """The parsed options that are fields of a configuration class."""
-    return {field.name: options[field.name] for field in dataclasses.fields(config_class)}
+def _config(config_class: Any, options: Any) -> Any:
+    """A configuration of the parsed options that are its fields."""
+    fields = dataclasses.fields(config_class)
+    return config_class(**{field.name: options[field.name] for field in fields})
 
 
 if __name__ == "__main__":

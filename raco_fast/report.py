@@ -1,7 +1,5 @@
 """What every report is made of: Markdown tables, and shares with their uncertainty."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from statistics import NormalDist

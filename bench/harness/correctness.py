@@ -1,8 +1,8 @@
 """The tests of what is timed. They run first; what failed them is not timed.
 
 Every test file is a process of its own, all at the same time, beside the memory checkers of
-sanitizer.py. A file that was not through in time without a failure does not stand in the way: its
-record says so, and every suite checks its contestants once more on what it times.
+sanitizer.py. A file that ran out of time without a failure does not stop the suites: its record
+says so, and every suite checks its contestants once more on what it times.
 """
 
 import re

@@ -2,8 +2,8 @@
 
 The model has the shape of a real one and random weights, the batch random tokens: time and memory
 depend on neither. The two responses of a pair share their prompt and end in the last token of the
-vocabulary, as text does that ends in a stop token, so that a trainer which tokenizes text can be
-given the very same ids. All pairs have full length: nobody pads, nobody saves by not padding.
+vocabulary, which stands for a stop token, so that a trainer which tokenizes text can be given the
+same ids. All pairs have full length: padding, or the lack of it, is in no figure.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -88,8 +88,8 @@ class Problem:
     """A model, a batch of pairs (responses a, then b) and m losses, in the midst of training.
 
     The reference's scores are zero, so that margins differ from pair to pair, as they do after the
-    first step; an adapter's B is not, or its A would have no gradient. The head takes all its rows
-    at once.
+    first step. An adapter's B is random: behind a B of zeros, its A would have no gradient. The
+    head takes all its rows at once.
     """
 
     ADAPTER_STD, CHUNK_TOKENS = 0.01, 1 << 30

@@ -49,7 +49,7 @@ def run_parts(options: Namespace) -> None:
 
 
 def run_part(part: str, session: Session) -> None:
-    """Run one part, unless what it times has failed its tests; it ends by itself about in time."""
+    """Run one part, unless what it times has failed its tests; it stops near its deadline."""
     started = perf_counter()
     module = import_module(f"bench.suites.{part}")
     reason = correctness.obstacle(session.records.read(), session.device.type, part)

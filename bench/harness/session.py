@@ -1,7 +1,7 @@
 """One run of the benchmarks: where, how large, until when; and the loop that every suite shares.
 
-For each case the contestants prove themselves on the very tensors that they are timed on, those
-that are right are timed in turn, and each gets a record. What fails gets a record that says so.
+For each case the contestants are checked on the tensors that they are timed on, those that are
+right are timed in turn, and each gets a record. What fails gets a record that says so.
 """
 
 import gc

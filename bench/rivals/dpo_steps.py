@@ -14,7 +14,7 @@ ADAMW = {"lr": 1e-5, "weight_decay": 0.0}
 """Of every contestant. Without decay: TRL's trainer leaves it out for biases and norms only."""
 
 UNPREPARED = ("plain", "passes", "torchjd")
-"""The steps that know nothing of this library's engine; the others want a prepared model."""
+"""The steps of a plain model; the others need a prepared one."""
 
 Build = Callable[[Problem, int], Call]
 """(problem, m) -> one whole step with m objectives."""

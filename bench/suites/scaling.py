@@ -1,7 +1,7 @@
 """Time against size: the step against parameters and m, one backward pass against tokens and m.
 
 Each record has `size` and what it is `against`; the report fits the slope of log time on log size.
-A slope of 1 is a price per item, 0 a price of its own.
+A slope of 1: time is proportional to size; 0: it does not depend on it.
 """
 
 from collections.abc import Callable, Sequence

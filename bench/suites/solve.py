@@ -14,7 +14,7 @@ import torch
 from bench.harness import optional
 from bench.harness.records import OURS
 from bench.harness.session import Session
-from bench.harness.timing import interleaved
+from bench.harness.timing import interleaved, shares
 from bench.rivals.dual_solvers import (
     GRAMS,
     SIZES,
@@ -43,49 +43,28 @@ def run(session: Session) -> None:
         if (failure := optional.obstacle(rival)) is not None:
             session.records.add(f"{NAME}/{rival}", {}, failure=failure)
     rules = [name for name, rule in RULES.items() if not issubclass(rule, DualRule)]
-    cases = [(name, m) for m in (3, 8) for name in rules]
-    started = perf_counter()
-    share = (session.until - started) / (2 * len(sizes))
-    for number, m in enumerate(sizes):
-        _measure(session, m, started + share * (number + 1))
-    started = perf_counter()
-    share = (session.until - started) / len(cases)
-    for number, (name, m) in enumerate(cases):
-        _measure_rule(session, name, m, started + share * (number + 1))
+    half = (perf_counter() + session.until) / 2
+    for m, until in shares(sizes, half):
+        _measure(session, m, until)
+    for (rule, m), until in shares([(rule, m) for m in (3, 8) for rule in rules], session.until):
+        found = rule_solvers(rule, m)
+        errors = {name: apart(solver, found[OURS], grams(m)) for name, solver in found.items()}
+        wrong = "1 - cosine with our update is"
+        _time(session, {"m": m, "rule": rule}, found, errors, wrong, until)
 
 
 def _measure(session: Session, m: int, until: float) -> None:
-    found, errors = solvers(m), {}
-    matrices = grams(m)
+    found, matrices, errors = solvers(m), grams(m), {}
     best = [
         min(value(M, s.p(s.solve(s.inputs[k]))) for s in found.values())
         for k, M in enumerate(matrices)
     ]
-    for name, solver in list(found.items()):
-        excess = [
+    for name, solver in found.items():
+        errors[name] = max(
             (value(M, solver.p(solver.solve(x))) - f) / float(abs(M).max())
             for M, x, f in zip(matrices, solver.inputs, best, strict=True)
-        ]
-        errors[name] = max(excess)
-        limit = OURS_TOLERANCE if name.startswith(OURS) else TOLERANCE
-        if errors[name] > limit:
-            del found[name]
-            failure = f"wrong: f exceeds the optimum by {errors[name]:.2g}, at most {limit:.2g}"
-            session.records.add(f"{NAME}/{name}", {"m": m}, failure=failure)
-    if OURS in found:
-        _time(session, {"m": m}, found, errors, until)
-
-
-def _measure_rule(session: Session, rule: str, m: int, until: float) -> None:
-    found, case = rule_solvers(rule, m), {"m": m, "rule": rule}
-    errors = {name: apart(solver, found[OURS], grams(m)) for name, solver in found.items()}
-    for name in [name for name, error in errors.items() if error > TOLERANCE]:
-        del found[name]
-        failure = (
-            f"wrong: 1 - cosine with our update is {errors[name]:.2g}, at most {TOLERANCE:.2g}"
         )
-        session.records.add(f"{NAME}/{name}", case, failure=failure)
-    _time(session, case, found, errors, until)
+    _time(session, {"m": m}, found, errors, "f exceeds the optimum by", until)
 
 
 def _time(
@@ -93,27 +72,27 @@ def _time(
     case: dict[str, Any],
     found: dict[str, Solver],
     errors: dict[str, float],
+    wrong: str,
     until: float,
 ) -> None:
-    repeats = {name: _repeats(solver) for name, solver in found.items()}
-    calls = {name: _round(solver, repeats[name]) for name, solver in found.items()}
+    """Time the solvers whose error is small enough; the others get a record that says how large."""
+    calls, per_second = {}, {}
+    for name, solver in found.items():
+        limit = OURS_TOLERANCE if name.startswith(OURS) else TOLERANCE
+        if errors[name] > limit:
+            failure = f"wrong: {wrong} {errors[name]:.2g}, at most {limit:.2g}"
+            session.records.add(f"{NAME}/{name}", case, failure=failure)
+            continue
+        repeats = _repeats(solver)
+        calls[name], per_second[name] = _round(solver, repeats), 1e6 / (repeats * GRAMS)
+    if OURS not in calls:
+        return
     times = interleaved(calls, torch.device("cpu"), until)
-    per_call = {name: 1e6 / (repeats[name] * GRAMS) for name in found}
-    ours = times[OURS].quantiles()[1] * per_call[OURS]
+    ours = times[OURS].quantiles()[1] * per_second[OURS]
     for name, taken in times.items():
-        low, middle, high = (q * per_call[name] for q in taken.quantiles())
-        session.records.add(
-            f"{NAME}/{name}",
-            case,
-            unit="us",
-            p20=low,
-            p50=middle,
-            p80=high,
-            rounds=len(taken.device),
-            ratio=middle / ours,
-            error=errors[name],
-            reproduce=REPRODUCE,
-        )
+        summary = taken.summary("us", per_second[name])
+        figures = {**summary, "ratio": summary["p50"] / ours, "error": errors[name]}
+        session.records.add(f"{NAME}/{name}", case, **figures, reproduce=REPRODUCE)
 
 
 def _round(solver: Solver, repeats: int) -> Callable[[], None]:

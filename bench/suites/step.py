@@ -1,7 +1,7 @@
 """A whole optimizer step with the gradients at hand: Gram, dual problem, combination, AdamW.
 
-Everybody solves the dual problem with `solve_dual`, but `capturable`, our step that never waits for
-the device (m <= 2, CUDA only). `adamw` is torch's fused AdamW on one gradient: the price of one.
+All solve the dual problem with `solve_dual`, except `capturable`, our step that never waits for the
+device (m <= 2, CUDA only). `adamw` is torch's fused AdamW on one gradient: the price of one.
 """
 
 from collections.abc import Sequence

@@ -11,7 +11,7 @@ def run(session: Session) -> None:
     device = session.device.type
     tests = correctness.commands(correctness.files(device))
     checkers = sanitizer.commands() if device == "cuda" else {}
-    # Deterministic algorithms, which the kernel tests switch on, want this on CUDA devices.
+    # Without it torch refuses cuBLAS under deterministic algorithms, which the kernel tests want.
     cublas = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     for name, done in run_together({**tests, **checkers}, session.until, **cublas).items():
         (correctness if name in tests else sanitizer).record(session.records, name, done)

@@ -141,7 +141,7 @@ Train = Callable[[FreshProblem, int, Meter], None]
 
 
 def trainer(contestant: str, m: int) -> Train:
-    """What trains. TRL is loaded here: its code is no memory of its steps."""
+    """What trains. TRL is imported here, before memory is metered, or its code would count."""
     if contestant == "trl":
         from bench.rivals import trl_trainer
 

@@ -3,7 +3,7 @@
 A causal LM's logits are [batch, length, vocab]: for 8 sequences of 1024 tokens and a vocabulary of
 128k, 4 GiB in fp32, several times that with its log-softmax and gradient. Only the positions whose
 next token belongs to the response are scored, so their hidden states are gathered into [N, d], and
-`raco_fast.head` runs the head on them in blocks.
+`raco_fast.engine.lm_head` runs the head on them in blocks.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def sequence_logps(
         input_ids: int64 [B, T] on the model's device, right-padded.
         attention_mask: [B, T] beside it, 1 on tokens, 0 on padding.
         completion_mask: [B, T], true where the token is scored, or, floating-point, its weight;
-            column 0 cannot be scored (nothing predicts it). On the CPU, choosing the rows of the
-            head waits for no GPU.
+            column 0 cannot be scored (nothing predicts it). Best on the CPU: finding the scored
+            tokens of a mask on a GPU waits for that GPU.
         chunk_tokens: full rows of logits whose memory the head may take at any time.
     Returns:
         float32 [B]: sum over scored t of weight · log p(input_ids[b, t] | input_ids[b, :t]).
@@ -100,7 +100,7 @@ def _token_logps(
     def chunk(hidden: Tensor, targets: Tensor) -> Tensor:
         return -F.cross_entropy(shape(head(hidden).float()), targets, reduction="none")
 
-    # A head with an adapter inside: only its module knows its weight, so it is cut by tokens.
+    # A head with an adapter inside has no weight of its own to cut, so its tokens are cut.
     index = declared()
     pieces = []
     for start in range(0, len(targets), chunk_tokens):
@@ -114,7 +114,7 @@ def _logit_shape(config: Any) -> LogitShape:
     """What an architecture does to the head's output before the softmax.
 
     Gemma caps logits (`final_logit_softcapping`), Granite divides (`logits_scaling`), Cohere
-    multiplies (`logit_scale`). `check_head` finds any further one before it can do harm.
+    multiplies (`logit_scale`). `check_head` refuses a model that does anything else.
     """
     config = config.get_text_config()
     factor = (getattr(config, "logit_scale", None) or 1.0) / (
@@ -125,15 +125,15 @@ def _logit_shape(config: Any) -> LogitShape:
 
 @torch.no_grad()
 def check_head(model: nn.Module, input_ids: Tensor) -> None:
-    """Hold the chunked head against the model's own logits on one row.
+    """Compare the chunked head with the model's own logits on one row.
 
     Args:
         model: as in `sequence_logps`.
         input_ids: int64 [T] on its device, a sequence without padding; 64 tokens are used, for the
             model's own logits come unchunked.
     Raises:
-        ValueError: the two disagree, i.e. the architecture changes its logits in a way this file
-            does not know.
+        ValueError: the two disagree: the architecture changes its logits in a way that is missing
+            in this file.
     """
     was_training = model.training
     model.eval()

@@ -4,8 +4,6 @@
 restricts them to one objective. `raco/*` describe the combination of the gradients.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -26,16 +24,6 @@ class PreferenceMetrics:
     which is what tossing a coin would give. TRL counts it as wrong.
     """
 
-    _NAMES = (
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/margins",
-        "rewards/accuracies",
-        "logps/chosen",
-        "logps/rejected",
-        "logps/accuracies",
-    )
-
     def __init__(self, losses: Mapping[str, PreferenceLoss]) -> None:
         self._losses = losses
         self._sums: dict[str, Tensor] = {}
@@ -52,37 +40,38 @@ class PreferenceMetrics:
             of_objective = scores if isinstance(scores, PairScores) else scores[name]
             chosen, pairs = of_objective.labelled(label * (label.abs() != 0.5))
             if chosen.numel():
-                rows = self._statistics(pairs, self._losses[name].reward_scale)
-                self._sums[name] = self._sums.get(name, 0) + rows.double().sum(dim=1)
-                self._pairs[name] = self._pairs.get(name, 0) + rows.shape[1]
-
-    @torch.no_grad()
-    def _statistics(self, pairs: RankedScores, scale: float) -> Tensor:
-        """[len(_NAMES), n] statistics of n labelled pairs."""
-        chosen, rejected = scale * pairs.ratio_w, scale * pairs.ratio_l
-        return torch.stack(
-            [
-                chosen,
-                rejected,
-                chosen - rejected,
-                _ranked_right(chosen - rejected),
-                pairs.logps_w,
-                pairs.logps_l,
-                _ranked_right(pairs.logps_w - pairs.logps_l),
-            ]
-        )
+                each = _statistics(pairs, self._losses[name].reward_scale)
+                self._names = tuple(each)
+                sums = torch.stack(list(each.values())).double().sum(dim=1)
+                self._sums[name] = self._sums.get(name, 0) + sums
+                self._pairs[name] = self._pairs.get(name, 0) + chosen.numel()
 
     def result(self) -> dict[str, float]:
         """Means over all labelled entries, and per objective with its number of pairs."""
         if not self._pairs:
             return {}
         total = torch.stack(list(self._sums.values())).sum(dim=0) / sum(self._pairs.values())
-        result = dict(zip(self._NAMES, total.tolist(), strict=True))
+        result = dict(zip(self._names, total.tolist(), strict=True))
         for name, sums in self._sums.items():
             means = (sums / self._pairs[name]).tolist()
-            result |= {f"{key}/{name}": v for key, v in zip(self._NAMES, means, strict=True)}
+            result |= {f"{key}/{name}": v for key, v in zip(self._names, means, strict=True)}
             result[f"pairs/{name}"] = self._pairs[name]
         return result
+
+
+@torch.no_grad()
+def _statistics(pairs: RankedScores, scale: float) -> dict[str, Tensor]:
+    """Metric -> its values, [n], of n labelled pairs."""
+    chosen, rejected = scale * pairs.ratio_w, scale * pairs.ratio_l
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": _ranked_right(chosen - rejected),
+        "logps/chosen": pairs.logps_w,
+        "logps/rejected": pairs.logps_l,
+        "logps/accuracies": _ranked_right(pairs.logps_w - pairs.logps_l),
+    }
 
 
 def _ranked_right(margin: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from raco_fast.dpo.data.choices import check_choices
 from raco_fast.dpo.logps import unwrap
 
 if TYPE_CHECKING:
@@ -64,9 +65,7 @@ class ModelOptions:
     lora: LoraOptions | None = None
 
     def __post_init__(self) -> None:
-        """Check the choices."""
-        if self.dtype not in DTYPES:
-            raise ValueError(f"`dtype` must be one of {sorted(DTYPES)}, got {self.dtype!r}")
+        check_choices(self)
         pick_device(self.device)
 
 
@@ -106,14 +105,6 @@ def _source(name: str) -> tuple[str, dict[str, str]]:
     return name, {}
 
 
-def _unpacked(extra: dict[str, str]) -> dict[str, Any]:
-    """Arguments that make transformers unpack a GGUF file into dense, trainable weights."""
-    import transformers
-
-    gguf_config = getattr(transformers, "GgufConfig", None)  # older releases always unpack
-    return {"quantization_config": gguf_config(dequantize=True)} if extra and gguf_config else {}
-
-
 def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     """The tokenizer of `options`; its padding token defaults to its EOS token.
 
@@ -122,8 +113,7 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    source, extra = _source(options.tokenizer or options.name)
-    tokenizer = _from_pretrained(AutoTokenizer, options.tokenizer or options.name, source, extra)
+    tokenizer = _from_pretrained(AutoTokenizer, options.tokenizer or options.name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -136,16 +126,17 @@ def load_base_model(options: ModelOptions) -> PreTrainedModel:
         ValueError: the path does not exist, the hub has no such model, it cannot be read, or it is
             a GGUF file and the package gguf is missing.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    source, extra = _source(options.name)
-    arguments = {**extra, **_unpacked(extra), "dtype": DTYPES[options.dtype]}
-    model = _from_pretrained(AutoModelForCausalLM, options.name, source, arguments)
-    if extra:
+    arguments = {"dtype": DTYPES[options.dtype]}
+    is_gguf = options.name.endswith(".gguf")
+    if is_gguf and hasattr(transformers, "GgufConfig"):  # older releases always unpack
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = _from_pretrained(transformers.AutoModelForCausalLM, options.name, **arguments)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if is_gguf and quantizer is not None:
         # The weights are dense now; left marked as GGUF they could not be saved or trained.
-        quantizer = getattr(model, "hf_quantizer", None)
-        if quantizer is not None:
-            quantizer.remove_quantization_config(model)
+        quantizer.remove_quantization_config(model)
     if not options.dropout:
         switch_off_dropout(model)
     if options.gradient_checkpointing:
@@ -170,10 +161,11 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def _from_pretrained(auto_class: Any, name: str, source: str, extra: dict[str, Any]) -> Any:
+def _from_pretrained(auto_class: Any, name: str, **arguments: Any) -> Any:
+    source, of_file = _source(name)
     try:
-        return auto_class.from_pretrained(source, **extra)
-    # OSError is transformers' way of saying: not there, or no such file in it.
+        return auto_class.from_pretrained(source, **of_file, **arguments)
+    # transformers raises OSError where there is no such model, or a file of it is missing.
     except (OSError, SafetensorError) as error:
         raise ValueError(f"`model`: {name!r} cannot be loaded: {error}") from error
 
@@ -205,11 +197,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def fingerprint(model: nn.Module) -> str:
     """Hash of what a model computes: its configuration and every byte of its weights.
 
-    Gigabytes a second (CRC-32 a tensor, SHA-256 over those), little beside loading them.
+    A CRC-32 of each tensor and SHA-256 over those: fast enough beside reading them from disk.
     """
     config = unwrap(model).config.to_diff_dict()
     for name in ("_name_or_path", "transformers_version"):
-        config.pop(name, None)  # where it lies and who wrote it say nothing about what it computes
+        config.pop(name, None)  # neither changes what the model computes
     digest = hashlib.sha256(repr(sorted(config.items())).encode())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

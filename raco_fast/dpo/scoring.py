@@ -1,7 +1,5 @@
 """Pair scores: the policy's log-probabilities of a batch beside the reference's."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -37,9 +35,8 @@ def pair_logps(
 ) -> Tensor:
     """Summed log-probabilities of a batch on the CPU.
 
-    Two scores of one run through the model would share its rows, of which one backward pass can
-    tell the gradient of a single score. So with k tail weights every sequence is run k times, as k
-    sequences; where all objectives agree on one, that is once.
+    With k tail weights every sequence is run k times, as k sequences: from a sequence with two
+    scores, one backward pass could not tell the gradients of the two apart.
 
     Args:
         tails: see `PreferenceLoss.tail_weight`.
@@ -78,8 +75,7 @@ def score_pairs(
 
     Args:
         logps: `pair_logps` of the policy with the tail weights of `references`, in their order.
-            The scores are on its device; the batch's masks and labels only select, so they stay on
-            the CPU, and nothing waits for the GPU.
+            The scores are on its device.
         references: tail weight -> the reference's log-probabilities.
         losses: of the objectives.
     """

@@ -1,6 +1,4 @@
-"""Which pairs a step sees: a pure function of the step, so that resuming needs no replay."""
-
-from __future__ import annotations
+"""Which pairs a step sees: computed from its number, so a resumed run replays nothing."""
 
 import math
 from collections.abc import Sequence
@@ -11,14 +9,10 @@ from raco_fast.dpo.data.tokenization import EncodedPair
 
 
 class BatchSchedule:
-    """Shuffled epochs over `n_pairs` pairs, cut into steps.
+    """Shuffled epochs over `n_pairs` pairs, cut into steps of `pairs_per_step`.
 
-    Every pair is seen once an epoch; an epoch's last step may be smaller.
-
-    Args:
-        n_pairs: pairs in the training set.
-        pairs_per_step: pairs in one optimizer step.
-        seed: of the shuffles; epoch e uses seed + e.
+    Every pair is seen once an epoch; an epoch's last step may be smaller. Epoch e is shuffled with
+    seed + e.
     """
 
     def __init__(self, n_pairs: int, pairs_per_step: int, seed: int) -> None:
@@ -42,7 +36,7 @@ class BatchSchedule:
 def micro_batches(pairs: Sequence[EncodedPair], size: int) -> list[list[EncodedPair]]:
     """Cut a step into micro-batches of like length, longest first.
 
-    Like length saves padding; longest first meets the memory peak at once.
+    Like length saves padding; with the longest first, what does not fit in memory fails at once.
     """
     by_length = sorted(pairs, key=lambda pair: (-pair_length(pair), pair.id))
     return [by_length[start : start + size] for start in range(0, len(by_length), size)]

@@ -1,13 +1,11 @@
 """A preference pair: what it holds, when it is valid, and what is derived from it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
-from raco_fast.dpo.data.rows import Row, shape, show
+from raco_fast.dpo.data.rows import Row, is_number, shape, show
 
 _ROLES = ("system", "user", "assistant")
 
@@ -38,37 +36,20 @@ class PreferencePair:
 class ConciseRule:
     """Label an objective from length: the shorter response is preferred.
 
-    The label is 0 when the lengths differ by less than `relative` of the longer one or by less
-    than `absolute` tokens. Rows that carry a label field for the objective keep it, a 0 included,
-    unless `overwrite`.
+    Rows that carry a label field for the objective keep it, a 0 included.
 
     Attributes:
-        count: text -> number of tokens (`tokenization.token_counter`).
+        count: text -> number of tokens (`raco_fast.dpo.data.tokenization.token_counter`).
         objective: the objective to label.
-        relative: fraction of the longer response, in [0, 1).
-        absolute: tokens, at least 0.
-        overwrite: replace labels that the data already carries.
     """
 
     count: Callable[[str], int]
     objective: str = "concise"
-    relative: float = 0.10
-    absolute: int = 3
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the thresholds."""
-        if not 0 <= self.relative < 1:
-            raise ValueError(
-                f"`relative` must lie in [0, 1), got {self.relative}; 0.1 means 10 % of the longer"
-            )
-        if self.absolute < 0:
-            raise ValueError(f"`absolute` must be at least 0 tokens, got {self.absolute}; use 0")
 
     def label(self, response_a: str, response_b: str) -> int:
-        """+1 when a is shorter, -1 when b is, 0 when they are about equally long."""
+        """+1 when a is shorter, -1 when b is; 0 within 3 tokens or 10 % of the longer one."""
         a, b = self.count(response_a), self.count(response_b)
-        if abs(a - b) < self.absolute or abs(a - b) < self.relative * max(a, b):
+        if abs(a - b) < 3 or abs(a - b) < 0.1 * max(a, b):
             return 0
         return (b > a) - (a > b)
 
@@ -124,16 +105,12 @@ def soft_label(row: Row, column: str) -> float | None:
     if given is None:
         return None
     if not isinstance(given, dict):
-        raise row.error(
-            "preference_probabilities",
-            "map objectives to probabilities",
-            shape(given),
-            "write an object",
-        )
+        name, rule = "preference_probabilities", "map objectives to probabilities"
+        raise row.error(name, rule, shape(given), "write an object")
     if column not in given:
         return None
     q = given[column]
-    if not _is_number(q) or not 0 <= q <= 1:
+    if not is_number(q) or not 0 <= q <= 1:
         raise row.error(
             f"preference_probabilities.{column}",
             "be in [0, 1]",
@@ -159,7 +136,7 @@ def pair_weights(row: Row, columns: Mapping[str, str]) -> dict[str, float]:
     weights = {}
     for name, column in columns.items():
         value = given.get(column) if isinstance(given, dict) else given
-        if not _is_number(value) or not 0 < value < math.inf:
+        if not is_number(value) or not 0 < value < math.inf:
             raise row.error(
                 f"pair_weights.{column}" if isinstance(given, dict) else "pair_weights",
                 "be a positive number, or one for every objective that the row labels",
@@ -171,14 +148,10 @@ def pair_weights(row: Row, columns: Mapping[str, str]) -> dict[str, float]:
 
 
 def _optional(row: Row, name: str) -> Any:
-    """A field that any format may have, but not one that makes a pair of two rows."""
+    """A field of a row that is a pair by itself; refused where two rows make one pair."""
     sides = (row.data.get("ratings_a"), row.data.get("ratings_b"))
     if any(isinstance(side, dict) and name in side for side in sides):
         raise row.error(
             name, "stand in a row that is a pair", "one response's", "use the 'raco' format"
         )
     return row.data.get(name)
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

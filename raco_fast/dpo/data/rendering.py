@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Literal
 
 from jinja2 import TemplateError
 
+from raco_fast.dpo.data.choices import check_choices
 from raco_fast.dpo.data.pairs import PreferencePair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["PlainTemplate", "TokenOptions", "Writer", "token_ids"]
 
 _PROBE = "Probe"
 
@@ -73,7 +72,7 @@ class TokenOptions:
     plain: PlainTemplate = field(default_factory=PlainTemplate)
 
     def __post_init__(self) -> None:
-        """Check lengths and choices."""
+        check_choices(self)
         if self.max_length < 2:
             raise ValueError(
                 f"`max_length` must be at least 2 tokens, got {self.max_length}; "
@@ -84,14 +83,6 @@ class TokenOptions:
                 f"`max_prompt_length` must be at least 1 and below max_length = {self.max_length}, "
                 f"got {self.max_prompt_length}; leave room for the response"
             )
-        choices = {
-            "overlength": ("truncate", "drop", "error"),
-            "keep": ("end", "start"),
-            "special_text": ("error", "drop"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}")
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -153,7 +144,7 @@ class Writer:
         return prompt, a, b
 
     def begun(self, pair_id: str, prompt_ids: list[int]) -> list[int]:
-        """The prompt with its one BOS, where the tokenizer has the habit."""
+        """The prompt with exactly one BOS, where the tokenizer puts one before plain text."""
         if not prompt_ids:
             raise ValueError(
                 f"pair {pair_id!r}: the prompt must give at least one token, got none: the "

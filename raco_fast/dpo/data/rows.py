@@ -5,15 +5,13 @@ file and line: a damaged file that trains anyway is a wrong result that goes unn
 Messages never quote prompts or responses, which may be private or harmful; they give lengths.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeGuard, cast
 
 _GZIP_MAGIC = b"\x1f\x8b"
 
@@ -32,6 +30,11 @@ def shape(value: object) -> str:
     """Prompt or response content for an error message: type and length, never the text."""
     size = f" of length {len(value)}" if isinstance(value, (str, list, dict)) else ""
     return f"{type(value).__name__}{size}"
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a number, which JSON's true and false are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -127,10 +130,11 @@ def _decoded_lines(file: Path, stream: BinaryIO) -> Iterator[tuple[int, str]]:
 
 def _list_rows(file: Path, text: str) -> Iterator[Row]:
     decoder = json.JSONDecoder()
-    at = _skip_space(text, text.index("[") + 1)
-    counted, line, item = 0, 1, 0
-    closed = text[at : at + 1] == "]"
-    while not closed:
+    at, counted, line, item, mark = text.index("["), 0, 1, 0, ","
+    while mark == ",":
+        at = _skip_space(text, at + 1)
+        if item == 0 and text[at : at + 1] == "]":
+            return
         item += 1
         line += text.count("\n", counted, at)
         counted = at
@@ -147,9 +151,8 @@ def _list_rows(file: Path, text: str) -> Iterator[Row]:
                 f"{where}: an item must be followed by ',' or ']', got {mark or 'the end'!r}; "
                 "the list is cut off or damaged here, write the file again"
             )
-        closed = mark == "]"
-        at = _skip_space(text, at + 1)
-    if closed and item and at != len(text):
+    at = _skip_space(text, at + 1)
+    if at != len(text):
         raise ValueError(
             f"{file}: a JSON list must end the file, got {len(text) - at} characters after ']'; "
             "remove them"

@@ -1,9 +1,5 @@
 """Preference pairs from files: reading, strict labels, and labels derived from length.
 
-A pair carries one label per objective: +1 (response a preferred), -1 (response b) or 0 (a tie, or
-not labelled for this objective); a label may be soft, right with some probability. Several files
-may be mixed, each labelling its own objectives:
-
     sources = [DataSource("helpful.jsonl", objective="helpful"), DataSource("pairs.jsonl.gz")]
     pairs = read_sources(sources, ["helpful", "harmless"])
 
@@ -14,8 +10,6 @@ Which labels a source must carry is decided per source:
   for the others. Files without a label field (chosen / rejected) take exactly one.
 - an objective derived from length (`ConciseRule`) needs no field anywhere.
 """
-
-from __future__ import annotations
 
 import itertools
 import logging
@@ -46,7 +40,8 @@ class DataSource:
     Args:
         path: JSON Lines or a JSON list, gzip or not.
         objective: the objective(s) this file labels; None: every objective of the run.
-        format: a name in `formats.registry.FORMATS`, or "auto" (from the first row's keys).
+        format: a name in `raco_fast.dpo.data.formats.registry.FORMATS`, or "auto": by the fields
+            of the first row.
         limit: read only the first `limit` usable pairs.
         columns: objective -> the field that labels it, where the names differ; a leading "-"
             turns the sign ({"concise": "-verbosity"}).
@@ -68,32 +63,6 @@ class DataSource:
         if self.objective is None:
             return None
         return (self.objective,) if isinstance(self.objective, str) else tuple(self.objective)
-
-
-def read_pairs(
-    path: str | Path,
-    objectives: Sequence[str],
-    *,
-    format: str = "auto",
-    concise: ConciseRule | None = None,
-    limit: int | None = None,
-) -> list[PreferencePair]:
-    """Read the pairs of one file; `read_sources` with one source.
-
-    Args:
-        path: JSON Lines or a JSON list, gzip or not.
-        objectives: names to label. A file without label fields takes one (besides `concise`).
-        format: a name in `formats.registry.FORMATS`, or "auto".
-        concise: derives one objective from length.
-        limit: read only the first `limit` pairs.
-    Returns:
-        The pairs, in file order; each labels every objective.
-    Raises:
-        ValueError, FileNotFoundError: see `read_sources`.
-    """
-    return read_sources(
-        [DataSource(str(path), format=format, limit=limit)], objectives, concise=concise
-    )
 
 
 def read_sources(
@@ -128,7 +97,7 @@ def read_sources(
         stem = Path(source.path).name
         stems[stem] += 1
         prefix = stem if stems[stem] == 1 else f"{stem}#{stems[stem]}"
-        for where, pair in _source_pairs(source, names, concise, prefix):
+        for where, pair in _Reader(source, names, concise, prefix).pairs():
             if pair.id in seen:
                 raise ValueError(
                     f"{where}: `id` must be unique over all sources, got {show(pair.id)} again "
@@ -186,82 +155,106 @@ def _check_source(source: DataSource, names: tuple[str, ...]) -> None:
         )
 
 
-def _source_pairs(
-    source: DataSource, names: tuple[str, ...], concise: ConciseRule | None, prefix: str
-) -> Iterator[tuple[str, PreferencePair]]:
-    """The usable pairs of one source with their places."""
-    rows = read_rows(source.path)
-    first = next(rows)
-    form = detect_format(first) if source.format == "auto" else format_named(source.format)
-    kept, skipped, reason = 0, 0, ""
-    for row in form.join(itertools.chain([first], rows)):
-        try:
-            pair = _pair(row, form, source, names, concise, prefix)
-        except RowError as error:
-            if source.on_bad == "error":
-                raise
-            skipped += 1
-            reason = reason or str(error)
-            continue
-        kept += 1
-        yield row.where, pair
-        if kept == source.limit:
-            break
-    if skipped:
-        logger.warning("%s: left out %d rows, the first because: %s", source.path, skipped, reason)
-    if not kept:
-        raise ValueError(
-            f"{source.path}: a source must give at least one pair, got none ({skipped} left out, "
-            f"the first because: {reason}); mend the rows or remove the source"
+@dataclass(frozen=True)
+class _Reader:
+    """Reads one source of a run with the objectives `names`; `prefix` begins the ids it makes."""
+
+    source: DataSource
+    names: tuple[str, ...]
+    concise: ConciseRule | None
+    prefix: str
+
+    def pairs(self) -> Iterator[tuple[str, PreferencePair]]:
+        """The usable pairs with their places."""
+        source = self.source
+        rows = read_rows(source.path)
+        first = next(rows)
+        form = detect_format(first) if source.format == "auto" else format_named(source.format)
+        kept, skipped, reason = 0, 0, ""
+        for row in form.join(itertools.chain([first], rows)):
+            try:
+                pair = self._pair(row, form)
+            except RowError as error:
+                if source.on_bad == "error":
+                    raise
+                skipped += 1
+                reason = reason or str(error)
+                continue
+            kept += 1
+            yield row.where, pair
+            if kept == source.limit:
+                break
+        if skipped:
+            logger.warning(
+                "%s: left out %d rows, the first because: %s", source.path, skipped, reason
+            )
+        if not kept:
+            raise ValueError(
+                f"{source.path}: a source must give at least one pair, got none ({skipped} left "
+                f"out, the first because: {reason}); mend the rows or remove the source"
+            )
+
+    def _pair(self, row: Row, form: Format) -> PreferencePair:
+        prompt, response_a, response_b = form.content(row)
+        check_content(row, prompt, response_a, response_b)
+        labels = self._labels(row, form)
+        if self.concise is not None and self.concise.objective not in labels:
+            labels[self.concise.objective] = self.concise.label(response_a, response_b)
+        columns = {n: self._column(n).removeprefix("-") for n in labels if labels[n]}
+        return PreferencePair(
+            _pair_id(row, self.prefix),
+            prompt,
+            response_a,
+            response_b,
+            {n: labels.get(n, 0) for n in self.names},
+            pair_weights(row, columns),
         )
 
+    def _column(self, objective: str) -> str:
+        return self.source.columns.get(objective, objective)
 
-def _pair(
-    row: Row,
-    form: Format,
-    source: DataSource,
-    names: tuple[str, ...],
-    concise: ConciseRule | None,
-    prefix: str,
-) -> PreferencePair:
-    prompt, response_a, response_b = form.content(row)
-    check_content(row, prompt, response_a, response_b)
-    labels = _labels(row, form, source, names, concise)
-    if concise is not None and (concise.overwrite or concise.objective not in labels):
-        labels[concise.objective] = concise.label(response_a, response_b)
-    columns = {n: source.columns.get(n, n).removeprefix("-") for n in labels if labels[n]}
-    return PreferencePair(
-        _pair_id(row, prefix),
-        prompt,
-        response_a,
-        response_b,
-        {n: labels.get(n, 0) for n in names},
-        pair_weights(row, columns),
-    )
+    def _labels(self, row: Row, form: Format) -> dict[str, float]:
+        """The labels this row carries; an objective the source is not said to label is left out."""
+        if form.label is None:
+            return self._label_of_preferred(row, form)
+        labels: dict[str, float] = {}
+        for name in self.source.declared or self.names:
+            column = self._column(name)
+            field = column.removeprefix("-")
+            hard, soft = form.label(row, field), soft_label(row, field)
+            if hard is not None and soft is not None:
+                raise row.error(
+                    f"preference_probabilities.{field}",
+                    "stand for an objective without a hard label",
+                    f"the label {hard} beside it",
+                    "remove one of the two",
+                )
+            label = soft if hard is None else hard
+            if label is not None:
+                labels[name] = -label if column.startswith("-") else label
+            elif self.concise is None or name != self.concise.objective:
+                raise ValueError(
+                    f"{row.where}: a row must label every objective of its source, got no field "
+                    f"for {name!r} ({form.name!r} format, fields {form.fields(row)}); write 0 "
+                    f"where a pair is not labelled, set `objective` to the ones this file labels, "
+                    f"or map the name with `columns`"
+                )
+        return labels
 
-
-def _labels(
-    row: Row,
-    form: Format,
-    source: DataSource,
-    names: tuple[str, ...],
-    concise: ConciseRule | None,
-) -> dict[str, float]:
-    """The labels this row carries; an objective the source is not said to label is left out."""
-    derived = None if concise is None else concise.objective
-    wanted = source.declared or names
-    if form.label is None:
-        if source.columns:
+    def _label_of_preferred(self, row: Row, form: Format) -> dict[str, float]:
+        """The one label of a format without label fields, whose response a is the preferred one."""
+        if self.source.columns:
             raise ValueError(
                 f"{row.where}: `columns` must be empty for a {form.name!r} file, which has no "
-                f"label fields, got {source.columns}; use `objective`"
+                f"label fields, got {self.source.columns}; use `objective`"
             )
-        own = source.declared or tuple(n for n in names if n != derived)
+        derived = None if self.concise is None else self.concise.objective
+        own = self.source.declared or tuple(n for n in self.names if n != derived)
         if len(own) != 1:
             raise ValueError(
                 f"{row.where}: `objective` must name the one objective that a {form.name!r} file "
-                f"labels, got {list(own)}; add e.g. `objective: {own[0] if own else names[0]}` to "
-                "the source"
+                f"labels, got {list(own)}; add e.g. `objective: {own[0] if own else self.names[0]}`"
+                " to the source"
             )
         soft = soft_label(row, own[0])
         if soft is None and "preference_probabilities" in row.data:
@@ -269,29 +262,6 @@ def _labels(
                 "preference_probabilities", f"hold {own[0]!r}", "another", "correct the name"
             )
         return {own[0]: soft or 1}
-    labels: dict[str, float] = {}
-    for name in wanted:
-        column = source.columns.get(name, name)
-        field = column.removeprefix("-")
-        hard, soft = form.label(row, field), soft_label(row, field)
-        if hard is not None and soft is not None:
-            raise row.error(
-                f"preference_probabilities.{field}",
-                "stand for an objective without a hard label",
-                f"the label {hard} beside it",
-                "remove one of the two",
-            )
-        label = soft if hard is None else hard
-        if label is not None:
-            labels[name] = -label if column.startswith("-") else label
-        elif name != derived:
-            raise ValueError(
-                f"{row.where}: a row must label every objective of its source, got no field for "
-                f"{name!r} ({form.name!r} format, fields {form.fields(row)}); write 0 where a pair "
-                f"is not labelled, set `objective` to the ones this file labels, or map the name "
-                f"with `columns`"
-            )
-    return labels
 
 
 def _pair_id(row: Row, prefix: str) -> str:

@@ -17,6 +17,7 @@ and both responses share the prompt's ids. `raco_fast.dpo.data.rendering` makes 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -40,8 +41,7 @@ class EncodedPair:
         prompt_ids: ends right where the response begins; shared by both responses.
         a_ids: response a; ends with its one stop token unless it was truncated.
         b_ids: response b, likewise.
-        labels: as `PreferencePair.preferences`.
-        pair_weights: as there.
+        labels, pair_weights: as `PreferencePair.preferences` and `pair_weights`.
     """
 
     id: str
@@ -85,8 +85,7 @@ class PairBatch:
         completion_mask: [2B, T] bool, True on the tokens of the response, stop token included.
         labels: objective -> [B] float32: 0, or the sign times the probability that it is right.
         ids: the B pair ids.
-        tokens_a: [B] float32, tokens of response a.
-        tokens_b: [B] float32, tokens of response b.
+        tokens_a, tokens_b: [B] float32, tokens of each response.
         pair_weights: objective -> [B] float32; of objectives with a weight other than 1.
     """
 
@@ -128,7 +127,7 @@ def encode_pairs(
     clean = [pair for pair in pairs if writer.is_clean(pair)]
     rendered = [writer.render(pair) for pair in clean]
     ids = token_ids(tokenizer, [text for texts in rendered for text in texts])
-    report = EncodeReport(pairs=len(pairs), dropped_special_text=len(pairs) - len(clean))
+    counts: Counter[str] = Counter()
     encoded = []
     for k, pair in enumerate(clean):
         prompt, a, b = ids[3 * k : 3 * k + 3]
@@ -141,10 +140,17 @@ def encode_pairs(
             dict(pair.pair_weights),
         )
         fitted = _fit(whole, options, writer.bos_id)
-        report = _counted(report, whole, fitted)
-        if fitted is not None and fitted.a_ids != fitted.b_ids:
+        if fitted is None:
+            counts["dropped_overlength"] += 1
+        elif fitted.a_ids == fitted.b_ids:
+            counts["dropped_identical"] += 1
+        else:
             encoded.append(fitted)
-    return encoded, report
+            counts["prompts_truncated"] += fitted.prompt_ids != whole.prompt_ids
+            counts["responses_truncated"] += fitted.a_ids != whole.a_ids
+            counts["responses_truncated"] += fitted.b_ids != whole.b_ids
+    dropped = len(pairs) - len(clean)
+    return encoded, EncodeReport(len(pairs), len(encoded), dropped_special_text=dropped, **counts)
 
 
 def collate(pairs: Sequence[EncodedPair], pad_id: int) -> PairBatch:
@@ -217,17 +223,3 @@ def _fit(pair: EncodedPair, options: TokenOptions, bos_id: int | None) -> Encode
         prompt = [*head, *kept]
     left = options.max_length - len(prompt)
     return replace(pair, prompt_ids=prompt, a_ids=pair.a_ids[:left], b_ids=pair.b_ids[:left])
-
-
-def _counted(report: EncodeReport, whole: EncodedPair, fitted: EncodedPair | None) -> EncodeReport:
-    if fitted is None:
-        return replace(report, dropped_overlength=report.dropped_overlength + 1)
-    if fitted.a_ids == fitted.b_ids:
-        return replace(report, dropped_identical=report.dropped_identical + 1)
-    cut = (fitted.a_ids != whole.a_ids) + (fitted.b_ids != whole.b_ids)
-    return replace(
-        report,
-        kept=report.kept + 1,
-        prompts_truncated=report.prompts_truncated + (fitted.prompt_ids != whole.prompt_ids),
-        responses_truncated=report.responses_truncated + cut,
-    )

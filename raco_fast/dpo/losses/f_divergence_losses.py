@@ -3,8 +3,6 @@
 h(r) = r is the reverse KL divergence, which is DPO's own (`sigmoid`).
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -15,8 +13,8 @@ from raco_fast.dpo.losses.pair_scores import RankedScores
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss, beta, option
 
 LARGEST_EXPONENT = 40.0
-"""exp(-r) is constant where a response is e^40 times less likely than under the reference: e^89
-is beyond float32, and so would be the squares in a gradient's norm long before."""
+"""exp(-r) is held constant beyond it, where a response is e^40 times less likely than under the
+reference: e^45 squared, as in the norm of a gradient, overflows float32, and so does e^89."""
 
 
 @dataclass(frozen=True)
@@ -34,25 +32,23 @@ class _FDivergence(PreferenceLoss):
 
 @dataclass(frozen=True)
 class ForwardKl(_FDivergence):
-    """h(r) = -exp(-r)."""
+    """h(r) = -exp(-r), from -1 / u."""
 
     def h(self, ratio: Tensor) -> Tensor:
-        """-1 / u."""
         return -(-ratio).clamp(max=LARGEST_EXPONENT).exp()
 
 
 @dataclass(frozen=True)
 class JensenShannon(_FDivergence):
-    """h(r) = log s(r)."""
+    """h(r) = log s(r), from log(u / (1 + u))."""
 
     def h(self, ratio: Tensor) -> Tensor:
-        """log(u / (1 + u))."""
         return F.logsigmoid(ratio)
 
 
 @dataclass(frozen=True)
 class AlphaDivergence(_FDivergence):
-    """h(r) = (1 - exp(-alpha r)) / alpha.
+    """h(r) = (1 - exp(-alpha r)) / alpha, from (1 - u^-alpha) / alpha.
 
     Between reverse KL (alpha towards 0) and forward KL (1). TRL's coefficient is 1 - alpha.
     """
@@ -62,5 +58,4 @@ class AlphaDivergence(_FDivergence):
     )
 
     def h(self, ratio: Tensor) -> Tensor:
-        """(1 - u^-alpha) / alpha."""
         return -(-self.alpha * ratio).clamp(max=LARGEST_EXPONENT).expm1() / self.alpha

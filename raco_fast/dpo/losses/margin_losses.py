@@ -1,7 +1,5 @@
 """Losses of the margin between two log-ratios to the reference."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -80,7 +78,6 @@ class LengthDesensitized(Sigmoid):
 
     @property
     def tail_weight(self) -> float:
-        """alpha."""
         return float(self.alpha)
 
 
@@ -133,7 +130,7 @@ class Discopop(PreferenceLoss):
 
     def __call__(self, pairs: RankedScores) -> Tensor:
         x = self.beta * pairs.margin
-        # k exp(-x) in one exponential: apart, the left end would be 0 times infinity.
+        # k exp(-x) in one exponential: two factors would be 0 times infinity for a very negative x.
         exponential = (F.logsigmoid(x / self.tau) - x).exp()
         return exponential - (-x / self.tau).sigmoid() * F.logsigmoid(x)
 

@@ -4,15 +4,13 @@ For objective i over the B pairs of a batch,
 
     L_i = 1/n_i  sum over labelled b of  v_b loss(pair b),      n_i = pairs labelled for i.
 
-The divisor is the number of pairs also where they have weights v: a pair then pulls as hard
-whichever pairs share its step, while divided by the step's weights a pair alone would not feel its
-own. Weights whose mean is 1 leave the objective's scale alone.
+The divisor is the number of pairs also where they have weights v: divided by the sum of the weights
+in a step, a pair that is alone in its step would count 1 whatever its weight. Weights whose mean is
+1 leave the objective's scale alone.
 
-That L_i depends on the parameters only through the scores is what allows one backward pass for all
-objectives, so nothing here may look at a model.
+Nothing here may look at a model: one backward pass serves all objectives because L_i depends on the
+parameters only through the scores.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping
 
@@ -90,7 +88,7 @@ def preference_losses(
 
 
 def _of_pairs(name: str, loss: PreferenceLoss, pairs: RankedScores, q: Tensor) -> Tensor:
-    """[n] losses; of a soft label, the mean over what it may be."""
+    """[n] losses; of a soft label, the mean over its two signs."""
     if bool((q == 1).all()):
         return loss(pairs)
     if not bool(((q >= 0.5) & (q <= 1)).all()):

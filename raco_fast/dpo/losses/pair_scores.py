@@ -1,55 +1,9 @@
 """Scores of preference pairs: as responses a and b, and as preferred and other response."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class PairScores:
-    """Scores of B preference pairs; every field is a float32 [B] tensor.
-
-    Args:
-        logps_a, logps_b: summed log-probability of each response under the policy, with graph.
-        ref_logps_a, ref_logps_b: the same under the reference model, without graph.
-        tokens_a, tokens_b: scored tokens in each response.
-    """
-
-    logps_a: Tensor
-    logps_b: Tensor
-    ref_logps_a: Tensor
-    ref_logps_b: Tensor
-    tokens_a: Tensor
-    tokens_b: Tensor
-
-    def __getitem__(self, index: Tensor) -> PairScores:
-        """The pairs at an int64 [n] index."""
-        return PairScores(*(getattr(self, field.name)[index] for field in fields(self)))
-
-    def labelled(self, label: Tensor) -> tuple[Tensor, RankedScores]:
-        """The n pairs of a [B] label that is not 0: their int64 [n] index and ranked scores.
-
-        Selected, not multiplied by zero: a NaN in a pair without a label stays out. With `label`
-        on the CPU nothing waits for the GPU.
-        """
-        rows = label.nonzero().squeeze(-1)
-        device = self.logps_a.device
-        return rows, self[rows.to(device)].ranked((label[rows] > 0).to(device))
-
-    def ranked(self, a_preferred: Tensor) -> RankedScores:
-        """Every pair as (preferred, other); `a_preferred` is a bool [B]."""
-
-        def both(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-            return torch.where(a_preferred, a, b), torch.where(a_preferred, b, a)
-
-        return RankedScores(
-            *both(self.logps_a, self.logps_b),
-            *both(self.ref_logps_a, self.ref_logps_b),
-            *both(self.tokens_a, self.tokens_b),
-        )
 
 
 @dataclass(frozen=True)
@@ -69,7 +23,7 @@ class RankedScores:
     tokens_w: Tensor
     tokens_l: Tensor
 
-    def swapped(self) -> RankedScores:
+    def swapped(self) -> "RankedScores":
         """The same pairs with the other response preferred."""
         return RankedScores(
             self.logps_l,
@@ -109,3 +63,47 @@ class RankedScores:
     def mean_l(self) -> Tensor:
         """logps_l / n_l."""
         return self.logps_l / self.tokens_l
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Scores of B preference pairs; every field is a float32 [B] tensor.
+
+    Args:
+        logps_a, logps_b: summed log-probability of each response under the policy, with graph.
+        ref_logps_a, ref_logps_b: the same under the reference model, without graph.
+        tokens_a, tokens_b: scored tokens in each response.
+    """
+
+    logps_a: Tensor
+    logps_b: Tensor
+    ref_logps_a: Tensor
+    ref_logps_b: Tensor
+    tokens_a: Tensor
+    tokens_b: Tensor
+
+    def __getitem__(self, index: Tensor) -> "PairScores":
+        """The pairs at an int64 [n] index."""
+        return PairScores(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def labelled(self, label: Tensor) -> tuple[Tensor, RankedScores]:
+        """The n pairs of a [B] label that is not 0: their int64 [n] index and ranked scores.
+
+        Selected, not multiplied by zero: a NaN in a pair without a label stays out. With `label`
+        on the CPU nothing waits for the GPU.
+        """
+        rows = label.nonzero().squeeze(-1)
+        device = self.logps_a.device
+        return rows, self[rows.to(device)].ranked((label[rows] > 0).to(device))
+
+    def ranked(self, a_preferred: Tensor) -> RankedScores:
+        """Every pair as (preferred, other); `a_preferred` is a bool [B]."""
+
+        def both(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.where(a_preferred, a, b), torch.where(a_preferred, b, a)
+
+        return RankedScores(
+            *both(self.logps_a, self.logps_b),
+            *both(self.ref_logps_a, self.ref_logps_b),
+            *both(self.tokens_a, self.tokens_b),
+        )

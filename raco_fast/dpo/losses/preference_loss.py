@@ -1,7 +1,5 @@
 """What a preference loss is: options, each with a rule, and one number for every ranked pair."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -28,14 +26,14 @@ def beta(default: float = 0.1) -> Any:
 class PreferenceLoss(ABC):
     """A loss of ranked pairs; its fields are its options.
 
-    It may depend on the parameters through `logps_w` and `logps_l` alone: that is what one
-    backward pass for all objectives rests on.
+    It may depend on the parameters through `logps_w` and `logps_l` alone: otherwise one backward
+    pass could not serve all objectives.
 
     Attributes:
         soft: a label that is right with probability q gives q loss(w, l) + (1 - q) loss(l, w), and
             the margin at which that is smallest grows with q. False: soft labels are refused.
-        tail_weight: what its scores count of the tokens that one response has past the end of the
-            other: their log-probabilities, and the reference's, are multiplied by it.
+        tail_weight: factor of the log-probabilities, also the reference's, of those tokens that
+            the longer response has past the length of the shorter one.
     """
 
     soft: ClassVar[bool] = False
@@ -56,10 +54,10 @@ class PreferenceLoss(ABC):
 
     @property
     def tail_weight(self) -> float:
-        """1: scores are plain sums over the response, which all such losses share."""
+        """1: scores are plain sums over the response."""
         return 1.0
 
     @property
     def reward_scale(self) -> float:
-        """What a log-ratio is multiplied by to be an implicit reward: beta, 1 without one."""
+        """Implicit reward over log-ratio: beta, 1 for a loss without one."""
         return float(getattr(self, "beta", 1.0))

@@ -1,7 +1,5 @@
 """Losses of log-probabilities per token, without a reference model."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Losses by name, as a configuration gives them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
@@ -55,7 +53,7 @@ def register_loss(name: str) -> Callable[[LossClass], LossClass]:
 
     Raises:
         ValueError: the name is taken.
-        TypeError: not a `PreferenceLoss`, or not yet a dataclass: its options would not be any.
+        TypeError: not a `PreferenceLoss`, or not a dataclass: its options would not be found.
     """
     if name in LOSSES:
         raise ValueError(

@@ -1,7 +1,5 @@
 """Losses that look at each response's implicit reward by itself, not at their difference alone."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch.nn.functional as F

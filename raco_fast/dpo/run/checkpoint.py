@@ -10,8 +10,6 @@ A checkpoint is a folder `checkpoints/step-<n>`:
 It is written under another name and renamed, and the previous one is removed only afterwards.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import dataclass
@@ -32,12 +30,8 @@ from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 class TrainingState:
     """What a checkpoint saves and restores in place.
 
-    Args:
-        model: the policy.
-        optimizer: its optimizer.
-        scheduler: its learning-rate schedule.
-        run: JSON-able identity of the run; must agree on load.
-        step: completed optimizer steps, which is also the position in the data.
+    `run` identifies the run in plain JSON values, which must agree on load; `step` counts completed
+    optimizer steps, and is also the position in the data.
     """
 
     model: nn.Module
@@ -72,7 +66,9 @@ class TrainingState:
             {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()},
             folder / "optimizer.pt",
         )
-        _torch_save(_random_state(), folder / "rng.pt")
+        # A training step draws from torch's generators only.
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        _torch_save({"cpu": torch.get_rng_state(), "cuda": cuda}, folder / "rng.pt")
         state = {"step": self.step, "run": self.run}
         (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
 
@@ -98,7 +94,10 @@ class TrainingState:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
         self.step = read_state(checkpoint)["step"]
-        _set_random_state(torch.load(checkpoint / "rng.pt", weights_only=True))
+        random = torch.load(checkpoint / "rng.pt", weights_only=True)
+        torch.set_rng_state(random["cpu"])
+        if random["cuda"]:
+            torch.cuda.set_rng_state_all(random["cuda"])
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -122,15 +121,3 @@ def _torch_save(content: dict[str, Any], file: Path) -> None:
         torch.save(content, file)
     except RuntimeError as error:  # a write that failed, as torch's archive writer puts it
         raise OSError(str(error)) from error
-
-
-def _random_state() -> dict[str, Any]:
-    """States of torch's generators; a training step draws from no other."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,7 +1,5 @@
 """The configuration of a training run: one dataclass, one YAML file, one CLI."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from dataclasses import dataclass, field
@@ -11,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from raco_fast.dpo.data.choices import check_choices
 from raco_fast.dpo.data.rendering import TokenOptions
 from raco_fast.dpo.data.sources import DataSource
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
@@ -19,11 +18,6 @@ from raco_fast.dpo.models import ModelOptions
 from raco_fast.engine.prepare import CHECK_EVERY
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 from raco_fast.solver.registry import check_rule, spec_of
-
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-"""Learning-rate schedules and their names in transformers; each begins with the warm-up."""
-
-GRADIENT_MODES = ("auto", "autograd", "one_backward", "gram_first")
 
 
 @dataclass(frozen=True)
@@ -107,8 +101,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check everything that can be checked before a model is loaded."""
+        check_choices(self)
         object.__setattr__(self, "rule", spec_of(check_rule(self.rule)))  # as it is in YAML
-        # The optimizer knows what weights, c, lr, ... may be: let it look at them.
+        # The optimizer checks weights, c, lr and the like, here before a model is loaded.
         ClippedCAGradAdamW([torch.zeros(1)], **self.optimizer_arguments)
         unknown = [name for name in self.losses if name not in self.weights]
         if unknown:
@@ -131,28 +126,17 @@ class TrainConfig:
                 raise ValueError(f"`{name}` must be at least 1, got {value}")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"`warmup_ratio` must be in [0, 1], got {self.warmup_ratio}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(
-                f"`schedule` must be one of {sorted(SCHEDULES)}, got {self.schedule!r}"
-            )
-        self._check_gradient_mode()
-        if self.tensorboard and find_spec("tensorboard") is None:
-            raise ValueError(
-                "`tensorboard: true` needs the package tensorboard; "
-                "pip install 'raco-fast[tensorboard]'"
-            )
-
-    def _check_gradient_mode(self) -> None:
-        if self.gradient_mode not in GRADIENT_MODES:
-            raise ValueError(
-                f"`gradient_mode` must be one of {GRADIENT_MODES}, got {self.gradient_mode!r}"
-            )
         if self.gradient_mode == "gram_first" and self.pairs_per_micro_batch < self.pairs_per_step:
             raise ValueError(
                 f"`gradient_mode` 'gram_first' needs the whole step in one micro-batch (products "
                 f"between micro-batches are part of its Gram matrix), got {self.pairs_per_step} "
                 f"`pairs_per_step` in micro-batches of {self.pairs_per_micro_batch}; set both to "
                 f"the same number, or use 'one_backward'"
+            )
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise ValueError(
+                "`tensorboard: true` needs the package tensorboard; "
+                "pip install 'raco-fast[tensorboard]'"
             )
 
     @property
@@ -179,22 +163,11 @@ class TrainConfig:
         return Path(self.output_dir)
 
 
-_FREE_TO_CHANGE = frozenset(
-    {
-        "loss",  # these two are in `losses`, as they come out
-        "loss_options",
-        "eval_data",
-        "eval_every",
-        "save_every",
-        "log_every",
-        "output_dir",
-        "cache_dir",
-        "tensorboard",
-        "gradient_mode",
-        "check_every",
-    }
-)
-"""Settings that are not compared on `--resume`: none changes what is learnt, but by rounding."""
+# Settings that may change on `--resume`. What these two come to is compared in `losses`,
+_NOT_COMPARED = {"loss", "loss_options"}
+# and none of the others changes what is learnt, but by rounding.
+_NOT_COMPARED |= {"eval_data", "eval_every", "save_every", "log_every", "tensorboard"}
+_NOT_COMPARED |= {"output_dir", "cache_dir", "gradient_mode", "check_every"}
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
@@ -202,7 +175,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     losses = {name: described(loss) for name, loss in config.objective_losses.items()}
     given = {**dataclasses.asdict(config), "losses": losses}
     settings: dict[str, Any] = json.loads(json.dumps(given))
-    return {name: value for name, value in settings.items() if name not in _FREE_TO_CHANGE}
+    return {name: value for name, value in settings.items() if name not in _NOT_COMPARED}
 
 
 def check_same_run(config: TrainConfig, saved: dict[str, Any], checkpoint: Path) -> None:

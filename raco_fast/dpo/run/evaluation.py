@@ -1,7 +1,5 @@
 """Held-out preference accuracy, margin and loss per objective."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,12 +20,10 @@ class HeldOut:
     """A held-out set and how it is scored.
 
     Args:
-        pairs: encoded held-out pairs.
+        pairs: encoded, of which `batch_pairs` are scored at once.
         references: tail weight -> their reference log-probabilities.
         losses: objective name -> its loss; reported as means over all labelled pairs.
-        pad_id: padding token.
-        batch_pairs: pairs scored at once.
-        chunk_tokens: as in `sequence_logps`.
+        pad_id, chunk_tokens: as in `collate` and `sequence_logps`.
     """
 
     pairs: Sequence[EncodedPair]
@@ -44,9 +40,10 @@ class HeldOut:
         model.eval()
 
         def score(batch: PairBatch) -> Tensor:
-            # One tail weight at a time, as for the reference: larger products round otherwise.
-            each = (pair_logps(model, batch, self.chunk_tokens, [t]) for t in self.references)
-            return torch.cat(list(each))
+            # One tail weight at a time, as the reference was scored: larger matrix products round
+            # in another way, and rewards of an untrained policy would not be exactly zero.
+            each = [pair_logps(model, batch, self.chunk_tokens, [t]) for t in self.references]
+            return torch.cat(each)
 
         result = self._evaluate(score)
         model.train(was_training)

@@ -4,8 +4,6 @@ Whatever is written here is written beside its destination and renamed when it i
 full disk, a crash or Ctrl-C leaves the previous version in place.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator
@@ -65,7 +63,7 @@ def atomic_file(destination: Path) -> Iterator[Path]:
 
 @contextmanager
 def _reported(destination: Path) -> Iterator[None]:
-    """Name the file in what went wrong; safetensors has an error of its own for a full disk."""
+    """Name the file in what went wrong; for a full disk safetensors has an error of its own."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -76,6 +74,6 @@ def _reported(destination: Path) -> Iterator[None]:
 
 
 def _flush(file: Path) -> None:
-    """Force a written file to disk: a rename must not outrun the data it names."""
+    """Force a written file to disk: after a power cut the renamed file could be empty."""
     with file.open("rb") as handle:
         os.fsync(handle.fileno())

@@ -1,11 +1,9 @@
 """Ctrl-C that waits for a safe place."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 
@@ -19,19 +17,12 @@ class Interrupt:
         self.requested = False
         self._previous: Any = None
 
-    def __enter__(self) -> Interrupt:
-        """Take over SIGINT."""
+    def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._handle)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Give SIGINT back."""
+    def __exit__(self, *_: object) -> None:
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
 

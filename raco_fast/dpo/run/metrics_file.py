@@ -1,8 +1,7 @@
 """The JSON Lines file that metrics go to, and TensorBoard's beside it."""
 
-from __future__ import annotations
-
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,8 @@ class MetricsFile:
 
     Args:
         path: the file.
-        resumed_at: steps completed before a resumed run goes on: later records are dropped, for
-            they are written again. None starts a new file.
+        resumed_at: steps that a resumed run has completed; later records are dropped, since they
+            are written again. None starts a new file.
         tensorboard: also write event files to `tensorboard/` beside it.
     """
 
@@ -47,11 +46,18 @@ class MetricsFile:
         kept = [] if resumed_at is None else [r for r in read_records(path) if r["step"] < first]
         with atomic_file(path) as partial:
             partial.write_text("".join(f"{json.dumps(r)}\n" for r in kept), encoding="utf-8")
-        self._board = _tensorboard(path.parent / "tensorboard", first) if tensorboard else None
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(path.parent / "tensorboard"), purge_step=first)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record; `record["step"]` counts completed optimizer steps."""
-        clean = {k: _json_number(v) for k, v in record.items()}
+        clean = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean, allow_nan=False) + "\n")
         if self._board is not None:
@@ -63,15 +69,3 @@ class MetricsFile:
         """Flush what TensorBoard still holds."""
         if self._board is not None:
             self._board.close()
-
-
-def _json_number(value: Any) -> Any:
-    if isinstance(value, float) and value - value != 0:
-        return None
-    return value
-
-
-def _tensorboard(folder: Path, first_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=first_step)

@@ -26,11 +26,9 @@ class TrainingSummary:
     """What a model card tells of a finished run.
 
     Args:
-        config: the run.
         steps: optimizer steps, skipped ones included.
         skipped_steps: those with a gradient that was not finite.
-        pairs: training pairs.
-        labelled: objective name -> training pairs labelled for it.
+        labelled: objective name -> those of the training `pairs` that are labelled for it.
         evaluations: records of metrics.jsonl with `eval_` metrics, in order; may be empty.
     """
 
@@ -81,17 +79,20 @@ def _body(summary: TrainingSummary) -> str:
         [name, f"{config.weights[name]:g}", str(summary.labelled[name]), _loss_text(loss)]
         for name, loss in config.objective_losses.items()
     ]
-    files = [f"- train: `{source.path}` ({_selection(source.limit)})" for source in config.data]
-    files += [f"- held out: `{s.path}` ({_selection(s.limit)})" for s in config.eval_data]
+    files = []
+    for use, sources in (("train", config.data), ("held out", config.eval_data)):
+        for source in sources:
+            part = "all" if source.limit is None else f"the first {source.limit}"
+            files.append(f"- {use}: `{source.path}` ({part} usable pairs)")
     skipped = f", {summary.skipped_steps} of them skipped" if summary.skipped_steps else ""
     rule = check_rule(config.rule)
-    source = " (RACO, arXiv:2602.02495)" if isinstance(rule, CAGradClip) else ""
+    paper = " (RACO, arXiv:2602.02495)" if isinstance(rule, CAGradClip) else ""
     parts = [
         f"# {Path(config.model.name).stem} aligned with raco-fast",
         f"`{config.model.name}` trained by multi-objective DPO ({how}) on preference pairs. "
         f"Gradients of the objectives were combined by `{label_of(rule)}`"
         + (f" with c = {config.c}" if isinstance(rule, CAGrad | CAGradClip) else "")
-        + f"{source}.",
+        + f"{paper}.",
         "## Objectives\n\n"
         + markdown_table(["objective", "weight", "labelled pairs", "loss"], objectives),
         f"## Data\n\n{summary.pairs} training pairs.\n\n" + "\n".join(files),
@@ -108,10 +109,6 @@ def _loss_text(loss: PreferenceLoss) -> str:
     options = described(loss)
     name = options.pop("name")
     return ", ".join([f"`{name}`", *(f"{key} {value}" for key, value in options.items())])
-
-
-def _selection(limit: int | None) -> str:
-    return "all usable pairs" if limit is None else f"the first {limit} usable pairs"
 
 
 def result_table(config: TrainConfig, evaluations: Sequence[Mapping[str, Any]]) -> str:

@@ -1,12 +1,9 @@
 """Reference log-probabilities, computed once and cached.
 
-The reference model is the policy before training, so its log-probabilities are computed once, at
-the start, and no second model stays in memory. They are cached on disk under a hash of everything
-they depend on: the weights, what is scored, and the token ids of every pair (which hold the data,
-the tokenizer, the chat template and the truncation).
+The reference model is the policy before training, so no second model stays in memory. They are
+cached on disk under a hash of everything they depend on: the weights, what is scored, and the token
+ids of every pair, which follow from the data, the tokenizer, the chat template and the truncation.
 """
-
-from __future__ import annotations
 
 import hashlib
 import logging
@@ -53,12 +50,10 @@ def reference_logps(
 
     Args:
         model: the model before training; of a PEFT model, the adapter is switched off.
-        pairs: encoded pairs with unique ids.
-        model_hash: `models.fingerprint` of the model.
-        pad_id: padding token.
-        cache_dir: folder of the cache; created where missing.
-        batch_pairs: pairs scored at once.
-        chunk_tokens: as in `sequence_logps`.
+        pairs: encoded pairs with unique ids, of which `batch_pairs` are scored at once.
+        model_hash: `raco_fast.dpo.models.fingerprint` of the model.
+        cache_dir: created where missing.
+        pad_id, chunk_tokens: as in `collate` and `sequence_logps`.
         tail: weight of the tokens past the shorter response's end, as in `pair_logps`.
     Raises:
         ValueError: one of them is not finite.

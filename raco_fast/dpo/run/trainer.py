@@ -1,32 +1,20 @@
 """The training loop: batch -> scores -> losses -> per-objective gradients -> one combined step."""
 
-from __future__ import annotations
-
 import logging
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from raco_fast.dpo.data.batches import BatchSchedule, labelled_counts
 from raco_fast.dpo.data.tokenization import EncodedPair
-from raco_fast.dpo.logps import check_head
-from raco_fast.dpo.models import (
-    add_adapter,
-    fingerprint,
-    load_base_model,
-    load_tokenizer,
-    trainable,
-)
+from raco_fast.dpo.models import trainable
 from raco_fast.dpo.run.checkpoint import TrainingState, latest, read_state
-from raco_fast.dpo.run.config import SCHEDULES, TrainConfig, check_same_run, identity
-from raco_fast.dpo.run.dataset import check_pairs_fit, load_pairs
+from raco_fast.dpo.run.config import TrainConfig, check_same_run, identity
 from raco_fast.dpo.run.evaluation import HeldOut
+from raco_fast.dpo.run.inputs import load_inputs
 from raco_fast.dpo.run.interrupt import Interrupt
 from raco_fast.dpo.run.metrics_file import MetricsFile, read_records
 from raco_fast.dpo.run.model_card import TrainingSummary, save_trained_model
@@ -35,9 +23,6 @@ from raco_fast.dpo.run.step import PreferenceStep
 from raco_fast.dpo.scoring import ReferenceLogps, tail_weights
 from raco_fast.engine.prepare import prepare
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +42,6 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     """Run a whole training: load, score the reference, train, evaluate, save.
 
     Args:
-        config: the run.
         resume: go on from the newest checkpoint in `config.output_dir`.
     Returns:
         The last evaluation's record in metrics.jsonl (empty without `eval_data`).
@@ -78,36 +62,28 @@ class Trainer:
         found = _checkpoint_to_resume(config.folder, resume)
         if found is not None:
             check_same_run(config, read_state(found)["run"]["settings"], found)
-        torch.manual_seed(config.seed)
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.model)
-        train_pairs, eval_pairs = load_pairs(config, self.tokenizer)
-        base = load_base_model(config.model)
-        check_pairs_fit(base, [*train_pairs, *eval_pairs])
-        model_hash = fingerprint(base)
-        self.model: nn.Module = add_adapter(base, config.model.lora)
-        self.device = next(self.model.parameters()).device
-        probe = train_pairs[0].prompt_ids + train_pairs[0].a_ids
-        check_head(self.model, torch.tensor(probe, device=self.device))
+        self.inputs = load_inputs(config)
+        self.model, self.pairs = self.inputs.model, self.inputs.training
         if config.gradient_mode != "autograd":
             strict = config.gradient_mode != "auto"
             prepare(self.model, strict=strict, check_every=config.check_every)
-        self.pairs = train_pairs
-        self.references = self._references(train_pairs, model_hash)
+        self.references = self._references(self.pairs)
         if len(self.references) > 1:
             logger.info(
                 "the losses weigh tokens in %d ways, so every sequence is run as often in a step",
                 len(self.references),
             )
-        self.held_out = self._held_out(eval_pairs, model_hash) if eval_pairs else None
-        self.batches = BatchSchedule(len(train_pairs), config.pairs_per_step, config.seed)
-        self.total_steps = _total_steps(config, self.batches)
-        self.state = self._new_state(train_pairs, model_hash)
+        self.held_out = self._held_out() if self.inputs.held_out else None
+        self.batches = BatchSchedule(len(self.pairs), config.pairs_per_step, config.seed)
+        steps = config.epochs * self.batches.steps_per_epoch
+        self.total_steps = min(steps, config.max_steps or steps)
+        self.state = self._new_state()
         self._learn = PreferenceStep(
             self.model,
             self.state.optimizer,
             self.references,
             self.losses,
-            self._pad_id,
+            self.inputs.pad_id,
             config.pairs_per_micro_batch,
             config.chunk_tokens,
             {"auto": "one_backward"}.get(config.gradient_mode, config.gradient_mode),
@@ -139,10 +115,10 @@ class Trainer:
                     self.state.save(self._checkpoints)
         self.metrics.close()
         summary = self._summary()
-        save_trained_model(self.model, self.tokenizer, summary)
+        save_trained_model(self.model, self.inputs.tokenizer, summary)
         return dict(summary.evaluations[-1]) if summary.evaluations else {}
 
-    def _step(self, progress: tqdm[Any]) -> None:
+    def _step(self, progress: "tqdm[Any]") -> None:
         """One optimizer step over the pairs of this step, in micro-batches."""
         began = time.perf_counter()
         state, config = self.state, self.config
@@ -151,7 +127,13 @@ class Trainer:
         result = self._learn(pairs)
         state.scheduler.step()
         state.step += 1
-        self._report_skip()
+        if not result.solution.finite:
+            logger.warning(
+                "step %d: a loss or gradient is not finite; the step was skipped (%d so far), "
+                "weights and optimizer state are unchanged",
+                state.step,
+                result.skipped_steps,
+            )
         progress.update()
         if _due(state.step, config.log_every):
             seconds = time.perf_counter() - began
@@ -164,42 +146,34 @@ class Trainer:
                 "tokens_per_second": result.tokens / seconds,
             }
             self.metrics.write(record)
-            progress.set_postfix(_brief(record, config.objectives))
-
-    def _report_skip(self) -> None:
-        optimizer = self.state.optimizer
-        if optimizer.solution is not None and not optimizer.solution.finite:
-            logger.warning(
-                "step %d: a loss or gradient is not finite; the step was skipped (%d so far), "
-                "weights and optimizer state are unchanged",
-                self.state.step,
-                optimizer.skipped_steps,
-            )
+            losses = {name: f"{record[f'loss/{name}']:.3f}" for name in config.objectives}
+            progress.set_postfix(losses)
 
     def _record(self, evaluation: dict[str, float]) -> None:
         self.metrics.write({"step": self.state.step, **evaluation})
 
-    def _held_out(self, pairs: list[EncodedPair], model_hash: str) -> HeldOut:
-        config = self.config
+    def _held_out(self) -> HeldOut:
+        config, pairs = self.config, self.inputs.held_out
         return HeldOut(
             pairs,
-            self._references(pairs, model_hash),
+            self._references(pairs),
             self.losses,
-            pad_id=self._pad_id,
+            pad_id=self.inputs.pad_id,
             batch_pairs=2 * config.pairs_per_micro_batch,
             chunk_tokens=config.chunk_tokens,
         )
 
-    def _new_state(self, pairs: Sequence[EncodedPair], model_hash: str) -> TrainingState:
+    def _new_state(self) -> TrainingState:
         from transformers import get_scheduler
 
         config = self.config
         optimizer = ClippedCAGradAdamW(trainable(self.model).values(), **config.optimizer_arguments)
+        # What transformers calls "constant" ignores the warm-up.
+        schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
         warmup = round(config.warmup_ratio * self.total_steps)
-        scheduler: LRScheduler = get_scheduler(
-            SCHEDULES[config.schedule], optimizer, warmup, self.total_steps
-        )
-        run = {"settings": identity(config), "data": data_hash(pairs), "model": model_hash}
+        scheduler: LRScheduler = get_scheduler(schedule, optimizer, warmup, self.total_steps)
+        content = {"data": data_hash(self.pairs), "model": self.inputs.model_hash}
+        run = {"settings": identity(config), **content}
         return TrainingState(self.model, optimizer, scheduler, run)
 
     def _resume(self, checkpoint: Path) -> None:
@@ -223,15 +197,15 @@ class Trainer:
             evaluations=[r for r in records if any(name.startswith("eval_") for name in r)],
         )
 
-    def _references(self, pairs: list[EncodedPair], model_hash: str) -> dict[float, ReferenceLogps]:
+    def _references(self, pairs: list[EncodedPair]) -> dict[float, ReferenceLogps]:
         """Tail weight -> reference log-probabilities, of every one that a loss has."""
         config = self.config
         return {
             tail: reference_logps(
                 self.model,
                 pairs,
-                model_hash=model_hash,
-                pad_id=self._pad_id,
+                model_hash=self.inputs.model_hash,
+                pad_id=self.inputs.pad_id,
                 cache_dir=Path(config.cache_dir),
                 batch_pairs=2 * config.pairs_per_micro_batch,
                 chunk_tokens=config.chunk_tokens,
@@ -239,12 +213,6 @@ class Trainer:
             )
             for tail in tail_weights(self.losses)
         }
-
-    @property
-    def _pad_id(self) -> int:
-        """Padding is masked, so any id will do for a tokenizer that has none."""
-        pad_id = self.tokenizer.pad_token_id
-        return pad_id if isinstance(pad_id, int) else 0
 
 
 def _checkpoint_to_resume(output_dir: Path, resume: bool) -> Path | None:
@@ -268,15 +236,5 @@ def _checkpoint_to_resume(output_dir: Path, resume: bool) -> Path | None:
     return found
 
 
-def _total_steps(config: TrainConfig, batches: BatchSchedule) -> int:
-    steps = config.epochs * batches.steps_per_epoch
-    return steps if config.max_steps is None else min(steps, config.max_steps)
-
-
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _brief(record: dict[str, Any], objectives: Sequence[str]) -> dict[str, str]:
-    """What the progress bar shows: the loss of each objective."""
-    return {name: f"{record[f'loss/{name}']:.3f}" for name in objectives}

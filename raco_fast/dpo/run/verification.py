@@ -1,19 +1,16 @@
 """`raco-fast verify`: every gradient mode against autograd, on the model and data of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from raco_fast.dpo.data.tokenization import EncodedPair, collate
-from raco_fast.dpo.logps import check_head
 from raco_fast.dpo.losses.objective_losses import preference_losses
-from raco_fast.dpo.models import add_adapter, load_base_model, load_tokenizer, trainable
+from raco_fast.dpo.models import trainable
 from raco_fast.dpo.run.config import TrainConfig
-from raco_fast.dpo.run.dataset import check_pairs_fit, load_pairs
-from raco_fast.dpo.scoring import ReferenceLogps, adapter_off, pair_logps, score_pairs, tail_weights
+from raco_fast.dpo.run.inputs import load_inputs
+from raco_fast.dpo.run.reference_cache import compute_reference
+from raco_fast.dpo.scoring import pair_logps, score_pairs, tail_weights
 from raco_fast.verification import Verification, verify
 
 
@@ -27,23 +24,16 @@ def verify_run(config: TrainConfig) -> Verification:
         ValueError: bad configuration, data or model path; or one backward pass is not exact for
             the model, for a reason that the message gives.
     """
-    torch.manual_seed(config.seed)
-    tokenizer = load_tokenizer(config.model)
-    pairs, _ = load_pairs(config, tokenizer)
-    chosen = _labelled_for_all(pairs, config.objectives, config.pairs_per_micro_batch)
-    base = load_base_model(config.model)
-    check_pairs_fit(base, chosen)
-    model = add_adapter(base, config.model.lora)
-    device = next(model.parameters()).device
-    check_head(model, torch.tensor(chosen[0].prompt_ids + chosen[0].a_ids, device=device))
-    pad_id = tokenizer.pad_token_id
-    batch = collate(chosen, pad_id if isinstance(pad_id, int) else 0)
-    losses, references = config.objective_losses, {}
-    for tail in tail_weights(losses):
-        with torch.no_grad(), adapter_off(model):
-            of_a, of_b = pair_logps(model, batch, config.chunk_tokens, [tail]).chunk(2)
-        both = zip(of_a.tolist(), of_b.tolist(), strict=True)
-        references[tail] = ReferenceLogps(dict(zip(batch.ids, both, strict=True)))
+    inputs, losses = load_inputs(config), config.objective_losses
+    model, pad_id = inputs.model, inputs.pad_id
+    pairs = _labelled_for_all(inputs.training, config.objectives, config.pairs_per_micro_batch)
+    batch = collate(pairs, pad_id)
+    references = {
+        tail: compute_reference(
+            model, pairs, pad_id, len(pairs), config.chunk_tokens, tail, quiet=True
+        )
+        for tail in tail_weights(losses)
+    }
 
     def run(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
         logps = pair_logps(model, batch, config.chunk_tokens, references)

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from pair_files import read_pairs
 
-from raco_fast.dpo.data.sources import DataSource, read_pairs, read_sources
+from raco_fast.dpo.data.sources import DataSource, read_sources
 from raco_fast.dpo.data.tokenization import EncodedPair, collate
 
 PLAIN = {"prompt": [{"role": "user", "content": "why?"}], "response_a": "so", "response_b": "no"}

@@ -6,15 +6,11 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pair_files import read_pairs
 
+from raco_fast.dpo.data.pairs import ConciseRule, PreferencePair
 from raco_fast.dpo.data.rows import RowError
-from raco_fast.dpo.data.sources import (
-    ConciseRule,
-    DataSource,
-    PreferencePair,
-    read_pairs,
-    read_sources,
-)
+from raco_fast.dpo.data.sources import DataSource, read_sources
 
 USER = {"role": "user", "content": "why?"}
 
@@ -293,22 +289,13 @@ def test_concise_thresholds(a, b, label):
     assert rule.label("x" * a, "x" * b) == label
 
 
-def test_concise_thresholds_are_settings():
-    assert ConciseRule(len, absolute=2, relative=0.25).label("x" * 10, "x" * 8) == 0
-    assert ConciseRule(len, absolute=2, relative=0.2).label("x" * 10, "x" * 8) == -1
-    with pytest.raises(ValueError, match=r"`relative` must lie in \[0, 1\), got 10"):
-        ConciseRule(len, relative=10)
-    with pytest.raises(ValueError, match=r"`absolute` must be at least 0 tokens, got -1"):
-        ConciseRule(len, absolute=-1)
-
-
 @given(st.integers(0, 200), st.integers(0, 200))
 def test_concise_label_turns_sign_when_responses_are_swapped(a, b):
-    rule = ConciseRule(len, relative=0.3, absolute=7)
+    rule = ConciseRule(len)
     assert rule.label("x" * a, "x" * b) == -rule.label("x" * b, "x" * a)
 
 
-def test_concise_never_overwrites_a_label_unless_asked(write):
+def test_concise_never_overwrites_a_label(write):
     long, short = "so " * 20, "so it is"
     rows = [
         make_row("absent", long, short, helpful=1),
@@ -319,9 +306,6 @@ def test_concise_never_overwrites_a_label_unless_asked(write):
     rule = ConciseRule(words)
     pairs = read_pairs(file, ["helpful", "concise"], concise=rule)
     assert [p.preferences["concise"] for p in pairs] == [-1, 1, 0]
-    rule = ConciseRule(words, overwrite=True)
-    pairs = read_pairs(file, ["helpful", "concise"], concise=rule)
-    assert [p.preferences["concise"] for p in pairs] == [-1, -1, -1]
     with pytest.raises(ValueError, match=r":1: a row must label every .*no field for 'concise'"):
         read_pairs(file, ["helpful", "concise"])
 

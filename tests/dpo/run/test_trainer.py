@@ -393,7 +393,7 @@ def test_the_saved_model_is_the_trained_one(make_config, tiny, lora):
         original = torch.cat(runner.references[1.0].of(batch.ids, torch.device("cpu")))
     torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-5)
     assert (ours - original).abs().max() > 0.1
-    assert len(AutoTokenizer.from_pretrained(saved)) == len(runner.tokenizer)
+    assert len(AutoTokenizer.from_pretrained(saved)) == len(runner.inputs.tokenizer)
     card = (saved / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: " + ("peft" if lora else "transformers"))
     assert "40 training pairs" in card
@@ -464,6 +464,7 @@ def test_an_objective_without_a_labelled_pair_is_an_error(make_config, write_pai
         ({"eval_every": 0}, "`eval_every` must be at least 1, got 0"),
         ({"warmup_ratio": 1.1}, r"`warmup_ratio` must be in \[0, 1\], got 1.1"),
         ({"schedule": "step"}, r"`schedule` must be one of \['constant', 'cosine', 'linear'\]"),
+        ({"gradient_mode": "both"}, r"`gradient_mode` must be one of \['auto', .*got 'both'"),
     ],
 )
 def test_a_wrong_configuration_is_refused_before_anything_is_loaded(make_config, changes, message):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from raco_fast.dpo.data.rows import Row, shape, show
+from raco_fast.dpo.data.rows import Row, is_number, shape, show
 
 Turn = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}"""
@@ -55,8 +55,8 @@ def as_turns(row: Row, name: str, value: object) -> list[Turn]:
 
 
 def as_number(row: Row, name: str, value: object) -> float:
-    """A rating or score: a finite number, which True is not."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """A rating or score: a finite number."""
+    if not is_number(value) or not math.isfinite(value):
         raise row.error(
             name, "be a finite number for both responses", show(value), "write the rating"
         )
@@ -65,7 +65,7 @@ def as_number(row: Row, name: str, value: object) -> float:
 
 def as_label(row: Row, name: str, value: object) -> int:
     """A label written as a number: +1, -1 or 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value not in (-1, 0, 1):
+    if not is_number(value) or value not in (-1, 0, 1):
         raise row.error(
             name, "be +1, -1 or 0", show(value), "an unknown label is never read as a tie"
         )

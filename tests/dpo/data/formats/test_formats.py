@@ -2,10 +2,11 @@ import json
 import re
 
 import pytest
+from pair_files import read_pairs
 
 from raco_fast.dpo.data.formats.registry import FORMATS, detect_format
 from raco_fast.dpo.data.rows import RowError, read_rows
-from raco_fast.dpo.data.sources import DataSource, read_pairs, read_sources
+from raco_fast.dpo.data.sources import DataSource, read_sources
 
 USER = {"role": "user", "content": "why?"}
 SYSTEM = {"role": "system", "content": "Be brief."}

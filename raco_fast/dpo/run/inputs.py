@@ -1,16 +1,22 @@
-"""The pairs of a run: files -> labelled pairs -> token ids."""
+"""What a run starts from: its pairs as token ids, and the model that is to learn from them."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
 
 from raco_fast.dpo.data.batches import pair_length
 from raco_fast.dpo.data.pairs import ConciseRule
 from raco_fast.dpo.data.sources import DataSource, read_sources
 from raco_fast.dpo.data.tokenization import EncodedPair, encode_pairs, token_counter
+from raco_fast.dpo.logps import check_head
 from raco_fast.dpo.losses.registry import check_soft
+from raco_fast.dpo.models import add_adapter, fingerprint, load_base_model, load_tokenizer
 from raco_fast.dpo.run.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -19,16 +25,35 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def load_pairs(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[EncodedPair], list[EncodedPair]]:
-    """Encoded training pairs and held-out pairs (empty without `eval_data`).
+@dataclass(frozen=True)
+class RunInputs:
+    """Tokenizer, encoded pairs and policy of a run.
+
+    Args:
+        pad_id: of the padding, which is masked: any id will do for a tokenizer without one.
+        training, held_out: the pairs to learn from and to evaluate on (none without `eval_data`).
+        model: the policy, its adapter fresh.
+        model_hash: `raco_fast.dpo.models.fingerprint` of the policy without an adapter.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    pad_id: int
+    training: list[EncodedPair]
+    held_out: list[EncodedPair]
+    model: nn.Module
+    model_hash: str
+
+
+def load_inputs(config: TrainConfig) -> RunInputs:
+    """Load what a config names and check that it fits together; seeds torch's generators.
 
     Raises:
-        ValueError, FileNotFoundError: unreadable files, bad rows (file and line named), an
-            objective for which no training pair is labelled, or soft labels for a loss that has no
-            form for them.
+        ValueError, FileNotFoundError: bad model path; unreadable files, bad rows (file and line
+            named), an objective for which no training pair is labelled, soft labels for a loss that
+            has no form for them; pairs that the model cannot read; an unknown kind of head.
     """
+    torch.manual_seed(config.seed)
+    tokenizer = load_tokenizer(config.model)
     training = _encoded(config, tokenizer, config.data, "data")
     held_out = _encoded(config, tokenizer, config.eval_data, "eval_data")
     for name, loss in config.objective_losses.items():
@@ -40,7 +65,14 @@ def load_pairs(
                 f"`weights` names {name!r}, but no training pair is labelled for it; "
                 "check the data's label fields or take the objective out"
             )
-    return training, held_out
+    base = load_base_model(config.model)
+    _check_pairs_fit(base, [*training, *held_out])
+    model_hash, model = fingerprint(base), add_adapter(base, config.model.lora)
+    probe = torch.tensor(training[0].prompt_ids + training[0].a_ids)
+    check_head(model, probe.to(next(model.parameters()).device))
+    pad_id = tokenizer.pad_token_id
+    pad_id = pad_id if isinstance(pad_id, int) else 0
+    return RunInputs(tokenizer, pad_id, training, held_out, model, model_hash)
 
 
 def _encoded(
@@ -64,7 +96,7 @@ def _encoded(
     return encoded
 
 
-def check_pairs_fit(model: PreTrainedModel, pairs: Sequence[EncodedPair]) -> None:
+def _check_pairs_fit(model: PreTrainedModel, pairs: Sequence[EncodedPair]) -> None:
     """Raise ValueError if a pair is longer than the model can read or uses tokens it lacks.
 
     Without this the embedding would fail with an index out of range, in the middle of the run.

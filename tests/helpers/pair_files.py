@@ -1,0 +1,12 @@
+"""The pairs of one file."""
+
+from pathlib import Path
+
+from raco_fast.dpo.data.pairs import ConciseRule, PreferencePair
+from raco_fast.dpo.data.sources import DataSource, read_sources
+
+
+def read_pairs(
+    path: Path, objectives: list[str], concise: ConciseRule | None = None, limit: int | None = None
+) -> list[PreferencePair]:
+    return read_sources([DataSource(str(path), limit=limit)], objectives, concise=concise)
