@@ -8,8 +8,6 @@ gradients from the rows of its input and dY. That is exact as long as sequences 
 the model and every trained parameter belongs to a layer with a rule; `exactness.py` sees to it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -224,6 +222,15 @@ def one_backward(
         factored: A = ∂L/∂scores.
         buffers: see `Buffers`.
     """
-    if factored.coefficients.shape[1]:  # else no objective has anything in this batch
+    if factored.coefficients.shape[1]:
         collector = GradientCollector(factored, buffers, graph.wanted)
         collect(collector, graph, factored.seeds, retain_graph=retain_graph)
+        return
+    # No score has a seed, and a pass would reach no layer. Autograd gives zeros then, which an
+    # optimizer steps along (weight decay, momentum); it leaves alone what has no gradient at all.
+    for p in graph.uses:
+        gradients, fresh = buffers(p)
+        if fresh:
+            gradients.zero_()
+    if not retain_graph:
+        use_up(graph)
