@@ -1,7 +1,5 @@
 """`verify`: hold every mode against autograd on the user's own model and batch."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -13,15 +13,13 @@ float64 and run in a fixed order, so equal inputs give equal bits with any numbe
 A missing gradient (None) counts as zeros.  Source: arXiv 2602.02495, Algorithm 1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from raco_fast.backends.types import Call, Gradients, Prepared, Update
+from raco_fast.backends.types import Built, Call, Gradients, Update
 from raco_fast.backends.weight_grad import weight_grad as weight_grad
 from raco_fast.backends.weight_grad import widened
 
@@ -49,13 +47,13 @@ def obstacle(call: Call, forced: bool) -> str | None:
     return None
 
 
-def gram(grads: Gradients, prepared: Prepared | None = None) -> Tensor:
+def gram(grads: Gradients, built: Built | None = None) -> Tensor:
     """Gram matrix of m per-objective gradients.
 
     Args:
         grads: m lists of n tensors; tensor k has the same shape, dtype and device in every list
             where it is not None. Complex tensors count as pairs of real numbers.
-        prepared: not used.
+        built: not used.
     Returns:
         [m, m] float64 on the CPU, exactly symmetric.
     Source: arXiv 2602.02495, Algorithm 1, line 5.
@@ -98,7 +96,7 @@ def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> No
             target.copy_(total)
 
 
-def combine_adamw(update: Update, coefficients: Tensor, prepared: Prepared | None = None) -> None:
+def combine_adamw(update: Update, coefficients: Tensor, built: Built | None = None) -> None:
     """One AdamW step along G0 = Σ α_i g_i; parameters and states change in place.
 
     With one objective and α = 1 the gradient itself goes to torch's `adamw`, so the result is
@@ -109,7 +107,7 @@ def combine_adamw(update: Update, coefficients: Tensor, prepared: Prepared | Non
     Args:
         update: see `types.Update`.
         coefficients: [m] float64 on the CPU, α (with gradient clipping and unscaling folded in).
-        prepared: not used.
+        built: not used.
     """
     params, options, rounding = update.params, update.options, update.rounding
     alpha = coefficients.tolist()

@@ -1,7 +1,5 @@
 """What operations are given, and what a backend is."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -14,7 +12,7 @@ from raco_fast.backends.rounding import NEAREST, Rounding
 Gradients = Sequence[Sequence[Tensor | None]]
 """m lists of n gradients; None stands for a gradient of zeros."""
 
-Prepared: TypeAlias = "dict[Hashable, Any]"
+Built: TypeAlias = dict[Hashable, Any]
 """What a backend built for the tensors of one call: empty at first, and again when an address or a
 layout has changed."""
 
@@ -36,7 +34,7 @@ class AdamWOptions:
     fused: bool | None = None
 
     @classmethod
-    def of(cls, group: Mapping[str, Any]) -> AdamWOptions:
+    def of(cls, group: Mapping[str, Any]) -> "AdamWOptions":
         """Those of a parameter group of an optimizer."""
         beta1, beta2 = group["betas"]
         rest = {name: group[name] for name in cls.__dataclass_fields__ if name in group}
@@ -140,13 +138,13 @@ class Backend(Protocol):
         What is possible but slower is no obstacle if `forced`.
         """
 
-    def gram(self, grads: Gradients, prepared: Prepared) -> Tensor:
+    def gram(self, grads: Gradients, built: Built) -> Tensor:
         """[m, m] float64, on the CPU or, not waited for, on the gradients' device."""
 
     def combine(self, grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> None:
         """Write Σ α_i g_i."""
 
-    def combine_adamw(self, update: Update, coefficients: Tensor, prepared: Prepared) -> None:
+    def combine_adamw(self, update: Update, coefficients: Tensor, built: Built) -> None:
         """One AdamW step along Σ α_i g_i."""
 
     def weight_grad(

@@ -7,8 +7,6 @@ GEMMs on scaled rows, whichever is cheaper. Sums are float32 (float64 for float6
 dtype of x and dY, so a bfloat16 gradient is rounded once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

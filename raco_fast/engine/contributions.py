@@ -13,8 +13,6 @@ Sums are float32 (float64 for float64) whatever the dtype of x and dY, so a bflo
 rounded once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Protocol

@@ -7,8 +7,6 @@ the objectives train. What it saw is noted as a set of facts, so that a pass unl
 recognised.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Iterable, Sequence

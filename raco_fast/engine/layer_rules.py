@@ -13,8 +13,6 @@ Many models bring their own RMSNorm, GPT-2 its own Linear and Gemma its own Embe
 recognised by what they compute, on a few random rows, not by their names.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -9,8 +9,6 @@ its part of the Gram matrix) while the block is there; cut by tokens instead, a 
 whole head would have to be kept for every objective, and a bfloat16 one be rounded in every chunk.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any

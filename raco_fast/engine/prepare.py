@@ -5,8 +5,6 @@ modules hold; `remove()` takes the hooks away again. Whether a call may be tappe
 call: the layer's class, mode or arguments may have changed since `prepare`.
 """
 
-from __future__ import annotations
-
 import gc
 import inspect
 from collections.abc import Callable, Hashable
@@ -50,7 +48,7 @@ class Prepared:
             hook.remove()
         self._hooks = []
 
-    def __enter__(self) -> Prepared:
+    def __enter__(self) -> "Prepared":
         """Itself."""
         return self
 

@@ -10,8 +10,6 @@ of one pair are parallel (one is minus the other), and so are pairs on which all
 The seeds also give the rows the magnitude of an ordinary backward pass, which float16 needs.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -82,7 +80,7 @@ def _packed(cu_seqlens: Sequence[int] | Tensor | None) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(lengths), device=offsets.device), lengths)
 
 
-Entries: TypeAlias = "tuple[Tensor | None, int]"
+Entries: TypeAlias = tuple[Tensor | None, int]
 """(The sequence of each entry of a layer, None where entry b is sequence b; how often the entries
 are repeated by dimensions before theirs.)"""
 
@@ -220,7 +218,7 @@ class Factored:
     )
 
     @classmethod
-    def of(cls, A: Tensor) -> Factored:
+    def of(cls, A: Tensor) -> "Factored":
         """Factor A [m, B]; columns parallel to rounding share a group."""
         A = A.detach().double().cpu()
         magnitude = A.abs()

@@ -7,8 +7,6 @@ makes a difference. A difference that is no larger than what rounding makes of t
 itself, when its seeds are scaled, is rounding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import combinations, count

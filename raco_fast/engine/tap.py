@@ -11,8 +11,6 @@ Collectors are set on the nodes of one graph, so passes over other graphs, also 
 are not affected.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import Context, copy_context

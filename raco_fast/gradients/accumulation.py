@@ -1,7 +1,5 @@
 """`Accumulation`: what a pass over all objectives adds the m gradients of its batch to."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

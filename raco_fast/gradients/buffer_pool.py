@@ -5,11 +5,10 @@ every step pay for fresh pages: at m = 8 more than for their arithmetic. On CUDA
 allocator keeps memory; this is the same for the CPU, for gradient buffers only.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 from weakref import finalize
 
 import torch
@@ -43,5 +42,5 @@ class HostMemory:
         found.set_(storage, 0, tuple(shape))  # type: ignore[call-overload]
         return found
 
-    def __reduce__(self) -> tuple[type[HostMemory], tuple[()]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return HostMemory, ()

@@ -5,8 +5,6 @@ has scaled give a norm that is too large by its factor, which is known only when
 unscaled. `ClippedGrad` is a gradient that corrects its clip factor then.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,7 +32,7 @@ class ClippedGrad(torch.Tensor):
     _limit: float | None
 
     @classmethod
-    def of(cls, grad: Tensor, norm: float | Tensor, limit: float | None) -> ClippedGrad:
+    def of(cls, grad: Tensor, norm: float | Tensor, limit: float | None) -> "ClippedGrad":
         """A clipped gradient.
 
         Args:
@@ -70,7 +68,7 @@ class ClippedGrad(torch.Tensor):
                         grad._limit = None
             return result
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ClippedGrad:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ClippedGrad":
         memo[id(self)] = copy = ClippedGrad.of(plain(self).clone(), self._norm, self._limit)
         return copy
 

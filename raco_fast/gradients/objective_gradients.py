@@ -6,8 +6,6 @@ With one objective p.grad is its gradient, as always in torch. With m objectives
 hooks, DDP and micro-batches work as they do for a single loss; afterwards the stand-in is back.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 

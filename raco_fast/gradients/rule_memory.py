@@ -1,7 +1,5 @@
 """What combination rules need beyond one Gram matrix: their state, and the losses of a step."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

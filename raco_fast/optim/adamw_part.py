@@ -1,7 +1,5 @@
 """Which parameters of the groups are updated together, with their AdamW states."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import compress
 from typing import Any

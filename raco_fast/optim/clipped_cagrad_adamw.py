@@ -8,8 +8,6 @@ Everything else is `torch.optim.AdamW`: constructor, state, checkpoints, schedul
 Source: arXiv 2602.02495, Algorithm 1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any

@@ -1,7 +1,5 @@
 """`combine`: the common update direction in p.grad, for any torch optimizer."""
 
-from __future__ import annotations
-
 import torch
 
 from raco_fast.backends import ops

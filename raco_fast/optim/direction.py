@@ -1,7 +1,5 @@
 """What mode "gram_first" leaves for `step()`: the common direction, found before any gradient."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

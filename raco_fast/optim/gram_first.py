@@ -9,8 +9,6 @@ gradients accumulated over micro-batches has products between micro-batches, whi
 of them can see, so `gram_first` takes the whole batch of a step at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial

@@ -6,8 +6,6 @@ parameter group, because torch.distributed.checkpoint and FSDP keep nothing of a
 state and the groups (with all their keys; a dict among them would be taken to pieces).
 """
 
-from __future__ import annotations
-
 import json
 import weakref
 from collections.abc import Mapping, Sequence
@@ -48,7 +46,7 @@ class ParametersOf:
         """Every parameter, in the order of the groups."""
         return [p for group in self._owner().param_groups for p in group["params"]]
 
-    def __reduce__(self) -> tuple[type[ParametersOf], tuple[Optimizer]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return ParametersOf, (self._owner(),)
 
     def _owner(self) -> Optimizer:

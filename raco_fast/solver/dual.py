@@ -5,8 +5,6 @@ certificate, active_set.hpp the method, `reference.py` has it in plain numpy); o
 rules/. This file checks the matrix for all of them and gives the numbers names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -21,7 +19,7 @@ from raco_fast.solver.rule import Problem, Rule, State
 from raco_fast.solver.rules.conflict_averse import DualRule, Linear
 from raco_fast.solver.weights import Weights, check_c, checked_weights
 
-Array: TypeAlias = "NDArray[np.float64] | torch.Tensor"
+Array: TypeAlias = NDArray[np.float64] | torch.Tensor
 
 # The scalars behind p, p_clipped and coefficients in a packed row: enum Scalar of
 # csrc/solver/dual.hpp.
@@ -189,7 +187,7 @@ class DualSolution:
             cosines = self._gram * inverse[..., :, None] * inverse[..., None, :]
         return self._array(np.clip(cosines, -1.0, 1.0))
 
-    def among(self, names: tuple[str, ...]) -> DualSolution:
+    def among(self, names: tuple[str, ...]) -> "DualSolution":
         """The same solution of one problem where there are more objectives, all of weight 0."""
         m, k, places = len(names), len(self.names), [names.index(name) for name in self.names]
         gram, packed = np.zeros((m, m)), np.zeros(3 * m + _C.SCALARS)

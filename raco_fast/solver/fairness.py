@@ -7,8 +7,6 @@ Sources: the formula is Eq. 4 of arXiv 2402.15638; weights ω of α-fairness are
 Walrand, Fair end-to-end window-based congestion control, 2000.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from raco_fast.solver.rule import Array, Index, Problem, where_present

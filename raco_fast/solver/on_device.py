@@ -17,8 +17,6 @@ These are the rules, and the tolerances, of csrc/solver/minimise.cpp. More objec
 rules than `RULES`, are solved on the host.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

@@ -9,8 +9,6 @@ the worst multiplier enters it. All free variables are strictly inside, so every
 no face is met twice. Source: Nocedal and Wright, Numerical Optimization, chapter 16.5.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from raco_fast.solver.rule import Array, Index, Mask

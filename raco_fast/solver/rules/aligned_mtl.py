@@ -1,7 +1,5 @@
 """Aligned-MTL: the gradients' principal components, all of the same length."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Capped MGDA: the shortest combination in which no objective has too large a share."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

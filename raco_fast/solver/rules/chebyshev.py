@@ -1,7 +1,5 @@
 """Chebyshev centre: the unit vector with the largest least cosine."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

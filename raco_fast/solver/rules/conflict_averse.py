@@ -1,7 +1,5 @@
 """The four rules of the exact solver in C++ (csrc/solver/dual.hpp); `solve_dual` states them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """DualProj: the weighted gradient, projected so that it conflicts with none (GEM's step)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

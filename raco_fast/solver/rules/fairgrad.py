@@ -1,7 +1,5 @@
 """FairGrad: α-fair shares of the update."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from raco_fast.solver.fairness import fair_coefficients

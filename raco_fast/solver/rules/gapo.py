@@ -1,7 +1,5 @@
 """GAPO: MGDA on gradients divided by a power of their norms."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

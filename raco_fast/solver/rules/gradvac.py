@@ -1,7 +1,5 @@
 """GradVac: bend each gradient until its cosine with the others is what it has been on average."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

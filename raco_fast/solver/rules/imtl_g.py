@@ -1,7 +1,5 @@
 """IMTL-G: equal projections on all unit gradients."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """MGDA-Decoupled: MGDA's coefficients of the logarithms of the losses, on the losses' gradients."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """Nash-MTL: the bargaining solution."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from raco_fast.solver.fairness import fair_coefficients

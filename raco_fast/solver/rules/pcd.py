@@ -1,7 +1,5 @@
 """PCD: follow the first objective, as far as the others make progress too."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """PCGrad: project each gradient off those it conflicts with, in random order."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """UPGrad: every objective's gradient, projected so that it conflicts with none, then weighted."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
