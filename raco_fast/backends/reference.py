@@ -48,16 +48,7 @@ def obstacle(call: Call, forced: bool) -> str | None:
 
 
 def gram(grads: Gradients, built: Built | None = None) -> Tensor:
-    """Gram matrix of m per-objective gradients.
-
-    Args:
-        grads: m lists of n tensors; tensor k has the same shape, dtype and device in every list
-            where it is not None. Complex tensors count as pairs of real numbers.
-        built: not used.
-    Returns:
-        [m, m] float64 on the CPU, exactly symmetric.
-    Source: arXiv 2602.02495, Algorithm 1, line 5.
-    """
+    """Gram matrix [m, m] of m lists of gradients; complex numbers count as pairs of real ones."""
     m = len(grads)
     pairs = [(i, j) for i in range(m) for j in range(i, m)]
     dots: dict[torch.device, dict[tuple[int, int], list[Tensor]]] = {}
@@ -79,14 +70,7 @@ def gram(grads: Gradients, built: Built | None = None) -> Tensor:
 
 
 def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> None:
-    """Write G0 = Σ α_i g_i.
-
-    Args:
-        grads: m lists of n tensors or None.
-        coefficients: [m] float64 on the CPU, α.
-        out: n tensors, overwritten; out[k] may be one of the gradients of tensor k. Zeros are
-            written where every gradient is None.
-    """
+    """Write G0 = Σ α_i g_i; zeros where every gradient is None."""
     alpha = coefficients.tolist()
     for column, target in zip(zip(*grads, strict=True), out, strict=True):
         total = _weighted_sum(column, alpha)
@@ -103,11 +87,6 @@ def combine_adamw(update: Update, coefficients: Tensor, built: Built | None = No
     that of `torch.optim.AdamW` to the last bit. With another rounding than to nearest, `adamw`
     runs on float32 weights and states, which are then rounded: "split" with float32 states is
     `torch.optim.AdamW` on float32 parameters, to the last bit.
-
-    Args:
-        update: see `types.Update`.
-        coefficients: [m] float64 on the CPU, α (with gradient clipping and unscaling folded in).
-        built: not used.
     """
     params, options, rounding = update.params, update.options, update.rounding
     alpha = coefficients.tolist()

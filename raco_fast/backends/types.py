@@ -117,17 +117,12 @@ class Backend(Protocol):
     `obstacle` is None. One that a backend lacks is an obstacle, and then need not be there.
     """
 
-    @property
-    def name(self) -> str:
-        """For `raco_fast.backend(name)`."""
-
-    @property
-    def on_device(self) -> bool:
-        """Whether nothing waits for the device: `gram` stays there, coefficients may be there."""
-
-    @property
-    def unproved(self) -> bool:
-        """Whether it has to agree with `reference` before its first use on a device."""
+    name: str
+    """For `raco_fast.backend(name)`."""
+    on_device: bool
+    """Whether nothing waits for the device: `gram` stays there, coefficients may be there."""
+    unproved: bool
+    """Whether it has to agree with `reference` before its first use on a device."""
 
     def missing(self) -> str | None:
         """What this machine lacks, with the cure; None if the backend can run here."""

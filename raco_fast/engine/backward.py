@@ -131,21 +131,20 @@ def _freed_graphs_named(argument: str) -> Iterator[None]:
         ) from error
 
 
-class GradientCollector:
-    """Adds every layer's share to the m gradients of each parameter."""
+def gradient_collector(factored: Factored, buffers: Buffers, wanted: Iterable[Tensor]) -> Collector:
+    """G_i += Σ_g U_ig t_g for the wanted parameters of every layer."""
+    trained = set(wanted)
 
-    def __init__(self, factored: Factored, buffers: Buffers, wanted: Iterable[Tensor]) -> None:
-        self._factored, self._buffers, self._wanted = factored, buffers, set(wanted)
-
-    def collect(self, call: Call) -> None:
-        """G_i += Σ_g U_ig t_g for the parameters of one layer."""
+    def collect(call: Call) -> None:
         out: dict[Tensor, tuple[Tensor, bool]] = {}
-        for p, rows, use in call.uses(arranged(self._factored, call)):
-            if p in self._wanted:
+        for p, rows, use in call.uses(arranged(factored, call)):
+            if p in trained:
                 if p not in out:
-                    out[p] = self._buffers(p)
+                    out[p] = buffers(p)
                 gradients, fresh = out[p]
-                use.add_to(gradients[:, rows], self._factored.coefficients, fresh)
+                use.add_to(gradients[:, rows], factored.coefficients, fresh)
+
+    return collect
 
 
 def arranged(factored: Factored, call: Call) -> Segments:
@@ -223,7 +222,7 @@ def one_backward(
         buffers: see `Buffers`.
     """
     if factored.coefficients.shape[1]:
-        collector = GradientCollector(factored, buffers, graph.wanted)
+        collector = gradient_collector(factored, buffers, graph.wanted)
         collect(collector, graph, factored.seeds, retain_graph=retain_graph)
         return
     # No score has a seed, and a pass would reach no layer. Autograd gives zeros then, which an

@@ -136,8 +136,6 @@ class ScoreGraph:
             self.uses.update(wanted)
             self.layer_of |= dict.fromkeys(wanted, node.layer)
             self.checks = node.checks or self.checks
-        elif role == _LEAF:
-            self._leaf(node.variable, node, "the scores past every rule")
         elif role == _BATCH_NORM and node._saved_training:
             self._refuse("batch normalisation in training mode mixes sequences; call its .eval()")
         elif role == _REENTRANT:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raco_fast.backends.weight_grad import blocks, widened
-from raco_fast.engine.contributions import MatrixUse, Rows, Use, VectorUse
+from raco_fast.engine.contributions import MatrixUse, Rows, Use, vector_use_of_arranged
 from raco_fast.engine.sequences import ALL_ROWS, Entries, Segments, declared
 from raco_fast.engine.tap import ANCHOR, Tapped, hand_over
 
@@ -135,11 +135,11 @@ class _Backward:
     targets: Tensor
     dlogps: Tensor
 
-    def use(self, parameter: Tensor, dy: Tensor) -> MatrixUse | VectorUse:
+    def use(self, parameter: Tensor, dy: Tensor) -> Use:
         """What rows of the weight or the bias get from ∂L/∂y [entries * inner, rows]."""
         by_entry = dy.view(*self.hidden.shape[:2], dy.shape[1])
         if parameter is self.head.bias:
-            return VectorUse(by_entry, self.segments)
+            return vector_use_of_arranged(by_entry, self.segments)
         return MatrixUse(self.hidden, by_entry, self.segments)
 
     def at(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:

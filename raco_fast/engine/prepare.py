@@ -9,7 +9,6 @@ import gc
 import inspect
 from collections.abc import Callable, Hashable
 from functools import cache
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -49,16 +48,9 @@ class Prepared:
         self._hooks = []
 
     def __enter__(self) -> "Prepared":
-        """Itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Undo it."""
+    def __exit__(self, *error: object) -> None:
         self.remove()
 
 

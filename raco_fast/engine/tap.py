@@ -11,7 +11,7 @@ Collectors are set on the nodes of one graph, so passes over other graphs, also 
 are not affected.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import Context, copy_context
 from dataclasses import dataclass
@@ -49,11 +49,8 @@ class Call(Protocol):
         """What this call adds to some rows of one parameter's gradients."""
 
 
-class Collector(Protocol):
-    """Takes what the layers of one backward pass give."""
-
-    def collect(self, call: Call) -> None:
-        """Called for every prepared layer, in the order of the backward pass."""
+Collector: TypeAlias = Callable[[Call], None]
+"""Called for every prepared layer, in the order of the backward pass."""
 
 
 _names = WeakIdKeyDictionary()
@@ -220,7 +217,7 @@ def hand_over(running: Running, call: Call) -> None:
     with torch.no_grad(), torch.autocast(call.dy.device.type, enabled=False):
         # On a GPU autograd runs the backward pass in threads of its own; what is a context variable
         # (a forced backend) comes from the one that started it. A context serves one at a time.
-        context.copy().run(collector.collect, call)
+        context.copy().run(collector, call)
 
 
 @contextmanager

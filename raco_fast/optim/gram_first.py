@@ -144,7 +144,7 @@ def _collected(
     retained = not keep_dy or check is not None or bool(graph.others)
 
     def run() -> str | None:
-        collect(collector, graph, factored.seeds, retain_graph=retained)
+        collect(collector.collect, graph, factored.seeds, retain_graph=retained)
         collector.add_products_of_uses()
         return None if check is None else check.grams_of(collector.grams())
 

@@ -72,11 +72,6 @@ def register_combination_rule(name: str, rule_type: type[Rule]) -> None:
     label_of.cache_clear()
 
 
-def registered_rules() -> tuple[str, ...]:
-    """The names that `rule=` knows."""
-    return tuple(_TYPES)
-
-
 def check_rule(rule: RuleLike) -> Rule:
     """The rule that `rule=` asks for.
 

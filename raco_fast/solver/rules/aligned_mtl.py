@@ -24,14 +24,12 @@ class AlignedMTL(Rule):
     scale: str = "min"
 
     def __post_init__(self) -> None:
-        """Check the option."""
         if self.scale not in ("min", "median", "mean"):
             raise ValueError(
                 f"`scale` of the rule aligned-mtl must be min, median or mean, got {self.scale!r}"
             )
 
     def coefficients(self, problem: Problem) -> Array:
-        """[n, m]."""
         largest = np.maximum(problem.norms.max(1), np.finfo(float).tiny)[:, None, None]
         H = problem.gram / largest / largest
         values, _, kept = decomposed(H)

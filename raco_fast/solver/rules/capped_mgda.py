@@ -25,11 +25,9 @@ class CappedMGDA(Rule):
     alpha: float = 0.5
 
     def __post_init__(self) -> None:
-        """Check the option."""
         check_option("alpha", self.alpha, "capped-mgda", 0.0, 1.0, "(]")
 
     def coefficients(self, problem: Problem) -> Array:
-        """[n, m]."""
         found = np.empty(problem.norms.shape)
         caps = np.minimum(problem.weights / self.alpha, 1.0)
         for C, norms, into in zip(problem.cosines, problem.norms, found, strict=True):

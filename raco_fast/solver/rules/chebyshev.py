@@ -22,8 +22,6 @@ class Chebyshev(Rule):
     uses_weights: ClassVar[bool] = False
 
     def coefficients(self, problem: Problem) -> Array:
-        """[n, m]."""
-
         def solve(rows: Index, places: Index) -> Array:
             lam, length = shortest(problem.cosines[rows][:, places][:, :, places])
             lam = lam / np.where(length > 0.0, length, 1.0)[:, None]

@@ -18,7 +18,6 @@ class DualProj(Rule):
     """
 
     def coefficients(self, problem: Problem) -> Array:
-        """[n, m]."""
         targets = problem.weights * problem.norms
         return problem.weights + added(problem, targets[:, None, :])[:, 0]
 

@@ -32,12 +32,9 @@ class GAPO(Rule):
     p: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the option."""
         check_option("p", self.p, "gapo", 0.0, 4.0)
 
     def coefficients(self, problem: Problem) -> Array:
-        """[n, m]."""
-
         def solve(rows: Index, places: Index) -> Array:
             norms = problem.norms[rows][:, places]
             powers = (norms / norms.max(1, keepdims=True)) ** (1.0 - self.p)

@@ -30,7 +30,6 @@ class GradVac(Rule):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the option."""
         check_option("beta", self.beta, "gradvac", 0.0, 1.0, "(]")
 
     def initial_state(self, m: int) -> State:

@@ -22,7 +22,6 @@ class IMTLG(Rule):
     uses_weights: ClassVar[bool] = False
 
     def coefficients(self, problem: Problem) -> Array:
-        """[n, m]."""
         largest = np.maximum(problem.norms.max(1), np.finfo(float).tiny)[:, None]
         norms = problem.norms / largest
         H = problem.gram / largest[:, :, None] / largest[:, :, None]

@@ -21,7 +21,6 @@ class MGDADecoupled(Rule):
     uses_weights: ClassVar[bool] = False
 
     def coefficients(self, problem: Problem) -> Array:
-        """[n, m]."""
         losses = problem.losses
         assert losses is not None, "the rule needs losses"
         if losses.min() <= 0.0:

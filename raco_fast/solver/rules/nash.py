@@ -17,5 +17,4 @@ class Nash(Rule):
     """
 
     def coefficients(self, problem: Problem) -> Array:
-        """[n, m]."""
         return fair_coefficients(problem, 1.0)

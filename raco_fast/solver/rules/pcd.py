@@ -29,7 +29,6 @@ class PCD(Rule):
     beta: float = 0.999
 
     def __post_init__(self) -> None:
-        """Check the options."""
         check_option("tau", self.tau, "pcd", 0.0, 1.0)
         check_option("beta", self.beta, "pcd", 0.0, 1.0, "[)")
 

@@ -17,7 +17,6 @@ class UPGrad(Rule):
     """
 
     def coefficients(self, problem: Problem) -> Array:
-        """[n, m]."""
         targets = np.eye(problem.m) * (problem.weights * problem.norms)[:, None, :]
         total: Array = added(problem, targets).sum(1)
         return problem.weights + total
