@@ -28,7 +28,7 @@ from raco_fast.engine.gram_collector import GramCollector, hand_over_gradient
 from raco_fast.engine.graph import ScoreGraph
 from raco_fast.engine.sequences import Factored
 from raco_fast.gradients.check_losses import given_names, ordered_losses
-from raco_fast.gradients.norm_clip import ClippedGrad, clip_factor
+from raco_fast.gradients.norm_clip import along, clip_factor
 from raco_fast.gradients.objective_grad import is_zero
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
 from raco_fast.gradients.overflow import clear_overflow, leave_overflow
@@ -58,7 +58,8 @@ def gram_first(
     Args:
         gradients: says which parameters and weights; its gradients must have been zeroed.
         losses, scores: as for `ObjectiveGradients.backward`, of the whole batch of a step.
-        c, rule, max_grad_norm: as for `raco_fast.combine`.
+        c, rule, max_grad_norm: as for `raco_fast.combine`; with a GradScaler only rules whose
+            coefficients do not change with the scale of the gradients.
         keep_dy: keep the gradient of every layer's output until α is known, and form G0 with one
             product per layer instead of a second backward pass: faster, at the price of memory
             that grows with the number of tokens.
@@ -113,10 +114,9 @@ def gram_first(
                 collector.combine(coefficients, on_gradient)
             else:
                 _ordinary_pass(graph, coefficients @ A, on_gradient)
-            if max_grad_norm is not None:
-                for p in wanted:
-                    if p.grad is not None:
-                        p.grad = ClippedGrad.of(p.grad, norm, max_grad_norm)
+            for p in wanted:
+                if p.grad is not None:
+                    p.grad = along(p.grad, norm, max_grad_norm, rule)
             return solution
     gradients.backward(losses, scores=scores, mode="autograd")
     solution = combine(gradients, c=c, rule=rule, max_grad_norm=max_grad_norm)

@@ -69,6 +69,9 @@ class Rule:
     """Whether `Problem.losses` must be there."""
     uses_weights: ClassVar[bool] = True
     """Whether the coefficients depend on the user's weights."""
+    scale_invariant: ClassVar[bool] = False
+    """Whether they stay the same when all gradients and losses are multiplied by one number, which
+    may differ from step to step: only then can a GradScaler's factor be divided out afterwards."""
 
     def coefficients(self, problem: Problem) -> Array:
         """[n, m] finite float64: the update of step k is Σ_i coefficients[k, i] g_i."""

@@ -1,6 +1,7 @@
 """Aligned-MTL: the gradients' principal components, all of the same length."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -21,6 +22,7 @@ class AlignedMTL(Rule):
     Algorithm 1.
     """
 
+    scale_invariant: ClassVar[bool] = True
     scale: str = "min"
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """Capped MGDA: the shortest combination in which no objective has too large a share."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -22,6 +23,7 @@ class CappedMGDA(Rule):
     Source: arXiv 2605.30452; caps proportional to weights are ours, by the definition of CVaR.
     """
 
+    scale_invariant: ClassVar[bool] = True
     alpha: float = 0.5
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """DualProj: the weighted gradient, projected so that it conflicts with none (GEM's step)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -16,6 +17,8 @@ class DualProj(Rule):
     same) one is taken.
     Source: arXiv 1706.08840, Eq. 11; arXiv 2406.16232 gives it this name.
     """
+
+    scale_invariant: ClassVar[bool] = True
 
     def coefficients(self, problem: Problem) -> Array:
         targets = problem.weights * problem.norms

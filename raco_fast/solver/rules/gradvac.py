@@ -1,6 +1,7 @@
 """GradVac: bend each gradient until its cosine with the others is what it has been on average."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -26,6 +27,7 @@ class GradVac(Rule):
     Source: arXiv 2010.05874, Algorithm 1.
     """
 
+    scale_invariant: ClassVar[bool] = True
     beta: float = 0.5
     seed: int = 0
 

@@ -20,6 +20,7 @@ class IMTLG(Rule):
     """
 
     uses_weights: ClassVar[bool] = False
+    scale_invariant: ClassVar[bool] = True
 
     def coefficients(self, problem: Problem) -> Array:
         largest = np.maximum(problem.norms.max(1), np.finfo(float).tiny)[:, None]

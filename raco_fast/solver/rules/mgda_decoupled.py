@@ -19,6 +19,7 @@ class MGDADecoupled(Rule):
 
     needs_losses: ClassVar[bool] = True
     uses_weights: ClassVar[bool] = False
+    scale_invariant: ClassVar[bool] = True
 
     def coefficients(self, problem: Problem) -> Array:
         losses = problem.losses

@@ -1,6 +1,7 @@
 """UPGrad: every objective's gradient, projected so that it conflicts with none, then weighted."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -15,6 +16,8 @@ class UPGrad(Rule):
     A gradient of zero conflicts with none and keeps its weight.
     Source: arXiv 2406.16232, Section 4.
     """
+
+    scale_invariant: ClassVar[bool] = True
 
     def coefficients(self, problem: Problem) -> Array:
         targets = np.eye(problem.m) * (problem.weights * problem.norms)[:, None, :]
