@@ -28,7 +28,7 @@ on_device = unproved = False
 
 # Elements per sum of products: m blocks stay in a cache, so each gradient is read from memory once
 # although it takes part in m products. On the CPU fewer than the 32768 from which torch cuts a sum
-# by the number of threads; on a device, whose sums know no threads, enough to outlast a launch.
+# by the number of threads; on a device, where it does not, so many that launches cost little.
 _BLOCK = 32_000
 _DEVICE_BLOCK = 1 << 20
 # Devices without float64: there sums of a block are float32, which torch forms as a tree.
@@ -128,9 +128,7 @@ def _g0(column: Sequence[Tensor | None], alpha: Sequence[float], dtype: torch.dt
     return total.to(dtype)
 
 
-def _blocks(
-    column: Sequence[Tensor | None],
-) -> Iterator[tuple[torch.device, list[Tensor | None]]]:
+def _blocks(column: Sequence[Tensor | None]) -> Iterator[tuple[torch.device, list[Tensor | None]]]:
     """Cut the m gradients of one parameter alike into flat blocks of product precision."""
     flat = [None if g is None else _as_real(g.detach()).reshape(-1) for g in column]
     present = [f for f in flat if f is not None]

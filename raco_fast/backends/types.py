@@ -82,7 +82,7 @@ class Call:
         read: lists of n tensors or None that are only read.
         options: of "combine_adamw".
         bounds: of "weight_grad", whose lists are [out], and [x], [dy].
-        runs: False where somebody only asks: then nothing is proved on a device.
+        runs: False for a mere question which backend would run it: no kernel is proved for that.
     """
 
     operation: str

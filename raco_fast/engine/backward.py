@@ -62,11 +62,7 @@ def check_scores(scores: Tensor) -> None:
 
 
 def propagate(
-    scores: Tensor,
-    seeds: Tensor,
-    *,
-    inputs: Sequence[Tensor],
-    retain_graph: bool = False,
+    scores: Tensor, seeds: Tensor, *, inputs: Sequence[Tensor], retain_graph: bool = False
 ) -> None:
     """The backward pass of Σ_b seeds_b scores_b; seeds are rounded to the scores' dtype.
 

@@ -31,7 +31,7 @@ class ScoreGraph:
     """The graph of one forward pass.
 
     Args:
-        losses: objective name -> scalar; a constant stands for an objective without anything here.
+        losses: objective name -> scalar; a constant: that objective has no label in this batch.
         scores: [B].
         wanted: the parameters whose gradients count.
         known: facts of passes whose layers need no closer look.
@@ -97,6 +97,7 @@ class ScoreGraph:
         roles: dict[type, int] = {}
         kinds: set[tuple[type, type]] = set()
         root = self.scores.grad_fn
+        # Depth first, each node once; from a tap only on to where the layer's input comes from.
         stack: list[Node] = [root]
         seen = {root}
         roles[type(root)] = _role(root)
@@ -197,6 +198,8 @@ class ScoreGraph:
     def _place_rows(self) -> None:
         """Tell the rows of every layer apart."""
         misfits, n = [], len(self.scores)
+        # How many tokens a sequence has, as most layers with rows [n, tokens, d] say: without it
+        # rows [n * tokens, d] could be anything.
         tokens = [node for node in self.taps if len(node.shape) > 2 - node.broadcasts]
         lengths = Counter(node.shape[1] for node in tokens if node.shape[0] == n)
         length = max(lengths, key=lambda size: lengths[size]) if lengths else None

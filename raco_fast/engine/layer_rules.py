@@ -122,8 +122,8 @@ def rule_for(module: nn.Module) -> LayerRule | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return None
-    # Neither may the surrounding autocast change the comparison, nor the comparison the random
-    # numbers of a training run.
+    # Autocast around the call must not change the comparison, and the comparison must not use up
+    # random numbers of the training run.
     devices = [weight.device] if weight.is_cuda else []
     with torch.random.fork_rng(devices), torch.autocast(weight.device.type, enabled=False):
         return _recognised(module)
@@ -156,7 +156,7 @@ def _recognised(module: Any) -> LayerRule | None:
         return torch.randn(shape, generator=generator, dtype=torch.float32).to(weight.device)
 
     if weight.ndim == 1 and (hasattr(module, "eps") or hasattr(module, "variance_epsilon")):
-        # With a mean, and as small as ε: neither may be treated in another way.
+        # Rows with a mean tell RMSNorm from LayerNorm, rows as small as ε where ε is added.
         x, parameters = (
             random(2, 3, len(weight)) + 1,
             {name: random(*p.shape) for name, p in own.items()},

@@ -59,8 +59,8 @@ def prepare(
 ) -> Prepared:
     """Make a model ready for `backward(losses, scores=...)`.
 
-    Every layer that owns trained parameters gets a tap, if a rule is known for it. Nothing that the
-    model computes changes, ordinary gradients neither. Call it again after layers were added or
+    Every layer that owns trained parameters gets a tap, if a rule is known for it. Neither its
+    outputs nor its ordinary gradients change. Call it again after layers were added or
     parameters unfrozen; layers that have their tap keep it, with the options it was given.
 
     Args:

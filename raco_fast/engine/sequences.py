@@ -221,13 +221,15 @@ class Factored:
     def of(cls, A: Tensor) -> "Factored":
         """Factor A [m, B]; columns parallel to rounding share a group."""
         A = A.detach().double().cpu()
+        # Each column is seed * direction, its direction being 1 at its leading entry.
         magnitude = A.abs()
         # The first entry within a factor two of the largest: the same one for parallel columns.
         lead = (magnitude >= 0.5 * magnitude.amax(0)).int().argmax(0)
         seeds = A.gather(0, lead[None])[0]
         # A value that is not finite must reach every gradient: its sequence keeps a group.
         used = (seeds != 0) | ~torch.isfinite(A).all(0)
-        directions = torch.where(used, A / seeds, 0.0).T
+        directions = torch.where(used, A / seeds, 0.0).T  # [B, m]
+        # Each sequence joins the first group with its direction, or founds one.
         group = torch.full((A.shape[1],), -1)
         found, groups = torch.empty_like(directions), 0
         for b in used.nonzero().flatten().tolist():

@@ -157,7 +157,7 @@ def _wide(g: Tensor) -> Tensor:
 
 
 def mixing(graph: ScoreGraph) -> str | None:
-    """Where sequences meet, found by backward passes of some scores, which are dear; None: nowhere.
+    """Where sequences meet, found by extra backward passes of some scores only; None: nowhere.
 
     A score may depend on no row but its own. For any two sequences there is a pass with a seed on
     the one and none on the other, and one the other way round. The graph is kept.

@@ -1,4 +1,4 @@
-"""`HostMemory`: gradient buffers on the CPU take the memory of those that the last step let go.
+"""`HostMemory`: gradient buffers on the CPU reuse the memory that the step before has freed.
 
 Large CPU tensors are mapped when they are made and unmapped when they die, so the m gradients of
 every step pay for fresh pages: at m = 8 more than for their arithmetic. On CUDA devices torch's own

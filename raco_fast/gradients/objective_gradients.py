@@ -255,7 +255,7 @@ class ObjectiveGradients:
         if self._held and not any(one.params for one in collected):
             self.forget()  # model.zero_grad() empties p.grad without telling us
         if by_hand and not self._ran:
-            return collected  # zeros: how torch.distributed.checkpoint has states created
+            return collected  # torch.distributed.checkpoint steps along zeros to create the states
         if not self._ran:
             raise RuntimeError(
                 f"step without backward: the objectives {self.names} have no gradients; call "

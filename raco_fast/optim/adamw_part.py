@@ -77,7 +77,8 @@ def stepping(
     places: dict[int, tuple[dict[str, Any], int]] = {}
     for group in groups:
         for p in group["params"]:
-            # One parameter is one call, so each needs a seed of its own, as each group has else.
+            # Each parameter is updated by a call of its own, which numbers its tensors from 0: with
+            # one seed all would get the same random bits.
             places[id(p)] = group, seed + len(groups) + len(places)
 
     @torch.no_grad()

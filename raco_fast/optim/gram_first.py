@@ -17,13 +17,7 @@ import torch
 from torch import Tensor
 
 from raco_fast.backends import ops
-from raco_fast.engine.backward import (
-    backward_of_others,
-    collect,
-    propagate,
-    sensitivities,
-    use_up,
-)
+from raco_fast.engine.backward import backward_of_others, collect, propagate, sensitivities, use_up
 from raco_fast.engine.gram_collector import GramCollector, hand_over_gradient
 from raco_fast.engine.graph import ScoreGraph
 from raco_fast.engine.sequences import Factored
@@ -77,6 +71,7 @@ def gram_first(
         raise ValueError(
             "`scores` must be given: the [B] sequence scores that the losses are functions of"
         )
+    # The losses in the order of the weights, and p.grad empty: there is one batch in a step.
     given = given_names(losses, gradients.weights)
     ordered = ordered_losses(losses, scores, gradients.names, given)
     wanted = gradients.trained()
@@ -95,7 +90,7 @@ def gram_first(
         if len(ordered) > 1:
             with gradients.alone():
                 collected = _collected(gradients, ordered, scores, keep_dy)
-        if collected is not None:
+        if collected is not None:  # pass one is done: solve for α
             graph, A, collector = collected
             backward_of_others(graph.others, ordered, gradients.weights.values())
             if keep_dy and graph.retained:
@@ -110,6 +105,7 @@ def gram_first(
                 return solution
             norm = float(solution.update_norm)
             coefficients = torch.as_tensor(solution.coefficients) * clip_factor(norm, max_grad_norm)
+            # p.grad = G0, by products of what was kept or by pass two.
             if keep_dy:
                 collector.combine(coefficients, on_gradient)
             else:
@@ -118,6 +114,7 @@ def gram_first(
                 if p.grad is not None:
                     p.grad = along(p.grad, norm, max_grad_norm, rule)
             return solution
+    # One backward pass is not exact here: m of them, and what they give is combined.
     gradients.backward(losses, scores=scores, mode="autograd")
     solution = combine(gradients, c=c, rule=rule, max_grad_norm=max_grad_norm)
     if on_gradient is not None and not solution.finite:

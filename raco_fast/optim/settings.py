@@ -18,12 +18,7 @@ from raco_fast.backends.rounding import check_rounding, check_seed
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
 from raco_fast.gradients.rule_memory import RuleMemory
 from raco_fast.solver.registry import RuleLike, check_rule, spec_of
-from raco_fast.solver.weights import (
-    ReadOnlyWeights,
-    check_c,
-    check_max_grad_norm,
-    weights_of,
-)
+from raco_fast.solver.weights import ReadOnlyWeights, check_c, check_max_grad_norm, weights_of
 
 _KEY = "raco"
 """Of our part of a state_dict and of its groups. In groups of an optimizer it is None: a flattened

@@ -23,8 +23,8 @@ Array: TypeAlias = NDArray[np.float64] | torch.Tensor
 
 # The scalars behind p, p_clipped and coefficients in a packed row: enum Scalar of
 # csrc/solver/dual.hpp.
-_GAP, _VALUE, _G0_NORM, _GP_NORM, _UPDATE_NORM, _CLIP_ACTIVE, _STATUS, _ROW, _COLUMN, _STEPS = (
-    range(_C.SCALARS)
+_GAP, _VALUE, _G0_NORM, _GP_NORM, _UPDATE_NORM, _CLIP_ACTIVE, _STATUS, _ROW, _COLUMN = range(
+    _C.SCALARS
 )
 _STATUSES = ("ok", "non_finite", "negative_diagonal", "asymmetric", "not_gram", "unconverged")
 """In the order of enum Status of csrc/solver/dual.hpp."""

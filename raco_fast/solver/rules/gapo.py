@@ -3,15 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from raco_fast.solver.rule import (
-    Array,
-    Index,
-    Problem,
-    Rule,
-    check_option,
-    scaled,
-    where_present,
-)
+from raco_fast.solver.rule import Array, Index, Problem, Rule, check_option, scaled, where_present
 from raco_fast.solver.rules.conflict_averse import shortest
 
 
