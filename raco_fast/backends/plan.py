@@ -18,7 +18,7 @@ from raco_fast import _C
 from raco_fast.backends.types import Backend, Built
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_EXCHANGE: Any = Tensor.__dlpack_c_exchange_api__
+_EXCHANGE: Any = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 _KEPT = 64  # layouts per key: parameter groups, and sets of parameters that alternate
 
 
@@ -34,12 +34,14 @@ class Finding:
 
 def describe(lists: Sequence[Sequence[Tensor | None]]) -> tuple[bytes, bytes] | None:
     """(addresses, layout) of K lists of n tensors; None if some tensor is not a plain dense one."""
+    if _EXCHANGE is None:
+        return None
     return _C.describe([list(one) for one in lists], _PLAIN, _EXCHANGE)
 
 
 def advance(steps: Sequence[Tensor]) -> Tensor:
     """Add 1 to the step counts; the new ones as float64 [n], on their device."""
-    counts = _C.advance(list(steps), _PLAIN, _EXCHANGE)
+    counts = None if _EXCHANGE is None else _C.advance(list(steps), _PLAIN, _EXCHANGE)
     if counts is not None:
         return torch.from_numpy(counts)
     torch._foreach_add_(list(steps), 1)

@@ -55,9 +55,8 @@ def layer_norm(module: Any, x: Tensor, dy: Tensor, segments: Segments) -> dict[s
 
 def rms_norm(module: Any, x: Tensor, dy: Tensor, segments: Segments) -> dict[str, Use]:
     """y = w x / √(mean x² + ε), also with 1 + w in place of w."""
-    return _norm(
-        module, F.rms_norm(widened(x), module.weight.shape, eps=_eps(module, x)), dy, segments
-    )
+    normed = F.rms_norm(widened(x), module.weight.shape, eps=_eps(module, x))
+    return _norm(module, normed, dy, segments)
 
 
 def _norm(module: Any, normed: Tensor, dy: Tensor, segments: Segments) -> dict[str, Use]:
@@ -157,10 +156,8 @@ def _recognised(module: Any) -> LayerRule | None:
 
     if weight.ndim == 1 and (hasattr(module, "eps") or hasattr(module, "variance_epsilon")):
         # Rows with a mean tell RMSNorm from LayerNorm, rows as small as ε where ε is added.
-        x, parameters = (
-            random(2, 3, len(weight)) + 1,
-            {name: random(*p.shape) for name, p in own.items()},
-        )
+        x = random(2, 3, len(weight)) + 1
+        parameters = {name: random(*p.shape) for name, p in own.items()}
         x[:, 0] *= _eps(module, x) ** 0.5
         w, b = parameters["weight"], parameters.get("bias", 0.0)
         for rule, norm in ((rms_norm, F.rms_norm), (layer_norm, F.layer_norm)):

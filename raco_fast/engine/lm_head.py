@@ -185,28 +185,26 @@ class _TokenLogps(Tapped):
         hidden, total = ctx.saved_tensors
         if dlogps is None:
             return None, None, None, *[None] * len(ctx.parameters)
-        call = _HeadCall(ctx.head, ctx.entries, hidden, total, dlogps, ctx.parameters)
+        at_rows = dlogps[:, None]
+        call = _HeadCall(ctx.entries, at_rows, ctx.head, hidden.detach(), total, ctx.parameters)
         if ctx.collector is not None:
             hand_over(ctx.collector, call)
             return None, call.hidden_gradient(), None, *[None] * len(ctx.parameters)
         return None, *call.ordinary_gradients()
 
 
+@dataclass(eq=False)
 class _HeadCall:
-    def __init__(
-        self,
-        head: _Head,
-        entries: Entries,
-        hidden: Tensor,
-        total: Tensor,
-        dlogps: Tensor,
-        parameters: tuple[Tensor, ...],
-    ) -> None:
-        self.layer, self.entries = "the head", entries
-        self.dy = dlogps[:, None]
-        self._head, self._total, self._parameters = head, total, parameters
-        self._hidden = hidden.detach()
-        self._hidden_gradient: Tensor | None = None
+    """A `Call`; `dy`: ∂L/∂logps [N, 1], `total`: log Σ exp z [N]."""
+
+    entries: Entries
+    dy: Tensor
+    _head: _Head
+    _hidden: Tensor
+    _total: Tensor
+    _parameters: tuple[Tensor, ...]
+    layer: str = "the head"
+    _hidden_gradient: Tensor | None = None
 
     def uses(self, segments: Segments) -> Iterator[tuple[Tensor, slice, Use]]:
         """A block of the head at a time; the gradient of `hidden` grows on the way."""

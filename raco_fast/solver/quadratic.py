@@ -104,10 +104,8 @@ def _worst(
             level, slack = (np.average(v[free], weights=row[free] ** 2) for v in (y, rounding))
             y, rounding = y - level, rounding + slack
         elif below.any() and above.any():  # no free variable gives the row's multiplier: two move
-            up, down = (
-                np.argmin(np.where(below, y, np.inf)),
-                np.argmax(np.where(above, y, -np.inf)),
-            )
+            up = np.argmin(np.where(below, y, np.inf))
+            down = np.argmax(np.where(above, y, -np.inf))
             fine = y[down] - y[up] <= rounding[down] + rounding[up]
             return np.array([] if fine else [up, down], dtype=int)
         else:
