@@ -5,7 +5,7 @@ passes through `Tap`, an identity whose backward pass sees x and dY. In an ordin
 that is all: every gradient is autograd's own. In a *collecting* pass the gradient asked of autograd
 is that of `ANCHOR`, a leaf that hangs on every tap. So autograd goes wherever there is a tap, forms
 no parameter's gradient on its way, and each tap hands its layer's x and dY to the collector, which
-makes of them what it wants (m gradients, a Gram matrix).
+forms m gradients or a Gram matrix from them.
 
 Collectors are set on the nodes of one graph, so passes over other graphs, also in other threads,
 are not affected.

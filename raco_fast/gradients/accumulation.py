@@ -13,7 +13,6 @@ class Accumulation:
 
     Args:
         params: those whose p.grad may hold gradients already; fresh buffers are made for others.
-        names: of the objectives.
         memory: for buffers on the CPU.
     Raises:
         RuntimeError: p.grad was filled outside of any objective, or belongs to other ones.

@@ -307,8 +307,8 @@ class ObjectiveGradients:
         check = self.exactness.check(graph, A, factored)
         graph.retained = check is not None or bool(graph.others)
         if check is not None:
-            # What is compared is formed by itself, and then anew on top of what is there: a run
-            # has the same bits wherever it is checked.
+            # The gradients to be compared are formed apart, and then once more on top of what is
+            # there, so that a check does not change the bits of a run.
             apart = into if into.is_fresh else Accumulation([], self.names, self._memory)
 
             def run() -> str | None:

@@ -23,14 +23,9 @@ def updates(
     rounding: str,
     seed: int,
 ) -> Iterator[Update]:
-    """The updates of every group's touched parameters, those apart that are rounded otherwise.
+    """The updates of every group's touched parameters, one for each rounding in the group.
 
-    Args:
-        groups: the optimizer's.
-        touched: of each group.
-        state: the optimizer's.
-        rounding: of groups that have none of their own.
-        seed: of stochastic rounding.
+    `groups` and `state` are the optimizer's, `rounding` that of groups without one of their own.
     """
     for i, (group, of_group) in enumerate(zip(groups, touched, strict=True)):
         for name, part in by_rounding(of_group, group.get("rounding", rounding)):
