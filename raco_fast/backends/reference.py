@@ -73,10 +73,9 @@ def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> No
     """Write G0 = Σ α_i g_i; zeros where every gradient is None."""
     alpha = coefficients.tolist()
     for column, target in zip(zip(*grads, strict=True), out, strict=True):
-        total = _weighted_sum(column, alpha)
-        if total is None:
+        if all(g is None for g in column):
             target.zero_()
-        elif total is not target:
+        elif (total := _weighted_sum(column, alpha)) is not target:
             target.copy_(total)
 
 
@@ -102,7 +101,10 @@ def combine_adamw(update: Update, coefficients: Tensor, built: Built | None = No
         if rounding.name != "nearest":
             weights = [rounding.opened(params[k], k) for k in bucket]
             states = [[s.float() for s in one] for one in stored]
-        combined = [_g0(columns[k], alpha, w.dtype) for k, w in zip(bucket, weights, strict=True)]
+        combined = [
+            _weighted_sum(columns[k], alpha).to(w.dtype)
+            for k, w in zip(bucket, weights, strict=True)
+        ]
         adamw(
             weights,
             combined,
@@ -119,13 +121,6 @@ def combine_adamw(update: Update, coefficients: Tensor, built: Built | None = No
             for one, wide in zip(stored, states, strict=True):
                 for state, new in zip(one, wide, strict=True):
                     state.copy_(new)
-
-
-def _g0(column: Sequence[Tensor | None], alpha: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """Σ α_i g_i of one parameter, in the dtype that `adamw` wants."""
-    total = _weighted_sum(column, alpha)
-    assert total is not None, "a parameter without any gradient reached combine_adamw"
-    return total.to(dtype)
 
 
 def _blocks(column: Sequence[Tensor | None]) -> Iterator[tuple[torch.device, list[Tensor | None]]]:
@@ -148,11 +143,10 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dtype=torch.promote_types(a.dtype, wide))
 
 
-def _weighted_sum(column: Sequence[Tensor | None], alpha: Sequence[float]) -> Tensor | None:
+def _weighted_sum(column: Sequence[Tensor | None], alpha: Sequence[float]) -> Tensor:
     """Σ α_i g_i in at least float32; the gradient itself where it is alone with α = 1."""
     terms = [(a, g) for a, g in zip(alpha, column, strict=True) if g is not None]
-    if not terms:
-        return None
+    assert terms, "a parameter without any gradient reached combine_adamw"
     (a, g), *rest = terms
     if not rest and a == 1.0:
         return g

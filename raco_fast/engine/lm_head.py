@@ -212,7 +212,10 @@ class _HeadCall:
         dx = widened(back.hidden[:0]).new_zeros(back.hidden.shape)
         for rows in self._head.blocks():
             weight, dy = back.at(rows)
-            _add_product(dx.flatten(0, 1), dy, weight)
+            if dx.dtype == dy.dtype:  # the sum over blocks is in dx's dtype
+                dx.flatten(0, 1).addmm_(dy, weight)
+            else:
+                dx.flatten(0, 1).add_(dy @ weight)
             for p in self._parameters:
                 yield p, rows, back.use(p, dy)
         self._hidden_gradient = segments.restored(dx, self._hidden)
@@ -257,11 +260,3 @@ class _HeadRows:
             use = self.back.use(self.parameter, dy)
             parts.append(use.at(torch.arange(len(some), device=ids.device)))
         return torch.cat(parts, 1)
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a b, with the sum over blocks in out's dtype."""
-    if out.dtype == a.dtype:
-        out.addmm_(a, b)
-    else:
-        out += a @ b
