@@ -1,7 +1,5 @@
 """`verify`: hold every mode against autograd on the user's own model and batch."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -85,6 +83,7 @@ def verify(model: nn.Module, batch: Batch, *, quiet: bool = False) -> Verificati
     finally:
         for p, grad in held:
             p.grad = grad
+    # Of each mode and parameter: the difference, beside what rounding makes of autograd's own.
     modes: dict[str, dict[str, float]] = {mode: {} for mode in runs}
     wrong = set()
     for mode, (found, of_objectives) in runs.items():

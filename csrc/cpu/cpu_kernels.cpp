@@ -138,8 +138,6 @@ const std::vector<const Target*>& targets() {
   return found;
 }
 
-const char* name_of(const Target* target) { return target->name; }
-
 void gram(const Lists& grads, const Execution& how, double* M) {
   const Plan plan(grads);
   const int m = grads.m;

@@ -38,7 +38,6 @@ struct Execution {
 
 // The targets that this processor can run, best first; the last is the plain build.
 const std::vector<const Target*>& targets();
-const char* name_of(const Target* target);
 
 // M, m x m, symmetric. Float32 products (float64 for float64 gradients), summed in float32 over
 // at most kBlock / kLanes elements, then in float64.

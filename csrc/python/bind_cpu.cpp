@@ -143,7 +143,7 @@ void bind_cpu(py::module_& module) {
   module.attr("BLOCK") = raco::kBlock;
   module.attr("CHUNK") = raco::kChunk;
   py::list names;
-  for (const raco::Target* target : raco::targets()) names.append(raco::name_of(target));
+  for (const raco::Target* target : raco::targets()) names.append(target->name);
   module.attr("CPU_TARGETS") = py::tuple(names);
   module.def("gram", &gram, py::arg("grads"), py::arg("lengths"), py::arg("dtypes"),
              py::arg("threads"), py::arg("target") = 0,

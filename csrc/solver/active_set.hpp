@@ -75,7 +75,7 @@ class Corral {
     factored = 0;
     descend();
     price();
-    for (const int cap = 32 + 8 * P.m; steps < cap; ++steps) {
+    for (int steps = 0; steps < 32 + 8 * P.m; ++steps) {
       int j = most_violated(banned);
       if (j < 0) return true;
       double violation = static_cast<double>(level - y[j]);
@@ -102,7 +102,6 @@ class Corral {
   Real y[N];            // per objective
   Real level;           // y on the corral
   bool at_origin = false;  // Gp = 0 up to the rounding of M
-  int steps = 0;
 
   const Real* shortest() const { return p0; }  // p0 of the final corral, p itself where Gp = 0
   bool shortest_is_feasible(double terms) const {
@@ -283,7 +282,7 @@ class Corral {
     return relative_pivot[n - 1] < 8.0 * P.m * kEps;
   }
 
-  // f at the affine minimiser; at the kink, where f = 0, less a trifle that grows with ||Gv||.
+  // f at the affine minimiser; at the kink, where f = 0, a tiny number that falls as ||Gv|| grows.
   Real value() const {
     return at_origin ? Real(-1e-25) * gv2 : mu + mu0 / tau;
   }

@@ -82,7 +82,5 @@ inline DD root(DD a) {  // sqrt, with 0 for the small negative numbers that roun
 }
 
 inline double root(double a) { return a > 0.0 ? std::sqrt(a) : 0.0; }
-inline double absolute(double a) { return std::fabs(a); }
-inline DD absolute(DD a) { return a.hi < 0.0 ? -a : a; }
 
 }  // namespace raco

@@ -122,7 +122,6 @@ void report_finding(double* packed, int m, Finding finding) {
   scalar[kStatus] = static_cast<double>(finding.status);
   scalar[kRow] = finding.row;
   scalar[kColumn] = finding.column;
-  scalar[kSteps] = 0.0;
 }
 
 }  // namespace
@@ -159,7 +158,6 @@ void solve(const double* gram, const double* weights, int m, double c, Rule rule
   scalar[kGpNorm] = gp_clipped.hi * unit;
   scalar[kUpdateNorm] = update.hi * unit;
   scalar[kClipActive] = clipped && changes_direction(p, p_clipped, m);
-  scalar[kSteps] = best.steps;
   if (!best.converged) scalar[kStatus] = static_cast<double>(Status::kUnconverged);
 }
 

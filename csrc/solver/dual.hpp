@@ -33,7 +33,6 @@ enum Scalar {
   kStatus,
   kRow,
   kColumn,
-  kSteps,
   kScalars
 };
 

@@ -105,7 +105,6 @@ void solve_general(const Problem& P, Optimum& result) {
   Corral<DD> exact(P);
   exact.start_from(rough);
   result.converged = exact.minimise();
-  result.steps = rough.steps + exact.steps;
 
   const bool at_kink = exact.at_origin && exact.shortest_is_feasible(exact.point_magnitude());
   for (int i = 0; i < P.m; ++i) result.p[i] = DD(0.0);

@@ -8,7 +8,6 @@ namespace raco {
 struct Optimum {
   DD p[N];
   DD lower;  // min_i y_i: a lower bound of f
-  int steps = 0;
   bool converged = true;
 };
 
@@ -17,8 +16,7 @@ DD norm_or_zero(const Problem& P, const double* x);
 
 void weights_are_optimal(const Problem& P, Optimum& result);
 
-// Fills p (on the unit simplex), its lower bound and the number of major steps; s may be 0, not
-// w'Mw.
+// Fills p (on the unit simplex) and its lower bound; s may be 0, not w'Mw.
 void minimise(const Problem& P, Optimum& result);
 
 }  // namespace raco

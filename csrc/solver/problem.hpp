@@ -39,10 +39,9 @@ struct Problem {
 };
 
 // sum_i |x_i| ||g_i||: the size of the terms that make up a Gx.
-template <class Real>
-double magnitude(const Problem& P, const Real* x) {
+inline double magnitude(const Problem& P, const double* x) {
   double sum = 0.0;
-  for (int i = 0; i < P.m; ++i) sum += std::fabs(static_cast<double>(x[i])) * P.norm[i];
+  for (int i = 0; i < P.m; ++i) sum += std::fabs(x[i]) * P.norm[i];
   return sum;
 }
 

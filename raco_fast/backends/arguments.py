@@ -1,7 +1,5 @@
 """What every backend relies on: lists of tensors that fit together."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

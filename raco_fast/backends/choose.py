@@ -5,8 +5,6 @@ The choice is made for each call and for the whole call: a parameter group is on
 backend that cannot run the call raises; nothing else decides, and nothing falls back silently.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +17,7 @@ from torch import Tensor
 from raco_fast.backends import cpu, cuda, reference
 from raco_fast.backends.arguments import check_gradients
 from raco_fast.backends.plan import Plan, describe
-from raco_fast.backends.types import AdamWOptions, Backend, Call, Prepared
+from raco_fast.backends.types import AdamWOptions, Backend, Built, Call
 
 BACKENDS: list[Backend] = [cuda, cpu, reference]
 """In the order in which they are asked. `reference` has no obstacle to anything."""
@@ -78,8 +76,8 @@ def name_of(call: Call) -> str:
     return _forced.get() or chosen(replace(call, runs=False)).name
 
 
-def planned(call: Call, plan: Plan | None) -> tuple[Backend, Prepared]:
-    """`chosen`, and what the backend prepared for these tensors.
+def planned(call: Call, plan: Plan | None) -> tuple[Backend, Built]:
+    """`chosen`, and what the backend built for these tensors.
 
     Gradients are checked, and backends asked, only if the plan does not know tensors like these.
 
@@ -97,7 +95,7 @@ def planned(call: Call, plan: Plan | None) -> tuple[Backend, Prepared]:
     if finding is None:
         check_gradients(call.read)
         finding = plan.note(key, seen, call.lists, chosen(call))
-    return finding.backend, finding.prepared
+    return finding.backend, finding.built
 
 
 def waits(call: Call, plan: Plan) -> str | None:

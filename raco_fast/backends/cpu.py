@@ -1,11 +1,9 @@
 """The C++ backend for CPU tensors: hands addresses and lengths to `csrc/cpu/cpu_kernels.hpp`.
 
 Gradients, parameters and states are each read from memory once (written once), on as many threads
-as `torch.get_num_threads()` says. Tables of addresses, lengths and dtypes are kept in `prepared`:
+as `torch.get_num_threads()` says. Tables of addresses, lengths and dtypes are kept in `built`:
 for many small tensors, building them takes longer than the kernels.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,7 +16,7 @@ from torch.autograd.graph import increment_version
 
 from raco_fast import _C
 from raco_fast.backends.plan import advance
-from raco_fast.backends.types import AdamWOptions, Call, Gradients, Prepared, Update
+from raco_fast.backends.types import AdamWOptions, Built, Call, Gradients, Update
 from raco_fast.backends.weight_grad import weight_grad as weight_grad
 from raco_fast.kernels.tables import is_dense
 
@@ -55,9 +53,9 @@ def obstacle(call: Call, forced: bool) -> str | None:
     return found or _obstacle_of_tensors(call)
 
 
-def gram(grads: Gradients, prepared: Prepared) -> Tensor:
+def gram(grads: Gradients, built: Built) -> Tensor:
     """Gram matrix of m per-objective gradients."""
-    found = _recalled(prepared, grads, [])
+    found = _recalled(built, grads, [])
     return torch.from_numpy(_C.gram(*found.grads, torch.get_num_threads()))
 
 
@@ -68,7 +66,7 @@ def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> No
     increment_version(out)
 
 
-def combine_adamw(update: Update, coefficients: Tensor, prepared: Prepared) -> None:
+def combine_adamw(update: Update, coefficients: Tensor, built: Built) -> None:
     """One AdamW step along G0 = Σ α_i g_i.
 
     G0, the states and the parameters are float32 in registers (float64 for float64 parameters) and
@@ -81,7 +79,7 @@ def combine_adamw(update: Update, coefficients: Tensor, prepared: Prepared) -> N
     lr, beta1, beta2 = float(options.lr), float(options.beta1), float(options.beta2)
     steps = advance(update.steps).numpy()
     sign = -1.0 if options.maximize else 1.0
-    found = _recalled(prepared, update.grads, [*written[:3], rounding.residuals])
+    found = _recalled(built, update.grads, [*written[:3], rounding.residuals])
     of_params, of_exp_avgs, of_exp_avg_sqs, (residuals, residual_dtypes) = found.written
     _C.combine_adamw(
         *found.grads,
@@ -181,9 +179,9 @@ def _codes(tensors: Sequence[Tensor | None]) -> NDArray[np.uint8]:
     return np.array([0 if t is None else DTYPES[t.dtype] for t in tensors], dtype=np.uint8)
 
 
-def _recalled(prepared: Prepared, grads: Gradients, written: Sequence[Sequence[Tensor]]) -> Tables:
+def _recalled(built: Built, grads: Gradients, written: Sequence[Sequence[Tensor]]) -> Tables:
     """The tables that an earlier call left, or new ones to leave."""
-    if "tables" not in prepared:
-        prepared["tables"] = tables(grads, written)
-    found: Tables = prepared["tables"]
+    if "tables" not in built:
+        built["tables"] = tables(grads, written)
+    found: Tables = built["tables"]
     return found

@@ -6,8 +6,6 @@ device. Nothing here waits for the device. Triton is imported at the first use o
 `import raco_fast` does not need it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -20,7 +18,7 @@ from torch.autograd.graph import increment_version
 
 from raco_fast.backends import weight_grad as plain
 from raco_fast.backends.plan import advance
-from raco_fast.backends.types import AdamWOptions, Call, Gradients, Prepared, Update
+from raco_fast.backends.types import AdamWOptions, Built, Call, Gradients, Update
 from raco_fast.kernels.tables import (
     ALIGNMENT,
     TensorTable,
@@ -67,7 +65,7 @@ def obstacle(call: Call, forced: bool) -> str | None:
     return _slower(call) if call.operation == "weight_grad" else None
 
 
-def gram(grads: Gradients, prepared: Prepared) -> Tensor:
+def gram(grads: Gradients, built: Built) -> Tensor:
     """Gram matrix of m <= 32 lists of gradients: [m, m] float64 on their device."""
     from raco_fast.kernels import gram as kernels
 
@@ -75,13 +73,13 @@ def gram(grads: Gradients, prepared: Prepared) -> Tensor:
     device = next((g.device for one in grads for g in one if g is not None), None)
     if device is None:
         return torch.zeros(m, m, dtype=torch.float64)
-    tables = _recalled(prepared, device)
+    tables = _recalled(built, device)
     if tables is None:
         ordered = _in_one_order(grads)
         if m > kernels.MAX_UNROLLED:
             return kernels.gram(ordered, device)
         tables = build(ordered, m, device)
-        _leave(prepared, tables, device, grads, ordered)
+        _leave(built, tables, device, grads, ordered)
     return kernels.gram(grads, device, tables=tables)
 
 
@@ -99,7 +97,7 @@ def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> No
     increment_version(out)
 
 
-def combine_adamw(update: Update, coefficients: Tensor, prepared: Prepared) -> None:
+def combine_adamw(update: Update, coefficients: Tensor, built: Built) -> None:
     """One AdamW step along G0 = Σ α_i g_i, in float32 and rounded once.
 
     Coefficients that are not finite leave parameters and states as they are, and step counts too if
@@ -117,13 +115,13 @@ def combine_adamw(update: Update, coefficients: Tensor, prepared: Prepared) -> N
         sent = to_device(torch.cat([rows.flatten(), alpha]), device)
         rows, alpha = sent[: rows.numel()].view_as(rows), sent[rows.numel() :]
     seed = upload(np.array([update.rounding.seed & 0xFFFFFFFF]), device)
-    tables = _recalled(prepared, device)
+    tables = _recalled(built, device)
     if tables is None:
         ordered = _in_one_order(update.grads, update.params)
         *written, residuals = *update.written[:3], update.rounding.residuals
         written += [[r.view(torch.int16) for r in residuals]] if residuals else []
         tables = build([*ordered, *written], m, device)
-        _leave(prepared, tables, device, update.grads, ordered)
+        _leave(built, tables, device, update.grads, ordered)
     launch(tables, m, to_device(rows, device), to_device(alpha, device), seed, update.rounding.name)
     increment_version([t for one in update.written for t in one])
 
@@ -257,18 +255,18 @@ def hyper_rows(t: float | Tensor, n: int, options: AdamWOptions) -> Tensor:
     return rows.float()
 
 
-def _recalled(prepared: Prepared, device: torch.device) -> list[TensorTable] | None:
+def _recalled(built: Built, device: torch.device) -> list[TensorTable] | None:
     """The tables left by an earlier call on this stream; inside of a graph, of any stream."""
-    if not prepared:
+    if not built:
         return None
     if capturing(device):
-        found: list[TensorTable] = keep_for_graph(next(iter(prepared.values())))
+        found: list[TensorTable] = keep_for_graph(next(iter(built.values())))
         return found
-    return prepared.get(stream_of(device))
+    return built.get(stream_of(device))
 
 
 def _leave(
-    prepared: Prepared,
+    built: Built,
     tables: list[TensorTable],
     device: torch.device,
     grads: Gradients,
@@ -278,7 +276,7 @@ def _leave(
     pairs = zip(grads, ordered, strict=True)
     own = all(a is b for one, other in pairs for a, b in zip(one, other, strict=True))
     if own and not capturing(device):
-        prepared[stream_of(device)] = tables
+        built[stream_of(device)] = tables
 
 
 def _in_one_order(grads: Gradients, like: Sequence[Tensor] | None = None) -> Gradients:

@@ -1,10 +1,8 @@
 """One function per operation: checks the arguments and calls the backend that `choose` picks.
 
 A `Plan` is for callers that repeat an operation on the same tensors; without one, everything is
-checked and prepared anew.
+checked and built anew.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 
@@ -56,8 +54,8 @@ def gram_beside(
 
 def gram_where_it_is(grads: Gradients, plan: Plan | None = None) -> Tensor:
     """`gram`, but not waited for: on the device of the gradients if the backend leaves it there."""
-    backend, prepared = planned(Call("gram", len(grads), (), grads), plan)
-    return within_cauchy_schwarz(backend.gram(grads, prepared))
+    backend, built = planned(Call("gram", len(grads), (), grads), plan)
+    return within_cauchy_schwarz(backend.gram(grads, built))
 
 
 def combine(
@@ -94,13 +92,13 @@ def combine_adamw(update: Update, coefficients: Tensor, plan: Plan | None = None
     check_update(update, coefficients)
     grads, options = update.grads, update.options
     call = Call("combine_adamw", len(grads), update.written, grads, options)
-    backend, prepared = planned(call, plan)
+    backend, built = planned(call, plan)
     if not (coefficients.is_cpu or backend.on_device):
         raise RuntimeError(
             f"coefficients on {coefficients.device} need a backend that reads them there, got "
             f"{backend.name!r}; pass coefficients.cpu()"
         )
-    backend.combine_adamw(update, coefficients, prepared)
+    backend.combine_adamw(update, coefficients, built)
 
 
 def weight_grad(

@@ -7,8 +7,6 @@ out what was concluded for equal ones. No tensor is kept alive, and a swapped or
 another description.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 
 from raco_fast import _C
-from raco_fast.backends.types import Backend, Prepared
+from raco_fast.backends.types import Backend, Built
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _EXCHANGE: Any = getattr(Tensor, "__dlpack_c_exchange_api__", None)
@@ -26,12 +24,12 @@ _KEPT = 64  # layouts per key: parameter groups, and sets of parameters that alt
 
 @dataclass
 class Finding:
-    """The backend for tensors laid out like this, and what it has prepared for these addresses."""
+    """The backend for tensors laid out like this, and what it has built for these addresses."""
 
     layout: bytes
     addresses: bytes
     backend: Backend
-    prepared: Prepared = field(default_factory=dict)
+    built: Built = field(default_factory=dict)
 
 
 def describe(lists: Sequence[Sequence[Tensor | None]]) -> tuple[bytes, bytes] | None:
@@ -56,13 +54,13 @@ class Plan:
     def __init__(self) -> None:
         self._of: dict[Hashable, list[Finding]] = {}
 
-    def __reduce__(self) -> tuple[type[Plan], tuple[()]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return Plan, ()  # a copy's tensors are elsewhere
 
     def find(
         self, key: Hashable, seen: tuple[bytes, bytes], lists: Sequence[Sequence[Tensor | None]]
     ) -> Finding | None:
-        """The finding for tensors that look like `seen`; what was prepared for others is dropped.
+        """The finding for tensors that look like `seen`; what was built for others is dropped.
 
         Lazily negated views look like what they are views of, so new addresses are asked for them.
         """
@@ -73,7 +71,7 @@ class Plan:
         if _negated(lists):
             return None
         finding.addresses = addresses
-        finding.prepared.clear()
+        finding.built.clear()
         return finding
 
     def note(

@@ -13,15 +13,13 @@ float64 and run in a fixed order, so equal inputs give equal bits with any numbe
 A missing gradient (None) counts as zeros.  Source: arXiv 2602.02495, Algorithm 1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from raco_fast.backends.types import Call, Gradients, Prepared, Update
+from raco_fast.backends.types import Built, Call, Gradients, Update
 from raco_fast.backends.weight_grad import weight_grad as weight_grad
 from raco_fast.backends.weight_grad import widened
 
@@ -30,7 +28,7 @@ on_device = unproved = False
 
 # Elements per sum of products: m blocks stay in a cache, so each gradient is read from memory once
 # although it takes part in m products. On the CPU fewer than the 32768 from which torch cuts a sum
-# by the number of threads; on a device, whose sums know no threads, enough to outlast a launch.
+# by the number of threads; on a device, where it does not, so many that launches cost little.
 _BLOCK = 32_000
 _DEVICE_BLOCK = 1 << 20
 # Devices without float64: there sums of a block are float32, which torch forms as a tree.
@@ -49,17 +47,8 @@ def obstacle(call: Call, forced: bool) -> str | None:
     return None
 
 
-def gram(grads: Gradients, prepared: Prepared | None = None) -> Tensor:
-    """Gram matrix of m per-objective gradients.
-
-    Args:
-        grads: m lists of n tensors; tensor k has the same shape, dtype and device in every list
-            where it is not None. Complex tensors count as pairs of real numbers.
-        prepared: not used.
-    Returns:
-        [m, m] float64 on the CPU, exactly symmetric.
-    Source: arXiv 2602.02495, Algorithm 1, line 5.
-    """
+def gram(grads: Gradients, built: Built | None = None) -> Tensor:
+    """Gram matrix [m, m] of m lists of gradients; complex numbers count as pairs of real ones."""
     m = len(grads)
     pairs = [(i, j) for i in range(m) for j in range(i, m)]
     dots: dict[torch.device, dict[tuple[int, int], list[Tensor]]] = {}
@@ -81,35 +70,22 @@ def gram(grads: Gradients, prepared: Prepared | None = None) -> Tensor:
 
 
 def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> None:
-    """Write G0 = Σ α_i g_i.
-
-    Args:
-        grads: m lists of n tensors or None.
-        coefficients: [m] float64 on the CPU, α.
-        out: n tensors, overwritten; out[k] may be one of the gradients of tensor k. Zeros are
-            written where every gradient is None.
-    """
+    """Write G0 = Σ α_i g_i; zeros where every gradient is None."""
     alpha = coefficients.tolist()
     for column, target in zip(zip(*grads, strict=True), out, strict=True):
-        total = _weighted_sum(column, alpha)
-        if total is None:
+        if all(g is None for g in column):
             target.zero_()
-        elif total is not target:
+        elif (total := _weighted_sum(column, alpha)) is not target:
             target.copy_(total)
 
 
-def combine_adamw(update: Update, coefficients: Tensor, prepared: Prepared | None = None) -> None:
+def combine_adamw(update: Update, coefficients: Tensor, built: Built | None = None) -> None:
     """One AdamW step along G0 = Σ α_i g_i; parameters and states change in place.
 
     With one objective and α = 1 the gradient itself goes to torch's `adamw`, so the result is
     that of `torch.optim.AdamW` to the last bit. With another rounding than to nearest, `adamw`
     runs on float32 weights and states, which are then rounded: "split" with float32 states is
     `torch.optim.AdamW` on float32 parameters, to the last bit.
-
-    Args:
-        update: see `types.Update`.
-        coefficients: [m] float64 on the CPU, α (with gradient clipping and unscaling folded in).
-        prepared: not used.
     """
     params, options, rounding = update.params, update.options, update.rounding
     alpha = coefficients.tolist()
@@ -125,7 +101,10 @@ def combine_adamw(update: Update, coefficients: Tensor, prepared: Prepared | Non
         if rounding.name != "nearest":
             weights = [rounding.opened(params[k], k) for k in bucket]
             states = [[s.float() for s in one] for one in stored]
-        combined = [_g0(columns[k], alpha, w.dtype) for k, w in zip(bucket, weights, strict=True)]
+        combined = [
+            _weighted_sum(columns[k], alpha).to(w.dtype)
+            for k, w in zip(bucket, weights, strict=True)
+        ]
         adamw(
             weights,
             combined,
@@ -144,16 +123,7 @@ def combine_adamw(update: Update, coefficients: Tensor, prepared: Prepared | Non
                     state.copy_(new)
 
 
-def _g0(column: Sequence[Tensor | None], alpha: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """Σ α_i g_i of one parameter, in the dtype that `adamw` wants."""
-    total = _weighted_sum(column, alpha)
-    assert total is not None, "a parameter without any gradient reached combine_adamw"
-    return total.to(dtype)
-
-
-def _blocks(
-    column: Sequence[Tensor | None],
-) -> Iterator[tuple[torch.device, list[Tensor | None]]]:
+def _blocks(column: Sequence[Tensor | None]) -> Iterator[tuple[torch.device, list[Tensor | None]]]:
     """Cut the m gradients of one parameter alike into flat blocks of product precision."""
     flat = [None if g is None else _as_real(g.detach()).reshape(-1) for g in column]
     present = [f for f in flat if f is not None]
@@ -173,11 +143,10 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dtype=torch.promote_types(a.dtype, wide))
 
 
-def _weighted_sum(column: Sequence[Tensor | None], alpha: Sequence[float]) -> Tensor | None:
+def _weighted_sum(column: Sequence[Tensor | None], alpha: Sequence[float]) -> Tensor:
     """Σ α_i g_i in at least float32; the gradient itself where it is alone with α = 1."""
     terms = [(a, g) for a, g in zip(alpha, column, strict=True) if g is not None]
-    if not terms:
-        return None
+    assert terms, "a parameter without any gradient reached combine_adamw"
     (a, g), *rest = terms
     if not rest and a == 1.0:
         return g

@@ -11,8 +11,6 @@ A residual is an int16 in memory that is declared bfloat16: torch's `load_state_
 state to its parameter's dtype, and would round an int16.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Compilers, drivers and cards differ, and a kernel that is wrong on one of them t
 without a sign. A few small tensors of odd sizes show it in the first step of a process.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from subprocess import CalledProcessError
@@ -21,7 +19,7 @@ from raco_fast.backends.types import AdamWOptions, Backend, Update
 
 _SIZES = (1, 37, 1031, 4099)
 _BOUNDS = (0, 65, 65, 66, 190)  # groups of a layer's rows, around a k-block of 64
-_Comparison: TypeAlias = "Callable[[Backend, torch.device, torch.dtype], str | None]"
+_Comparison: TypeAlias = Callable[[Backend, torch.device, torch.dtype], str | None]
 _OPTIONS = AdamWOptions(lr=0.1, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.1)
 
 

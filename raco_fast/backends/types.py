@@ -1,7 +1,5 @@
 """What operations are given, and what a backend is."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -14,7 +12,7 @@ from raco_fast.backends.rounding import NEAREST, Rounding
 Gradients = Sequence[Sequence[Tensor | None]]
 """m lists of n gradients; None stands for a gradient of zeros."""
 
-Prepared: TypeAlias = "dict[Hashable, Any]"
+Built: TypeAlias = dict[Hashable, Any]
 """What a backend built for the tensors of one call: empty at first, and again when an address or a
 layout has changed."""
 
@@ -36,7 +34,7 @@ class AdamWOptions:
     fused: bool | None = None
 
     @classmethod
-    def of(cls, group: Mapping[str, Any]) -> AdamWOptions:
+    def of(cls, group: Mapping[str, Any]) -> "AdamWOptions":
         """Those of a parameter group of an optimizer."""
         beta1, beta2 = group["betas"]
         rest = {name: group[name] for name in cls.__dataclass_fields__ if name in group}
@@ -84,7 +82,7 @@ class Call:
         read: lists of n tensors or None that are only read.
         options: of "combine_adamw".
         bounds: of "weight_grad", whose lists are [out], and [x], [dy].
-        runs: False where somebody only asks: then nothing is proved on a device.
+        runs: False for a mere question which backend would run it: no kernel is proved for that.
     """
 
     operation: str
@@ -119,17 +117,12 @@ class Backend(Protocol):
     `obstacle` is None. One that a backend lacks is an obstacle, and then need not be there.
     """
 
-    @property
-    def name(self) -> str:
-        """For `raco_fast.backend(name)`."""
-
-    @property
-    def on_device(self) -> bool:
-        """Whether nothing waits for the device: `gram` stays there, coefficients may be there."""
-
-    @property
-    def unproved(self) -> bool:
-        """Whether it has to agree with `reference` before its first use on a device."""
+    name: str
+    """For `raco_fast.backend(name)`."""
+    on_device: bool
+    """Whether nothing waits for the device: `gram` stays there, coefficients may be there."""
+    unproved: bool
+    """Whether it has to agree with `reference` before its first use on a device."""
 
     def missing(self) -> str | None:
         """What this machine lacks, with the cure; None if the backend can run here."""
@@ -140,13 +133,13 @@ class Backend(Protocol):
         What is possible but slower is no obstacle if `forced`.
         """
 
-    def gram(self, grads: Gradients, prepared: Prepared) -> Tensor:
+    def gram(self, grads: Gradients, built: Built) -> Tensor:
         """[m, m] float64, on the CPU or, not waited for, on the gradients' device."""
 
     def combine(self, grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> None:
         """Write Σ α_i g_i."""
 
-    def combine_adamw(self, update: Update, coefficients: Tensor, prepared: Prepared) -> None:
+    def combine_adamw(self, update: Update, coefficients: Tensor, built: Built) -> None:
         """One AdamW step along Σ α_i g_i."""
 
     def weight_grad(

@@ -7,8 +7,6 @@ GEMMs on scaled rows, whichever is cheaper. Sums are float32 (float64 for float6
 dtype of x and dY, so a bfloat16 gradient is rounded once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -23,15 +21,7 @@ _FOLD_COST = 5
 def weight_grad(
     x: Tensor, dy: Tensor, bounds: Sequence[int], U: Tensor | None, out: Tensor, fresh: bool
 ) -> None:
-    """Write or add the m weight gradients of a layer.
-
-    Args:
-        x: [rows, d_in], its inputs, ordered by groups.
-        dy: [rows, d_out] of the same dtype, the gradients of its outputs.
-        bounds: groups + 1 offsets: group g is the rows bounds[g]:bounds[g + 1].
-        U: [m, groups]; None stands for one group with coefficient 1.
-        out: [m, d_out, d_in], overwritten where `fresh`, else added to before it is rounded.
-    """
+    """Write or add the m weight gradients of a layer; arguments as for `ops.weight_grad`."""
     x, dy = operand(x), operand(dy)
     if U is None:
         _add_rows(out[0], x, dy, fresh)
@@ -42,6 +32,7 @@ def weight_grad(
         _add_scaled_rows(x, dy, bounds, U, out, fresh)
         return
     for start, stop in row_blocks(dy.shape[1], 4 * groups * x.shape[1]):
+        # t [groups, rows of the block * d_in], folded with U [m, groups] while it is in a cache.
         t = of_groups(x, dy[:, start:stop], bounds).flatten(1)
         target = out[:, start:stop]
         if out.dtype != t.dtype or not target[0].is_contiguous():

@@ -8,8 +8,6 @@ gradients from the rows of its input and dY. That is exact as long as sequences 
 the model and every trained parameter belongs to a layer with a rule; `exactness.py` sees to it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -64,11 +62,7 @@ def check_scores(scores: Tensor) -> None:
 
 
 def propagate(
-    scores: Tensor,
-    seeds: Tensor,
-    *,
-    inputs: Sequence[Tensor],
-    retain_graph: bool = False,
+    scores: Tensor, seeds: Tensor, *, inputs: Sequence[Tensor], retain_graph: bool = False
 ) -> None:
     """The backward pass of Σ_b seeds_b scores_b; seeds are rounded to the scores' dtype.
 
@@ -133,21 +127,20 @@ def _freed_graphs_named(argument: str) -> Iterator[None]:
         ) from error
 
 
-class GradientCollector:
-    """Adds every layer's share to the m gradients of each parameter."""
+def gradient_collector(factored: Factored, buffers: Buffers, wanted: Iterable[Tensor]) -> Collector:
+    """G_i += Σ_g U_ig t_g for the wanted parameters of every layer."""
+    trained = set(wanted)
 
-    def __init__(self, factored: Factored, buffers: Buffers, wanted: Iterable[Tensor]) -> None:
-        self._factored, self._buffers, self._wanted = factored, buffers, set(wanted)
-
-    def collect(self, call: Call) -> None:
-        """G_i += Σ_g U_ig t_g for the parameters of one layer."""
+    def collect(call: Call) -> None:
         out: dict[Tensor, tuple[Tensor, bool]] = {}
-        for p, rows, use in call.uses(arranged(self._factored, call)):
-            if p in self._wanted:
+        for p, rows, use in call.uses(arranged(factored, call)):
+            if p in trained:
                 if p not in out:
-                    out[p] = self._buffers(p)
+                    out[p] = buffers(p)
                 gradients, fresh = out[p]
-                use.add_to(gradients[:, rows], self._factored.coefficients, fresh)
+                use.add_to(gradients[:, rows], factored.coefficients, fresh)
+
+    return collect
 
 
 def arranged(factored: Factored, call: Call) -> Segments:
@@ -224,6 +217,15 @@ def one_backward(
         factored: A = ∂L/∂scores.
         buffers: see `Buffers`.
     """
-    if factored.coefficients.shape[1]:  # else no objective has anything in this batch
-        collector = GradientCollector(factored, buffers, graph.wanted)
+    if factored.coefficients.shape[1]:
+        collector = gradient_collector(factored, buffers, graph.wanted)
         collect(collector, graph, factored.seeds, retain_graph=retain_graph)
+        return
+    # No score has a seed, and a pass would reach no layer. Autograd gives zeros then, which an
+    # optimizer steps along (weight decay, momentum); it leaves alone what has no gradient at all.
+    for p in graph.uses:
+        gradients, fresh = buffers(p)
+        if fresh:
+            gradients.zero_()
+    if not retain_graph:
+        use_up(graph)

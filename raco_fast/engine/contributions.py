@@ -5,15 +5,13 @@ m gradients are G_i = Σ_g U_ig t_g. It can add them to m buffers, or give the i
 K_gh = ⟨t_g, t_h⟩ from which the Gram matrix follows as U K Uᵀ without any of the m gradients:
 
     MatrixUse   t_g = dY_gᵀ X_g: every weight that multiplies (Linear, Conv1D, a block of a head)
-    VectorUse   t_g = rows summed over the group: biases, norm weights
-    EntryUse    either of them, from the t of every sequence, where that is small
+    EntryUse    the same from the t of every entry, where that is small, and rows summed over the
+                group: biases, norm weights
     LookupUse   t_g = rows of dY added up by token id: embeddings
 
 Sums are float32 (float64 for float64) whatever the dtype of x and dY, so a bfloat16 gradient is
 rounded once.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
@@ -41,7 +39,14 @@ _CROSS_ROWS = 1024
 _RUN = 1024
 
 
-class Use(Protocol):
+class Rows(Protocol):
+    """Something that can give some rows of its t_g without the others."""
+
+    def at(self, ids: Tensor) -> Tensor:
+        """[groups, len(ids), *rest]: the rows `ids` (sorted, distinct) of every t_g."""
+
+
+class Use(Rows, Protocol):
     """One use of one parameter; see the module's docstring."""
 
     def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
@@ -53,9 +58,6 @@ class Use(Protocol):
 
     def gram(self) -> Tensor:
         """K [groups, groups] float64 on the parameter's device."""
-
-    def at(self, ids: Tensor) -> Tensor:
-        """[groups, len(ids), *rest]: the rows `ids` (sorted, distinct) of every t_g."""
 
 
 class MatrixUse(Use):
@@ -83,7 +85,6 @@ class MatrixUse(Use):
         return operand(self._dy)
 
     def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
-        """See `Use`."""
         ops.weight_grad(self._x, self._dy, self.bounds, U, out, fresh)
 
     def gram(self) -> Tensor:
@@ -111,38 +112,10 @@ class MatrixUse(Use):
         return K
 
     def at(self, ids: Tensor) -> Tensor:
-        """See `Use`."""
         return self._t(self.dy.index_select(1, ids))
 
     def _t(self, dy: Tensor) -> Tensor:
         return of_groups(self.x, dy, self.bounds)
-
-
-class VectorUse(Use):
-    """t_g = the sum of the group's rows, of shape [d].
-
-    Args:
-        rows: [entries, inner, d], ordered by `segments`.
-    """
-
-    def __init__(self, rows: Tensor, segments: Segments) -> None:
-        _check_arranged(rows, segments)
-        wide = widened(rows)
-        self.t = wide.new_zeros(segments.count, wide.shape[-1])
-        for t, start, stop in zip(self.t, segments.offsets, segments.offsets[1:], strict=False):
-            torch.sum(wide[start:stop], (0, 1), out=t)
-
-    def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
-        """See `Use`."""
-        store(out, self.t if U is None else U.to(self.t) @ self.t, fresh)
-
-    def gram(self) -> Tensor:
-        """See `Use`."""
-        return products(self.t)
-
-    def at(self, ids: Tensor) -> Tensor:
-        """See `Use`."""
-        return self.t.index_select(1, ids)
 
 
 class EntryUse(Use):
@@ -156,7 +129,6 @@ class EntryUse(Use):
         self.t, self.segments = t, segments
 
     def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
-        """See `Use`."""
         if U is None:
             store(out, self.segments.summed(self.t), fresh)
             return
@@ -167,17 +139,24 @@ class EntryUse(Use):
             store(target, U @ t, fresh)
 
     def gram(self) -> Tensor:
-        """See `Use`."""
         return products(self.segments.summed(self.t).flatten(1))
 
     def at(self, ids: Tensor) -> Tensor:
-        """See `Use`."""
         return self.segments.summed(self.t).index_select(1, ids)
 
 
 def vector_use(rows: Tensor, segments: Segments) -> EntryUse:
-    """`VectorUse` of a layer's rows [..., d] as they lie."""
+    """t_g = the sum of the group's rows, of shape [d], from a layer's rows [..., d] as they lie."""
     return EntryUse(widened(segments.split(rows)).sum(1), segments)
+
+
+def vector_use_of_arranged(rows: Tensor, segments: Segments) -> EntryUse:
+    """The same from rows [entries, inner, d] that `segments` has put in order."""
+    _check_arranged(rows, segments)
+    inner, count = rows.shape[1], segments.count
+    by_row = Segments(rows.shape[0] * inner, None, tuple(b * inner for b in segments.offsets))
+    t = by_row.summed(widened(rows).flatten(0, 1))
+    return EntryUse(t, Segments(count, None, tuple(range(count + 1))))
 
 
 def matrix_use(x: Tensor, dy: Tensor, segments: Segments) -> Use:
@@ -210,14 +189,11 @@ class LookupUse(Use):
         self.group = segments.of_rows(inner, dy.device)
         self.count = segments.count
         self.all_ids, self.dy = ids.flatten(), widened(dy).flatten(0, 1) * scale
-        if (
-            padding is not None
-        ):  # by choice, not by a product: what is not finite there is no gradient
+        if padding is not None:  # chosen, not multiplied by 0, which keeps NaN and infinity
             self.dy = torch.where((self.all_ids != padding)[:, None], self.dy, 0.0)
         self.ids, self.place = torch.unique(self.all_ids, return_inverse=True)
 
     def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
-        """See `Use`."""
         if fresh:
             out.zero_()
         U = self.dy.new_ones(1, 1) if U is None else U.to(self.dy)
@@ -228,14 +204,12 @@ class LookupUse(Use):
             target[self.ids] += rows.to(target.dtype)
 
     def gram(self) -> Tensor:
-        """See `Use`."""
         K = _zeros(self.count, self.dy)
         for start, stop in self.blocks():
             K += products(self.at(self.ids[start:stop]).flatten(1))
         return K
 
     def at(self, ids: Tensor) -> Tensor:
-        """See `Use`."""
         t = self.dy.new_zeros(self.count, len(ids), self.dy.shape[1])
         place = torch.searchsorted(ids, self.all_ids).clamp_(max=len(ids) - 1)
         here = ids[place] == self.all_ids
@@ -246,13 +220,6 @@ class LookupUse(Use):
         """Ranges of `ids` whose t_g together stay small."""
         row_bytes = self.count * self.dy.shape[1] * self.dy.element_size()
         return row_blocks(len(self.ids), row_bytes)
-
-
-class Rows(Protocol):
-    """Something that can give some rows of its t_g without the others."""
-
-    def at(self, ids: Tensor) -> Tensor:
-        """[groups, len(ids), *rest]: the rows `ids` (sorted, distinct) of every t_g."""
 
 
 def cross(a: Rows, b: Rows, parameter: Tensor, groups: int) -> Tensor:

@@ -6,8 +6,6 @@ looks like none that was checked. A call that is not exact is done by one backwa
 objective, and it is said; after a spot check has failed, so are all later calls.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 import warnings

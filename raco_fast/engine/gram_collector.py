@@ -5,8 +5,6 @@ calls use also needs the products between its uses, so those calls are kept to t
 `keep` keeps every call, so that G0 can be formed from them once the coefficients are known.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Sequence
 from itertools import combinations

@@ -7,8 +7,6 @@ the objectives train. What it saw is noted as a set of facts, so that a pass unl
 recognised.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Iterable, Sequence
@@ -33,7 +31,7 @@ class ScoreGraph:
     """The graph of one forward pass.
 
     Args:
-        losses: objective name -> scalar; a constant stands for an objective without anything here.
+        losses: objective name -> scalar; a constant: that objective has no label in this batch.
         scores: [B].
         wanted: the parameters whose gradients count.
         known: facts of passes whose layers need no closer look.
@@ -99,6 +97,7 @@ class ScoreGraph:
         roles: dict[type, int] = {}
         kinds: set[tuple[type, type]] = set()
         root = self.scores.grad_fn
+        # Depth first, each node once; from a tap only on to where the layer's input comes from.
         stack: list[Node] = [root]
         seen = {root}
         roles[type(root)] = _role(root)
@@ -138,8 +137,6 @@ class ScoreGraph:
             self.uses.update(wanted)
             self.layer_of |= dict.fromkeys(wanted, node.layer)
             self.checks = node.checks or self.checks
-        elif role == _LEAF:
-            self._leaf(node.variable, node, "the scores past every rule")
         elif role == _BATCH_NORM and node._saved_training:
             self._refuse("batch normalisation in training mode mixes sequences; call its .eval()")
         elif role == _REENTRANT:
@@ -201,6 +198,8 @@ class ScoreGraph:
     def _place_rows(self) -> None:
         """Tell the rows of every layer apart."""
         misfits, n = [], len(self.scores)
+        # How many tokens a sequence has, as most layers with rows [n, tokens, d] say: without it
+        # rows [n * tokens, d] could be anything.
         tokens = [node for node in self.taps if len(node.shape) > 2 - node.broadcasts]
         lengths = Counter(node.shape[1] for node in tokens if node.shape[0] == n)
         length = max(lengths, key=lambda size: lengths[size]) if lengths else None

@@ -13,8 +13,6 @@ Many models bring their own RMSNorm, GPT-2 its own Linear and Gemma its own Embe
 recognised by what they compute, on a few random rows, not by their names.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -57,9 +55,8 @@ def layer_norm(module: Any, x: Tensor, dy: Tensor, segments: Segments) -> dict[s
 
 def rms_norm(module: Any, x: Tensor, dy: Tensor, segments: Segments) -> dict[str, Use]:
     """y = w x / √(mean x² + ε), also with 1 + w in place of w."""
-    return _norm(
-        module, F.rms_norm(widened(x), module.weight.shape, eps=_eps(module, x)), dy, segments
-    )
+    normed = F.rms_norm(widened(x), module.weight.shape, eps=_eps(module, x))
+    return _norm(module, normed, dy, segments)
 
 
 def _norm(module: Any, normed: Tensor, dy: Tensor, segments: Segments) -> dict[str, Use]:
@@ -124,8 +121,8 @@ def rule_for(module: nn.Module) -> LayerRule | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return None
-    # Neither may the surrounding autocast change the comparison, nor the comparison the random
-    # numbers of a training run.
+    # Autocast around the call must not change the comparison, and the comparison must not use up
+    # random numbers of the training run.
     devices = [weight.device] if weight.is_cuda else []
     with torch.random.fork_rng(devices), torch.autocast(weight.device.type, enabled=False):
         return _recognised(module)
@@ -158,11 +155,9 @@ def _recognised(module: Any) -> LayerRule | None:
         return torch.randn(shape, generator=generator, dtype=torch.float32).to(weight.device)
 
     if weight.ndim == 1 and (hasattr(module, "eps") or hasattr(module, "variance_epsilon")):
-        # With a mean, and as small as ε: neither may be treated in another way.
-        x, parameters = (
-            random(2, 3, len(weight)) + 1,
-            {name: random(*p.shape) for name, p in own.items()},
-        )
+        # Rows with a mean tell RMSNorm from LayerNorm, rows as small as ε where ε is added.
+        x = random(2, 3, len(weight)) + 1
+        parameters = {name: random(*p.shape) for name, p in own.items()}
         x[:, 0] *= _eps(module, x) ** 0.5
         w, b = parameters["weight"], parameters.get("bias", 0.0)
         for rule, norm in ((rms_norm, F.rms_norm), (layer_norm, F.layer_norm)):

@@ -9,8 +9,6 @@ its part of the Gram matrix) while the block is there; cut by tokens instead, a 
 whole head would have to be kept for every objective, and a bfloat16 one be rounded in every chunk.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raco_fast.backends.weight_grad import blocks, widened
-from raco_fast.engine.contributions import MatrixUse, Rows, Use, VectorUse
+from raco_fast.engine.contributions import MatrixUse, Rows, Use, vector_use_of_arranged
 from raco_fast.engine.sequences import ALL_ROWS, Entries, Segments, declared
 from raco_fast.engine.tap import ANCHOR, Tapped, hand_over
 
@@ -137,11 +135,11 @@ class _Backward:
     targets: Tensor
     dlogps: Tensor
 
-    def use(self, parameter: Tensor, dy: Tensor) -> MatrixUse | VectorUse:
+    def use(self, parameter: Tensor, dy: Tensor) -> Use:
         """What rows of the weight or the bias get from ∂L/∂y [entries * inner, rows]."""
         by_entry = dy.view(*self.hidden.shape[:2], dy.shape[1])
         if parameter is self.head.bias:
-            return VectorUse(by_entry, self.segments)
+            return vector_use_of_arranged(by_entry, self.segments)
         return MatrixUse(self.hidden, by_entry, self.segments)
 
     def at(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
@@ -187,28 +185,26 @@ class _TokenLogps(Tapped):
         hidden, total = ctx.saved_tensors
         if dlogps is None:
             return None, None, None, *[None] * len(ctx.parameters)
-        call = _HeadCall(ctx.head, ctx.entries, hidden, total, dlogps, ctx.parameters)
+        at_rows = dlogps[:, None]
+        call = _HeadCall(ctx.entries, at_rows, ctx.head, hidden.detach(), total, ctx.parameters)
         if ctx.collector is not None:
             hand_over(ctx.collector, call)
             return None, call.hidden_gradient(), None, *[None] * len(ctx.parameters)
         return None, *call.ordinary_gradients()
 
 
+@dataclass(eq=False)
 class _HeadCall:
-    def __init__(
-        self,
-        head: _Head,
-        entries: Entries,
-        hidden: Tensor,
-        total: Tensor,
-        dlogps: Tensor,
-        parameters: tuple[Tensor, ...],
-    ) -> None:
-        self.layer, self.entries = "the head", entries
-        self.dy = dlogps[:, None]
-        self._head, self._total, self._parameters = head, total, parameters
-        self._hidden = hidden.detach()
-        self._hidden_gradient: Tensor | None = None
+    """A `Call`; `dy`: ∂L/∂logps [N, 1], `total`: log Σ exp z [N]."""
+
+    entries: Entries
+    dy: Tensor
+    _head: _Head
+    _hidden: Tensor
+    _total: Tensor
+    _parameters: tuple[Tensor, ...]
+    layer: str = "the head"
+    _hidden_gradient: Tensor | None = None
 
     def uses(self, segments: Segments) -> Iterator[tuple[Tensor, slice, Use]]:
         """A block of the head at a time; the gradient of `hidden` grows on the way."""
@@ -216,7 +212,10 @@ class _HeadCall:
         dx = widened(back.hidden[:0]).new_zeros(back.hidden.shape)
         for rows in self._head.blocks():
             weight, dy = back.at(rows)
-            _add_product(dx.flatten(0, 1), dy, weight)
+            if dx.dtype == dy.dtype:  # the sum over blocks is in dx's dtype
+                dx.flatten(0, 1).addmm_(dy, weight)
+            else:
+                dx.flatten(0, 1).add_(dy @ weight)
             for p in self._parameters:
                 yield p, rows, back.use(p, dy)
         self._hidden_gradient = segments.restored(dx, self._hidden)
@@ -261,11 +260,3 @@ class _HeadRows:
             use = self.back.use(self.parameter, dy)
             parts.append(use.at(torch.arange(len(some), device=ids.device)))
         return torch.cat(parts, 1)
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a b, with the sum over blocks in out's dtype."""
-    if out.dtype == a.dtype:
-        out.addmm_(a, b)
-    else:
-        out += a @ b

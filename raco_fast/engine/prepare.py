@@ -5,13 +5,10 @@ modules hold; `remove()` takes the hooks away again. Whether a call may be tappe
 call: the layer's class, mode or arguments may have changed since `prepare`.
 """
 
-from __future__ import annotations
-
 import gc
 import inspect
 from collections.abc import Callable, Hashable
 from functools import cache
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -50,17 +47,10 @@ class Prepared:
             hook.remove()
         self._hooks = []
 
-    def __enter__(self) -> Prepared:
-        """Itself."""
+    def __enter__(self) -> "Prepared":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Undo it."""
+    def __exit__(self, *error: object) -> None:
         self.remove()
 
 
@@ -69,8 +59,8 @@ def prepare(
 ) -> Prepared:
     """Make a model ready for `backward(losses, scores=...)`.
 
-    Every layer that owns trained parameters gets a tap, if a rule is known for it. Nothing that the
-    model computes changes, ordinary gradients neither. Call it again after layers were added or
+    Every layer that owns trained parameters gets a tap, if a rule is known for it. Neither its
+    outputs nor its ordinary gradients change. Call it again after layers were added or
     parameters unfrozen; layers that have their tap keep it, with the options it was given.
 
     Args:

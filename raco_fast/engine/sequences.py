@@ -10,8 +10,6 @@ of one pair are parallel (one is minus the other), and so are pairs on which all
 The seeds also give the rows the magnitude of an ordinary backward pass, which float16 needs.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -82,7 +80,7 @@ def _packed(cu_seqlens: Sequence[int] | Tensor | None) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(lengths), device=offsets.device), lengths)
 
 
-Entries: TypeAlias = "tuple[Tensor | None, int]"
+Entries: TypeAlias = tuple[Tensor | None, int]
 """(The sequence of each entry of a layer, None where entry b is sequence b; how often the entries
 are repeated by dimensions before theirs.)"""
 
@@ -220,16 +218,18 @@ class Factored:
     )
 
     @classmethod
-    def of(cls, A: Tensor) -> Factored:
+    def of(cls, A: Tensor) -> "Factored":
         """Factor A [m, B]; columns parallel to rounding share a group."""
         A = A.detach().double().cpu()
+        # Each column is seed * direction, its direction being 1 at its leading entry.
         magnitude = A.abs()
         # The first entry within a factor two of the largest: the same one for parallel columns.
         lead = (magnitude >= 0.5 * magnitude.amax(0)).int().argmax(0)
         seeds = A.gather(0, lead[None])[0]
         # A value that is not finite must reach every gradient: its sequence keeps a group.
         used = (seeds != 0) | ~torch.isfinite(A).all(0)
-        directions = torch.where(used, A / seeds, 0.0).T
+        directions = torch.where(used, A / seeds, 0.0).T  # [B, m]
+        # Each sequence joins the first group with its direction, or founds one.
         group = torch.full((A.shape[1],), -1)
         found, groups = torch.empty_like(directions), 0
         for b in used.nonzero().flatten().tolist():

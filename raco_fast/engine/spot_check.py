@@ -7,8 +7,6 @@ makes a difference. A difference that is no larger than what rounding makes of t
 itself, when its seeds are scaled, is rounding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import combinations, count
@@ -20,7 +18,7 @@ from torch import Tensor
 
 from raco_fast.engine.backward import collect, nothing_past_rules, propagate
 from raco_fast.engine.graph import ScoreGraph
-from raco_fast.engine.tap import Call, name_of
+from raco_fast.engine.tap import Call, Collector, name_of
 
 # A difference is looked into from this size on, in units of the parameter's own gradients, and is
 # an error if it is besides this many times as large as that between two ordinary passes.
@@ -159,17 +157,17 @@ def _wide(g: Tensor) -> Tensor:
 
 
 def mixing(graph: ScoreGraph) -> str | None:
-    """Where sequences meet, found by backward passes of some scores, which are dear; None: nowhere.
+    """Where sequences meet, found by extra backward passes of some scores only; None: nowhere.
 
     A score may depend on no row but its own. For any two sequences there is a pass with a seed on
     the one and none on the other, and one the other way round. The graph is kept.
     """
     for seeded in _codes(len(graph.scores)):
-        probe = _Probe(seeded)
-        collect(probe, graph, seeded, retain_graph=True)
-        if probe.mixing is not None:
+        reached: list[str] = []
+        collect(_looking(seeded, reached), graph, seeded, retain_graph=True)
+        if reached:
             return (
-                f"in layer {probe.mixing!r} a score depends on rows of another sequence, so the "
+                f"in layer {reached[-1]!r} a score depends on rows of another sequence, so the "
                 f"model mixes sequences, or `scores` are in another order than the rows"
             )
     return None
@@ -184,17 +182,14 @@ def _codes(n: int) -> Tensor:
     return codes
 
 
-class _Probe:
-    """Looks for rows with a gradient that belong to sequences without a seed."""
+def _looking(seeded: Tensor, reached: list[str]) -> Collector:
+    """Notes the layers of which rows of sequences without a seed have a gradient."""
 
-    def __init__(self, seeded: Tensor) -> None:
-        self._seeded = seeded
-        self.mixing: str | None = None
-
-    def collect(self, call: Call) -> None:
+    def collect(call: Call) -> None:
         index, outer = call.entries
-        seeded = self._seeded if index is None else self._seeded[index]
-        others = (~seeded).nonzero()[:, 0].to(call.dy.device)
-        reached = call.dy.reshape(outer, len(seeded), -1).index_select(1, others)
-        if bool((reached != 0).any()):
-            self.mixing = call.layer
+        has_seed = seeded if index is None else seeded[index]
+        others = (~has_seed).nonzero()[:, 0].to(call.dy.device)
+        if bool((call.dy.reshape(outer, len(has_seed), -1).index_select(1, others) != 0).any()):
+            reached.append(call.layer)
+
+    return collect

@@ -5,15 +5,13 @@ passes through `Tap`, an identity whose backward pass sees x and dY. In an ordin
 that is all: every gradient is autograd's own. In a *collecting* pass the gradient asked of autograd
 is that of `ANCHOR`, a leaf that hangs on every tap. So autograd goes wherever there is a tap, forms
 no parameter's gradient on its way, and each tap hands its layer's x and dY to the collector, which
-makes of them what it wants (m gradients, a Gram matrix).
+forms m gradients or a Gram matrix from them.
 
 Collectors are set on the nodes of one graph, so passes over other graphs, also in other threads,
 are not affected.
 """
 
-from __future__ import annotations
-
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import Context, copy_context
 from dataclasses import dataclass
@@ -51,11 +49,8 @@ class Call(Protocol):
         """What this call adds to some rows of one parameter's gradients."""
 
 
-class Collector(Protocol):
-    """Takes what the layers of one backward pass give."""
-
-    def collect(self, call: Call) -> None:
-        """Called for every prepared layer, in the order of the backward pass."""
+Collector: TypeAlias = Callable[[Call], None]
+"""Called for every prepared layer, in the order of the backward pass."""
 
 
 _names = WeakIdKeyDictionary()
@@ -222,7 +217,7 @@ def hand_over(running: Running, call: Call) -> None:
     with torch.no_grad(), torch.autocast(call.dy.device.type, enabled=False):
         # On a GPU autograd runs the backward pass in threads of its own; what is a context variable
         # (a forced backend) comes from the one that started it. A context serves one at a time.
-        context.copy().run(collector.collect, call)
+        context.copy().run(collector, call)
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """`Accumulation`: what a pass over all objectives adds the m gradients of its batch to."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -15,7 +13,6 @@ class Accumulation:
 
     Args:
         params: those whose p.grad may hold gradients already; fresh buffers are made for others.
-        names: of the objectives.
         memory: for buffers on the CPU.
     Raises:
         RuntimeError: p.grad was filled outside of any objective, or belongs to other ones.

@@ -1,15 +1,14 @@
-"""`HostMemory`: gradient buffers on the CPU take the memory of those that the last step let go.
+"""`HostMemory`: gradient buffers on the CPU reuse the memory that the step before has freed.
 
 Large CPU tensors are mapped when they are made and unmapped when they die, so the m gradients of
 every step pay for fresh pages: at m = 8 more than for their arithmetic. On CUDA devices torch's own
 allocator keeps memory; this is the same for the CPU, for gradient buffers only.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 from weakref import finalize
 
 import torch
@@ -43,5 +42,5 @@ class HostMemory:
         found.set_(storage, 0, tuple(shape))  # type: ignore[call-overload]
         return found
 
-    def __reduce__(self) -> tuple[type[HostMemory], tuple[()]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return HostMemory, ()

@@ -1,7 +1,5 @@
 """One loss per objective, in the order of the weights, after the checks that name what is wrong."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

@@ -4,8 +4,6 @@ So an ordinary backward pass adds to the right gradient. Afterwards p.grad holds
 all objectives again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from raco_fast.gradients.objective_grad import ObjectiveGrad, stand_in_of
 
-Lent: TypeAlias = "list[tuple[Tensor, ObjectiveGrad | None, Tensor | None]]"
+Lent: TypeAlias = list[tuple[Tensor, ObjectiveGrad | None, Tensor | None]]
 """(parameter, its stand-in, the buffer that was lent) of each parameter; None: there was none."""
 
 

@@ -1,17 +1,20 @@
-"""Clipping ‖G0‖, also where GradScaler's factor is still in the gradients.
+"""A common direction in p.grad, where GradScaler's factor may still be in the gradients.
 
-The norm is known from the Gram, so clipping needs no pass of its own. But losses that a GradScaler
-has scaled give a norm that is too large by its factor, which is known only when the gradients are
-unscaled. `ClippedGrad` is a gradient that corrects its clip factor then.
+The norm ‖G0‖ is known from the Gram, so clipping needs no pass of its own. But losses that a
+GradScaler has scaled give a norm that is too large by its factor, which is known only when the
+gradients are unscaled. `ClippedGrad` is a gradient that corrects its clip factor then. The
+coefficients of some rules change with that factor: their direction had to be found from unscaled
+gradients, so to unscale it afterwards is an error.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from raco_fast.solver.registry import label_of
+from raco_fast.solver.rule import Rule
 
 _UNSCALE = torch._amp_foreach_non_finite_check_and_unscale_
 _FUSED = (torch._fused_adam_, torch._fused_adamw_, torch._fused_sgd_, torch._fused_adagrad_)
@@ -23,27 +26,39 @@ def clip_factor(norm: float, max_grad_norm: float | None) -> float:
     return 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))
 
 
+def along(grad: Tensor, norm: float, limit: float | None, rule: Rule) -> Tensor:
+    """One parameter's part of a common direction, as p.grad holds it until it is unscaled.
+
+    Args:
+        grad: times `clip_factor(norm, limit)` already; its memory is shared.
+        norm: of the whole direction, over all parameters, before it was clipped.
+        limit: max_grad_norm.
+        rule: that gave the coefficients.
+    """
+    if limit is None and rule.scale_invariant:
+        return grad
+    return ClippedGrad.of(grad, norm, limit, None if rule.scale_invariant else label_of(rule))
+
+
 class ClippedGrad(torch.Tensor):
     """p.grad, clipped as if it were not scaled; unscaling it clips it anew by its true norm.
 
-    A tensor like any other, with memory of its own. Its norm and limit are dropped when it is
-    overwritten; results of operations and pickles are plain tensors.
+    A tensor like any other, with memory of its own. Its norm, its limit and the name of a rule that
+    forbids unscaling are dropped when it is overwritten; results of operations and pickles are
+    plain tensors.
     """
 
     _norm: float | Tensor
     _limit: float | None
+    _rule: str | None
 
     @classmethod
-    def of(cls, grad: Tensor, norm: float | Tensor, limit: float | None) -> ClippedGrad:
-        """A clipped gradient.
-
-        Args:
-            grad: times `clip_factor(norm, limit)` already; its memory is shared.
-            norm: of the whole direction, over all parameters, before it was clipped.
-            limit: max_grad_norm.
-        """
+    def of(
+        cls, grad: Tensor, norm: float | Tensor, limit: float | None, rule: str | None = None
+    ) -> "ClippedGrad":
+        """As `along`; `rule`: the name of one whose coefficients change with the scale."""
         clipped = grad.as_subclass(cls)
-        clipped._norm, clipped._limit = norm, limit
+        clipped._norm, clipped._limit, clipped._rule = norm, limit, rule
         return clipped
 
     @classmethod
@@ -58,20 +73,24 @@ class ClippedGrad(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in _FUSED and kwargs.get("grad_scale") is not None:
                 inverse = kwargs["grad_scale"].double().reciprocal()
+                refuse_unscaling(args[1], inverse)
                 torch._foreach_mul_(args[1], inverse)
                 _clip_anew(args[1], inverse)
                 kwargs["grad_scale"] = None
+            if func is _UNSCALE:
+                refuse_unscaling(args[0], args[2])
             result = func(*args, **kwargs)
             if func is _UNSCALE:
                 _clip_anew(args[0], args[2])
             elif func in _REPLACE:
                 for grad in args[0] if isinstance(args[0], list | tuple) else args[:1]:
                     if isinstance(grad, ClippedGrad):
-                        grad._limit = None
+                        grad._limit = grad._rule = None
             return result
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ClippedGrad:
-        memo[id(self)] = copy = ClippedGrad.of(plain(self).clone(), self._norm, self._limit)
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ClippedGrad":
+        kept = self._norm, self._limit, self._rule
+        memo[id(self)] = copy = ClippedGrad.of(plain(self).clone(), *kept)
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -81,6 +100,23 @@ class ClippedGrad(torch.Tensor):
 def plain(grad: Tensor) -> Tensor:
     """The gradient as an ordinary tensor, with the same memory."""
     return grad.as_subclass(Tensor) if isinstance(grad, ClippedGrad) else grad
+
+
+def refuse_unscaling(grads: Iterable[Tensor | None], inverse: Tensor) -> None:
+    """Raise RuntimeError where a direction would be multiplied by `inverse` that forbids it.
+
+    Waits for the device where there is one. GradScaler looks for overflows with a factor of 1.
+    """
+    found = (g._rule for g in grads if isinstance(g, ClippedGrad) and g._rule is not None)
+    rule = next(found, None)
+    if rule is not None and float(inverse) != 1.0:
+        raise RuntimeError(
+            f"the direction of the rule {rule} was found from gradients times {1 / inverse:g}, a "
+            f"GradScaler's factor, with which its coefficients change: unscaled now, it would have "
+            f"the wrong length. Call scaler.unscale_(optimizer) before combine, or use "
+            f"ClippedCAGradAdamW, and not mode 'gram_first' (a rule of your own whose coefficients "
+            f"do not change says so: scale_invariant = True)"
+        )
 
 
 @torch.no_grad()

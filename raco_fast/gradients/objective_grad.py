@@ -6,8 +6,6 @@ finds and unscales all m buffers, and code that reads p.grad as if there were on
 (`clip_grad_norm_`, a forgotten plain `loss.backward()`) gets an error instead of a wrong number.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, compress
 from typing import Any, NamedTuple
@@ -47,7 +45,7 @@ class ObjectiveGrad(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, p: Tensor, objectives: tuple[str, ...]) -> ObjectiveGrad:
+    def __new__(cls, p: Tensor, objectives: tuple[str, ...]) -> "ObjectiveGrad":
         """A stand-in for gradients at p, all of them still None."""
         grad: ObjectiveGrad = torch.Tensor._make_wrapper_subclass(
             cls, p.shape, dtype=p.dtype, device=p.device
@@ -71,7 +69,7 @@ class ObjectiveGrad(torch.Tensor):
         torch.Tensor.data.__set__(self, converted)  # type: ignore[attr-defined]
         self.buffers = converted.buffers
 
-    def share_memory_(self) -> ObjectiveGrad:
+    def share_memory_(self) -> "ObjectiveGrad":
         """As torch's, for every buffer."""
         for buffer in self.present:
             buffer.share_memory_()  # type: ignore[no-untyped-call]
@@ -132,7 +130,7 @@ class ObjectiveGrad(torch.Tensor):
             f"converted in such a way"
         )
 
-    def _converted(self, convert: Callable[[Tensor], Tensor]) -> ObjectiveGrad:
+    def _converted(self, convert: Callable[[Tensor], Tensor]) -> "ObjectiveGrad":
         buffers = [None if g is None else convert(g) for g in self.buffers]
         like = next((g for g in buffers if g is not None), None)
         if like is None:
@@ -145,7 +143,7 @@ class ObjectiveGrad(torch.Tensor):
         touched = [n for n, g in zip(self.objectives, self.buffers, strict=True) if g is not None]
         return f"ObjectiveGrad(shape={list(self.shape)}, objectives={touched})"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ObjectiveGrad:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ObjectiveGrad":
         memo[id(self)] = copy = self._converted(torch.clone)
         return copy
 

@@ -6,8 +6,6 @@ With one objective p.grad is its gradient, as always in torch. With m objectives
 hooks, DDP and micro-batches work as they do for a single loss; afterwards the stand-in is back.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -257,7 +255,7 @@ class ObjectiveGradients:
         if self._held and not any(one.params for one in collected):
             self.forget()  # model.zero_grad() empties p.grad without telling us
         if by_hand and not self._ran:
-            return collected  # zeros: how torch.distributed.checkpoint has states created
+            return collected  # torch.distributed.checkpoint steps along zeros to create the states
         if not self._ran:
             raise RuntimeError(
                 f"step without backward: the objectives {self.names} have no gradients; call "
@@ -309,8 +307,8 @@ class ObjectiveGradients:
         check = self.exactness.check(graph, A, factored)
         graph.retained = check is not None or bool(graph.others)
         if check is not None:
-            # What is compared is formed by itself, and then anew on top of what is there: a run
-            # has the same bits wherever it is checked.
+            # The gradients to be compared are formed apart, and then once more on top of what is
+            # there, so that a check does not change the bits of a run.
             apart = into if into.is_fresh else Accumulation([], self.names, self._memory)
 
             def run() -> str | None:

@@ -6,8 +6,6 @@ NaN, and those that are still there go before any torch optimizer's step and bef
 backward pass of an objective.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """What combination rules need beyond one Gram matrix: their state, and the losses of a step."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,7 +33,7 @@ class RuleMemory:
                 self._losses[name] = before.to(value.device) + value
 
     def miss(self, name: str) -> None:
-        """Note a backward pass of `name` whose loss nobody showed."""
+        """Note a backward pass of `name` whose loss was not passed in."""
         self._losses[name] = None
 
     def forget_losses(self) -> None:

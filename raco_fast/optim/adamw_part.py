@@ -1,7 +1,5 @@
 """Which parameters of the groups are updated together, with their AdamW states."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import compress
 from typing import Any
@@ -25,14 +23,9 @@ def updates(
     rounding: str,
     seed: int,
 ) -> Iterator[Update]:
-    """The updates of every group's touched parameters, those apart that are rounded otherwise.
+    """The updates of every group's touched parameters, one for each rounding in the group.
 
-    Args:
-        groups: the optimizer's.
-        touched: of each group.
-        state: the optimizer's.
-        rounding: of groups that have none of their own.
-        seed: of stochastic rounding.
+    `groups` and `state` are the optimizer's, `rounding` that of groups without one of their own.
     """
     for i, (group, of_group) in enumerate(zip(groups, touched, strict=True)):
         for name, part in by_rounding(of_group, group.get("rounding", rounding)):
@@ -79,7 +72,8 @@ def stepping(
     places: dict[int, tuple[dict[str, Any], int]] = {}
     for group in groups:
         for p in group["params"]:
-            # One parameter is one call, so each needs a seed of its own, as each group has else.
+            # Each parameter is updated by a call of its own, which numbers its tensors from 0: with
+            # one seed all would get the same random bits.
             places[id(p)] = group, seed + len(groups) + len(places)
 
     @torch.no_grad()

@@ -8,8 +8,6 @@ Everything else is `torch.optim.AdamW`: constructor, state, checkpoints, schedul
 Source: arXiv 2602.02495, Algorithm 1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -334,7 +332,7 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         self._take(groups, coefficients)
 
     def _leave_device(self) -> None:
-        """Keep what the device knows, as this optimizer's steps go on elsewhere."""
+        """Read the solution and the skipped steps from the device; later steps are on the host."""
         if self._on_device is not None:
             self._solution, self._skipped_on_host = self.solution, self.skipped_steps
             self._on_device = None

@@ -1,15 +1,13 @@
 """`combine`: the common update direction in p.grad, for any torch optimizer."""
 
-from __future__ import annotations
-
 import torch
 
 from raco_fast.backends import ops
-from raco_fast.gradients.norm_clip import ClippedGrad, clip_factor
+from raco_fast.gradients.norm_clip import along, clip_factor
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
 from raco_fast.gradients.overflow import leave_overflow
 from raco_fast.solver.dual import DualSolution
-from raco_fast.solver.registry import RuleLike
+from raco_fast.solver.registry import RuleLike, check_rule
 from raco_fast.solver.weights import check_max_grad_norm
 
 
@@ -29,7 +27,9 @@ def combine(
     `finite=False`.
 
     With a GradScaler, scale each loss and unscale when you like, before or after; `max_grad_norm`
-    limits the norm of the unscaled direction.
+    limits the norm of the unscaled direction. Rules whose coefficients change with the scale of the
+    gradients (docs/rules.md) need `scaler.unscale_(optimizer)` before: their direction cannot be
+    unscaled afterwards, and raises RuntimeError when a GradScaler does it all the same.
 
     Args:
         gradients: accumulated gradients of every objective.
@@ -44,7 +44,7 @@ def combine(
             `gradients` has not seen or was not asked to keep.
     Source: arXiv 2602.02495, Algorithm 1.
     """
-    max_grad_norm = check_max_grad_norm(max_grad_norm)
+    max_grad_norm, rule = check_max_grad_norm(max_grad_norm), check_rule(rule)
     ((params, grads),) = gradients.collect()
     M = ops.gram(grads, gradients.plan)
     solution = gradients.for_rules.solve(M, gradients.weights, gradients.present, c, rule)
@@ -59,5 +59,5 @@ def combine(
         ops.combine(grads, torch.as_tensor(solution.coefficients) * factor, out, gradients.plan)
     gradients.zero()
     for p, g in zip(params, out, strict=True):
-        p.grad = g if max_grad_norm is None else ClippedGrad.of(g, norm, max_grad_norm)
+        p.grad = along(g, norm, max_grad_norm, rule)
     return solution

@@ -1,7 +1,5 @@
 """What mode "gram_first" leaves for `step()`: the common direction, found before any gradient."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raco_fast.gradients.norm_clip import refuse_unscaling
 from raco_fast.gradients.objective_grad import is_zero
 
 
@@ -47,6 +46,8 @@ class Direction:
 
     def check_unscaled(self, grad_scale: Tensor | None) -> None:
         """Raise RuntimeError if a GradScaler, whose factor this is, comes too late to unscale."""
+        if grad_scale is not None:
+            refuse_unscaling([self._grad], grad_scale.double().reciprocal())
         if self.taken and grad_scale is not None:
             done = "has updated them already, along" if self.finite else "found an overflow in"
             raise RuntimeError(

@@ -9,8 +9,6 @@ gradients accumulated over micro-batches has products between micro-batches, whi
 of them can see, so `gram_first` takes the whole batch of a step at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -19,18 +17,12 @@ import torch
 from torch import Tensor
 
 from raco_fast.backends import ops
-from raco_fast.engine.backward import (
-    backward_of_others,
-    collect,
-    propagate,
-    sensitivities,
-    use_up,
-)
+from raco_fast.engine.backward import backward_of_others, collect, propagate, sensitivities, use_up
 from raco_fast.engine.gram_collector import GramCollector, hand_over_gradient
 from raco_fast.engine.graph import ScoreGraph
 from raco_fast.engine.sequences import Factored
 from raco_fast.gradients.check_losses import given_names, ordered_losses
-from raco_fast.gradients.norm_clip import ClippedGrad, clip_factor
+from raco_fast.gradients.norm_clip import along, clip_factor
 from raco_fast.gradients.objective_grad import is_zero
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
 from raco_fast.gradients.overflow import clear_overflow, leave_overflow
@@ -60,7 +52,8 @@ def gram_first(
     Args:
         gradients: says which parameters and weights; its gradients must have been zeroed.
         losses, scores: as for `ObjectiveGradients.backward`, of the whole batch of a step.
-        c, rule, max_grad_norm: as for `raco_fast.combine`.
+        c, rule, max_grad_norm: as for `raco_fast.combine`; with a GradScaler only rules whose
+            coefficients do not change with the scale of the gradients.
         keep_dy: keep the gradient of every layer's output until α is known, and form G0 with one
             product per layer instead of a second backward pass: faster, at the price of memory
             that grows with the number of tokens.
@@ -78,6 +71,7 @@ def gram_first(
         raise ValueError(
             "`scores` must be given: the [B] sequence scores that the losses are functions of"
         )
+    # The losses in the order of the weights, and p.grad empty: there is one batch in a step.
     given = given_names(losses, gradients.weights)
     ordered = ordered_losses(losses, scores, gradients.names, given)
     wanted = gradients.trained()
@@ -96,7 +90,7 @@ def gram_first(
         if len(ordered) > 1:
             with gradients.alone():
                 collected = _collected(gradients, ordered, scores, keep_dy)
-        if collected is not None:
+        if collected is not None:  # pass one is done: solve for α
             graph, A, collector = collected
             backward_of_others(graph.others, ordered, gradients.weights.values())
             if keep_dy and graph.retained:
@@ -111,15 +105,16 @@ def gram_first(
                 return solution
             norm = float(solution.update_norm)
             coefficients = torch.as_tensor(solution.coefficients) * clip_factor(norm, max_grad_norm)
+            # p.grad = G0, by products of what was kept or by pass two.
             if keep_dy:
                 collector.combine(coefficients, on_gradient)
             else:
                 _ordinary_pass(graph, coefficients @ A, on_gradient)
-            if max_grad_norm is not None:
-                for p in wanted:
-                    if p.grad is not None:
-                        p.grad = ClippedGrad.of(p.grad, norm, max_grad_norm)
+            for p in wanted:
+                if p.grad is not None:
+                    p.grad = along(p.grad, norm, max_grad_norm, rule)
             return solution
+    # One backward pass is not exact here: m of them, and what they give is combined.
     gradients.backward(losses, scores=scores, mode="autograd")
     solution = combine(gradients, c=c, rule=rule, max_grad_norm=max_grad_norm)
     if on_gradient is not None and not solution.finite:
@@ -146,7 +141,7 @@ def _collected(
     retained = not keep_dy or check is not None or bool(graph.others)
 
     def run() -> str | None:
-        collect(collector, graph, factored.seeds, retain_graph=retained)
+        collect(collector.collect, graph, factored.seeds, retain_graph=retained)
         collector.add_products_of_uses()
         return None if check is None else check.grams_of(collector.grams())
 

@@ -6,8 +6,6 @@ parameter group, because torch.distributed.checkpoint and FSDP keep nothing of a
 state and the groups (with all their keys; a dict among them would be taken to pieces).
 """
 
-from __future__ import annotations
-
 import json
 import weakref
 from collections.abc import Mapping, Sequence
@@ -20,12 +18,7 @@ from raco_fast.backends.rounding import check_rounding, check_seed
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
 from raco_fast.gradients.rule_memory import RuleMemory
 from raco_fast.solver.registry import RuleLike, check_rule, spec_of
-from raco_fast.solver.weights import (
-    ReadOnlyWeights,
-    check_c,
-    check_max_grad_norm,
-    weights_of,
-)
+from raco_fast.solver.weights import ReadOnlyWeights, check_c, check_max_grad_norm, weights_of
 
 _KEY = "raco"
 """Of our part of a state_dict and of its groups. In groups of an optimizer it is None: a flattened
@@ -48,7 +41,7 @@ class ParametersOf:
         """Every parameter, in the order of the groups."""
         return [p for group in self._owner().param_groups for p in group["params"]]
 
-    def __reduce__(self) -> tuple[type[ParametersOf], tuple[Optimizer]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return ParametersOf, (self._owner(),)
 
     def _owner(self) -> Optimizer:

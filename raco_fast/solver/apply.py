@@ -1,7 +1,5 @@
 """A rule without a certificate, applied to the problems of a call; what goes in and out."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@ certificate, active_set.hpp the method, `reference.py` has it in plain numpy); o
 rules/. This file checks the matrix for all of them and gives the numbers names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -21,16 +19,36 @@ from raco_fast.solver.rule import Problem, Rule, State
 from raco_fast.solver.rules.conflict_averse import DualRule, Linear
 from raco_fast.solver.weights import Weights, check_c, checked_weights
 
-Array: TypeAlias = "NDArray[np.float64] | torch.Tensor"
+Array: TypeAlias = NDArray[np.float64] | torch.Tensor
 
 # The scalars behind p, p_clipped and coefficients in a packed row: enum Scalar of
 # csrc/solver/dual.hpp.
-_GAP, _VALUE, _G0_NORM, _GP_NORM, _UPDATE_NORM, _CLIP_ACTIVE, _STATUS, _ROW, _COLUMN, _STEPS = (
-    range(_C.SCALARS)
+_GAP, _VALUE, _G0_NORM, _GP_NORM, _UPDATE_NORM, _CLIP_ACTIVE, _STATUS, _ROW, _COLUMN = range(
+    _C.SCALARS
 )
 _STATUSES = ("ok", "non_finite", "negative_diagonal", "asymmetric", "not_gram", "unconverged")
 """In the order of enum Status of csrc/solver/dual.hpp."""
 _NON_FINITE, _NEGATIVE_DIAGONAL, _ASYMMETRIC, _NOT_GRAM = range(1, 5)
+
+
+def _part(index: int, doc: str) -> property:
+    """The values of one of the three arrays in a packed row."""
+
+    def read(solution: "DualSolution") -> Any:
+        m = len(solution.names)
+        return solution._array(solution._packed[..., index * m : (index + 1) * m])
+
+    return property(read, doc=doc)
+
+
+def _scalar(index: int, doc: str) -> property:
+    """One of the numbers behind them; an array of them for a batch."""
+
+    def read(solution: "DualSolution") -> Any:
+        values = solution._packed[..., 3 * len(solution.names) + index]
+        return float(values) if values.ndim == 0 else solution._array(values)
+
+    return property(read, doc=doc)
 
 
 class DualSolution:
@@ -91,14 +109,6 @@ class DualSolution:
     def _array(self, values: NDArray[np.float64]) -> Any:
         return torch.from_numpy(values.copy()) if self._tensor else values.copy()
 
-    def _part(self, index: int) -> Any:
-        m = len(self.names)
-        return self._array(self._packed[..., index * m : (index + 1) * m])
-
-    def _scalar(self, index: int) -> Any:
-        values = self._packed[..., 3 * len(self.names) + index]
-        return float(values) if values.ndim == 0 else self._array(values)
-
     def _flag(self, flags: NDArray[np.bool_]) -> Any:
         if self._packed.ndim == 1:
             return bool(flags)
@@ -118,45 +128,14 @@ class DualSolution:
         """[m] the weights."""
         return self._array(self._weights)
 
-    @property
-    def p(self) -> Any:
-        """[.., m] the minimiser of f on the simplex that is closest to the weights."""
-        return self._part(0)
-
-    @property
-    def p_clipped(self) -> Any:
-        """[.., m] min(p, weights) under "cagrad-clip", p otherwise."""
-        return self._part(1)
-
-    @property
-    def coefficients(self) -> Any:
-        """[.., m] the coefficients of the gradients in the update."""
-        return self._part(2)
-
-    @property
-    def gap(self) -> Any:
-        """f(p) - min_i y_i >= 0."""
-        return self._scalar(_GAP)
-
-    @property
-    def value(self) -> Any:
-        """f(p)."""
-        return self._scalar(_VALUE)
-
-    @property
-    def g0_norm(self) -> Any:
-        """||g0|| = sqrt(w'Mw)."""
-        return self._scalar(_G0_NORM)
-
-    @property
-    def gp_norm(self) -> Any:
-        """||G p_clipped||."""
-        return self._scalar(_GP_NORM)
-
-    @property
-    def update_norm(self) -> Any:
-        """Norm of the update, from the Gram."""
-        return self._scalar(_UPDATE_NORM)
+    p = _part(0, "[.., m] the minimiser of f on the simplex that is closest to the weights.")
+    p_clipped = _part(1, '[.., m] min(p, weights) under "cagrad-clip", p otherwise.')
+    coefficients = _part(2, "[.., m] the coefficients of the gradients in the update.")
+    gap = _scalar(_GAP, "f(p) - min_i y_i >= 0.")
+    value = _scalar(_VALUE, "f(p).")
+    g0_norm = _scalar(_G0_NORM, "||g0|| = sqrt(w'Mw).")
+    gp_norm = _scalar(_GP_NORM, "||G p_clipped||.")
+    update_norm = _scalar(_UPDATE_NORM, "Norm of the update, from the Gram.")
 
     @property
     def clip_active(self) -> Any:
@@ -189,7 +168,7 @@ class DualSolution:
             cosines = self._gram * inverse[..., :, None] * inverse[..., None, :]
         return self._array(np.clip(cosines, -1.0, 1.0))
 
-    def among(self, names: tuple[str, ...]) -> DualSolution:
+    def among(self, names: tuple[str, ...]) -> "DualSolution":
         """The same solution of one problem where there are more objectives, all of weight 0."""
         m, k, places = len(names), len(self.names), [names.index(name) for name in self.names]
         gram, packed = np.zeros((m, m)), np.zeros(3 * m + _C.SCALARS)

@@ -7,8 +7,6 @@ Sources: the formula is Eq. 4 of arXiv 2402.15638; weights ω of α-fairness are
 Walrand, Fair end-to-end window-based congestion control, 2000.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from raco_fast.solver.rule import Array, Index, Problem, where_present
@@ -50,8 +48,8 @@ def fair_coefficients(problem: Problem, alpha: float) -> Array:
 def _newton(C: Array, kappa: Array, power: float, p: Array) -> Array:
     """z > 0 with C z = κ z^-power, from a point between p (of the shortest Gp) and even ones.
 
-    A z_i that no other one feels is κ_i and (Cz)_i alone; left in the Newton system it would hold
-    back the rest, whose step ends where some z_i would be negative.
+    A z_i that is too small to matter in the other equations follows from its own; in the Newton
+    system it would shorten the step of all, which ends where some z_i would be negative.
     """
     z = p + 1.0 / len(p)
     z = z * ((kappa @ z ** (1.0 - power)) / (z @ C @ z)) ** (1.0 / (1.0 + power))

@@ -17,17 +17,15 @@ These are the rules, and the tolerances, of csrc/solver/minimise.cpp. More objec
 rules than `RULES`, are solved on the host.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from raco_fast.solver.dual import DualSolution, solve_dual
+from raco_fast.solver.weights import RULES
 
 MAX_OBJECTIVES = 2
-RULES = ("linear", "cagrad", "cagrad-clip", "mgda")
 
 _EPS = 2.0**-52
 _NOISE = 4 * _EPS  # a squared norm below this fraction of its own terms is rounding

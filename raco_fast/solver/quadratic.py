@@ -9,8 +9,6 @@ the worst multiplier enters it. All free variables are strictly inside, so every
 no face is met twice. Source: Nocedal and Wright, Numerical Optimization, chapter 16.5.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from raco_fast.solver.rule import Array, Index, Mask
@@ -90,19 +88,13 @@ def _direction(
     line = flat & (abs(slope) > np.linalg.norm(rounding))
     if line.any():
         d = -Z @ (V @ np.where(line, slope, 0.0))
-        # A part that is rounding must not find a bound at the end of the world.
+        # A component that is rounding of 0 would be followed to a bound however far away.
         return np.where(abs(d) > 1e-12 * abs(d).max(), d, 0.0), True
     return -Z @ (V @ np.where(flat, 0.0, slope / np.where(flat, 1.0, curvature))), False
 
 
 def _worst(
-    y: Array,
-    x: Array,
-    free: Mask,
-    lower: Array,
-    upper: Array,
-    row: Array | None,
-    rounding: Array,
+    y: Array, x: Array, free: Mask, lower: Array, upper: Array, row: Array | None, rounding: Array
 ) -> Index:
     """The indices of variables that should leave their bounds; none at the optimum."""
     below, above = ~free & (x == lower) & (lower < upper), ~free & (x == upper) & (lower < upper)
@@ -111,11 +103,9 @@ def _worst(
         if free.any():
             level, slack = (np.average(v[free], weights=row[free] ** 2) for v in (y, rounding))
             y, rounding = y - level, rounding + slack
-        elif below.any() and above.any():  # nobody says the multiplier of the row: two must move
-            up, down = (
-                np.argmin(np.where(below, y, np.inf)),
-                np.argmax(np.where(above, y, -np.inf)),
-            )
+        elif below.any() and above.any():  # no free variable gives the row's multiplier: two move
+            up = np.argmin(np.where(below, y, np.inf))
+            down = np.argmax(np.where(above, y, -np.inf))
             fine = y[down] - y[up] <= rounding[down] + rounding[up]
             return np.array([] if fine else [up, down], dtype=int)
         else:

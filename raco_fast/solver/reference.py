@@ -15,8 +15,6 @@ gradients are dependent it finds one of the minimisers, not always the one close
 Source: arXiv 2602.02495, Algorithm 1, lines 6-8.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import combinations
 

@@ -1,7 +1,5 @@
 """Rules by name: `rule=` takes a name, a `Rule`, or {"name": name, option: value}."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 from collections.abc import Mapping
@@ -24,7 +22,7 @@ from raco_fast.solver.rules.pcd import PCD
 from raco_fast.solver.rules.pcgrad import PCGrad
 from raco_fast.solver.rules.upgrad import UPGrad
 
-RuleLike: TypeAlias = "str | Mapping[str, Any] | Rule"
+RuleLike: TypeAlias = str | Mapping[str, Any] | Rule
 
 OURS: dict[str, type[Rule]] = {
     **{rule.name: rule for rule in (Linear, CAGrad, CAGradClip, MGDA)},
@@ -72,11 +70,6 @@ def register_combination_rule(name: str, rule_type: type[Rule]) -> None:
     _TYPES[name] = rule_type
     _BUILT.pop(name, None)
     label_of.cache_clear()
-
-
-def registered_rules() -> tuple[str, ...]:
-    """The names that `rule=` knows."""
-    return tuple(_TYPES)
 
 
 def check_rule(rule: RuleLike) -> Rule:

@@ -4,8 +4,6 @@ A rule of one's own is a frozen dataclass that derives from `Rule`; its fields a
 docs/rules.md has an example, and the table of the rules that are here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,10 +12,10 @@ from typing import ClassVar, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-Array: TypeAlias = "NDArray[np.float64]"
-Index: TypeAlias = "NDArray[np.intp]"
-Mask: TypeAlias = "NDArray[np.bool_]"
-State: TypeAlias = "dict[str, NDArray[np.float64]]"
+Array: TypeAlias = NDArray[np.float64]
+Index: TypeAlias = NDArray[np.intp]
+Mask: TypeAlias = NDArray[np.bool_]
+State: TypeAlias = dict[str, NDArray[np.float64]]
 """Name -> array of shape (), [m] or [m, m]: every axis is one of objectives."""
 
 
@@ -71,6 +69,9 @@ class Rule:
     """Whether `Problem.losses` must be there."""
     uses_weights: ClassVar[bool] = True
     """Whether the coefficients depend on the user's weights."""
+    scale_invariant: ClassVar[bool] = False
+    """Whether they stay the same when all gradients and losses are multiplied by one number, which
+    may differ from step to step: only then can a GradScaler's factor be divided out afterwards."""
 
     def coefficients(self, problem: Problem) -> Array:
         """[n, m] finite float64: the update of step k is Σ_i coefficients[k, i] g_i."""

@@ -1,7 +1,5 @@
 """Powers of a singular matrix: H = V diag(λ) V', and what is rounding of it left out."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from raco_fast.solver.rule import Array, Mask

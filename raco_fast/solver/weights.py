@@ -3,8 +3,6 @@
 The checks are made here once, and say which rule was broken and what to do.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -19,8 +17,8 @@ from raco_fast import _C
 RULES = ("linear", "cagrad", "cagrad-clip", "mgda")
 """In the order of enum Rule of csrc/solver/dual.hpp."""
 
-Weights: TypeAlias = "Mapping[str, float] | Sequence[float] | NDArray[Any] | torch.Tensor"
-Checked: TypeAlias = "tuple[tuple[str, ...], tuple[float, ...], NDArray[np.float64]]"
+Weights: TypeAlias = Mapping[str, float] | Sequence[float] | NDArray[Any] | torch.Tensor
+Checked: TypeAlias = tuple[tuple[str, ...], tuple[float, ...], NDArray[np.float64]]
 
 
 def check_weights(weights: Weights) -> tuple[tuple[str, ...], tuple[float, ...]]:

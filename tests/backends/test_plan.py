@@ -80,13 +80,13 @@ def test_findings_hold_for_equal_tensors_only_and_keep_none_alive():
     tensor = torch.zeros(3)
     seen = plan.describe([[tensor]])
     finding = known.note("gram", seen, [[tensor]], cpu)
-    finding.prepared["stream"] = ["table"]
+    finding.built["stream"] = ["table"]
     assert known.find("gram", seen, [[tensor]]) is finding
     assert known.find("combine", seen, [[tensor]]) is None
     other = torch.zeros(3)
     moved = plan.describe([[other]])
     assert known.find("gram", moved, [[other]]) is finding
-    assert not finding.prepared  # the tables were those of other addresses
+    assert not finding.built  # the tables were those of other addresses
     alive = weakref.ref(tensor)
     del tensor
     gc.collect()

@@ -84,6 +84,35 @@ def test_objectives_that_have_nothing_in_this_batch(lm):
     assert all(not g[0].any() and g[1].any() for g in found.values())
 
 
+@pytest.mark.parametrize("mode", ["autograd", "one_backward"])
+def test_a_batch_without_any_label_gives_zeros(lm, mode):
+    """As autograd does, for what the scores depend on; else AdamW would leave parameters alone."""
+    model, batch = lm.build(), lm.batch()
+    model.spare = nn.Linear(2, 2)
+    raco_fast.prepare(model, strict=True)
+    gradients = ObjectiveGradients(model.parameters(), {"a": 0.3, "b": 0.7})
+
+    def backward(losses_of) -> dict[str, list[Tensor]]:
+        scores = lm.by_logits(model, batch)
+        losses = losses_of(scores)
+        gradients.backward(losses, scores=scores, mode=mode)
+        with pytest.raises(RuntimeError, match=r"an earlier backward pass has freed|second time"):
+            gradients.backward(losses, scores=scores, mode=mode)
+        found = {name: list(gradients.of(p).values()) for name, p in model.named_parameters()}
+        for name in ("spare.weight", "spare.bias"):
+            assert found.pop(name) == [None, None]
+        return found
+
+    nothing = backward(lambda scores: [0.0 * scores.sum(), 0.0 * scores.square().sum()])
+    assert all(g is not None and not g.any() for both in nothing.values() for g in both)
+    gradients.zero()
+    before = backward(lambda scores: [scores.sum(), scores.square().sum()])
+    before = {name: [g.clone() for g in both] for name, both in before.items()}
+    after = backward(lambda scores: [0.0 * scores.sum(), 0.0 * scores.square().sum()])
+    for name, both in after.items():
+        assert all(map(torch.equal, both, before[name])), name
+
+
 class PerToken(nn.Module):
     """A language model whose tokens do not meet, so that any packing is exact."""
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from raco_fast.backends import weight_grad
 from raco_fast.engine import contributions
-from raco_fast.engine.contributions import LookupUse, MatrixUse, VectorUse, cross
+from raco_fast.engine.contributions import LookupUse, MatrixUse, cross, vector_use_of_arranged
 from raco_fast.engine.sequences import ALL_ROWS, Segments
 
 GROUPED = Segments(7, None, (0, 2, 2, 5, 7))  # the second group is empty
@@ -59,7 +59,7 @@ class Case:
         if self.kind == "matrix":
             return MatrixUse(x, dy, segments)
         if self.kind == "vector":
-            return VectorUse(dy, segments)
+            return vector_use_of_arranged(dy, segments)
         return LookupUse(ids, x, segments, 1.5, 3)
 
     def by_torch(self, U: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import raco_fast
 from raco_fast.engine import layer_rules
-from raco_fast.engine.contributions import VectorUse
+from raco_fast.engine.contributions import vector_use
 from raco_fast.engine.layer_rules import register_layer_rule, rule_for
 from raco_fast.engine.sequences import Segments
 
@@ -244,7 +244,7 @@ class Scale(nn.Module):
 
 
 def scale_rule(module, x, dy, segments):
-    return {"factor": VectorUse(segments.arranged(x * dy), segments)}
+    return {"factor": vector_use(x * dy, segments)}
 
 
 class Inherited(Scale):

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 import raco_fast
 from raco_fast import prepare
 from raco_fast.engine import layer_rules
-from raco_fast.engine.backward import GradientCollector, propagate, sensitivities
-from raco_fast.engine.contributions import VectorUse
+from raco_fast.engine.backward import gradient_collector, propagate, sensitivities
+from raco_fast.engine.contributions import vector_use
 from raco_fast.engine.graph import ScoreGraph
 from raco_fast.engine.sequences import Factored, sequences
 from raco_fast.engine.tap import ANCHOR, collecting
@@ -248,7 +248,7 @@ class Pair(nn.Module):
 
 
 def test_a_layer_that_returns_more_than_a_tensor_is_named(monkeypatch):
-    rule = lambda module, x, dy, segments: {"scale": VectorUse(x * dy, segments)}  # noqa: E731
+    rule = lambda module, x, dy, segments: {"scale": vector_use(x * dy, segments)}  # noqa: E731
     monkeypatch.setattr(layer_rules, "_RULES", {**layer_rules._RULES, Pair: rule})
     model = nn.Sequential(Pair())
     prepare(model)
@@ -691,7 +691,7 @@ def test_threads_share_a_prepared_model():
                     return made[p], fresh
 
                 factored = Factored.of(sensitivities(losses, scores))
-                collector = GradientCollector(factored, buffers, params)
+                collector = gradient_collector(factored, buffers, params)
                 with collecting(collector, graph.taps):
                     propagate(scores, factored.seeds, inputs=[ANCHOR])
                 found = [[made[p][i] for p in params] for i in (0, 1)]

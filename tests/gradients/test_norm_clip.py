@@ -79,6 +79,66 @@ def test_gradscaler_changes_no_clipped_step(name, way, unscale):
     assert not torch.allclose(scaled[0], unclipped[0], rtol=1e-2)
 
 
+def nash_step(optimizer_of, scaler: torch.amp.GradScaler, way: str, unscale: str) -> list[Tensor]:
+    """The parameters after a step of a rule whose coefficients change with the scale."""
+    model = network()
+    optimizer = optimizer_of(model.parameters())
+    ours = isinstance(optimizer, raco_fast.ClippedCAGradAdamW)
+    gradients = optimizer if ours else ObjectiveGradients(model.parameters(), WEIGHTS)
+    losses, scores = losses_of(model, 0)
+    losses = {name: scaler.scale(loss) for name, loss in losses.items()}
+    if way == "blocks":
+        for name, loss in losses.items():
+            with gradients.objective(name):
+                loss.backward(retain_graph=True)
+    elif ours:
+        gradients.backward(losses, scores=scores, mode=way)
+    elif way == "gram_first":
+        gram_first(gradients, losses, scores, rule="nash")
+    else:
+        gradients.backward(losses, scores=scores, mode=way)
+    if unscale == "before":
+        scaler.unscale_(optimizer)
+    if not ours and way != "gram_first":
+        combine(gradients, rule="nash")
+    if unscale == "after":
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    return [p.detach() for p in model.parameters()]
+
+
+def our_nash(params):
+    return raco_fast.ClippedCAGradAdamW(params, lr=0.1, eps=0.01, weights=WEIGHTS, rule="nash")
+
+
+NASH = OPTIMIZERS | {"ours": our_nash}
+# Ours solves when it steps, by then unscaled, but for mode "gram_first".
+TOO_LATE = [
+    (name, way, unscale)
+    for name in NASH
+    for way in ("autograd", "one_backward", "blocks", "gram_first")
+    for unscale in ("after", "by step")
+    if name != "ours" or way == "gram_first"
+]
+
+
+@pytest.mark.parametrize(("name", "way", "unscale"), TOO_LATE)
+def test_a_rule_that_minds_the_scale_refuses_to_be_unscaled(name, way, unscale):
+    scaler = torch.amp.GradScaler("cpu", init_scale=3.0)
+    message = r"rule nash was found from gradients times 3, .* Call scaler.unscale_\(optimizer\)"
+    with pytest.raises(RuntimeError, match=message):
+        nash_step(NASH[name], scaler, way, unscale)
+
+
+@pytest.mark.parametrize("way", ["autograd", "one_backward", "blocks"])
+@pytest.mark.parametrize("name", NASH)
+def test_a_rule_that_minds_the_scale_takes_unscaled_gradients(name, way):
+    plainly = nash_step(NASH[name], torch.amp.GradScaler("cpu", enabled=False), way, "by step")
+    for unscale in ("before", "by step") if name == "ours" else ("before",):
+        scaled = nash_step(NASH[name], torch.amp.GradScaler("cpu"), way, unscale)
+        torch.testing.assert_close(scaled, plainly, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("norm", [0.1, 0.6])
 def test_unscaling_in_parts_clips_once_by_the_true_norm(norm):
     direction = torch.tensor([0.6, 0.8]).mul(norm)
@@ -104,7 +164,7 @@ def test_unscaling_in_parts_clips_once_by_the_true_norm(norm):
     ids=["zero_", "foreach zero_", "fill_", "copy_", "foreach copy_"],
 )
 def test_an_overwritten_gradient_is_clipped_no_more(overwrite):
-    grad = ClippedGrad.of(torch.ones(2), 1024.0, 1.0)
+    grad = ClippedGrad.of(torch.ones(2), 1024.0, 1.0, "nash")
     overwrite(grad)
     grad += 8.0
     torch._amp_foreach_non_finite_check_and_unscale_([grad], torch.zeros(()), torch.tensor(0.5))

@@ -190,6 +190,45 @@ def test_objectives_without_anything_in_this_batch(lm, keep_dy):
     assert not any(p.grad.any() for p in model.parameters())
 
 
+MODES = [
+    ("autograd", {}),
+    ("one_backward", {}),
+    ("gram_first", {}),
+    ("gram_first", {"keep_dy": True}),
+    ("gram_first", {"step_in_backward": True}),
+]
+
+
+@pytest.mark.parametrize(("mode", "options"), MODES)
+def test_a_step_without_any_label_decays_and_moves_on_in_every_mode(lm, mode, options):
+    model, batch = lm.build(), lm.batch()
+    model.spare = nn.Linear(2, 2)
+    raco_fast.prepare(model, strict=True)
+    opt = raco_fast.ClippedCAGradAdamW(
+        model.parameters(), lr=0.1, weight_decay=0.2, betas=(0.8, 0.9), weights=[0.3, 0.7]
+    )
+
+    def step(factor: float) -> None:
+        scores = lm.by_logits(model, batch)
+        losses = [factor * scores.sum(), factor * scores.square().sum()]
+        opt.backward(losses, scores=scores, mode=mode, **options)
+        opt.step()
+        opt.zero_grad()
+
+    step(1.0)
+    # AdamW's formulas in float64, for a gradient of zero.
+    expected = {name: p.detach().clone().double() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        if not name.startswith("spare"):
+            state = opt.state[p]
+            m, v = 0.8 * state["exp_avg"].double(), 0.9 * state["exp_avg_sq"].double()
+            change = (m / (1 - 0.8**2)) / ((v / (1 - 0.9**2)).sqrt() + 1e-8)
+            expected[name] = expected[name] * (1 - 0.1 * 0.2) - 0.1 * change
+    step(0.0)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.double(), expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
 @WAYS
 def test_inside_autocast_it_computes_as_outside(lm, family, keep_dy):
     model, batch = lm.build(family), lm.batch()

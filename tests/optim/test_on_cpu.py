@@ -203,7 +203,7 @@ def test_autograd_notices_that_a_step_has_changed_what_it_saved(name):
     params = starts(torch.float32)
     opt = ClippedCAGradAdamW(groups(params), **ADAMW, weights=WEIGHTS)
     saved = sum(p.square().sum() for p in params)
-    for t in range(2):  # the second step takes what the first one prepared
+    for t in range(2):  # the second step takes what the first one built
         opt.backward(losses(params, t))
         before = [p._version for p in params]
         with choose.backend(name):

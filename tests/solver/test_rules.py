@@ -382,6 +382,20 @@ def test_scale(name: str) -> None:
                 assert error(G, a * size_b, b * size_a) <= 1e-8
 
 
+@pytest.mark.parametrize("name", OURS)
+def test_whether_coefficients_change_with_the_scale(name: str) -> None:
+    """Where the gradients of a second step have another factor than those of the first."""
+    w, first, second = [0.6, 0.4], np.array([[4.0, -3.0], [-3.0, 9.0]]), np.eye(2) * 12 - 3
+    state = solve_dual(first, w, 0.4, name, losses=[1, 2]).state
+    found = [
+        solve_dual(
+            factor**2 * second, w, 0.4, name, losses=[factor, 2 * factor], state=state
+        ).coefficients
+        for factor in (1.0, 8.0)
+    ]
+    assert (abs(found[1] - found[0]).max() < 1e-9) == OURS[name].scale_invariant
+
+
 @pytest.mark.parametrize("name", [name for name in RULES if name not in RANDOM])
 def test_order_of_the_objectives(name: str) -> None:
     rng = np.random.default_rng(0)

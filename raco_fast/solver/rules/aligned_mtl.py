@@ -1,8 +1,7 @@
 """Aligned-MTL: the gradients' principal components, all of the same length."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -23,17 +22,16 @@ class AlignedMTL(Rule):
     Algorithm 1.
     """
 
+    scale_invariant: ClassVar[bool] = True
     scale: str = "min"
 
     def __post_init__(self) -> None:
-        """Check the option."""
         if self.scale not in ("min", "median", "mean"):
             raise ValueError(
                 f"`scale` of the rule aligned-mtl must be min, median or mean, got {self.scale!r}"
             )
 
     def coefficients(self, problem: Problem) -> Array:
-        """[n, m]."""
         largest = np.maximum(problem.norms.max(1), np.finfo(float).tiny)[:, None, None]
         H = problem.gram / largest / largest
         values, _, kept = decomposed(H)

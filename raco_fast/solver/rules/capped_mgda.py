@@ -1,8 +1,7 @@
 """Capped MGDA: the shortest combination in which no objective has too large a share."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -24,27 +23,20 @@ class CappedMGDA(Rule):
     Source: arXiv 2605.30452; caps proportional to weights are ours, by the definition of CVaR.
     """
 
+    scale_invariant: ClassVar[bool] = True
     alpha: float = 0.5
 
     def __post_init__(self) -> None:
-        """Check the option."""
         check_option("alpha", self.alpha, "capped-mgda", 0.0, 1.0, "(]")
 
     def coefficients(self, problem: Problem) -> Array:
-        """[n, m]."""
         found = np.empty(problem.norms.shape)
-        caps = np.minimum(problem.weights / self.alpha, 1.0)
+        zero, caps = np.zeros(problem.m), np.minimum(problem.weights / self.alpha, 1.0)
         for C, norms, into in zip(problem.cosines, problem.norms, found, strict=True):
             largest = norms.max()
             unit = np.where(norms > 0.0, norms, largest if largest > 0.0 else 1.0)
-            z = minimise(
-                C,
-                *(np.zeros(problem.m),) * 2,
-                problem.weights * unit,
-                np.zeros(problem.m),
-                caps * unit,
-                largest / unit if largest > 0.0 else unit,
-            )
+            row = largest / unit if largest > 0.0 else unit
+            z = minimise(C, zero, zero, problem.weights * unit, zero, caps * unit, row)
             assert z is not None, "the simplex is bounded"
             into[:] = z / unit
             # The sum is known to rounding of the largest z; its error goes where it weighs least.

@@ -1,7 +1,5 @@
 """Chebyshev centre: the unit vector with the largest least cosine."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,8 +22,6 @@ class Chebyshev(Rule):
     uses_weights: ClassVar[bool] = False
 
     def coefficients(self, problem: Problem) -> Array:
-        """[n, m]."""
-
         def solve(rows: Index, places: Index) -> Array:
             lam, length = shortest(problem.cosines[rows][:, places][:, :, places])
             lam = lam / np.where(length > 0.0, length, 1.0)[:, None]

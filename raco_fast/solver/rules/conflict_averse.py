@@ -1,7 +1,5 @@
 """The four rules of the exact solver in C++ (csrc/solver/dual.hpp); `solve_dual` states them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +12,7 @@ from raco_fast.solver.rule import Array, Problem, Rule
 class DualRule(Rule):
     """A rule whose optimum has a certificate: p, its duality gap and what clipping did."""
 
+    scale_invariant: ClassVar[bool] = True
     name: ClassVar[str]
     number: ClassVar[int]
     """Of enum Rule in csrc/solver/dual.hpp."""

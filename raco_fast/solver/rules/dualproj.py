@@ -1,8 +1,7 @@
 """DualProj: the weighted gradient, projected so that it conflicts with none (GEM's step)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -19,8 +18,9 @@ class DualProj(Rule):
     Source: arXiv 1706.08840, Eq. 11; arXiv 2406.16232 gives it this name.
     """
 
+    scale_invariant: ClassVar[bool] = True
+
     def coefficients(self, problem: Problem) -> Array:
-        """[n, m]."""
         targets = problem.weights * problem.norms
         return problem.weights + added(problem, targets[:, None, :])[:, 0]
 

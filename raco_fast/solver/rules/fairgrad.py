@@ -1,7 +1,5 @@
 """FairGrad: α-fair shares of the update."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from raco_fast.solver.fairness import fair_coefficients
@@ -23,9 +21,7 @@ class FairGrad(Rule):
     alpha: float = 2.0
 
     def __post_init__(self) -> None:
-        """Check the option."""
         check_option("alpha", self.alpha, "fairgrad", 0.1, 20.0)
 
     def coefficients(self, problem: Problem) -> Array:
-        """[n, m]."""
         return fair_coefficients(problem, float(self.alpha))

@@ -1,19 +1,9 @@
 """GAPO: MGDA on gradients divided by a power of their norms."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
-from raco_fast.solver.rule import (
-    Array,
-    Index,
-    Problem,
-    Rule,
-    check_option,
-    scaled,
-    where_present,
-)
+from raco_fast.solver.rule import Array, Index, Problem, Rule, check_option, scaled, where_present
 from raco_fast.solver.rules.conflict_averse import shortest
 
 
@@ -34,12 +24,9 @@ class GAPO(Rule):
     p: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the option."""
         check_option("p", self.p, "gapo", 0.0, 4.0)
 
     def coefficients(self, problem: Problem) -> Array:
-        """[n, m]."""
-
         def solve(rows: Index, places: Index) -> Array:
             norms = problem.norms[rows][:, places]
             powers = (norms / norms.max(1, keepdims=True)) ** (1.0 - self.p)

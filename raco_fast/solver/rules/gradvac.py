@@ -1,8 +1,7 @@
 """GradVac: bend each gradient until its cosine with the others is what it has been on average."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -28,11 +27,11 @@ class GradVac(Rule):
     Source: arXiv 2010.05874, Algorithm 1.
     """
 
+    scale_invariant: ClassVar[bool] = True
     beta: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the option."""
         check_option("beta", self.beta, "gradvac", 0.0, 1.0, "(]")
 
     def initial_state(self, m: int) -> State:

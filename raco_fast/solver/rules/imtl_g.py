@@ -1,7 +1,5 @@
 """IMTL-G: equal projections on all unit gradients."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,13 +20,13 @@ class IMTLG(Rule):
     """
 
     uses_weights: ClassVar[bool] = False
+    scale_invariant: ClassVar[bool] = True
 
     def coefficients(self, problem: Problem) -> Array:
-        """[n, m]."""
         largest = np.maximum(problem.norms.max(1), np.finfo(float).tiny)[:, None]
         norms = problem.norms / largest
         H = problem.gram / largest[:, :, None] / largest[:, :, None]
-        # Where no component is left out, M⁻¹ by cosines: it does not mind lengths that differ.
+        # Where no component is left out, M⁻¹ by cosines, which is as exact where lengths differ.
         whole = decomposed(problem.cosines)[2].all(1, keepdims=True)
         by_cosines = inverse_power(problem.cosines, 1.0, np.ones_like(norms))
         v = np.where(

@@ -1,7 +1,5 @@
 """MGDA-Decoupled: MGDA's coefficients of the logarithms of the losses, on the losses' gradients."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,9 +19,9 @@ class MGDADecoupled(Rule):
 
     needs_losses: ClassVar[bool] = True
     uses_weights: ClassVar[bool] = False
+    scale_invariant: ClassVar[bool] = True
 
     def coefficients(self, problem: Problem) -> Array:
-        """[n, m]."""
         losses = problem.losses
         assert losses is not None, "the rule needs losses"
         if losses.min() <= 0.0:

@@ -1,7 +1,5 @@
 """Nash-MTL: the bargaining solution."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from raco_fast.solver.fairness import fair_coefficients
@@ -19,5 +17,4 @@ class Nash(Rule):
     """
 
     def coefficients(self, problem: Problem) -> Array:
-        """[n, m]."""
         return fair_coefficients(problem, 1.0)

@@ -1,7 +1,5 @@
 """PCD: follow the first objective, as far as the others make progress too."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,7 +16,8 @@ class PCD(Rule):
     g̃_i = g_i / √v_i, v_i the bias-corrected moving average of ‖g_i‖². The first objective (of
     those that have a loss) is the primary one; has no weights. Where no d fulfils all conditions
     they are dropped and the update is g_1; where g_1 = 0 it is zero, and a secondary gradient of
-    zero asks for nothing. The paper's ε below the root is 0, so that scale does not matter.
+    zero asks for nothing. The paper's ε below the root is 0, so that a scale which stays the
+    same does not matter.
 
     Args:
         tau: in [0, 1], the progress of each secondary objective.
@@ -31,7 +30,6 @@ class PCD(Rule):
     beta: float = 0.999
 
     def __post_init__(self) -> None:
-        """Check the options."""
         check_option("tau", self.tau, "pcd", 0.0, 1.0)
         check_option("beta", self.beta, "pcd", 0.0, 1.0, "[)")
 

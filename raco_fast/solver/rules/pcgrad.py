@@ -1,8 +1,7 @@
 """PCGrad: project each gradient off those it conflicts with, in random order."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +21,7 @@ class PCGrad(Rule):
     Source: arXiv 2001.06782, Algorithm 1.
     """
 
+    scale_invariant: ClassVar[bool] = True
     seed: int = 0
 
     def initial_state(self, m: int) -> State:

@@ -1,8 +1,7 @@
 """UPGrad: every objective's gradient, projected so that it conflicts with none, then weighted."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -18,8 +17,9 @@ class UPGrad(Rule):
     Source: arXiv 2406.16232, Section 4.
     """
 
+    scale_invariant: ClassVar[bool] = True
+
     def coefficients(self, problem: Problem) -> Array:
-        """[n, m]."""
         targets = np.eye(problem.m) * (problem.weights * problem.norms)[:, None, :]
         total: Array = added(problem, targets).sum(1)
         return problem.weights + total
