@@ -184,13 +184,14 @@ class DualSolution:
     def __repr__(self) -> str:
         """One line a part for one problem, one line in all for a batch."""
         head, clip_active = f"DualSolution(rule={self.rule!r}, c={self.c:g}", self.clip_active
+        certified = clip_active is not None
         if self._packed.ndim == 2:
-            active = int(np.count_nonzero(np.asarray(clip_active)))
-            return f"{head}, n={len(self._packed)}, m={len(self.names)}, clip_active in {active})"
+            clipped = f", clip_active in {np.count_nonzero(clip_active)}" if certified else ""
+            return f"{head}, n={len(self._packed)}, m={len(self.names)}{clipped})"
         if not self.finite:
             return f"{head}, finite=False)"
-        certified = clip_active is not None
-        lines = [f"{head}, gap={self.gap:.1e}, clip_active={clip_active}," if certified else head]
+        found = f", gap={self.gap:.1e}, clip_active={clip_active}" if certified else ""
+        lines = [f"{head}{found},"]
         for name in ("weights", *(("p", "p_clipped") if certified else ()), "coefficients"):
             values = zip(self.names, getattr(self, name).tolist(), strict=True)
             lines.append(f"  {name}={{{', '.join(f'{n}: {v:.6g}' for n, v in values)}}},")
