@@ -24,7 +24,7 @@ _QUICK: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Settings of `raco-fast demo`; the defaults take about three minutes on two cores.
+    """Settings of `raco-fast demo`; the defaults take about four minutes on two cores.
 
     Args:
         output_dir: folder for report.md, pareto.png and metrics.jsonl.
