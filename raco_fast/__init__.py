@@ -16,9 +16,10 @@ from raco_fast.gradients.objective_gradients import ObjectiveGradients
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 from raco_fast.optim.combine import combine
 from raco_fast.optim.gram_first import gram_first
-from raco_fast.solver.dual import DualSolution, solve_dual
+from raco_fast.solver.dual import solve_dual
 from raco_fast.solver.registry import register_combination_rule
 from raco_fast.solver.rule import Rule
+from raco_fast.solver.solution import DualSolution
 from raco_fast.verification import verify
 
 __version__ = version("raco-fast")

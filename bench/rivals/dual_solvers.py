@@ -18,8 +18,9 @@ import torch
 
 from bench.harness import optional
 from raco_fast import _C
-from raco_fast.solver.dual import DualSolution, solve_dual
+from raco_fast.solver.dual import solve_dual
 from raco_fast.solver.rules.conflict_averse import CAGradClip
+from raco_fast.solver.solution import DualSolution
 
 C = 0.4
 SIZES = (2, 3, 4, 8, 16, 32)

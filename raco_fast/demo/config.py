@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raco_fast.solver.registry import check_rule, spec_of
-from raco_fast.solver.weights import RULES, check_c
+from raco_fast.solver.rules.conflict_averse import RULES
+from raco_fast.solver.weights import check_c
 
 _QUICK: dict[str, Any] = {
     "seeds": 2,

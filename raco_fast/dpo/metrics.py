@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raco_fast.dpo.losses.pair_scores import PairScores, RankedScores
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
-from raco_fast.solver.dual import DualSolution
+from raco_fast.solver.solution import DualSolution
 
 
 class PreferenceMetrics:

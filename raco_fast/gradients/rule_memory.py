@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from raco_fast.solver.apply import checked_state
-from raco_fast.solver.dual import DualSolution, solve_present
+from raco_fast.solver.dual import solve_present
 from raco_fast.solver.registry import RuleLike, check_rule, label_of
 from raco_fast.solver.rule import Rule, State
+from raco_fast.solver.solution import DualSolution
 
 
 class RuleMemory:

@@ -24,9 +24,10 @@ from raco_fast.optim.direction import Direction, refuse_scaled
 from raco_fast.optim.gram_first import gram_first
 from raco_fast.optim.settings import AdamWWithSettings, check_group
 from raco_fast.solver import on_device
-from raco_fast.solver.dual import DualSolution, solve_dual
+from raco_fast.solver.dual import solve_dual
 from raco_fast.solver.on_device import DeviceStep
 from raco_fast.solver.registry import RuleLike, label_of
+from raco_fast.solver.solution import DualSolution
 
 
 class ClippedCAGradAdamW(AdamWWithSettings):

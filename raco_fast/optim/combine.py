@@ -6,8 +6,8 @@ from raco_fast.backends import ops
 from raco_fast.gradients.norm_clip import along, clip_factor
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
 from raco_fast.gradients.overflow import leave_overflow
-from raco_fast.solver.dual import DualSolution
 from raco_fast.solver.registry import RuleLike, check_rule
+from raco_fast.solver.solution import DualSolution
 from raco_fast.solver.weights import check_max_grad_norm
 
 

@@ -27,8 +27,8 @@ from raco_fast.gradients.objective_grad import is_zero
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
 from raco_fast.gradients.overflow import clear_overflow, leave_overflow
 from raco_fast.optim.combine import combine
-from raco_fast.solver.dual import DualSolution
 from raco_fast.solver.registry import RuleLike, check_rule
+from raco_fast.solver.solution import DualSolution
 from raco_fast.solver.weights import check_max_grad_norm
 
 

@@ -22,8 +22,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from raco_fast.solver.dual import DualSolution, solve_dual
-from raco_fast.solver.weights import RULES
+from raco_fast.solver.dual import solve_dual
+from raco_fast.solver.rules.conflict_averse import RULES
+from raco_fast.solver.solution import DualSolution
 
 MAX_OBJECTIVES = 2
 

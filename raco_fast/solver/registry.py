@@ -10,7 +10,7 @@ from raco_fast.solver.rule import Rule
 from raco_fast.solver.rules.aligned_mtl import AlignedMTL
 from raco_fast.solver.rules.capped_mgda import CappedMGDA
 from raco_fast.solver.rules.chebyshev import Chebyshev
-from raco_fast.solver.rules.conflict_averse import MGDA, CAGrad, CAGradClip, Linear
+from raco_fast.solver.rules.conflict_averse import DUAL_RULES
 from raco_fast.solver.rules.dualproj import DualProj
 from raco_fast.solver.rules.fairgrad import FairGrad
 from raco_fast.solver.rules.gapo import GAPO
@@ -25,7 +25,7 @@ from raco_fast.solver.rules.upgrad import UPGrad
 RuleLike: TypeAlias = str | Mapping[str, Any] | Rule
 
 OURS: dict[str, type[Rule]] = {
-    **{rule.name: rule for rule in (Linear, CAGrad, CAGradClip, MGDA)},
+    **{rule.name: rule for rule in DUAL_RULES},
     "capped-mgda": CappedMGDA,
     "mgda-decoupled": MGDADecoupled,
     "gapo": GAPO,

@@ -14,9 +14,6 @@ from numpy.typing import NDArray
 
 from raco_fast import _C
 
-RULES = ("linear", "cagrad", "cagrad-clip", "mgda")
-"""In the order of enum Rule of csrc/solver/dual.hpp."""
-
 Weights: TypeAlias = Mapping[str, float] | Sequence[float] | NDArray[Any] | torch.Tensor
 Checked: TypeAlias = tuple[tuple[str, ...], tuple[float, ...], NDArray[np.float64]]
 

@@ -19,7 +19,8 @@ from scipy.optimize import minimize
 from raco_fast import _C
 from raco_fast.solver.dual import solve_dual
 from raco_fast.solver.registry import check_rule, spec_of
-from raco_fast.solver.weights import RULES, check_c, check_weights
+from raco_fast.solver.rules.conflict_averse import RULES
+from raco_fast.solver.weights import check_c, check_weights
 
 WITNESS = np.array([[17.0, -5.0], [-5.0, 2.0]])
 

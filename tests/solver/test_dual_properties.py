@@ -12,7 +12,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from raco_fast.solver.dual import solve_dual
-from raco_fast.solver.weights import RULES
+from raco_fast.solver.rules.conflict_averse import RULES
 
 DUAL_RULES = ("cagrad", "cagrad-clip", "mgda")
 

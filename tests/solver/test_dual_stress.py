@@ -19,7 +19,8 @@ import pytest
 from gradient_families import FAMILIES, opposite
 from scipy.optimize import nnls
 
-from raco_fast.solver.dual import DualSolution, solve_dual
+from raco_fast.solver.dual import solve_dual
+from raco_fast.solver.solution import DualSolution
 
 PER_CASE = 270  # 270 Grams x 12 families x 31 sizes = 100,440
 BOUND = 1e-10

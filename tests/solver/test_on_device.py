@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from raco_fast import solve_dual
 from raco_fast.solver import on_device
-from raco_fast.solver.dual import DualSolution
 from raco_fast.solver.on_device import DeviceStep
-from raco_fast.solver.weights import RULES
+from raco_fast.solver.rules.conflict_averse import RULES
+from raco_fast.solver.solution import DualSolution
 
 WITNESS = np.array([[17.0, -5.0], [-5.0, 2.0]])
 

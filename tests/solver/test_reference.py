@@ -7,7 +7,7 @@ import pytest
 
 from raco_fast.solver import reference
 from raco_fast.solver.dual import solve_dual
-from raco_fast.solver.weights import RULES
+from raco_fast.solver.rules.conflict_averse import RULES
 
 
 @pytest.mark.parametrize("rule", RULES)

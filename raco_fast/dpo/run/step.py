@@ -15,7 +15,7 @@ from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 from raco_fast.dpo.metrics import PreferenceMetrics, solution_metrics
 from raco_fast.dpo.scoring import ReferenceLogps, pair_logps, score_pairs
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
-from raco_fast.solver.dual import DualSolution
+from raco_fast.solver.solution import DualSolution
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,10 @@ class MGDA(DualRule):
     name, number, uses_weights = "mgda", 3, False
 
 
+DUAL_RULES: tuple[type[DualRule], ...] = (Linear, CAGrad, CAGradClip, MGDA)
+RULES = tuple(rule.name for rule in DUAL_RULES)
+
+
 def shortest(gram: Array) -> tuple[Array, Array]:
     """(p [n, m], ‖Gp‖ [n]) of the shortest point of each hull; of several, the most even one.
 
