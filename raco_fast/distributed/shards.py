@@ -4,14 +4,29 @@ Stochastic rounding hashes an element's number in the whole parameter, so that a
 not depend on how many processes share them.
 """
 
-import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from raco_fast.backends.rounding import Place
+from raco_fast.distributed.dtensor import is_dtensor, local
+
+_known = WeakIdKeyDictionary()
+"""DTensor parameter -> where its shard lies."""
+
+
+def places_of(params: Sequence[Tensor]) -> list[Place]:
+    """`place_of` of each, by its place among them; [] where all are whole and contiguous."""
+    if not any(map(is_dtensor, params)):
+        return []
+    for p in params:
+        if p not in _known:
+            _known[p] = place_of(p, 0)
+    return [replace(_known[p], tensor=k) for k, p in enumerate(params)]
 
 
 def place_of(t: Tensor, number: int) -> Place:
@@ -26,18 +41,16 @@ def place_of(t: Tensor, number: int) -> Place:
         ValueError: placements, of whatever sizes, whose shards are no rectangles of rows (raised on
             every process), or a shard that is not contiguous in memory.
     """
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is None or not isinstance(t, module.DTensor):  # there is none before this import
+    if not is_dtensor(t):
         return Place(number)
     if not _in_rows(t):
         raise _refusal(t, "placements that cut dimension 0 and at most one more, in single pieces")
-    with torch.no_grad():
-        part = t.to_local()
+    part = local(t)
     if part.numel() == 0:
         return Place(number)
     if not part.is_contiguous():
         raise _refusal(t, f"shards that are contiguous in memory, got strides {part.stride()}")
-    (chunk,) = t.__create_chunk_list__()
+    (chunk,) = t.__create_chunk_list__()  # type: ignore[no-untyped-call]
     shape, sizes = t.shape, chunk.sizes
     cut = [i for i, size in enumerate(sizes) if size != shape[i]]
     offset = sum(first * prod(shape[i + 1 :]) for i, first in enumerate(chunk.offsets))
