@@ -21,7 +21,7 @@ def divisions() -> Iterator[Any]:
                 yield pytest.param(world, how, mode, micro, False, marks=marks, id=name)
 
 
-@pytest.mark.parametrize(("world", "how", "mode", "micro", "quiet"), divisions())
+@pytest.mark.parametrize(("world", "how", "mode", "micro", "quiet"), list(divisions()))
 def test_is_the_joined_batch(run, world: int, how: str, mode: str, micro: int, quiet: bool) -> None:
     problem = Problem("llama tied")
     course = Course(how, mode, micro_batches=micro, quiet=quiet)

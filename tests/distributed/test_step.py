@@ -39,7 +39,7 @@ def cases() -> Iterator[Any]:
                 yield pytest.param(how, mode, model, marks=slow, id=f"{how}-{mode}-{model}")
 
 
-@pytest.mark.parametrize(("how", "mode", "model"), cases())
+@pytest.mark.parametrize(("how", "mode", "model"), list(cases()))
 def test_equals_one_process(run, how: str, mode: str, model: str) -> None:
     problem, course = Problem(model), Course(how, mode)
     assert_equal(run(WORLD.get(how, 2), learn, problem, course), problem)

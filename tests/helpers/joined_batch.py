@@ -20,6 +20,7 @@ import raco_fast
 WEIGHTS = {"helpful": 0.5, "harmless": 0.3, "concise": 0.2}
 C = 0.4
 STEPS = 5
+SGD = {"lr": 1e-3, "momentum": 0.8, "weight_decay": 0.1}
 LENGTH = 8  # of a sequence, in tokens
 ADAMW = {"lr": 1e-3, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}
 """eps is of the size of gradients: a direction that is wrong by a factor shows, and one number's
@@ -36,6 +37,7 @@ class Problem:
             "none of one objective": the second half of the batch has none for the first objective;
             "none": in odd steps it has none at all.
         pairs: of a step.
+        optimizer: "adamw" or "sgd".
         options: of the optimizer, beside `ADAMW`: rule, max_grad_norm, amsgrad.
     """
 
@@ -43,6 +45,7 @@ class Problem:
     dtype: torch.dtype = torch.float64
     labels: str = "some"
     pairs: int = 8
+    optimizer: str = "adamw"
     options: dict[str, Any] = field(default_factory=dict)
 
     def __hash__(self) -> int:
@@ -120,7 +123,10 @@ def plain(problem: Problem, dtype: torch.dtype, steps: int = STEPS) -> Learnt:
     rule, limit = options.pop("rule", "cagrad-clip"), options.pop("max_grad_norm", None)
     model = build(problem.model, problem.dtype).to(dtype)
     params = trained(model)
-    adamw = torch.optim.AdamW(params.values(), **ADAMW, **options)
+    if problem.optimizer == "sgd":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(params.values(), **SGD)
+    else:
+        optimizer = torch.optim.AdamW(params.values(), **ADAMW, **options)
     grams, coefficients, state = [], [], None
     for step in range(steps):
         pairs = batch(problem, step)
@@ -136,7 +142,7 @@ def plain(problem: Problem, dtype: torch.dtype, steps: int = STEPS) -> Learnt:
         parts = direction.split([p.numel() for p in params.values()])
         for p, part in zip(params.values(), parts, strict=True):
             p.grad = part.view_as(p)
-        adamw.step()
+        optimizer.step()
         grams.append((G @ G.T).double())
         coefficients.append(torch.as_tensor(solution.coefficients))
     return Learnt({name: p.detach() for name, p in params.items()}, grams, coefficients)

@@ -29,7 +29,7 @@ LLAMA = {
     "num_attention_heads": 2,
     "max_position_embeddings": 64,
     "initializer_range": 0.15,
-    "attn_implementation": "eager",
+    "attn_implementation": "sdpa",  # "eager" has its softmax in float32
 }
 
 
@@ -99,6 +99,10 @@ def _built(name: str, dtype: torch.dtype) -> nn.Module:
 
     config = LlamaConfig(**LLAMA, tie_word_embeddings="tied" in name)
     lm = LlamaForCausalLM(config)
+    for module in list(lm.modules()):
+        for key, norm in module.named_children():
+            if type(norm).__name__ == "LlamaRMSNorm":  # computes in float32, whatever its dtype
+                setattr(module, key, nn.RMSNorm(config.hidden_size, config.rms_norm_eps))
     if "lora" in name:
         from peft import LoraConfig, get_peft_model
 
@@ -144,8 +148,8 @@ def laid_out(model: Any, how: str) -> nn.Module:
     """The model over all processes.
 
     Args:
-        how: "replicas" (as it is), a key of `DDP`, "fsdp2", "hsdp" (2 x W / 2), "tp", or
-            "fsdp x tp" (W / 2 x 2).
+        how: "replicas" (as it is; "alone" and "pair": with a batch for each process or each two),
+            a key of `DDP`, "fsdp2", "hsdp" (2 x W / 2), "tp", or "fsdp x tp" (W / 2 x 2).
     """
     world = dist.get_world_size()
     if how in DDP:
@@ -161,15 +165,17 @@ def laid_out(model: Any, how: str) -> nn.Module:
         _cut(model, mesh["tensor"])
         _shard(model, mesh["data"])
     else:
-        assert how == "replicas", how
+        assert how in ("replicas", "alone", "pair"), how
     return model
 
 
 def data_rank(how: str) -> tuple[int, int]:
     """(which share of the batch is this process's, number of shares)."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    if how == "tp":
+    if how in ("tp", "alone"):
         return 0, 1
+    if how == "pair":
+        return rank % 2, 2
     return (rank // 2, world // 2) if how == "fsdp x tp" else (rank, world)
 
 
