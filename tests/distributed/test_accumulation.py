@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from joined_batch import Problem, assert_equal
+from joined_batch import Learnt, Problem, assert_equal
 from learning import Course, learn
+from torch import distributed as dist
 
 slow = pytest.mark.slow
 
@@ -34,3 +35,13 @@ def test_uneven_shares_in_micro_batches(run, how: str) -> None:
     problem = Problem("llama lora")
     course = Course(how, micro_batches=2, uneven=True)
     assert_equal(run(2, learn, problem, course), problem)
+
+
+def learn_in_unequal_numbers(problem: Problem) -> Learnt:
+    return learn(problem, Course(micro_batches=3 - 2 * dist.get_rank()))
+
+
+def test_replicas_may_have_unequal_numbers_of_micro_batches(run) -> None:
+    """Nothing is sent before the step."""
+    problem = Problem()
+    assert_equal(run(2, learn_in_unequal_numbers, problem), problem)

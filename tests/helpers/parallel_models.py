@@ -87,7 +87,7 @@ class Perceptron(nn.Module):
             x = block(x)
         logits = self.head(self.norm(x))[:, :-1]
         logps = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-        return self.final(logps.sum(-1, keepdim=True))[:, 0]
+        return self.final(logps.sum(-1, keepdim=True)).sum(-1)
 
 
 @cache
