@@ -5,6 +5,7 @@ import torch
 from joined_batch import ADAMW, SGD, STEPS, WEIGHTS, C, Learnt, Problem, assert_equal, batch
 from learning import Course, learnt, own_losses, set_up, share_of
 from parallel_models import trained
+from quick_cases import matrix
 
 import raco_fast
 
@@ -35,8 +36,19 @@ def by_another_optimizer(problem: Problem, course: Course) -> Learnt:
     return learnt(net, grams, coefficients)
 
 
-@pytest.mark.parametrize("mode", ["autograd", "one_backward", "gram_first"])
-@pytest.mark.parametrize("how", ["replicas", "ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("how", "mode"),
+    matrix(
+        ("replicas", "ddp", "fsdp2"),
+        ("autograd", "one_backward", "gram_first"),
+        quick=[
+            ("replicas", "one_backward"),
+            ("ddp", "gram_first"),
+            ("fsdp2", "autograd"),
+            ("fsdp2", "gram_first"),
+        ],
+    ),
+)
 def test_adamw(run, how: str, mode: str) -> None:
     problem = Problem("llama tied", options={"max_grad_norm": 0.5})
     assert_equal(run(2, by_another_optimizer, problem, Course(how, mode)), problem)

@@ -54,7 +54,7 @@ def test_nan_counts_as_infinite(run) -> None:
 def decisions() -> tuple[list[bool], str | None, str | None]:
     group, rank = Processes(), dist.get_rank()
     words = {1: "one", 2: "two"}.get(rank)
-    return group.agree(lambda: [rank == 1, False, True]), group.say(words), group.say(None)
+    return group.agree(lambda: [rank == 1, False, True], 3), group.say(words), group.say(None)
 
 
 def test_what_one_decides_holds_for_all(run) -> None:
@@ -67,7 +67,7 @@ def one_fails(kind: type[Exception]) -> None:
             raise kind("no such pair")
         return [True, False]
 
-    Processes().agree(decide)
+    Processes().agree(decide, 2)
 
 
 @pytest.mark.parametrize("kind", [ValueError, TypeError, RuntimeError, KeyError])
@@ -118,7 +118,7 @@ def test_alone() -> None:
     numbers = torch.tensor([1.0, torch.nan], dtype=torch.float64)
     assert group.sum(numbers) is numbers
     assert group.alike(numbers)
-    assert group.agree(lambda: [True]) == [True]
+    assert group.agree(lambda: [True], 1) == [True]
     assert (group.say("words"), group.say(None)) == ("words", None)
     for given in ("world", None):
         assert pickle.loads(pickle.dumps(Processes(given))).size == 1

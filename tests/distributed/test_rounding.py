@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from quick_cases import matrix
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,7 +20,6 @@ import raco_fast
 SHAPES = {"a": (7, 5), "b": (13, 6), "c": (11,), "wide": (4, 9)}
 WEIGHTS = [0.5, 0.3, 0.2]
 LAYOUTS: dict[str, tuple[int, tuple[int, ...], Any]] = {
-    "one process": (1, (), None),
     "2 replicas": (2, (), None),
     "4 replicas": (4, (), None),
     "rows over 2": (2, (2,), [Shard(0)]),
@@ -29,6 +29,8 @@ LAYOUTS: dict[str, tuple[int, tuple[int, ...], Any]] = {
     "rows and columns": (4, (2, 2), [Shard(0), Shard(-1)]),
 }
 
+ONE: tuple[int, tuple[int, ...], Any] = (1, (), None)
+
 
 def dtype_of(name: str) -> torch.dtype:
     return torch.float32 if name == "wide" else torch.bfloat16
@@ -36,7 +38,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 def laid_out(p: Tensor, layout: str) -> Tensor:
     """A whole tensor as this layout has it; negative dimensions count from the last."""
-    _, shape, placements = LAYOUTS[layout]
+    _, shape, placements = LAYOUTS.get(layout, ONE)
     if not shape:
         return p
     mesh = init_device_mesh("cpu", shape)
@@ -87,9 +89,25 @@ def on_one_process(rounding: str, amsgrad: bool) -> dict[str, Tensor]:
     return updated("one process", rounding, amsgrad)
 
 
-@pytest.mark.parametrize("amsgrad", [False, True])
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "split"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "rounding", "amsgrad"),
+    matrix(
+        tuple(LAYOUTS),
+        ("nearest", "stochastic", "split"),
+        (False, True),
+        quick=[
+            ("2 replicas", "split", False),
+            ("4 replicas", "stochastic", False),
+            ("rows over 2", "nearest", True),
+            ("rows over 2", "stochastic", False),
+            ("rows over 4", "split", False),
+            ("columns over 2", "stochastic", False),
+            ("rows of copies", "stochastic", False),
+            ("rows and columns", "stochastic", False),
+            ("rows and columns", "split", True),
+        ],
+    ),
+)
 def test_the_same_bits(run, layout: str, rounding: str, amsgrad: bool) -> None:
     one = on_one_process(rounding, amsgrad)
     for found in run(LAYOUTS[layout][0], updated, layout, rounding, amsgrad):

@@ -7,6 +7,7 @@ import torch
 from joined_batch import Problem, batch
 from learning import Course, own_losses, set_up, share_of
 from parallel_models import trained, whole
+from quick_cases import matrix
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
@@ -66,22 +67,24 @@ def assert_all_skip_the_bad_step(found: list[list[Step]]) -> None:
 
 @pytest.mark.parametrize(
     ("how", "mode"),
-    [
-        ("replicas", "autograd"),
-        ("replicas", "one_backward"),
-        ("replicas", "gram_first"),
-        ("ddp", "autograd"),
-        ("fsdp2", "autograd"),
-        ("fsdp2", "one_backward"),
-        ("fsdp2", "gram_first"),
-    ],
+    matrix(
+        ("replicas", "ddp", "fsdp2"),
+        ("autograd", "one_backward", "gram_first"),
+        quick=[("replicas", "autograd"), ("fsdp2", "one_backward"), ("fsdp2", "gram_first")],
+    ),
 )
 def test_a_loss_that_is_nan(run, how: str, mode: str) -> None:
     assert_all_skip_the_bad_step(run(2, nan_on_rank_1, Course(how, mode), True))
 
 
-@pytest.mark.parametrize("mode", ["autograd", "one_backward"])
-@pytest.mark.parametrize("how", ["replicas", "fsdp2"])
+@pytest.mark.parametrize(
+    ("how", "mode"),
+    matrix(
+        ("replicas", "fsdp2"),
+        ("autograd", "one_backward"),
+        quick=[("replicas", "one_backward"), ("fsdp2", "autograd")],
+    ),
+)
 def test_one_number_that_is_nan(run, how: str, mode: str) -> None:
     assert_all_skip_the_bad_step(run(2, nan_on_rank_1, Course(how, mode), False))
 
@@ -108,8 +111,14 @@ def scaled(course: Course, unscale: bool) -> list[Step]:
     return steps
 
 
-@pytest.mark.parametrize("unscale", [False, True])
-@pytest.mark.parametrize("how", ["replicas", "ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("how", "unscale"),
+    matrix(
+        ("replicas", "ddp", "fsdp2"),
+        (False, True),
+        quick=[("replicas", True), ("fsdp2", False), ("fsdp2", True)],
+    ),
+)
 def test_grad_scaler(run, how: str, unscale: bool) -> None:
     found = run(2, scaled, Course(how, "autograd"), unscale)
     assert [step.scale for step in found[0]] == [1024.0, 512.0, 512.0, 512.0]

@@ -72,13 +72,13 @@ class Perceptron(nn.Module):
     No plan of tensor parallelism touches `final`: its parameters stay ordinary replicas.
     """
 
-    def __init__(self, width: int = 12, inner: int = 18) -> None:
+    def __init__(self, plain_layer: bool, width: int = 12, inner: int = 18) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, width)
         self.blocks = nn.ModuleList(Block(width, inner) for _ in range(2))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
-        self.final = nn.Linear(1, 1)
+        self.final = nn.Linear(1, 1) if plain_layer else nn.Identity()
 
     def forward(self, ids: Tensor) -> Tensor:
         """[B] from [B, T] ids."""
@@ -93,8 +93,8 @@ class Perceptron(nn.Module):
 @cache
 def _built(name: str, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
-    if name == "perceptron":
-        return Perceptron().to(dtype)
+    if "perceptron" in name:
+        return Perceptron("plain layer" in name).to(dtype)
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**LLAMA, tie_word_embeddings="tied" in name)
@@ -119,7 +119,8 @@ def build(name: str = "llama", dtype: torch.dtype = torch.float64) -> Any:
     """A model whose `forward` gives [B] scores of [B, T] ids, the same at every call.
 
     Args:
-        name: "perceptron", or "llama" with any of "tied", "lora", "checkpointed" in it.
+        name: "perceptron", "perceptron with a plain layer", or "llama" with any of "tied", "lora"
+            and "checkpointed" in it.
     """
     return copy.deepcopy(_built(name, dtype)).train()
 
