@@ -61,6 +61,12 @@ def test_micro_batches(run, how: str) -> None:
     assert_equal(run(2, by_blocks, problem, quiet), problem)
 
 
+def test_fsdp2_with_one_forward_pass_for_all_blocks(run) -> None:
+    """It reduces every backward pass, unlike DDP."""
+    problem = Problem()
+    assert_equal(run(2, by_blocks, problem, Course("fsdp2", OWN), True), problem)
+
+
 @pytest.mark.parametrize("how", ["ddp", "ddp, unused"])
 def test_one_forward_pass_for_all_blocks_raises(outcomes, how: str) -> None:
     found = outcomes(2, by_blocks, Problem(), Course(how, OWN), True)
@@ -90,22 +96,29 @@ def test_reduced_gradients_on_top_of_own_ones_raise(outcomes) -> None:
     assert_all_failed(found, "RuntimeError", "objective")
 
 
-def one_objective(how: str) -> dict[str, torch.Tensor]:
-    """As `torch.optim.AdamW` under the wrapper: `loss.backward()` outside of any block."""
+def one_objective(how: str, by_optimizer: bool) -> dict[str, torch.Tensor]:
+    """By `opt.backward`, or as with `torch.optim.AdamW`: `loss.backward()` outside of any block."""
     problem, course = Problem(), Course(how)
     net = laid_out(build(), how)
     opt = raco_fast.ClippedCAGradAdamW(trained(net).values(), weights={"one": 1.0}, c=0.0, **ADAMW)
     for step in range(STEPS):
         joined = batch(problem, step)
         own = share_of(joined, course)
-        own_losses(net(own.ids), own, joined, course)["harmless"].backward()
+        loss = own_losses(net(own.ids), own, joined, course)["harmless"]
+        if by_optimizer:
+            opt.backward({"one": loss})
+        else:
+            loss.backward()
         opt.step()
         opt.zero_grad()
     return {name: whole(p) for name, p in trained(net).items()}
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-def test_one_objective_is_adamw(run, how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "by_optimizer"),
+    [("replicas", True), ("ddp", True), ("ddp", False), ("fsdp2", True), ("fsdp2", False)],
+)
+def test_one_objective_is_adamw(run, how: str, by_optimizer: bool) -> None:
     model = build()
     adamw = torch.optim.AdamW(trained(model).values(), **ADAMW)
     for step in range(STEPS):
@@ -113,7 +126,7 @@ def test_one_objective_is_adamw(run, how: str) -> None:
         losses_of(model(joined.ids), joined, counts_of(joined))["harmless"].backward()
         adamw.step()
         adamw.zero_grad()
-    a, b = run(2, one_objective, how)
+    a, b = run(2, one_objective, how, by_optimizer)
     for name, p in trained(model).items():
         assert torch.equal(a[name], b[name]), name
         torch.testing.assert_close(a[name], p.detach(), rtol=0, atol=1e-12)

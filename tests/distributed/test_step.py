@@ -52,6 +52,12 @@ def test_tensor_parallel(run, model: str) -> None:
     assert_equal(run(2, learn, problem, Course("tp", "autograd")), problem)
 
 
+@pytest.mark.parametrize("mode", ["one_backward", "gram_first"])
+def test_tensor_parallel_with_scores(run, mode: str) -> None:
+    problem, course = Problem("perceptron"), Course("tp", mode, may_fall_back=True)
+    assert_equal(run(2, learn, problem, course), problem)
+
+
 def test_fsdp_of_tensor_parallel(run) -> None:
     problem = Problem("perceptron")
     assert_equal(run(4, learn, problem, Course("fsdp x tp", "autograd")), problem)
