@@ -24,7 +24,7 @@ from raco_fast.engine.spot_check import SpotCheck
 from raco_fast.gradients.norm_clip import along, clip_factor
 from raco_fast.gradients.objective_grad import is_zero
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
-from raco_fast.gradients.overflow import leave_overflow
+from raco_fast.gradients.overflow import clear_overflow, leave_overflow
 from raco_fast.gradients.reduced import check_settings
 from raco_fast.optim.combine import combine
 from raco_fast.optim.scattered_passes import average_in_p_grad, gram_of
@@ -75,6 +75,7 @@ def gram_first(
     # The losses in the order of the weights, and p.grad empty: there is one batch in a step.
     given, ordered = gradients.checked_losses(losses, scores)
     wanted = gradients.trained()
+    clear_overflow(wanted)
     processes, settings = gradients.together, (dict(gradients.weights), c, spec_of(rule))
     processes.agree(partial(_check, gradients, wanted, keep_dy or on_gradient is not None), 0)
     for p in wanted:
