@@ -90,6 +90,13 @@ class Processes:
         first, last = self.largest(torch.stack([numbers, -numbers]))
         return bool((first == -last).all())
 
+    def gather(self, out: Tensor, part: Tensor) -> None:
+        """Write the parts of all processes to `out`, one after the other."""
+        distributed: Any = torch.distributed
+        # The one name is deprecated in torch 2.13, the other is missing in 2.11.
+        name = "all_gather_single" if hasattr(distributed, "all_gather_single") else None
+        getattr(distributed, name or "all_gather_into_tensor")(out, part, group=self.group)
+
     def agree(self, decide: Callable[[], Sequence[bool] | None], questions: int) -> list[bool]:
         """What any process decides; an error on one is raised on all.
 
@@ -154,6 +161,14 @@ class Processes:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Processes:
         return Processes(self._given)
+
+
+def reduce_scatter(out: Tensor, whole: Tensor, group: ProcessGroup | None) -> Any:
+    """Begin to write this process's part of the sum of `whole` to `out`; what to wait for."""
+    distributed: Any = torch.distributed
+    name = "reduce_scatter_single" if hasattr(distributed, "reduce_scatter_single") else None
+    send = getattr(distributed, name or "reduce_scatter_tensor")
+    return send(out, whole, group=group, async_op=True)
 
 
 def _is_group(value: object) -> bool:

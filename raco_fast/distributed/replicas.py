@@ -23,7 +23,7 @@ from torch import Tensor
 from raco_fast.backends import ops
 from raco_fast.backends.types import Gradients
 from raco_fast.distributed.dtensor import is_dtensor
-from raco_fast.distributed.processes import Processes
+from raco_fast.distributed.processes import Processes, reduce_scatter
 
 BUCKET_BYTES = 25 << 20
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -106,7 +106,7 @@ class ReplicaSums:
                 flat = self._joined(one, bucket)
                 slice_ = flat.new_empty(bucket.length)
                 slices.append(slice_)
-                under_way.append((self._reduce_scatter(slice_, flat), flat))
+                under_way.append((reduce_scatter(slice_, flat, processes.group), flat))
             while len(under_way) > _IN_FLIGHT * len(grads):
                 under_way.pop(0)[0].wait()
         for work, _ in under_way:
@@ -125,7 +125,7 @@ class ReplicaSums:
             mine = torch.empty_like(like)
             ops.combine([[s] for s in column], coefficients, [mine])
             whole = mine.new_empty(bucket.length * self._processes.size)
-            torch.distributed.all_gather_into_tensor(whole, mine, group=self._processes.group)
+            self._processes.gather(whole, mine)
             at = 0
             for k, start, stop in bucket.pieces:
                 _flat(out[k])[start:stop] = whole[at : at + stop - start]
@@ -143,10 +143,6 @@ class ReplicaSums:
         if padding:
             parts.append(parts[0].new_zeros(padding))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _reduce_scatter(self, out: Tensor, flat: Tensor) -> Any:
-        group = self._processes.group
-        return torch.distributed.reduce_scatter_tensor(out, flat, group=group, async_op=True)
 
 
 def _buckets(params: Sequence[Tensor], size: int) -> Iterator[_Bucket]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from raco_fast.distributed.dtensor import is_dtensor
-from raco_fast.distributed.processes import Processes
+from raco_fast.distributed.processes import Processes, reduce_scatter
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -201,4 +201,4 @@ def _reduce_scatter(out: Tensor, whole: Tensor, group: ProcessGroup | None) -> A
     if group is None:
         out.view(-1).copy_(whole.view(-1))
         return None
-    return torch.distributed.reduce_scatter_tensor(out, whole, group=group, async_op=True)
+    return reduce_scatter(out, whole, group)

@@ -62,6 +62,7 @@ class Exactness:
         scores: Tensor,
         wanted: Sequence[Tensor],
         scattered: bool = False,
+        hooks_run: bool = False,
     ) -> Pass | None:
         """A call for which one backward pass will do; None where it will not, on any process.
 
@@ -70,6 +71,7 @@ class Exactness:
             scores: [B].
             wanted: the parameters whose gradients count.
             scattered: the pass sends parts of gradients to other processes.
+            hooks_run: hooks of parameters will see the gradients that count.
         Raises:
             RuntimeError: the model was not prepared.
             NotExactError: it will not do, and the model was prepared with strict=True.
@@ -81,7 +83,7 @@ class Exactness:
             nonlocal found
             graph = ScoreGraph(losses, scores, wanted, self._known, self._misfits)
             graph.checks = self.checks or graph.checks
-            obstacle = self._mismatch or _conditions(wanted, scattered) or graph.obstacle
+            obstacle = self._mismatch or _conditions(wanted, scattered, hooks_run) or graph.obstacle
             A = factored = None
             if obstacle is None:
                 A = sensitivities(list(losses.values()), scores)
@@ -166,12 +168,13 @@ class Exactness:
         return Exactness, (self._processes, self.checks)
 
 
-def _conditions(wanted: Sequence[Tensor], scattered: bool) -> str | None:
+def _conditions(wanted: Sequence[Tensor], scattered: bool, hooks_run: bool) -> str | None:
     """What stands in the way whatever the model is."""
     for p in wanted:
         if scattered and (found := obstacle(p)):
             return found
-        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+        hooks = p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
+        if hooks and not hooks_run:
             return f"{name_of(p)} has a hook, which only autograd's gradients reach"
     return None
 

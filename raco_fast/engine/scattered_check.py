@@ -1,9 +1,9 @@
 """`ScatteredCheck`: a spot check where every process has its parts of the gradients.
 
 As `SpotCheck`, but both sides are averages over processes, of which this one has parts: those that
-the collecting pass has scattered, and those of the ordinary pass, which FSDP2 has reduced to p.grad
-or which are scattered in the same way. Norms are added up over processes, so that all of them come
-to one verdict.
+the collecting pass has scattered, and those of the ordinary pass, which are scattered in the same
+way. No wrapper takes part in it: it would keep what it accumulates, or average it twice. Norms are
+added up over processes, so that all of them come to one verdict.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor
 from raco_fast.distributed.dtensor import is_dtensor, local, share
 from raco_fast.distributed.processes import Processes
 from raco_fast.distributed.scatter import Scatter
-from raco_fast.engine.backward import nothing_past_rules, propagate
 from raco_fast.engine.graph import ScoreGraph
 from raco_fast.engine.spot_check import ANOTHER_SCALE, described, random_weights, rounding_bound
 
@@ -102,37 +101,26 @@ class ScatteredCheck:
         """Flat parts of Σ_i r_i g_i by autograd, in at least float32."""
         graph, size = self._graph, self._processes.size
         used = [p for p in graph.wanted if p in graph.leaves]
-        whole: dict[Tensor, Tensor] = {}
-        seeds = self._seeds * scale
-        if any(is_dtensor(p) for p in used):
-            with nothing_past_rules(graph.wanted):
-                leaves = [graph.leaves[p] for p in used]
-                propagate(graph.scores, seeds, inputs=leaves, retain_graph=True)
-                for p in graph.wanted:
-                    if p.grad is not None:
-                        whole[p], p.grad = local(p.grad), None
-        else:  # no hook of a wrapper's may see it
-            grads = torch.autograd.grad(
-                [graph.scores], used, [seeds.to(graph.scores)], retain_graph=True, allow_unused=True
-            )
-            whole = {p: g for p, g in zip(used, grads, strict=True) if g is not None}
+        leaves, seeds = [graph.leaves[p] for p in used], (self._seeds * scale).to(graph.scores)
+        grads = torch.autograd.grad(
+            [graph.scores], leaves, [seeds], retain_graph=True, allow_unused=True
+        )
         parts: dict[Tensor, Tensor] = {}
 
         def keep(p: Tensor, part: Tensor) -> None:
             parts[p] = part[0] / size
 
-        scatter = Scatter(1, dict.fromkeys(scattered, 1), graph.leaves, keep, self._processes)
-        for p in scattered:
-            if p in graph.leaves:
+        sent = {p for p in used if is_dtensor(p)} | set(scattered)
+        scatter = Scatter(1, dict.fromkeys(sent, 1), graph.leaves, keep, self._processes)
+        for p, g in zip(used, grads, strict=True):
+            if p in sent:
                 buffer, _ = scatter.buffers(p)
-                buffer[0].copy_(whole.get(p, torch.zeros_like(p)))
+                buffer[0].zero_() if g is None else buffer[0].copy_(g)
                 scatter.filled([p])
+            elif g is not None:
+                parts[p] = g
         scatter.finish()
-        return {p: _wide(parts.get(p, whole.get(p, _nothing(p)))) / scale for p in graph.wanted}
-
-
-def _nothing(p: Tensor) -> Tensor:
-    return torch.zeros_like(local(p))
+        return {p: _wide(parts.get(p, torch.zeros_like(local(p)))) / scale for p in graph.wanted}
 
 
 def _wide(g: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from raco_fast.distributed.dtensor import placed_like
+from raco_fast.distributed.dtensor import is_dtensor, local, placed_like
 from raco_fast.gradients.objective_grad import ObjectiveGrad, stand_in_of
 
 Lent: TypeAlias = list[tuple[Tensor, ObjectiveGrad | None, Tensor | None]]
@@ -30,6 +30,26 @@ def lend(params: Sequence[Tensor], names: tuple[str, ...], name: str) -> Lent:
     for p, _, buffer in lent:
         p.grad = buffer
     return lent
+
+
+def versions(lent: Lent) -> list[int | None]:
+    """Of every DTensor's lent buffer, what changes when it is written; None where there is none."""
+    return [
+        None if buffer is None else local(buffer)._version for p, _, buffer in lent if is_dtensor(p)
+    ]
+
+
+def check_reduced(lent: Lent, before: Sequence[int | None]) -> None:
+    """Raise RuntimeError if backward passes have left nothing in any DTensor's p.grad."""
+    params = [p for p, _, _ in lent if is_dtensor(p)]
+    after = (None if p.grad is None else local(p.grad)._version for p in params)
+    if params and all(now == then for now, then in zip(after, before, strict=True)):
+        raise RuntimeError(
+            "a backward pass of one objective has left no gradient in any DTensor: with "
+            "set_requires_gradient_sync(False), FSDP2 keeps a sum of its own over all objectives; "
+            "leave it True (each backward pass is then reduced), or use "
+            "backward(losses, scores=scores)"
+        )
 
 
 def take_back(lent: Lent, names: tuple[str, ...], name: str) -> Tensor | None:

@@ -26,7 +26,7 @@ from raco_fast.engine.graph import ScoreGraph, other_leaves
 from raco_fast.gradients.accumulation import Accumulation
 from raco_fast.gradients.buffer_pool import HostMemory
 from raco_fast.gradients.check_losses import given_names, ordered_losses, refuse_constants
-from raco_fast.gradients.lending import Lent, lend, take_back
+from raco_fast.gradients.lending import Lent, check_reduced, lend, take_back, versions
 from raco_fast.gradients.objective_grad import (
     Touched,
     along_p_grad,
@@ -312,9 +312,10 @@ class ObjectiveGradients:
         if len(self.names) > 1:
             self._notice_cleared(params)
             lent = lend(params, self.names, name)
-        self._open = name
+        self._open, before = name, versions(lent)
         try:
             yield
+            check_reduced(lent, before)
         finally:
             self._open = None
             sparse = take_back(lent, self.names, name)
@@ -468,7 +469,9 @@ class ObjectiveGradients:
         """The parameters that require grad."""
         return [p for p in self.parameters() if p.requires_grad]
 
-    def look(self, losses: Sequence[Tensor], scores: Tensor, scattered: bool) -> Pass | None:
+    def look(
+        self, losses: Sequence[Tensor], scores: Tensor, scattered: bool, hooks_run: bool = False
+    ) -> Pass | None:
         """What one backward pass needs of losses for which it is exact, None where it is not."""
         named = dict(zip(self.names, losses, strict=True))
-        return self.exactness.look(named, scores, self.trained(), scattered)
+        return self.exactness.look(named, scores, self.trained(), scattered, hooks_run)

@@ -96,7 +96,7 @@ def gram_first(
             check_settings(settings, processes)
             gradients.check_replicas()
             with gradients.alone():
-                collected = _collected(gradients, ordered, scores, keep_dy)
+                collected = _collected(gradients, ordered, scores, keep_dy, backward is not None)
         if collected is not None:  # pass one is done: solve for α
             graph, A, M, collector = collected
             if not gradients.sharded:
@@ -175,11 +175,15 @@ def _check(
 
 
 def _collected(
-    gradients: ObjectiveGradients, losses: Sequence[Tensor], scores: Tensor, keep_dy: bool
+    gradients: ObjectiveGradients,
+    losses: Sequence[Tensor],
+    scores: Tensor,
+    keep_dy: bool,
+    elsewhere: bool,
 ) -> tuple[ScoreGraph, Tensor, Tensor, GramCollector | None] | None:
     """(graph, A, M, what else pass one has kept) by pass one; None where it would be wrong."""
     scattered = gradients.scattered
-    served = gradients.look(losses, scores, scattered)
+    served = gradients.look(losses, scores, scattered, hooks_run=elsewhere)
     if served is None:
         return None
     graph, check = served.graph, served.check
