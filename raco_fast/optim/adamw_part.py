@@ -49,6 +49,8 @@ def _update(
     for p, of_p in zip(touched.params, states, strict=True):
         if last_made not in of_p:
             _make_state(p, of_p, group, rounding)
+        if rounding != "split":
+            of_p.pop(RESIDUAL, None)  # of a weight that this step leaves: later ones differ
     params, grads = here(touched)
 
     def every(name: str) -> list[Tensor]:

@@ -190,12 +190,14 @@ class AdamWWithSettings(AdamW):
 
         As torch does for lr, the saved weights, c, rule, max_grad_norm, rounding and seed replace
         the constructor's; a checkpoint of AdamW has none, and the constructor's stay. To
-        torch.distributed.checkpoint one in files lacks a key, as it says: load it with
-        `DefaultLoadPlanner(allow_partial_load=True)`, not flattened.
+        torch.distributed.checkpoint one in files lacks keys, as it says: load it with
+        `DefaultLoadPlanner(allow_partial_load=True)`. docs/distributed.md has its other roads.
 
         Raises:
-            ValueError: the checkpoint is for other objectives or has a setting out of its range
-                (nothing has been loaded then), or its parameter groups do not fit.
+            ValueError: the checkpoint is for other objectives, has a setting out of its range, or
+                lacks a state, or a state has another shape than its parameter or lies otherwise
+                over the processes (nothing has been loaded then); or its parameter groups do not
+                fit.
         """
         saved = _own_part(state_dict)
         own = {**self._settings(), **({"rule_state": {}} if "rule" in saved else {}), **saved}

@@ -421,6 +421,40 @@ def test_a_broken_setting_in_a_checkpoint_loads_nothing():
         opt.load_state_dict(saved)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")
+def test_a_state_that_does_not_fit_is_not_loaded(tmp_path):
+    model, fresh = network(), network(seed=1)
+    opt = optimizer_of(model, amsgrad=True, rounding="split")
+    train(model, opt, range(2))
+    for options, missing in [
+        ({"rounding": "split"}, r"\['max_exp_avg_sq'\]"),
+        ({"amsgrad": True}, r"\['split_residual'\]"),
+    ]:
+        other = optimizer_of(fresh, **options)
+        for road in ("dcp files", "dcp files, flat"):
+            message = rf"of shape \[6, 4\] must have {missing}, got only .*`amsgrad` and `rounding`"
+            with pytest.raises(ValueError, match=message):
+                ROADS[road](model, opt, fresh, other, tmp_path)
+            assert other.rounding == options.get("rounding", "nearest")
+    turned = ClippedCAGradAdamW([model[0].bias, model[0].weight], weights=WEIGHTS)
+    saved = optimizer_of(model).state_dict()
+    saved["state"] = opt.state_dict()["state"]
+    del saved["param_groups"][1]
+    with pytest.raises(ValueError, match=r"parameter 0 .*'exp_avg' of that shape, got \[6, 4\]"):
+        turned.load_state_dict(saved)
+    assert not turned.state
+
+
+def test_residuals_that_a_flat_state_dict_lacks_are_zero():
+    model, fresh = network(), network()
+    opt = optimizer_of(model)
+    train(model, opt, range(2))
+    fresh_opt = optimizer_of(fresh, rounding="split")
+    ROADS["dcp, flat"](model, opt, fresh, fresh_opt)
+    assert fresh_opt.rounding == "nearest"
+    assert set(fresh_opt.state[fresh[0].weight]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_copies_carry_them_and_own_their_parameters(copied):
     model = network()
