@@ -99,10 +99,11 @@ def asks_for_states(
 
     It fills p.grad with zeros by hand and steps with lr = 0.
     """
+    if state:
+        return False
     grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
     return (
         bool(grads)
-        and not state
         and not any(isinstance(grad, ObjectiveGrad) for grad in grads)
         and all(float(group["lr"]) == 0.0 for group in groups)
         and all(map(is_zero, grads))

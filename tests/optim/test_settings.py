@@ -421,6 +421,29 @@ def test_a_broken_setting_in_a_checkpoint_loads_nothing():
         opt.load_state_dict(saved)
 
 
+def test_the_states_of_a_fresh_optimizer_are_no_step():
+    rule = {"name": "gradvac", "beta": 0.3}
+    asked, whole = network(dtype=torch.float64), network(dtype=torch.float64)
+    first, second = (optimizer_of(m, rule=rule) for m in (asked, whole))
+    state = get_optimizer_state_dict(asked, first)
+    assert {float(of_p["step"]) for of_p in state["state"].values()} == {0.0}
+    assert first.rule_state == {}
+    train(asked, first, range(2))
+    train(whole, second, range(2))
+    assert equal(asked, whole)
+    assert first.rule_state == second.rule_state
+
+
+def test_zeros_by_hand_are_no_step_of_several_objectives():
+    model = network()
+    opt = optimizer_of(model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    with pytest.raises(RuntimeError, match=r"step without backward: the objectives .* no gradients"):
+        opt.step()
+    assert not opt.state
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")
 def test_a_state_that_does_not_fit_is_not_loaded(tmp_path):
     model, fresh = network(), network(seed=1)
