@@ -55,6 +55,14 @@ def share(p: Tensor, size: int) -> float:
     return shards / size
 
 
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether the same elements of two tensors of one shape lie on this process."""
+    if not is_dtensor(a) or not is_dtensor(b):
+        return is_dtensor(a) == is_dtensor(b)
+    # A mesh from a file may differ from this process's in more than its ranks.
+    return a.placements == b.placements and torch.equal(a.device_mesh.mesh, b.device_mesh.mesh)
+
+
 def placed_like(grad: Tensor, p: Tensor) -> Tensor:
     """A gradient with the placements of its parameter.
 

@@ -348,8 +348,7 @@ class ObjectiveGradients:
         if len(self.names) == 1:
             return [along_p_grad(params) for params in groups]
         found = [touched(params, self.names) for params in groups]
-        by_hand = None in found
-        if by_hand:
+        if None in found:
             for params in groups:
                 for p in params:
                     stand_in_of(p, self.names)
@@ -357,8 +356,6 @@ class ObjectiveGradients:
         collected = [one for one in found if one is not None]
         if self._held and not any(one.params for one in collected):
             self.forget()  # model.zero_grad() empties p.grad without telling us
-        if by_hand and not self._ran:
-            return collected  # torch.distributed.checkpoint steps along zeros to create the states
         if not self._ran:
             raise RuntimeError(
                 f"step without backward: the objectives {self.names} have no gradients; call "

@@ -12,7 +12,7 @@ from raco_fast.backends.rounding import Rounding
 from raco_fast.backends.types import AdamWOptions, Update
 from raco_fast.distributed.dtensor import local
 from raco_fast.distributed.shards import places_of
-from raco_fast.gradients.objective_grad import Touched, along_p_grad, here
+from raco_fast.gradients.objective_grad import ObjectiveGrad, Touched, along_p_grad, here, is_zero
 
 RESIDUAL = "split_residual"
 """The state key of what "split" keeps beside a weight."""
@@ -50,6 +50,8 @@ def _update(
     for p, of_p in zip(touched.params, states, strict=True):
         if last_made not in of_p:
             _make_state(p, of_p, group, rounding)
+        if rounding != "split":
+            of_p.pop(RESIDUAL, None)  # of a weight that this step leaves: later ones differ
     params, grads = here(touched)
 
     def every(name: str) -> list[Tensor]:
@@ -94,6 +96,47 @@ def stepping(
         ops.combine_adamw(update, torch.ones(1, dtype=torch.float64))
 
     return step
+
+
+def asks_for_states(
+    groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Tensor]]
+) -> bool:
+    """Whether a step is torch.distributed.checkpoint's, which wants states to read or write.
+
+    It fills p.grad with zeros by hand and steps with lr = 0.
+    """
+    if state:
+        return False
+    grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    return (
+        bool(grads)
+        and not any(isinstance(grad, ObjectiveGrad) for grad in grads)
+        and all(float(group["lr"]) == 0.0 for group in groups)
+        and all(map(is_zero, grads))
+    )
+
+
+def make_states(
+    groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Tensor]], rounding: str
+) -> None:
+    """Make the states of all parameters that have a gradient, as before their first step."""
+    for group in groups:
+        touched = along_p_grad(group["params"])
+        for name, part in by_rounding(touched, group.get("rounding", rounding)):
+            for p in part.params:
+                _make_state(p, state[p], group, name)
+
+
+def make_residuals(
+    groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Tensor]], rounding: str
+) -> None:
+    """Make what "split" keeps, where it was chosen after the last step: the weights are exact."""
+    for group in groups:
+        stepped = Touched([p for p in group["params"] if p in state], [])
+        for name, part in by_rounding(stepped, group.get("rounding", rounding)):
+            for p in part.params if name == "split" else ():
+                if RESIDUAL not in state[p]:
+                    _make_state(p, state[p], group, name)
 
 
 def by_rounding(touched: Touched, rounding: str) -> list[tuple[str, Touched]]:

@@ -21,7 +21,7 @@ from raco_fast.distributed.processes import GroupLike
 from raco_fast.gradients.norm_clip import clip_factor
 from raco_fast.gradients.objective_grad import Touched, along_p_grad, here, joined
 from raco_fast.gradients.reduced import Reduced
-from raco_fast.optim.adamw_part import stepping, updates
+from raco_fast.optim.adamw_part import asks_for_states, make_states, stepping, updates
 from raco_fast.optim.direction import Direction, refuse_scaled
 from raco_fast.optim.gram_first import gram_first
 from raco_fast.optim.settings import AdamWWithSettings, check_group
@@ -243,6 +243,9 @@ class ClippedCAGradAdamW(AdamWWithSettings):
             self._step_along(self._direction)
             return
         self._direction = None
+        if len(self.objective_names) > 1 and asks_for_states(self.param_groups, self.state):
+            make_states(self.param_groups, self.state, self.rounding)
+            return
         reduced = self.gradients.reduced(group["params"] for group in self.param_groups)
         params, _ = joined(reduced.groups)
         obstacle = self._waits(reduced)

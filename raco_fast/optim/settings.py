@@ -2,8 +2,10 @@
 
 Each setting is checked whenever it is set, so schedules may change it between steps, and travels in
 copies, pickles and checkpoints. A checkpoint has it twice: under "raco", and as JSON in every
-parameter group, because torch.distributed.checkpoint and FSDP keep nothing of a state_dict but the
-state and the groups (with all their keys; a dict among them would be taken to pieces).
+parameter group, because torch.distributed.checkpoint keeps nothing of a state_dict but the state
+and the groups (with all their keys; a dict among them would be taken to pieces). A second key of
+every group names the objectives: `dcp.load` writes into an optimizer's states before the optimizer
+hears of it, but looks first whether the files have all its keys.
 """
 
 import json
@@ -18,12 +20,17 @@ from raco_fast.backends.rounding import check_rounding, check_seed
 from raco_fast.distributed.processes import GroupLike, Processes
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
 from raco_fast.gradients.rule_memory import RuleMemory
+from raco_fast.optim.adamw_part import make_residuals
+from raco_fast.optim.saved_state import fitting
 from raco_fast.solver.registry import RuleLike, check_rule, spec_of
 from raco_fast.solver.weights import ReadOnlyWeights, check_c, check_max_grad_norm, weights_of
 
 _KEY = "raco"
 """Of our part of a state_dict and of its groups. In groups of an optimizer it is None: a flattened
 state_dict is read by the keys that the optimizer's own groups have."""
+
+_OBJECTIVES = f"{_KEY}, objectives: "
+"""Begins the key of state_dict's groups that checkpoints of other objectives do not have."""
 
 _OF_ALL_GROUPS = ("weights", "c", "rule", "max_grad_norm", "seed")
 
@@ -160,19 +167,22 @@ class AdamWWithSettings(AdamW):
             check_group(param_group)
             group = {**self.defaults, "rounding": self.rounding, **param_group}
             check_rounding(group["rounding"], group["differentiable"])
-            param_group[_KEY] = None  # in the caller's dict, which torch fills and keeps
+            _clear(param_group)  # the caller's dict, which torch fills and keeps
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """AdamW's state_dict plus the key "raco" (weights, c, rule and its state, ...).
 
-        The groups have it as well, for what keeps nothing but state and groups.
+        The groups have it as well, for what keeps nothing but state and groups. With "split"
+        every bfloat16 parameter that has a state has its residual in it.
         """
+        make_residuals(self.param_groups, self.state, self.rounding)
         state_dict: dict[str, Any] = super().state_dict()
         own = self._settings()
         state_dict[_KEY] = own
+        objectives = _OBJECTIVES + ", ".join(sorted(self.gradients.names))
         for group in state_dict["param_groups"]:
-            group[_KEY] = json.dumps(own)
+            group |= {_KEY: json.dumps(own), objectives: True}
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -180,12 +190,14 @@ class AdamWWithSettings(AdamW):
 
         As torch does for lr, the saved weights, c, rule, max_grad_norm, rounding and seed replace
         the constructor's; a checkpoint of AdamW has none, and the constructor's stay. To
-        torch.distributed.checkpoint one in files lacks a key, as it says: load it with
-        `DefaultLoadPlanner(allow_partial_load=True)`, not flattened.
+        torch.distributed.checkpoint one in files lacks keys, as it says: load it with
+        `DefaultLoadPlanner(allow_partial_load=True)`. docs/distributed.md has its other roads.
 
         Raises:
-            ValueError: the checkpoint is for other objectives or has a setting out of its range
-                (nothing has been loaded then), or its parameter groups do not fit.
+            ValueError: the checkpoint is for other objectives, has a setting out of its range, or
+                lacks a state, or a state has another shape than its parameter or lies otherwise
+                over the processes (nothing has been loaded then); or its parameter groups do not
+                fit.
         """
         saved = _own_part(state_dict)
         own = {**self._settings(), **({"rule_state": {}} if "rule" in saved else {}), **saved}
@@ -204,11 +216,12 @@ class AdamWWithSettings(AdamW):
         check_c(own["c"])
         # A checkpoint has no class for a rule that is not registered: it must be set already.
         rule = own["rule"] = self._rule if own["rule"] == self.rule else check_rule(own["rule"])
+        fitted = fitting(state_dict, self.param_groups, saved.get("rounding"))
         RuleMemory(False, Processes(None)).restore(rule, self.gradients.names, own["rule_state"])
         check_max_grad_norm(own["max_grad_norm"])
         check_rounding(own["rounding"], any(group.get("differentiable") for group in plain))
         check_seed(own["seed"])
-        super().load_state_dict(state_dict)
+        super().load_state_dict(fitted)
         for name, value in own.items():
             setattr(self, name, value)
 
@@ -231,7 +244,14 @@ class AdamWWithSettings(AdamW):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for group in self.param_groups:
-            group[_KEY] = None
+            _clear(group)
+
+
+def _clear(group: dict[str, Any]) -> None:
+    """Leave nothing of a checkpoint in a group that is in use but the key by which it is read."""
+    for key in [key for key in group if key.startswith(_OBJECTIVES)]:
+        del group[key]
+    group[_KEY] = None
 
 
 def check_group(group: Mapping[str, Any]) -> None:

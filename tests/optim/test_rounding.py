@@ -231,6 +231,21 @@ def test_torch_distributed_checkpoint_keeps_the_residuals():
     assert same(everything(fresh, fresh_opt), everything(model, opt))
 
 
+def test_a_residual_is_only_of_the_weight_beside_it():
+    """Split rounding that is left and taken up again begins with the weights as they are then."""
+    model = network()
+    opt = optimizer_of(model, rounding="split")
+    train(model, opt, range(3))
+    assert opt.state[model[0].weight]["split_residual"].view(torch.int16).any()
+    opt.rounding = "nearest"
+    train(model, opt, range(3, 4))
+    assert "split_residual" not in opt.state[model[0].weight]
+    opt.rounding = "split"
+    saved = opt.state_dict()  # has them before the next step: a reader need not guess
+    assert not saved["state"][0]["split_residual"].view(torch.int16).any()
+    assert "split_residual" not in saved["state"][2]  # float32
+
+
 @pytest.mark.parametrize("rounding", ROUNDINGS[1:])
 def test_checkpoints_pass_to_adamw_and_back(rounding):
     model = network()
