@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor
 
-from raco_fast.distributed.processes import Processes
-
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 
@@ -83,19 +82,23 @@ def from_local(part: Tensor, p: DTensor) -> DTensor:
     )
 
 
-def check_meshes(params: Iterable[Tensor], processes: Processes) -> None:
-    """Raise unless every DTensor lies on all of the processes.
+def smaller_mesh(p: DTensor, size: int) -> DeviceMesh | None:
+    """p's mesh where it is not all of the `size` processes: others hold copies of the shards."""
+    return None if p.device_mesh.size() == size else p.device_mesh
 
-    Raises:
-        ValueError: one has another mesh; the products of its gradients would be counted wrongly.
+
+def check_meshes(params: Iterable[Tensor], size: int) -> None:
+    """Raise ValueError unless shards lie equally often on the `size` processes, and here as well.
+
+    Otherwise products of gradients would be counted wrongly.
     """
     for p in params:
-        if is_dtensor(p) and p.device_mesh.size() != processes.size:
-            raise ValueError(
-                f"`process_group` must be the processes that hold a part of every parameter, got "
-                f"{processes.size} processes for a DTensor of shape {list(p.shape)} on a mesh of "
-                f"{p.device_mesh.size()}. Where the others train on other data, let "
-                f"fully_shard(mesh=...) span all of them; independent meshes are groups of their "
-                f"own: process_group=mesh.get_group(). Pipeline parallelism is not supported: the "
-                f"Gram matrix needs every parameter's gradients"
-            )
+        mesh = p.device_mesh if is_dtensor(p) else None
+        if mesh is None or (mesh.get_coordinate() is not None and size % mesh.size() == 0):
+            continue
+        raise ValueError(
+            f"`process_group` must be the processes that hold a part of every parameter, got "
+            f"{size} processes for a DTensor of shape {list(p.shape)} on a mesh of {mesh.size()}; "
+            f"give the group of that mesh, mesh.get_group(). Pipeline parallelism is not "
+            f"supported: the Gram matrix needs every parameter's gradients"
+        )

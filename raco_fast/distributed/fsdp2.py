@@ -7,31 +7,40 @@ objects. The DTensor is noted while the model is sharded (when it is prepared, a
 is made), and looked up when a layer is called with the gathered one.
 """
 
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from raco_fast.distributed.dtensor import is_dtensor
 
-_watched: WeakSet[nn.Module] = WeakSet()
+_watched: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+"""Module of a prepared model -> its name there."""
 _sharded: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 _owners = WeakIdKeyDictionary()
 """Gathered tensor -> DTensor."""
+_names = WeakIdKeyDictionary()
 
 
 def watch(model: nn.Module) -> None:
     """Note the parameters of a model that is being prepared, also those it will be sharded to."""
-    _watched.update(module for module in model.modules() if module._parameters)
+    _watched.update((module, name) for name, module in model.named_modules() if module._parameters)
     note_sharded()
 
 
 def note_sharded() -> None:
     """Note the DTensors of watched models that are sharded now."""
-    for module in _watched:
+    for module, prefix in _watched.items():
         found = {name: p for name, p in module._parameters.items() if is_dtensor(p)}
         if found:
             _sharded.setdefault(module, {}).update(found)
+            _names.update((p, f"{prefix}.{name}".lstrip(".")) for name, p in found.items())
+
+
+def noted_name(p: Tensor) -> str | None:
+    """What the prepared model calls a DTensor; None if it has none such."""
+    name: str | None = _names.get(p)  # type: ignore[no-untyped-call]
+    return name
 
 
 def owner_of(p: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ class Processes:
         failure, answers = None, [False] * questions
         try:
             answers = list(decide() or [])
-        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        except (LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
             failure = error
         bits = torch.tensor([failure is not None, *answers], dtype=torch.int64)
         failed, *heard = self.largest(bits).bool().tolist()

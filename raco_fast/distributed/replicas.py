@@ -112,17 +112,23 @@ class ReplicaSums:
         for work, _ in under_way:
             work.wait()
 
-    def combined(self, coefficients: Tensor) -> list[Tensor]:
+    def combined(self, coefficients: Tensor, *, wide: bool) -> list[Tensor]:
         """Σ α_i g_i of every parameter, of the sums over processes, the same bits on all.
 
         Args:
             coefficients: float64 [m] on the CPU.
+            wide: 16-bit gradients have a float32 combination, as a step on one process forms it;
+                it is sent as such.
         """
-        out = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in self._params]
+        dtypes = [_widened(p.dtype) if wide else p.dtype for p in self._params]
+        out = [
+            torch.empty(p.shape, dtype=dtype, device=p.device)
+            for p, dtype in zip(self._params, dtypes, strict=True)
+        ]
         for number, bucket in enumerate(self._buckets):
             column = [slices[number] for slices in self.slices]
             like = next(s for s in column if s is not None)
-            mine = torch.empty_like(like)
+            mine = torch.empty_like(like, dtype=_widened(like.dtype) if wide else like.dtype)
             ops.combine([[s] for s in column], coefficients, [mine])
             whole = mine.new_empty(bucket.length * self._processes.size)
             self._processes.gather(whole, mine)
@@ -169,10 +175,30 @@ def _buckets(params: Sequence[Tensor], size: int) -> Iterator[_Bucket]:
             yield _Bucket(pieces, -((room - capacity) // size))
 
 
+def averages(
+    params: Sequence[Tensor], own: Sequence[Tensor | None], processes: Processes
+) -> list[Tensor | None]:
+    """The averages of one gradient of each replica; None where no process has one."""
+    here = torch.tensor([g is not None for g in own], dtype=torch.int32)
+    there = processes.largest(here).bool().tolist()
+    kept = [k for k, found in enumerate(there) if found]
+    out: list[Tensor | None] = [None] * len(params)
+    if kept:
+        sums = ReplicaSums([params[k] for k in kept], [[own[k] for k in kept]], processes)
+        mean = torch.full((1,), 1.0 / processes.size, dtype=torch.float64)
+        for k, g in zip(kept, sums.combined(mean, wide=False), strict=True):
+            out[k] = g
+    return out
+
+
+def _widened(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
 def _laid_out_like(p: Tensor, g: Tensor) -> Tensor:
     if p.is_contiguous():
         return g
-    return torch.empty_like(p, requires_grad=False).copy_(g)
+    return torch.empty_like(p, dtype=g.dtype, requires_grad=False).copy_(g)
 
 
 def _flat(t: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from raco_fast.distributed.fsdp2 import noted_name
 from raco_fast.engine.contributions import Rows, Use
 from raco_fast.engine.layer_rules import LayerRule
 from raco_fast.engine.sequences import Entries, Segments
@@ -65,12 +66,13 @@ def remember_names(model: nn.Module) -> None:
 
 def is_prepared(p: Tensor) -> bool:
     """Whether p belongs to a model that was prepared."""
-    return p in _names
+    return p in _names or noted_name(p) is not None
 
 
 def name_of(p: Tensor) -> str:
     """What a message calls a parameter."""
-    return f"parameter {_names[p]!r}" if p in _names else f"a parameter of shape {list(p.shape)}"
+    name = _names.get(p) or noted_name(p)  # type: ignore[no-untyped-call]
+    return f"a parameter of shape {list(p.shape)}" if name is None else f"parameter {name!r}"
 
 
 def remember_reason(parameters: Iterable[Tensor], reason: str) -> None:

@@ -39,17 +39,12 @@ def versions(lent: Lent) -> list[int | None]:
     ]
 
 
-def check_reduced(lent: Lent, before: Sequence[int | None]) -> None:
-    """Raise RuntimeError if backward passes have left nothing in any DTensor's p.grad."""
+def left_in_private(lent: Lent, before: Sequence[int | None]) -> bool:
+    """Whether backward passes have left nothing in any DTensor's p.grad: FSDP2 keeps it yet."""
     params = [p for p, _, _ in lent if is_dtensor(p)]
     after = (None if p.grad is None else local(p.grad)._version for p in params)
-    if params and all(now == then for now, then in zip(after, before, strict=True)):
-        raise RuntimeError(
-            "a backward pass of one objective has left no gradient in any DTensor: with "
-            "set_requires_gradient_sync(False), FSDP2 keeps a sum of its own over all objectives; "
-            "leave it True (each backward pass is then reduced), or use "
-            "backward(losses, scores=scores)"
-        )
+    same = all(now == then for now, then in zip(after, before, strict=True))
+    return bool(params) and same
 
 
 def take_back(lent: Lent, names: tuple[str, ...], name: str) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from raco_fast.backends.arguments import check_dense
 from raco_fast.backends.plan import Plan
-from raco_fast.distributed.dtensor import is_dtensor
+from raco_fast.distributed.dtensor import check_meshes, is_dtensor
 from raco_fast.distributed.foreign import refuse_foreign
 from raco_fast.distributed.fsdp2 import note_sharded
 from raco_fast.distributed.processes import GroupLike, Processes
@@ -26,7 +26,7 @@ from raco_fast.engine.graph import ScoreGraph, other_leaves
 from raco_fast.gradients.accumulation import Accumulation
 from raco_fast.gradients.buffer_pool import HostMemory
 from raco_fast.gradients.check_losses import given_names, ordered_losses, refuse_constants
-from raco_fast.gradients.lending import Lent, check_reduced, lend, take_back, versions
+from raco_fast.gradients.lending import Lent, left_in_private, lend, take_back, versions
 from raco_fast.gradients.objective_grad import (
     Touched,
     along_p_grad,
@@ -36,6 +36,7 @@ from raco_fast.gradients.objective_grad import (
 )
 from raco_fast.gradients.overflow import clear_overflow
 from raco_fast.gradients.own_gradients import (
+    averaged_backward,
     backward_of_each,
     mark_own,
     refuse_averaged,
@@ -85,6 +86,7 @@ class ObjectiveGradients:
         self._ran: set[str] = set()
         self._held = self._busy = False
         self._open: str | None = None
+        self._in_private: str | None = None  # the objective whose gradients FSDP2 keeps yet
         self._replicas_checked = False
         self.exactness = Exactness(self.processes)
         self.plan = Plan()  # of the operations on these gradients
@@ -178,11 +180,11 @@ class ObjectiveGradients:
         def decide() -> list[bool]:
             given = given_names(losses, self._weights)
             ordered[:] = ordered_losses(losses, scores, self.names, given)
-            if self._several:
+            if self.processes.size > 1:
                 self._check_ready(ordered)
             return [any(x.requires_grad for x in ordered), *(name in given for name in self.names)]
 
-        learns, *flags = self.together.agree(decide, 1 + len(self.names))
+        learns, *flags = self.processes.agree(decide, 1 + len(self.names))
         given = tuple(compress(self.names, flags))
         if not learns:
             refuse_constants(given or self.names)
@@ -198,6 +200,7 @@ class ObjectiveGradients:
             # Under FSDP2 leaves are gathered parameters, which belong to DTensors.
             for leaf in other_leaves(losses, params):
                 if isinstance(leaf, torch.nn.Parameter):
+                    refuse_foreign([leaf])
                     raise RuntimeError(
                         f"the losses train a parameter of shape {list(leaf.shape)} that is not one "
                         f"of these gradients', and whose gradient nobody would average over the "
@@ -260,6 +263,9 @@ class ObjectiveGradients:
             backward_of_each(losses, self.trained(), self.names)
             self._note_all_ran()
             return
+        if self.processes.size > 1 and not self.sharded:
+            averaged_backward(losses[0], self.trained(), self.processes)
+            return
         others = []
         if len(losses) > 1 and not self.sharded:
             others = other_leaves(losses, params)
@@ -312,10 +318,11 @@ class ObjectiveGradients:
         if len(self.names) > 1:
             self._notice_cleared(params)
             lent = lend(params, self.names, name)
+        self._refuse_private(name)
         self._open, before = name, versions(lent)
         try:
             yield
-            check_reduced(lent, before)
+            self._in_private = name if left_in_private(lent, before) else None
         finally:
             self._open = None
             sparse = take_back(lent, self.names, name)
@@ -323,6 +330,17 @@ class ObjectiveGradients:
             if sparse is not None:
                 check_dense(sparse, f"the gradient of objective {name!r}")
         self._ran.add(name)
+
+    def _refuse_private(self, name: str | None) -> None:
+        """Raise RuntimeError if FSDP2 would add to what it keeps of another objective."""
+        if self._in_private not in (None, name):
+            raise RuntimeError(
+                f"FSDP2 has not reduced the gradients of objective {self._in_private!r} yet: with "
+                f"set_requires_gradient_sync(False) it keeps one sum, of whatever objective. Leave "
+                f"it True, so that each backward pass is reduced; or keep it False only until the "
+                f"last `with objective({self._in_private!r}):`, before another objective's; or use "
+                f"backward(losses, scores=scores)"
+            )
 
     def of(self, p: Tensor) -> dict[str, Tensor | None]:
         """The accumulated gradient of each objective at `p`; None where it did not touch p."""
@@ -345,6 +363,7 @@ class ObjectiveGradients:
                 never, p.grad is its gradient.
         """
         groups = [self.parameters()] if groups is None else list(groups)
+        self._refuse_private(None)
         if len(self.names) == 1:
             return [along_p_grad(params) for params in groups]
         found = [touched(params, self.names) for params in groups]
@@ -384,6 +403,7 @@ class ObjectiveGradients:
 
         def collect() -> None:
             found.extend(self.collect(groups))
+            check_meshes(self.parameters(), self.processes.size)
 
         self.together.agree(collect, 0)
         self.check_replicas()
@@ -415,7 +435,7 @@ class ObjectiveGradients:
     def forget(self) -> None:
         """Note that p.grad was cleared elsewhere: every objective needs a new backward pass."""
         self._ran.clear()
-        self._held = False
+        self._held, self._in_private = False, None
         self.for_rules.forget_losses()
 
     def _one_backward(self, losses: list[Tensor], scores: Tensor) -> bool:

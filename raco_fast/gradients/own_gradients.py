@@ -13,6 +13,7 @@ from torch import Tensor
 from raco_fast.backends.arguments import check_dense
 from raco_fast.distributed.dtensor import is_dtensor
 from raco_fast.distributed.processes import Processes
+from raco_fast.distributed.replicas import averages
 from raco_fast.gradients.objective_grad import ObjectiveGrad, stand_in_of
 
 
@@ -59,13 +60,7 @@ def backward_of_each(
         RuntimeError: a parameter has a hook that would not be run.
         TypeError: a sparse gradient.
     """
-    for p in params:
-        if getattr(p, "_post_accumulate_grad_hooks", None):
-            raise RuntimeError(
-                f"a parameter of shape {list(p.shape)} has a hook for accumulated gradients, which "
-                f"the backward passes of several objectives do not run on several processes: their "
-                f"gradients are averaged by step(); remove the hook"
-            )
+    refuse_hooks(params)
     learned = [(k, loss) for k, loss in enumerate(losses) if loss.requires_grad]
     for number, (index, loss) in enumerate(learned, start=1):
         retained = number < len(learned)
@@ -77,6 +72,31 @@ def backward_of_each(
             if g is not None:
                 check_dense(g, f"the gradient of objective {names[index]!r}")
                 _add(p, index, names, g)
+
+
+def averaged_backward(loss: Tensor, params: Sequence[Tensor], processes: Processes) -> None:
+    """p.grad += the average over processes of the gradient of one objective's loss.
+
+    As `loss.backward()` of a model in DistributedDataParallel, with or without one.
+    """
+    refuse_hooks(params)
+    own: Sequence[Tensor | None] = [None] * len(params)
+    if loss.requires_grad:
+        own = torch.autograd.grad(loss, params, allow_unused=True)
+    for p, g in zip(params, averages(params, own, processes), strict=True):
+        if g is not None:
+            p.grad = g if p.grad is None else p.grad.add_(g)
+
+
+def refuse_hooks(params: Sequence[Tensor]) -> None:
+    """Raise RuntimeError if a parameter has a hook that would miss the gradients."""
+    for p in params:
+        if getattr(p, "_post_accumulate_grad_hooks", None):
+            raise RuntimeError(
+                f"a parameter of shape {list(p.shape)} has a hook for accumulated gradients, which "
+                f"backward(losses) does not run on several processes: gradients are averaged after "
+                f"it; remove the hook, or call loss.backward() inside `with objective(name):`"
+            )
 
 
 @torch.no_grad()

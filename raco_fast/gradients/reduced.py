@@ -10,7 +10,7 @@ On one process nothing is sent, and the gradients are what they are.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import compress
 from typing import TYPE_CHECKING, NoReturn
 
@@ -20,18 +20,19 @@ from torch import Tensor
 from raco_fast.backends import ops
 from raco_fast.backends.plan import Plan
 from raco_fast.distributed.dtensor import (
-    check_meshes,
     from_local,
     is_dtensor,
     local,
     placed_like,
     share,
+    smaller_mesh,
 )
 from raco_fast.distributed.processes import Processes
 from raco_fast.distributed.replicas import ReplicaSums
 from raco_fast.gradients.objective_grad import ObjectiveGrad, Touched, joined
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 # Replicas on unlike processors may differ by the rounding of their own Gram matrices.
@@ -66,7 +67,8 @@ class Reduced:
         sharded = any(is_dtensor(p) for group in groups for p in group.params)
         self._several = processes.size > 1 and (sharded or objectives > 1)
         self._guarded = objectives > 1
-        self._shards: dict[float, Lists] = {}  # by how much their products count
+        # By how much their products count, and by their mesh where others hold copies of it.
+        self._shards: dict[tuple[float, DeviceMesh | None], Lists] = {}
         self._said_to_agree: Lists = []
         self._sums: ReplicaSums | None = None
         self.groups = [_placed(group) for group in groups] if sharded else list(groups)
@@ -75,36 +77,39 @@ class Reduced:
             return
         params, grads = joined(self.groups)
         self._objectives = len(grads)
-        check_meshes(params, processes)
-        own = self._several and self._are_own(params)
+        own, self._compares = self._are_own(params) if self._several else (False, False)
         if own:
             self.groups = _touched_anywhere(self.groups, processes)
             params, grads = joined(self.groups)
         for k, p in enumerate(params):
             if is_dtensor(p):
-                lists = self._shards.setdefault(share(p, processes.size), [[] for _ in grads])
+                kind = share(p, processes.size), smaller_mesh(p, processes.size)
+                lists = self._shards.setdefault(kind, [[] for _ in grads])
                 for of_objective, one in zip(lists, grads, strict=True):
                     of_objective.append(None if (g := one[k]) is None else local(g))
         replicas = [not is_dtensor(p) for p in params]
         of_replicas = [list(compress(one, replicas)) for one in grads]
         if own:
             self._sums = ReplicaSums(list(compress(params, replicas)), of_replicas, processes)
-        elif any(replicas):
+        elif any(replicas) or self._compares:
             self._said_to_agree = of_replicas
 
     @property
     def waits(self) -> str | None:
         """Why a step along these gradients has to wait for the device; None if it need not."""
-        if self._several and (self._sums is not None or self._said_to_agree):
+        copies = any(mesh is not None for _, mesh in self._shards)
+        if self._several and (copies or self._sums is not None or self._said_to_agree):
             return "gradients of replicas are averaged or compared over processes"
         return None
 
-    def gram(self, numbers: Sequence[Tensor], settings: object) -> tuple[Tensor, list[float]]:
+    def gram(
+        self, numbers: Sequence[Tensor], settings: Callable[[], object]
+    ) -> tuple[Tensor, list[float]]:
         """The Gram matrix of the averages over processes, and the values of some numbers.
 
         Args:
             numbers: one element each, a GradScaler's.
-            settings: what coefficients depend on besides M; has to be the same everywhere.
+            settings: what a step depends on besides gradients; the same on all processes.
         Returns:
             ([m, m] float64 on the CPU, means of the numbers over the processes): the same bits on
             all of them.
@@ -115,14 +120,14 @@ class Reduced:
             return ops.gram_beside(joined(self.groups).grads, numbers, self._plan)
         M = self._local_gram()
         upper = torch.triu_indices(*M.shape, device=M.device)
-        code = _code(settings)
+        code = _code(settings())
         parts = [M[upper[0], upper[1]], M.new_tensor([code, code**2])]
         sums = self._processes.sum(torch.cat([*parts, *(x.reshape(1).to(M) for x in numbers)]))
         sizes = [upper.shape[1], 2, len(numbers)]
         triangle, codes, values = torch.split(sums.cpu(), sizes)
         # W Σ code² = (Σ code)² only if all are equal; every process has the same sums.
         if self._processes.size * codes[1] != codes[0] ** 2:
-            _refuse(settings)
+            _refuse(settings())
         M, upper = torch.zeros(M.shape, dtype=torch.float64), upper.cpu()
         M[upper[0], upper[1]] = triangle
         M[upper[1], upper[0]] = triangle
@@ -141,7 +146,7 @@ class Reduced:
         """
         if self._sums is None:
             return self.groups, coefficients
-        of_replicas = iter(self._sums.combined(coefficients / self._processes.size))
+        of_replicas = iter(self._sums.combined(coefficients / self._processes.size, wide=True))
         groups = []
         for params, grads in self.groups:
             out: list[Tensor | None] = []
@@ -161,7 +166,9 @@ class Reduced:
         """
         if self._sums is not None:
             params, (along,) = joined(self.along(coefficients)[0])
-            return params, [g for g in along if g is not None]
+            return params, [
+                g.to(p.dtype) for p, g in zip(params, along, strict=True) if g is not None
+            ]
         params, grads = joined(self.groups)
         out = [next(g for g in column if g is not None) for column in zip(*grads, strict=True)]
         lists = [[None if g is None else local(g) for g in one] for one in grads]
@@ -171,10 +178,14 @@ class Reduced:
 
     def _local_gram(self) -> Tensor:
         """What this process adds to M, on the device of its gradients."""
-        parts = list(self._shards.items())
+        found = []
+        for (counted, mesh), lists in self._shards.items():
+            found.append(counted * ops.gram_where_it_is(lists, self._plan))
+            if mesh is not None:
+                self._check_copies(found[-1].cpu(), mesh)
         if self._sums is not None:
-            parts.append((self._processes.size**-2.0, self._sums.slices))
-        found = [s * ops.gram_where_it_is(lists, self._plan) for s, lists in parts]
+            of_slices = ops.gram_where_it_is(self._sums.slices, self._plan)
+            found.append(self._processes.size**-2.0 * of_slices)
         if self._said_to_agree:
             found.append(self._agreed() / self._processes.size)
         M = torch.zeros(self._objectives, self._objectives, dtype=torch.float64)
@@ -189,25 +200,29 @@ class Reduced:
             return M
         known = M.nan_to_num(torch.inf)
         largest, smallest = self._processes.largest(torch.stack([known, -known]))
-        norms = largest.diagonal().sqrt()
-        apart: Tensor = (largest + smallest) / torch.outer(norms, norms)
-        if bool((apart > _ALIKE).any()):
-            raise RuntimeError(
-                f"the gradients of replicas must be the same on all processes, and their inner "
-                f"products differ by {float(apart.nan_to_num(0.0).max()):.1e} of their size: "
-                f"nobody has averaged them. DistributedDataParallel averages one backward pass for "
-                f"each forward pass, so of objectives that share one only the first. Use "
-                f"backward(losses), which averages all objectives, with or without such a wrapper; "
-                f"or run the wrapped model once for each `with objective(name):`. Independent "
-                f"runs: process_group=None"
-            )
+        _refuse_unlike(largest, -smallest)
         mean: Tensor = (largest - smallest) / 2
         return mean
 
-    def _are_own(self, params: Sequence[Tensor]) -> bool:
-        """Whether replicas' gradients are still to be averaged, asked of all processes."""
-        stand_ins = [p.grad for p in params if isinstance(p.grad, ObjectiveGrad)]
-        kinds = {grad.unreduced is not None for grad in stand_ins if not is_dtensor(grad)}
+    def _check_copies(self, own: Tensor, mesh: DeviceMesh) -> None:
+        """Raise unless those who hold the same shards, in meshes of their own, have one Gram."""
+        place = 0
+        for at, size in zip(mesh.get_coordinate() or (), mesh.shape, strict=True):
+            place = place * size + at
+        table = own.new_zeros(self._processes.size, 1 + own.numel())
+        table[self._processes.rank] = torch.cat([own.new_tensor([place]), own.reshape(-1)])
+        table = self._processes.sum(table)
+        for place in range(mesh.size()):
+            rows = table[table[:, 0] == place][:, 1:]
+            _refuse_unlike(rows.amax(0).view_as(own), rows.amin(0).view_as(own))
+
+    def _are_own(self, params: Sequence[Tensor]) -> tuple[bool, bool]:
+        """Whether replicas' gradients are still to be averaged, or said to be averages.
+
+        Asked of all processes.
+        """
+        stand_ins = [p.grad for p in params if not is_dtensor(p)]
+        kinds = {isinstance(g, ObjectiveGrad) and g.unreduced is not None for g in stand_ins}
         own, said = self._processes.agree(lambda: [True in kinds, False in kinds], 2)
         if own and said:
             raise RuntimeError(
@@ -215,7 +230,24 @@ class Reduced:
                 "averaged over processes by step(), and others from `with objective(name):`, where "
                 "whoever wraps the model averages them; use one of both between two zero_grad()"
             )
-        return own
+        return own, said
+
+
+def _refuse_unlike(largest: Tensor, smallest: Tensor) -> None:
+    """Raise RuntimeError where Gram matrices of what should be the same gradients differ."""
+    norms = largest.diagonal().sqrt()
+    apart = (largest - smallest) / torch.outer(norms, norms)
+    if bool((apart > _ALIKE).any()):
+        raise RuntimeError(
+            f"the gradients of replicas must be the same on all processes, and their inner "
+            f"products differ by {float(apart.nan_to_num(0.0).max()):.1e} of their size: nobody "
+            f"has averaged them. DistributedDataParallel averages one backward pass for each "
+            f"forward pass, so of objectives that share one only the first. Use backward(losses), "
+            f"which averages all objectives, with or without such a wrapper; or run the wrapped "
+            f"model once for each `with objective(name):`. Shards of tensor parallelism are "
+            f"averaged over the data by fully_shard on the other dimension of their mesh. "
+            f"Independent runs: process_group=None, or the group of each"
+        )
 
 
 def check_settings(settings: object, processes: Processes) -> None:

@@ -308,8 +308,8 @@ class ClippedCAGradAdamW(AdamWWithSettings):
     def _gram(self, reduced: Reduced) -> tuple[Tensor, float]:
         """(Gram of the unscaled gradients, GradScaler's factor that is still in them)."""
         asked = [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
-        settings = dict(self.weights), self.c, self.rule, self.max_grad_norm
-        M, values = reduced.gram([x for x in asked if isinstance(x, Tensor)], settings)
+        numbers = [x for x in asked if isinstance(x, Tensor)]
+        M, values = reduced.gram(numbers, self._settings_of_step)
         read = iter(values)
         scale, found_inf = (next(read) if isinstance(x, Tensor) else x for x in asked)
         scale = 1.0 if scale is None else float(scale)
@@ -317,6 +317,14 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         if found_inf:
             M.fill_(torch.nan)
         return M, scale
+
+    def _settings_of_step(self) -> dict[str, Any]:
+        """What a step depends on besides gradients; numbers on a device are not waited for."""
+        names = ("lr", "betas", "eps", "weight_decay")
+        own = self._settings()
+        del own["rule_state"], own["skipped_steps"]  # results, not settings
+        groups = [[group[name] for name in names] for group in self.param_groups]
+        return {**own, "groups": [[x for x in g if not isinstance(x, Tensor)] for g in groups]}
 
     def _update(self, reduced: Reduced, solution: DualSolution, scale: float) -> None:
         """AdamW along the solution's combination of each group's gradients."""

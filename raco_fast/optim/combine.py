@@ -46,8 +46,7 @@ def combine(
     """
     max_grad_norm, rule = check_max_grad_norm(max_grad_norm), check_rule(rule)
     reduced = gradients.reduced()
-    settings = dict(gradients.weights), c, spec_of(rule), max_grad_norm
-    M, _ = reduced.gram([], settings)
+    M, _ = reduced.gram([], lambda: (dict(gradients.weights), c, spec_of(rule), max_grad_norm))
     solution = gradients.for_rules.solve(M, gradients.weights, gradients.present, c, rule)
     if not solution.finite:
         gradients.zero()

@@ -5,14 +5,12 @@ pass two   p.grad = G0: FSDP2 reduces its shards as in any backward pass; of rep
            process has its own part of G0, which is averaged
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from raco_fast.distributed.dtensor import is_dtensor
 from raco_fast.distributed.processes import Processes
-from raco_fast.distributed.replicas import ReplicaSums
+from raco_fast.distributed.replicas import averages
 from raco_fast.engine.backward import collect, gradient_collector, propagate
 from raco_fast.engine.exactness import Exactness, Pass
 from raco_fast.engine.graph import ScoreGraph
@@ -59,21 +57,5 @@ def average_in_p_grad(graph: ScoreGraph, seeds: Tensor, processes: Processes) ->
         )
         of_used = dict(zip(used, found, strict=True))
         own = [of_used.get(p) for p in replicas]
-    for p, g in zip(replicas, _averages(replicas, own, processes), strict=True):
+    for p, g in zip(replicas, averages(replicas, own, processes), strict=True):
         p.grad = g
-
-
-def _averages(
-    params: Sequence[Tensor], own: Sequence[Tensor | None], processes: Processes
-) -> list[Tensor | None]:
-    """The averages of gradients of replicas; None where no process has one."""
-    here = torch.tensor([g is not None for g in own], dtype=torch.int32)
-    there = processes.largest(here).bool().tolist()
-    kept = [k for k, found in enumerate(there) if found]
-    out: list[Tensor | None] = [None] * len(params)
-    if kept:
-        sums = ReplicaSums([params[k] for k in kept], [[own[k] for k in kept]], processes)
-        mean = torch.full((1,), 1.0 / processes.size, dtype=torch.float64)
-        for k, g in zip(kept, sums.combined(mean), strict=True):
-            out[k] = g
-    return out

@@ -9,7 +9,7 @@ from processes import assert_all_failed
 from quick_cases import matrix
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import raco_fast
@@ -105,17 +105,37 @@ def test_fsdp1(outcomes) -> None:
 
 
 def sharded_over_half_of_the_group() -> None:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("apart", "shard"))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "shard"))
     net = build()
     fully_shard(net, mesh=mesh["shard"])
     opt = raco_fast.ClippedCAGradAdamW(net.parameters(), weights=WEIGHTS, c=C)
-    backward(net, opt, batch(Problem(), 0), Course("fsdp2", "autograd"))
+    step = mesh.get_local_rank("data")  # each half has a batch of its own
+    backward(net, opt, batch(Problem(), step), Course("fsdp2", "autograd"))
     opt.step()
 
 
-def test_a_mesh_that_does_not_span_the_group(outcomes) -> None:
+def test_halves_that_nobody_averages(outcomes) -> None:
     found = outcomes(4, sharded_over_half_of_the_group)
-    assert_all_failed(found, "ValueError", "process_group")
+    assert_all_failed(found, "RuntimeError", "other dimension of their mesh")
+
+
+def sharded_over_two() -> None:
+    mesh = DeviceMesh("cpu", [0, 1])
+    net = build()
+    if dist.get_rank() < 2:
+        fully_shard(net, mesh=mesh)
+    opt = raco_fast.ClippedCAGradAdamW(net.parameters(), weights=WEIGHTS, c=C)
+    for name in WEIGHTS:
+        with opt.objective(name):
+            for p in net.parameters():
+                p.grad = torch.ones_like(p)
+    opt.step()
+
+
+def test_a_mesh_that_does_not_fit_into_the_group(outcomes) -> None:
+    *inside, outside = outcomes(3, sharded_over_two)
+    assert_all_failed(inside, "ValueError", "3 processes for a DTensor .* mesh of 2")
+    assert_all_failed([outside], "RuntimeError", "process 0 of 3 failed.* mesh of 2")
 
 
 def gram_first_with(how: str, **options) -> None:
