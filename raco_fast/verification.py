@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raco_fast.engine.exactness import Exactness
 from raco_fast.engine.prepare import prepare
 from raco_fast.engine.spot_check import ANOTHER_SCALE, rounding_bound
 from raco_fast.engine.tap import Checks
@@ -136,7 +135,7 @@ def _gradients_of(
     params: Sequence[Tensor], losses: Mapping[str, Tensor], check_every: int | None = None
 ) -> ObjectiveGradients:
     gradients = ObjectiveGradients(params, dict.fromkeys(losses, 1 / len(losses)))
-    gradients.exactness = Exactness(Checks(strict=True, every=check_every))
+    gradients.exactness.checks = Checks(strict=True, every=check_every)
     return gradients
 
 

@@ -22,6 +22,7 @@ ROOMS = [
     "report",
     "solver",
     "backends",
+    "distributed",
     "engine",
     "gradients",
     "optim",

@@ -7,7 +7,6 @@ import torch
 import raco_fast
 from bench.harness.dpo_problem import Problem
 from bench.harness.timing import Call
-from raco_fast.engine.exactness import Exactness
 from raco_fast.engine.tap import Checks
 
 ADAMW = {"lr": 1e-5, "weight_decay": 0.0}
@@ -77,7 +76,7 @@ def ours(mode: str, rule: str = "cagrad-clip", checked: bool = False, **options:
             problem.params, **ADAMW, weights=[1 / m] * m, rule=rule
         )
         if checked:
-            optimizer.gradients.exactness = Exactness(Checks(strict=True, every=1))
+            optimizer.gradients.exactness.checks = Checks(strict=True, every=1)
 
         def step() -> None:
             scores = problem.scores()

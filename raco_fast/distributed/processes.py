@@ -90,30 +90,27 @@ class Processes:
         first, last = self.largest(torch.stack([numbers, -numbers]))
         return bool((first == -last).all())
 
-    def agree(self, decide: Callable[[], Sequence[bool]]) -> list[bool]:
+    def agree(self, decide: Callable[[], Sequence[bool] | None], questions: int) -> list[bool]:
         """What any process decides; an error on one is raised on all.
 
         Args:
-            decide: answers any number of questions, the same on all processes.
+            decide: answers so many questions.
         Raises:
             RuntimeError: `decide` has failed on another process (says which, and its error). Where
                 it fails on this one, its own error is raised.
         """
         if self.size == 1:
-            return list(decide())
-        failure, answers = None, []
+            return list(decide() or [])
+        failure, answers = None, [False] * questions
         try:
-            answers = list(decide())
+            answers = list(decide() or [])
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             failure = error
-        # The number of questions is not known to a process that failed, so bits are sent.
-        bits = torch.tensor([failure is not None, *answers], dtype=torch.bool)
-        asked = torch.zeros(_QUESTIONS, dtype=torch.int64)
-        asked[: len(bits)] = bits
-        heard = self.largest(asked)
-        if heard[0]:
+        bits = torch.tensor([failure is not None, *answers], dtype=torch.int64)
+        failed, *heard = self.largest(bits).bool().tolist()
+        if failed:
             self._raise(failure)
-        return heard[1 : 1 + len(answers)].bool().tolist()
+        return heard
 
     def say(self, words: str | None) -> str | None:
         """The first words of any process, in the order of their numbers; None if none has any."""
@@ -157,9 +154,6 @@ class Processes:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Processes:
         return Processes(self._given)
-
-
-_QUESTIONS = 8
 
 
 def _is_group(value: object) -> bool:

@@ -10,65 +10,93 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
-from raco_fast.engine.backward import PastRulesError
+from raco_fast.distributed.processes import Processes
+from raco_fast.engine.backward import PastRulesError, sensitivities
 from raco_fast.engine.graph import ScoreGraph
 from raco_fast.engine.sequences import Factored
 from raco_fast.engine.spot_check import SpotCheck
 from raco_fast.engine.tap import Checks, NotExactError, name_of
 
 
+@dataclass(frozen=True)
+class Pass:
+    """A call that one backward pass serves.
+
+    `A`: ∂L/∂scores, float64 [m, B]; `factored`: A = U · seeds; `check`: the spot check that is due.
+    """
+
+    graph: ScoreGraph
+    A: Tensor
+    factored: Factored
+    check: SpotCheck | None
+
+
 class Exactness:
     """What is known of the passes of one training run. A copy begins anew.
 
-    Args:
+    Attributes:
         checks: to be made whatever the model was prepared for.
     """
 
-    def __init__(self, checks: Checks | None = None) -> None:
-        self._checks = checks
+    def __init__(self, processes: Processes, checks: Checks | None = None) -> None:
+        self.checks = checks
+        self._processes = processes
         self._known: set[Hashable] = set()
         self._misfits: set[str] = set()
         self._calls = 0
         self._said: set[str] = set()
         self._mismatch: str | None = None
 
-    def graph(
+    def look(
         self, losses: dict[str, Tensor], scores: Tensor, wanted: Sequence[Tensor]
-    ) -> ScoreGraph | None:
-        """The graph of a call for which one backward pass will do; None where it will not.
+    ) -> Pass | None:
+        """A call for which one backward pass will do; None where it will not, on any process.
 
         Raises:
             RuntimeError: the model was not prepared.
             NotExactError: it will not do, and the model was prepared with strict=True.
             ValueError: a loss that does not depend on `scores`.
         """
-        graph = ScoreGraph(losses, scores, wanted, self._known, self._misfits)
-        graph.checks = self._checks or graph.checks
-        obstacle = self._mismatch or _conditions(wanted) or graph.obstacle
-        if obstacle is None:
-            return graph
-        self._say(graph, obstacle)
-        return None
+        found: Any = None
 
-    def check(self, graph: ScoreGraph, A: Tensor, factored: Factored) -> SpotCheck | None:
-        """The spot check that is due at this call, if one is."""
+        def decide() -> tuple[bool, bool]:
+            nonlocal found
+            graph = ScoreGraph(losses, scores, wanted, self._known, self._misfits)
+            graph.checks = self.checks or graph.checks
+            obstacle = self._mismatch or _conditions(wanted) or graph.obstacle
+            A = factored = None
+            if obstacle is None:
+                A = sensitivities(list(losses.values()), scores)
+                factored = Factored.of(A)
+            found = graph, obstacle, A, factored
+            return obstacle is not None, factored is not None and self._due(graph, factored)
+
+        wrong, due = self._processes.agree(decide, 2)
+        graph, obstacle, A, factored = found
+        if wrong:
+            self._say(graph, str(self._processes.say(obstacle)))
+            return None
+        quietly = self._processes.size > 1
+        check = SpotCheck(graph, A, seed=self._calls, quietly=quietly) if due else None
+        return Pass(graph, A, factored, check)
+
+    def _due(self, graph: ScoreGraph, factored: Factored) -> bool:
+        """Whether a spot check is due at this call."""
         every, groups = graph.checks.every, factored.coefficients.shape[1]
         if every is None:
             self._known |= graph.facts
-        if every is None or groups == 0:
-            return None
-        self._calls += 1
+        if every is None or (groups == 0 and self._processes.size == 1):
+            return False
+        self._calls += 1  # with others, also where there is nothing here: they count alike
         n = self._calls
         graph.facts.add(("groups", groups > 1))  # with one, nothing shows that sequences meet
         scheduled = n % every == 0 if n > every else n & (n - 1) == 0
-        if scheduled or not graph.facts <= self._known:
-            return SpotCheck(graph, A, seed=n)
-        return None
+        return scheduled or not graph.facts <= self._known
 
     def checked(self, graph: ScoreGraph, check: SpotCheck, run: Callable[[], str | None]) -> bool:
         """Run a pass and its spot check, which says what is wrong; whether the pass may be used.
@@ -80,6 +108,7 @@ class Exactness:
             mismatch = run()
         except PastRulesError as error:
             mismatch = str(error).partition("; ")[0]
+        mismatch = self._processes.say(mismatch)
         if mismatch is None:
             if check.conclusive:
                 self._known |= graph.facts
@@ -100,13 +129,11 @@ class Exactness:
             )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Exactness, (self._checks,)
+        return Exactness, (self._processes, self.checks)
 
 
 def _conditions(wanted: Sequence[Tensor]) -> str | None:
     """What stands in the way whatever the model is."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return "it does not reduce gradients over several processes yet"
     for p in wanted:
         if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
             return f"{name_of(p)} has a hook, which only autograd's gradients reach"

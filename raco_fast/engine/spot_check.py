@@ -37,12 +37,14 @@ class SpotCheck:
         graph: of the batch; it has to be retained.
         A: ∂L/∂scores, float64 [m, B].
         seed: of the random numbers.
+        quietly: run no hook of a parameter, such as DistributedDataParallel's, at the price of
+            memory for all gradients of one pass.
 
     `r`: float64 [m], in units in which every objective counts alike.
     """
 
-    def __init__(self, graph: ScoreGraph, A: Tensor, seed: int) -> None:
-        self._graph = graph
+    def __init__(self, graph: ScoreGraph, A: Tensor, seed: int, quietly: bool = False) -> None:
+        self._graph, self._quietly = graph, quietly
         generator = torch.Generator().manual_seed(seed)
         largest = A.abs().amax(1)
         signs = torch.randint(0, 2, largest.shape, generator=generator) * 2.0 - 1.0
@@ -110,6 +112,14 @@ class SpotCheck:
         if not parameters:
             return
         scores, left = self._graph.scores, set(parameters)
+        seeds = self._seeds * scale
+        if self._quietly:
+            grads = torch.autograd.grad(
+                [scores], parameters, [seeds.to(scores)], retain_graph=True, allow_unused=True
+            )
+            for p, g in zip(parameters, grads, strict=True):
+                take(p, _wide(torch.zeros_like(p) if g is None else g) / scale)
+            return
 
         @torch.no_grad()
         def hand_over(p: Tensor) -> None:
@@ -123,7 +133,7 @@ class SpotCheck:
             for p in parameters:
                 hook = p.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
                 stack.callback(hook.remove)
-            propagate(scores, self._seeds * scale, inputs=parameters, retain_graph=True)
+            propagate(scores, seeds, inputs=parameters, retain_graph=True)
         for p in left:  # no score depends on it
             take(p, _wide(torch.zeros_like(p)))
 

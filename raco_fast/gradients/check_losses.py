@@ -1,6 +1,7 @@
 """One loss per objective, in the order of the weights, after the checks that name what is wrong."""
 
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ def ordered_losses(
 
     Args:
         losses: name -> scalar, or one scalar for each name.
-        scores: [B] with a graph, or None; with scores a loss may be a constant, but not every one.
+        scores: [B] with a graph, or None; with scores a loss may be a constant.
         names: of the objectives.
         given: see `given_names`; the loss of another one is a constant. None: all.
     Raises:
@@ -50,13 +51,16 @@ def ordered_losses(
     for name, loss in zip(names, ordered, strict=True):
         if given is None or name in given:
             _check_loss(name, loss, constants=scores is not None)
-    if not any(loss.requires_grad for loss in ordered):
-        raise ValueError(
-            f"`losses` must have at least one that requires grad, got constants for all of "
-            f"{given or names}, so there is nothing to learn from; compute them from `scores`, "
-            f"outside of torch.no_grad() and without detaching, or leave this batch out"
-        )
     return ordered
+
+
+def refuse_constants(names: tuple[str, ...]) -> NoReturn:
+    """Raise ValueError where no loss of any process has a graph."""
+    raise ValueError(
+        f"`losses` must have at least one that requires grad, got constants for all of {names}, so "
+        f"there is nothing to learn from; compute them from `scores`, outside of torch.no_grad() "
+        f"and without detaching, or leave this batch out"
+    )
 
 
 def given_names(

@@ -10,6 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from raco_fast.distributed.dtensor import placed_like
 from raco_fast.gradients.objective_grad import ObjectiveGrad, stand_in_of
 
 Lent: TypeAlias = list[tuple[Tensor, ObjectiveGrad | None, Tensor | None]]
@@ -43,7 +44,7 @@ def take_back(lent: Lent, names: tuple[str, ...], name: str) -> Tensor | None:
         if grad is not None and grad.layout != torch.strided:
             sparse, grad = grad, buffer
         if grad is not None and grad is not buffer:
-            grad = _with_own_storage(grad)
+            grad = _with_own_storage(placed_like(grad, p))
         if held is None and grad is not None:
             held = ObjectiveGrad(p, names)
         if held is not None:

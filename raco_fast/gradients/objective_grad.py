@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from raco_fast.distributed.dtensor import is_dtensor, local
+from raco_fast.distributed.processes import Processes
 from raco_fast.gradients.buffer_pool import HostMemory
 from raco_fast.gradients.norm_clip import plain
 
 _aten = torch.ops.aten
-_IN_PLACE_ON_LISTS = (
-    _aten._amp_foreach_non_finite_check_and_unscale_.default,
-    _aten._foreach_zero_.default,
-)
+_UNSCALE = _aten._amp_foreach_non_finite_check_and_unscale_.default
+_IN_PLACE_ON_LISTS = (_UNSCALE, _aten._foreach_zero_.default)
 # What `model.to`, `half`, `cuda`, `to_empty` ... make of a gradient.
 _CONVERSIONS = (
     _aten._to_copy.default,
@@ -34,12 +34,15 @@ class ObjectiveGrad(torch.Tensor):
     """The gradients of several objectives at one parameter.
 
     A tensor of p's shape, dtype and device without storage; `buffers` are the m real gradients
-    (None: that objective did not touch p). Zeroing, GradScaler's unscaling and the conversions of
-    a module (`model.to`, ...) reach every buffer; any other operation raises RuntimeError.
+    (None: that objective did not touch p). Where `unreduced` is not None they are this process's
+    own, and are to be averaged over those processes when a step is taken. Zeroing, GradScaler's
+    unscaling and the conversions of a module (`model.to`, ...) reach every buffer; any other
+    operation raises RuntimeError.
     """
 
     objectives: tuple[str, ...]  # not `names`: torch 2.11's named tensors own that attribute
     buffers: list[Tensor | None]
+    unreduced: Processes | None
 
     # Attribute reads (shape, device, is_sparse) need no override and stay fast.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -52,6 +55,7 @@ class ObjectiveGrad(torch.Tensor):
         )
         grad.objectives = objectives
         grad.buffers = [None] * len(objectives)
+        grad.unreduced = None
         return grad
 
     @property
@@ -119,7 +123,14 @@ class ObjectiveGrad(torch.Tensor):
         if func in _IN_PLACE_ON_LISTS:
             nested = [g.present if isinstance(g, ObjectiveGrad) else [g] for g in args[0]]
             flat = [buffer for buffers in nested for buffer in buffers]
-            return func(flat, *args[1:], **(kwargs or {})) if flat else None
+            if flat:
+                func(flat, *args[1:], **(kwargs or {}))
+            unreduced = [g.unreduced for g in args[0] if isinstance(g, ObjectiveGrad)]
+            processes = next((found for found in unreduced if found is not None), None)
+            if func is _UNSCALE and processes is not None:
+                # One process's overflow is everybody's: scales that differ would never meet again.
+                args[1].copy_(processes.largest(args[1]))
+            return None
         if func in _CONVERSIONS:
             return args[0]._converted(lambda g: func(g, *args[1:], **(kwargs or {})))
         names = next((a.objectives for a in args if isinstance(a, ObjectiveGrad)), ())
@@ -136,7 +147,7 @@ class ObjectiveGrad(torch.Tensor):
         if like is None:
             like = convert(torch.empty(self.shape, dtype=self.dtype, device=self.device))
         converted = ObjectiveGrad(like, self.objectives)
-        converted.buffers = buffers
+        converted.buffers, converted.unreduced = buffers, self.unreduced
         return converted
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
@@ -185,10 +196,13 @@ def stand_in_of(p: Tensor, names: tuple[str, ...]) -> ObjectiveGrad | None:
 
 
 def is_zero(grad: Tensor) -> bool:
-    """Whether a gradient, or each of a stand-in's, is dense and zero; waits for the device."""
+    """Whether a gradient, or each of a stand-in's, is dense and zero; waits for the device.
+
+    Of a DTensor, the shard that lies here.
+    """
     if isinstance(grad, ObjectiveGrad):
         return all(map(is_zero, grad.present))
-    grad = plain(grad)
+    grad = plain(local(grad))
     return type(grad) is Tensor and grad.layout == torch.strided and not grad.any()
 
 
@@ -221,6 +235,14 @@ def of_objectives(touched: Touched, chosen: Sequence[bool]) -> Touched:
         for one, kept in zip(touched.grads, chosen, strict=True)
     ]
     return Touched(list(compress(touched.params, held)), grads)
+
+
+def here(touched: Touched) -> Touched:
+    """The parts that lie on this process: shards of DTensors, all of other tensors."""
+    if not any(map(is_dtensor, touched.params)):
+        return touched
+    grads = [[None if g is None else local(g) for g in one] for one in touched.grads]
+    return Touched([local(p) for p in touched.params], grads)
 
 
 def joined(groups: Sequence[Touched]) -> Touched:

@@ -8,19 +8,22 @@ hooks, DDP and micro-batches work as they do for a single loss; afterwards the s
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import compress
 
 import torch
 from torch import Tensor
 
 from raco_fast.backends.arguments import check_dense
 from raco_fast.backends.plan import Plan
-from raco_fast.engine.backward import backward_of_others, one_backward, sensitivities, use_up
-from raco_fast.engine.exactness import Exactness
-from raco_fast.engine.graph import ScoreGraph, other_leaves
-from raco_fast.engine.sequences import Factored
+from raco_fast.distributed.dtensor import is_dtensor
+from raco_fast.distributed.processes import GroupLike, Processes
+from raco_fast.distributed.replicas import check_replicas
+from raco_fast.engine.backward import backward_of_others, one_backward, use_up
+from raco_fast.engine.exactness import Exactness, Pass
+from raco_fast.engine.graph import other_leaves
 from raco_fast.gradients.accumulation import Accumulation
 from raco_fast.gradients.buffer_pool import HostMemory
-from raco_fast.gradients.check_losses import given_names, ordered_losses
+from raco_fast.gradients.check_losses import given_names, ordered_losses, refuse_constants
 from raco_fast.gradients.lending import Lent, lend, take_back
 from raco_fast.gradients.objective_grad import (
     Touched,
@@ -30,6 +33,13 @@ from raco_fast.gradients.objective_grad import (
     touched,
 )
 from raco_fast.gradients.overflow import clear_overflow
+from raco_fast.gradients.own_gradients import (
+    backward_of_each,
+    mark_own,
+    refuse_averaged,
+    refuse_own,
+)
+from raco_fast.gradients.reduced import Reduced
 from raco_fast.gradients.rule_memory import RuleMemory
 from raco_fast.solver.weights import ReadOnlyWeights, check_weights, weights_of
 
@@ -43,8 +53,10 @@ class ObjectiveGradients:
         weights: objective name -> weight, or a sequence of weights (names "0", "1", ...).
         keep_losses: sum the losses of a step's backward passes, for `combine` with a rule that
             needs them; the optimizer and `gram_first` see to it themselves.
+        process_group: the processes that train these parameters together: "world", a
+            torch.distributed group, or None for this process alone. See docs/distributed.md.
     Raises:
-        ValueError: wrong weights, or no parameter.
+        ValueError: wrong weights, no parameter, or a group that this process is not in.
     """
 
     def __init__(
@@ -53,7 +65,9 @@ class ObjectiveGradients:
         weights: Mapping[str, float] | Sequence[float] | Tensor,
         *,
         keep_losses: bool = False,
+        process_group: GroupLike = "world",
     ) -> None:
+        self.processes = Processes(process_group)
         self.names, values = check_weights(weights)
         self._weights = dict(zip(self.names, values, strict=True))
         if isinstance(params, Tensor | torch.nn.Module):
@@ -67,10 +81,11 @@ class ObjectiveGradients:
         self._ran: set[str] = set()
         self._held = self._busy = False
         self._open: str | None = None
-        self.exactness = Exactness()
+        self._replicas_checked = False
+        self.exactness = Exactness(self.processes)
         self.plan = Plan()  # of the operations on these gradients
         self._memory = HostMemory()
-        self.for_rules = RuleMemory(keep_losses)
+        self.for_rules = RuleMemory(keep_losses, self.processes)
 
     @property
     def weights(self) -> ReadOnlyWeights:
@@ -131,28 +146,83 @@ class ObjectiveGradients:
         mode = mode or ("autograd" if scores is None else "one_backward")
         if mode not in ("autograd", "one_backward"):
             raise ValueError(f"`mode` must be 'autograd' or 'one_backward', got {mode!r}")
-        given = given_names(losses, self._weights)
-        ordered = ordered_losses(losses, scores, self.names, given)
         if scores is None and mode == "one_backward":
             raise ValueError(
                 "`scores` must be given in mode 'one_backward': the [B] sequence scores that the "
                 "losses are functions of, with their graph"
             )
+        given, ordered = self.checked_losses(losses, scores)
         absent = set(self.names) - set(given) - self._ran
         if self.for_rules.keep_losses and all(p.grad is None for p in self.parameters()):
             self.for_rules.forget_losses()  # model.zero_grad() does not say so
         try:
-            self._propagate(ordered, scores if mode == "one_backward" else None)
+            self._propagate(ordered, scores, in_one=mode == "one_backward")
         finally:
             self._ran -= absent
         self.for_rules.add((n, x) for n, x in zip(self.names, ordered, strict=True) if n in given)
 
-    def _propagate(self, ordered: list[Tensor], scores: Tensor | None) -> None:
-        if scores is not None and len(ordered) > 1:
+    def checked_losses(
+        self, losses: Mapping[str, Tensor] | Sequence[Tensor], scores: Tensor | None
+    ) -> tuple[tuple[str, ...], list[Tensor]]:
+        """(the objectives that have a loss on any process, the losses in weight order).
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as `backward`, on all processes if on one.
+        """
+        ordered: list[Tensor] = []
+
+        def decide() -> list[bool]:
+            given = given_names(losses, self._weights)
+            ordered[:] = ordered_losses(losses, scores, self.names, given)
+            if self._several:
+                self._check_ready(ordered)
+            return [any(x.requires_grad for x in ordered), *(name in given for name in self.names)]
+
+        learns, *flags = self.together.agree(decide, 1 + len(self.names))
+        given = tuple(compress(self.names, flags))
+        if not learns:
+            refuse_constants(given or self.names)
+        return given, ordered
+
+    def _check_ready(self, losses: Sequence[Tensor]) -> None:
+        """What has to hold on several processes before a backward pass."""
+        params = self.parameters()
+        refuse_averaged([p for p in params if not is_dtensor(p)])
+        if not self._sharded(params):
+            # Under FSDP2 leaves are gathered parameters, which belong to DTensors.
+            for leaf in other_leaves(losses, params):
+                if isinstance(leaf, torch.nn.Parameter):
+                    raise RuntimeError(
+                        f"the losses train a parameter of shape {list(leaf.shape)} that is not one "
+                        f"of these gradients', and whose gradient nobody would average over the "
+                        f"processes; freeze it, or give it to the optimizer as well"
+                    )
+
+    @property
+    def together(self) -> Processes:
+        """The processes to decide with; of one objective and plain tensors, none but this."""
+        return self.processes if self._several else Processes(None)
+
+    @property
+    def _several(self) -> bool:
+        if self.processes.size == 1:
+            return False
+        return len(self.names) > 1 or self._sharded(self.parameters())
+
+    @staticmethod
+    def _sharded(params: Sequence[Tensor]) -> bool:
+        return any(is_dtensor(p) for p in params)
+
+    def _propagate(self, ordered: list[Tensor], scores: Tensor | None, in_one: bool) -> None:
+        if in_one and len(ordered) > 1:
+            assert scores is not None, "checked: one backward pass starts from the scores"
             with self.alone():
                 served = self._one_backward(ordered, scores)
             if served:
                 return
+        if self._several and scores is not None and self._sharded(self.parameters()):
+            # Collectives wait in every backward pass, also where an objective has nothing here.
+            ordered = [x if x.requires_grad else x + 0.0 * scores.sum() for x in ordered]
         self._backward_of_each(ordered)
 
     @contextmanager
@@ -171,13 +241,31 @@ class ObjectiveGradients:
 
     def _backward_of_each(self, losses: Sequence[Tensor]) -> None:
         """m backward passes; the graph is kept for all but the last."""
-        others = other_leaves(losses, self.parameters()) if len(losses) > 1 else []
+        params = self.parameters()
+        if self._several and not self._sharded(params):
+            clear_overflow(params)
+            self._notice_cleared(params)
+            backward_of_each(losses, self.trained(), self.names)
+            self._note_all_ran()
+            return
+        others = []
+        if len(losses) > 1 and not self._sharded(params):
+            others = other_leaves(losses, params)
         backward_of_others(others, losses, self._weights.values())
         inputs = self.trained() if others else None
         for i, (name, loss) in enumerate(zip(self.names, losses, strict=True)):
             with self._objective(name):
                 if loss.requires_grad:
                     torch.autograd.backward([loss], retain_graph=i + 1 < len(losses), inputs=inputs)
+        if self._several:
+            mark_own(self.trained(), self.names, self.processes)
+
+    def _note_all_ran(self) -> None:
+        """Every objective has had its backward pass, the one of `backward`."""
+        if self._several:
+            mark_own(self.trained(), self.names, self.processes)
+        self._held = self._held or any(p.grad is not None for p in self.trained())
+        self._ran.update(self.names)
 
     @contextmanager
     def objective(self, name: str) -> Iterator[None]:
@@ -192,6 +280,8 @@ class ObjectiveGradients:
                 p.grad was filled outside of any.
             TypeError: the block left a sparse gradient.
         """
+        if self._several:
+            self.together.agree(lambda: refuse_own(self.parameters()), 0)
         with self._objective(name):
             yield
         self.for_rules.miss(name)
@@ -274,6 +364,27 @@ class ObjectiveGradients:
             collected = [of_objectives(one, chosen) for one in collected]
         return collected
 
+    def reduced(self, groups: Iterable[Sequence[Tensor]] | None = None) -> Reduced:
+        """What `collect` gives, summed over processes as far as a step needs it.
+
+        Raises:
+            RuntimeError: as `collect`, on all processes if on one; or as `Reduced`.
+        """
+        found: list[Touched] = []
+
+        def collect() -> None:
+            found.extend(self.collect(groups))
+
+        self.together.agree(collect, 0)
+        if self._several and not self._replicas_checked:
+            check_replicas(self.trained(), self.processes)
+            self._replicas_checked = True
+        return self.reduced_groups(found)
+
+    def reduced_groups(self, groups: Sequence[Touched]) -> Reduced:
+        """The same for gradients that are known."""
+        return Reduced(groups, len(self.names), self.processes, self.plan)
+
     def zero(self, set_to_none: bool = True) -> None:
         """Forget the gradients of all objectives.
 
@@ -295,16 +406,14 @@ class ObjectiveGradients:
 
     def _one_backward(self, losses: list[Tensor], scores: Tensor) -> bool:
         """Serve all losses with one pass; False, and nothing done, where it is not exact."""
-        graph = self.graph(losses, scores)
-        if graph is None:
+        served = self.look(losses, scores)
+        if served is None:
             return False
+        graph, check = served.graph, served.check
         params = self.parameters()
         clear_overflow(params)
         self._notice_cleared(params)
         into = Accumulation(graph.wanted, self.names, self._memory)
-        A = sensitivities(losses, scores)  # [m, B]
-        factored = Factored.of(A)
-        check = self.exactness.check(graph, A, factored)
         graph.retained = check is not None or bool(graph.others)
         if check is not None:
             # The gradients to be compared are formed apart, and then once more on top of what is
@@ -312,19 +421,18 @@ class ObjectiveGradients:
             apart = into if into.is_fresh else Accumulation([], self.names, self._memory)
 
             def run() -> str | None:
-                one_backward(graph, factored, apart.buffers, retain_graph=True)
+                one_backward(graph, served.factored, apart.buffers, retain_graph=True)
                 return check.gradients_of(apart.gradients())
 
             if not self.exactness.checked(graph, check, run):
                 return False
         if check is None or not into.is_fresh:
-            one_backward(graph, factored, into.buffers, retain_graph=graph.retained)
+            one_backward(graph, served.factored, into.buffers, retain_graph=graph.retained)
         backward_of_others(graph.others, losses, self._weights.values())
         if graph.retained:
             use_up(graph)
         into.store()
-        self._held = self._held or any(p.grad is not None for p in graph.wanted)
-        self._ran.update(self.names)
+        self._note_all_ran()
         return True
 
     def _notice_cleared(self, params: Sequence[Tensor]) -> None:
@@ -336,7 +444,7 @@ class ObjectiveGradients:
         """The parameters that require grad."""
         return [p for p in self.parameters() if p.requires_grad]
 
-    def graph(self, losses: Sequence[Tensor], scores: Tensor) -> ScoreGraph | None:
-        """The graph of losses for which one backward pass is exact, None where it is not."""
+    def look(self, losses: Sequence[Tensor], scores: Tensor) -> Pass | None:
+        """What one backward pass needs of losses for which it is exact, None where it is not."""
         named = dict(zip(self.names, losses, strict=True))
-        return self.exactness.graph(named, scores, self.trained())
+        return self.exactness.look(named, scores, self.trained())

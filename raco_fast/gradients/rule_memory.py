@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raco_fast.distributed.processes import Processes
 from raco_fast.solver.apply import checked_state
 from raco_fast.solver.dual import solve_present
 from raco_fast.solver.registry import RuleLike, check_rule, label_of
@@ -18,10 +19,12 @@ class RuleMemory:
 
     Attributes:
         keep_losses: whether the losses of backward passes are summed; no device is waited for.
+            A step has their means over the processes.
     """
 
-    def __init__(self, keep_losses: bool = False) -> None:
+    def __init__(self, keep_losses: bool, processes: Processes) -> None:
         self.keep_losses = keep_losses
+        self._processes = processes
         self._losses: dict[str, Tensor | None] = {}
         self._rule: Rule | None = None
         self._state: State = {}
@@ -70,7 +73,7 @@ class RuleMemory:
         """`solve_present` with the losses and the state of before; keeps the next state.
 
         Raises:
-            RuntimeError: the rule needs losses, and some were not seen or are of many processes.
+            RuntimeError: the rule needs losses, and some were not seen.
         """
         rule = check_rule(rule)
         if rule != self._rule:
@@ -88,10 +91,6 @@ class RuleMemory:
                 f"seen; pass them to backward(losses) instead of calling loss.backward(), and for "
                 f"`combine` build ObjectiveGradients with keep_losses=True"
             )
-        group = torch.distributed
-        if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
-            raise RuntimeError(
-                f"the rule {label_of(rule)} needs the losses, of which each process knows its own: "
-                f"the updates would differ; use another rule with torch.distributed"
-            )
-        return {name: float(loss) for name, loss in seen.items() if loss is not None}
+        own = torch.tensor([float(x) for x in seen.values() if x is not None], dtype=torch.float64)
+        means = self._processes.sum(own) / self._processes.size
+        return dict(zip(seen, means.tolist(), strict=True))

@@ -10,7 +10,8 @@ from torch import Tensor
 from raco_fast.backends import ops
 from raco_fast.backends.rounding import Rounding
 from raco_fast.backends.types import AdamWOptions, Update
-from raco_fast.gradients.objective_grad import Touched, along_p_grad
+from raco_fast.distributed.dtensor import local
+from raco_fast.gradients.objective_grad import Touched, along_p_grad, here
 
 RESIDUAL = "split_residual"
 """The state key of what "split" keeps beside a weight."""
@@ -39,16 +40,19 @@ def _update(
     rounding: str,
     seed: int,
 ) -> Update:
-    """The update of some parameters of a group; states that are missing are made, as AdamW does."""
-    params, grads = touched
-    states = [state[p] for p in params]
+    """The update of some parameters of a group; states that are missing are made, as AdamW does.
+
+    Of DTensors, whose states are DTensors, it is the update of the shards that lie here.
+    """
+    states = [state[p] for p in touched.params]
     last_made = RESIDUAL if rounding == "split" else "step"
-    for p, of_p in zip(params, states, strict=True):
+    for p, of_p in zip(touched.params, states, strict=True):
         if last_made not in of_p:
             _make_state(p, of_p, group, rounding)
+    params, grads = here(touched)
 
     def every(name: str) -> list[Tensor]:
-        return [of_p[name] for of_p in states]
+        return [local(of_p[name]) for of_p in states]
 
     return Update(
         params,

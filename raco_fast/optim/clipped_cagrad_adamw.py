@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from raco_fast.backends import choose, ops
-from raco_fast.backends.types import AdamWOptions, Call, Gradients
+from raco_fast.backends.types import AdamWOptions, Call
+from raco_fast.distributed.processes import GroupLike
 from raco_fast.gradients.norm_clip import clip_factor
-from raco_fast.gradients.objective_grad import Touched, along_p_grad, joined
+from raco_fast.gradients.objective_grad import Touched, along_p_grad, here, joined
+from raco_fast.gradients.reduced import Reduced
 from raco_fast.optim.adamw_part import stepping, updates
 from raco_fast.optim.direction import Direction, refuse_scaled
 from raco_fast.optim.gram_first import gram_first
@@ -67,6 +69,9 @@ class ClippedCAGradAdamW(AdamWWithSettings):
             "split" (an exact float32 weight, 2 bytes more); docs/backends.md compares them. A
             parameter group may have its own.
         seed: of stochastic rounding, together with the step count; any integer.
+        process_group: the processes that train together, each on its own part of a batch: "world"
+            (all, once torch.distributed is initialised), a process group, or None for this process
+            alone beside independent runs. docs/distributed.md says what they send.
         amsgrad, maximize, foreach, capturable, differentiable, fused: as in `torch.optim.AdamW`.
             With `capturable` in every group, parameters on one CUDA device and at most 2
             objectives, `step()` never waits for the device and can be captured in a CUDA graph,
@@ -94,6 +99,7 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         max_grad_norm: float | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        process_group: GroupLike = "world",
         amsgrad: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -101,7 +107,7 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        self.settle(weights, c, rule, max_grad_norm, rounding, seed)
+        self.settle(weights, c, rule, max_grad_norm, rounding, seed, process_group)
         self._solution: DualSolution | None = None
         self._skipped_on_host = 0
         self._on_device: DeviceStep | None = None
@@ -237,25 +243,29 @@ class ClippedCAGradAdamW(AdamWWithSettings):
             self._step_along(self._direction)
             return
         self._direction = None
-        groups = self.gradients.collect(group["params"] for group in self.param_groups)
-        params, grads = joined(groups)
-        obstacle = self._waits(groups, grads)
+        reduced = self.gradients.reduced(group["params"] for group in self.param_groups)
+        params, _ = joined(reduced.groups)
+        obstacle = self._waits(reduced)
         if obstacle is None:
-            self._step_on_device(groups, grads, params[0].device)
+            self._step_on_device(reduced, params[0].device)
         elif params and params[0].is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"this step cannot be captured in a CUDA graph: {obstacle}; take it outside of "
                 f"the graph"
             )
         else:
-            self._step_through_host(groups, grads)
+            self._step_through_host(reduced)
 
-    def _waits(self, groups: Sequence[Touched], grads: Gradients) -> str | None:
+    def _waits(self, reduced: Reduced) -> str | None:
         """Why a step has to wait for the device; None if it need not."""
         if not all(group["capturable"] for group in self.param_groups):
             return "a parameter group has capturable=False"
         if self.gradients.present != self.objective_names:
             return "an objective of weight 0 has no loss"
+        if reduced.waits is not None:
+            return reduced.waits
+        groups = [here(group) for group in reduced.groups]
+        grads = joined(groups).grads
         m = len(grads)
         calls = [Call("gram", m, (), grads)]
         for group, (params, of_group) in zip(self.param_groups, groups, strict=True):
@@ -264,14 +274,14 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         found = (choose.waits(call, self.gradients.plan) for call in calls)
         return on_device.obstacle(m, label_of(self._rule)) or next(filter(None, found), None)
 
-    def _step_through_host(self, groups: Sequence[Touched], grads: Gradients) -> None:
+    def _step_through_host(self, reduced: Reduced) -> None:
         """The general step: one wait for the device, for the Gram matrix."""
         self._leave_device()
-        M, scale = self._gram(grads)
+        M, scale = self._gram(reduced)
         present = self.gradients.present
         solver = self.gradients.for_rules
         self._solution = solution = solver.solve(M, self.weights, present, self.c, self._rule)
-        self._update(groups, solution, scale)
+        self._update(reduced, solution, scale)
 
     def _leave_direction(self) -> None:
         if self._direction is not None:
@@ -286,17 +296,17 @@ class ClippedCAGradAdamW(AdamWWithSettings):
             self._skipped_on_host += 1
         elif not direction.taken:
             groups = [along_p_grad(group["params"]) for group in self.param_groups]
-            M, scale = self._gram(joined(groups).grads)
-            self._update(groups, solve_dual(M, [1.0], c=0.0), scale)
+            reduced = self.gradients.reduced_groups(groups)
+            M, scale = self._gram(reduced)
+            self._update(reduced, solve_dual(M, [1.0], c=0.0), scale)
             return  # the same gradients may be stepped along again, as with AdamW
         self._direction = None
 
-    def _gram(self, grads: Gradients) -> tuple[Tensor, float]:
+    def _gram(self, reduced: Reduced) -> tuple[Tensor, float]:
         """(Gram of the unscaled gradients, GradScaler's factor that is still in them)."""
         asked = [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
-        M, values = ops.gram_beside(
-            grads, [x for x in asked if isinstance(x, Tensor)], self.gradients.plan
-        )
+        settings = dict(self.weights), self.c, self.rule, self.max_grad_norm
+        M, values = reduced.gram([x for x in asked if isinstance(x, Tensor)], settings)
         read = iter(values)
         scale, found_inf = (next(read) if isinstance(x, Tensor) else x for x in asked)
         scale = 1.0 if scale is None else float(scale)
@@ -305,24 +315,23 @@ class ClippedCAGradAdamW(AdamWWithSettings):
             M.fill_(torch.nan)
         return M, scale
 
-    def _update(self, groups: Sequence[Touched], solution: DualSolution, scale: float) -> None:
+    def _update(self, reduced: Reduced, solution: DualSolution, scale: float) -> None:
         """AdamW along the solution's combination of each group's gradients."""
         if not solution.finite:
             self._skipped_on_host += 1
             return
         factor = clip_factor(float(solution.update_norm), self.max_grad_norm)
         coefficients = torch.as_tensor(solution.coefficients) * (factor / scale)
-        self._take(groups, coefficients)
+        self._take(*reduced.along(coefficients))
 
-    def _step_on_device(
-        self, groups: Sequence[Touched], grads: Gradients, device: torch.device
-    ) -> None:
+    def _step_on_device(self, reduced: Reduced, device: torch.device) -> None:
         """The step of `capturable`: nothing waits, nothing is read back."""
+        m = len(self.objective_names)
         if self._on_device is None or self._on_device.device != device:
             self._leave_device()
-            self._on_device = DeviceStep(len(grads), device)
+            self._on_device = DeviceStep(m, device)
         coefficients = self._on_device.solve(
-            ops.gram_where_it_is(grads, self.gradients.plan),
+            reduced.gram_on_device(),
             self.weights,
             self.c,
             label_of(self._rule),
@@ -330,7 +339,7 @@ class ClippedCAGradAdamW(AdamWWithSettings):
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
         )
-        self._take(groups, coefficients)
+        self._take(reduced.groups, coefficients)
 
     def _leave_device(self) -> None:
         """Read the solution and the skipped steps from the device; later steps are on the host."""

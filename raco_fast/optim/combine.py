@@ -2,11 +2,11 @@
 
 import torch
 
-from raco_fast.backends import ops
 from raco_fast.gradients.norm_clip import along, clip_factor
+from raco_fast.gradients.objective_grad import joined
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
 from raco_fast.gradients.overflow import leave_overflow
-from raco_fast.solver.registry import RuleLike, check_rule
+from raco_fast.solver.registry import RuleLike, check_rule, spec_of
 from raco_fast.solver.solution import DualSolution
 from raco_fast.solver.weights import check_max_grad_norm
 
@@ -45,19 +45,18 @@ def combine(
     Source: arXiv 2602.02495, Algorithm 1.
     """
     max_grad_norm, rule = check_max_grad_norm(max_grad_norm), check_rule(rule)
-    ((params, grads),) = gradients.collect()
-    M = ops.gram(grads, gradients.plan)
+    reduced = gradients.reduced()
+    settings = dict(gradients.weights), c, spec_of(rule), max_grad_norm
+    M, _ = reduced.gram([], settings)
     solution = gradients.for_rules.solve(M, gradients.weights, gradients.present, c, rule)
     if not solution.finite:
         gradients.zero()
-        leave_overflow(params)
+        leave_overflow(joined(reduced.groups).params)
         return solution
-    out = [next(g for g in column if g is not None) for column in zip(*grads, strict=True)]
     norm = float(solution.update_norm)
     factor = clip_factor(norm, max_grad_norm)
-    with torch.no_grad():
-        ops.combine(grads, torch.as_tensor(solution.coefficients) * factor, out, gradients.plan)
+    params, directions = reduced.combined(torch.as_tensor(solution.coefficients) * factor)
     gradients.zero()
-    for p, g in zip(params, out, strict=True):
+    for p, g in zip(params, directions, strict=True):
         p.grad = along(g, norm, max_grad_norm, rule)
     return solution

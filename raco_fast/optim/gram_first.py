@@ -17,11 +17,9 @@ import torch
 from torch import Tensor
 
 from raco_fast.backends import ops
-from raco_fast.engine.backward import backward_of_others, collect, propagate, sensitivities, use_up
+from raco_fast.engine.backward import backward_of_others, collect, propagate, use_up
 from raco_fast.engine.gram_collector import GramCollector, hand_over_gradient
 from raco_fast.engine.graph import ScoreGraph
-from raco_fast.engine.sequences import Factored
-from raco_fast.gradients.check_losses import given_names, ordered_losses
 from raco_fast.gradients.norm_clip import along, clip_factor
 from raco_fast.gradients.objective_grad import is_zero
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
@@ -72,8 +70,7 @@ def gram_first(
             "`scores` must be given: the [B] sequence scores that the losses are functions of"
         )
     # The losses in the order of the weights, and p.grad empty: there is one batch in a step.
-    given = given_names(losses, gradients.weights)
-    ordered = ordered_losses(losses, scores, gradients.names, given)
+    given, ordered = gradients.checked_losses(losses, scores)
     wanted = gradients.trained()
     clear_overflow(wanted)
     if not all(p.grad is None or is_zero(p.grad) for p in wanted):
@@ -87,7 +84,7 @@ def gram_first(
     # A backward pass, its products included, is nothing that autocast should change.
     with torch.autocast(scores.device.type, enabled=False):
         collected = None
-        if len(ordered) > 1:
+        if len(ordered) > 1 and gradients.together.size == 1:
             with gradients.alone():
                 collected = _collected(gradients, ordered, scores, keep_dy)
         if collected is not None:  # pass one is done: solve for α
@@ -129,19 +126,17 @@ def _collected(
     gradients: ObjectiveGradients, losses: Sequence[Tensor], scores: Tensor, keep_dy: bool
 ) -> tuple[ScoreGraph, Tensor, GramCollector] | None:
     """(graph, A, all that the Gram matrix needs) by pass one; None where it would be wrong."""
-    graph = gradients.graph(losses, scores)
-    if graph is None:
+    served = gradients.look(losses, scores)
+    if served is None:
         return None
-    A = sensitivities(losses, scores)
-    factored = Factored.of(A)
-    check = gradients.exactness.check(graph, A, factored)
+    graph, check = served.graph, served.check
     collector = GramCollector(
-        factored, graph.wanted, graph.shared(), keep=keep_dy, apart=check is not None
+        served.factored, graph.wanted, graph.shared(), keep=keep_dy, apart=check is not None
     )
     retained = not keep_dy or check is not None or bool(graph.others)
 
     def run() -> str | None:
-        collect(collector.collect, graph, factored.seeds, retain_graph=retained)
+        collect(collector.collect, graph, served.factored.seeds, retain_graph=retained)
         collector.add_products_of_uses()
         return None if check is None else check.grams_of(collector.grams())
 
@@ -150,7 +145,7 @@ def _collected(
     elif not gradients.exactness.checked(graph, check, run):
         return None
     graph.retained = retained
-    return graph, A, collector
+    return graph, served.A, collector
 
 
 def _ordinary_pass(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from raco_fast.backends.rounding import check_rounding, check_seed
+from raco_fast.distributed.processes import GroupLike, Processes
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
 from raco_fast.gradients.rule_memory import RuleMemory
 from raco_fast.solver.registry import RuleLike, check_rule, spec_of
@@ -68,6 +69,7 @@ class AdamWWithSettings(AdamW):
         max_grad_norm: float | None,
         rounding: str,
         seed: int,
+        process_group: GroupLike,
     ) -> None:
         """Take the first settings; before AdamW's own constructor, which adds groups."""
         self._c = check_c(c)
@@ -76,7 +78,10 @@ class AdamWWithSettings(AdamW):
         self._rounding = check_rounding(rounding)
         self._seed = check_seed(seed)
         self.gradients = ObjectiveGradients(
-            ParametersOf(self), weights, keep_losses=rule.needs_losses
+            ParametersOf(self),
+            weights,
+            keep_losses=rule.needs_losses,
+            process_group=process_group,
         )
 
     @property
@@ -199,7 +204,7 @@ class AdamWWithSettings(AdamW):
         check_c(own["c"])
         # A checkpoint has no class for a rule that is not registered: it must be set already.
         rule = own["rule"] = self._rule if own["rule"] == self.rule else check_rule(own["rule"])
-        RuleMemory().restore(rule, self.gradients.names, own["rule_state"])
+        RuleMemory(False, Processes(None)).restore(rule, self.gradients.names, own["rule_state"])
         check_max_grad_norm(own["max_grad_norm"])
         check_rounding(own["rounding"], any(group.get("differentiable") for group in plain))
         check_seed(own["seed"])

@@ -9,7 +9,6 @@ from itertools import combinations, permutations
 
 import pytest
 import torch
-from process_group import process_group_of_one
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -387,13 +386,6 @@ def test_a_model_that_was_not_prepared():
     leaf = torch.ones(B, requires_grad=True)
     with pytest.raises(RuntimeError, match="`scores` come from a model that was not prepared"):
         gradients.backward(losses_of(leaf), scores=leaf)
-
-
-def test_several_processes_are_left_to_autograd(monkeypatch):
-    with process_group_of_one(monkeypatch):
-        Trial(Scorer(), strict=True).check(randn(B, D))
-        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-        assert_falls_back(Scorer(), "it does not reduce gradients over several processes yet")
 
 
 class Tokens(nn.Module):

@@ -186,16 +186,6 @@ def test_a_rule_set_later_needs_losses_from_then_on():
     assert opt.solution.rule == "mgda-decoupled"
 
 
-def test_losses_of_many_processes(monkeypatch):
-    model = network()
-    opt = raco_fast.ClippedCAGradAdamW(model.parameters(), weights=WEIGHTS, rule="mgda-decoupled")
-    by_autograd(opt, model, 0)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match=r"each process knows its own: the updates would differ"):
-        opt.step()
-
-
 def test_a_loss_changed_in_place_after_its_backward_pass():
     model = network()
     opt = raco_fast.ClippedCAGradAdamW(model.parameters(), weights=WEIGHTS, rule="mgda-decoupled")
