@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from raco_fast.dpo.sharded import as_forward
+from raco_fast.dpo.sharded import as_forward, free_gathered
 from raco_fast.engine.lm_head import LogitShape, token_logps
 from raco_fast.engine.sequences import declared, sequences
 
@@ -158,6 +158,7 @@ def check_head(model: nn.Module, input_ids: Tensor) -> None:
     ours = sequence_logps(model, row, every_token, scored)
     all_logps = model(input_ids=row, use_cache=False).logits[0, :-1].float().log_softmax(-1)
     theirs = all_logps.gather(-1, row[0, 1:, None]).sum()
+    free_gathered(model)
     model.train(was_training)
     # Two summation orders at the model's own precision; a missing scale is off by far more.
     tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2

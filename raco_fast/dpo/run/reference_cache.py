@@ -68,7 +68,7 @@ def reference_logps(
     scored = "" if tail == 1.0 else f" tail {tail!r}"
     key = hashlib.sha256(f"{model_hash}{data}{scored}".encode()).hexdigest()[:32]
     file, processes = cache_dir / f"reference-{key}.safetensors", Processes()
-    (known,) = processes.agree(lambda: [processes.rank == 0 and file.is_file()])
+    (known,) = processes.agree(lambda: [processes.rank == 0 and file.is_file()], 1)
     if known:
         logger.info("reference log-probabilities of %d pairs: from %s", len(pairs), file)
         found = by_first(processes, lambda: load_file(file)["logps"])
@@ -120,7 +120,8 @@ def compute_reference(
             logps = pair_logps(model, batch, chunk_tokens, [tail])
             values[[place[id] for id in batch.ids]] = logps.view(2, -1).T.cpu()
             progress.update(min(size * len(group), len(pairs) - progress.n))
-    free_gathered(model)
+        # With the adapter still off: what is freed forgets that the adapter was switched on.
+        free_gathered(model)
     model.train(was_training)
     # A pair that two processes have scored, one to fill its last batch, keeps one of the values.
     both = processes.largest(values).tolist()

@@ -130,7 +130,7 @@ class Trainer:
                 last = self.state.step == self.total_steps
                 if self.held_out is not None and (last or _due(self.state.step, config.eval_every)):
                     self._record(self.held_out.evaluate(self.model))
-                (stop,) = self.processes.agree(lambda: [interrupt.requested])
+                (stop,) = self.processes.agree(lambda: [interrupt.requested], 1)
                 if stop and not last:
                     raise Interrupted(self.state.step, self.state.save(self._checkpoints))
                 if last or _due(self.state.step, config.save_every):
