@@ -14,8 +14,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from raco_fast.distributed.processes import Processes
-
 
 def shard(
     model: nn.Module,
@@ -98,13 +96,15 @@ def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Every trained parameter of a sharded model, whole in the CPU's memory of the first process.
 
     They are gathered one by one, so a GPU holds one of them at a time; the others get none. All
-    processes have to ask.
+    processes have to ask. Tied parameters are there once, as in a file that transformers writes.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     whole = cast(dict[str, Tensor], get_model_state_dict(model, options=options))
-    return whole if Processes().rank == 0 else {}
+    once = {name for name, _ in model.named_parameters()}
+    again = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
+    return {name: tensor for name, tensor in whole.items() if name not in again}
 
 
 def cut_like(whole: Tensor, parameter: Tensor) -> Tensor:

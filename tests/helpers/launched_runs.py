@@ -1,6 +1,7 @@
 """The command `raco-fast` on several processes, with the environment that torchrun gives them.
 
-    ended = run("train", config_file, processes=2, folder=tmp_path)
+    with Started(("train", config_file), processes=2, folder=tmp_path) as started:
+        assert_done(started.end())
 
 Processes are forked from a server that has imported torch and transformers once: a launch takes a
 tenth of a second, where torchrun's takes seconds for each. What each prints goes to a file.
@@ -9,11 +10,13 @@ tenth of a second, where torchrun's takes seconds for each. What each prints goe
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from functools import cache
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -41,9 +44,21 @@ class Ended(NamedTuple):
 
 
 class Started:
-    """Processes of one launch; a context that ends those that still run."""
+    """Processes of one launch; a context that ends those that still run.
 
-    def __init__(self, arguments: tuple[str, ...], processes: int, folder: Path) -> None:
+    Args:
+        limits: rank -> bytes beyond which no file of it may grow, as on a full disk.
+        of_ranks: rank -> arguments of its own.
+    """
+
+    def __init__(
+        self,
+        arguments: tuple[str, ...],
+        processes: int,
+        folder: Path,
+        limits: Mapping[int, int] | None = None,
+        of_ranks: Mapping[int, tuple[str, ...]] | None = None,
+    ) -> None:
         self._folder = Path(tempfile.mkdtemp(dir=folder, prefix="printed-"))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -52,7 +67,9 @@ class Started:
         for rank in range(processes):
             variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
             variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            given = (arguments, variables, self._folder / f"{rank}.txt")
+            limit = (limits or {}).get(rank, resource.RLIM_INFINITY)
+            own = (of_ranks or {}).get(rank, arguments)
+            given = (own, variables, self._folder / f"{rank}.txt", limit)
             self.processes.append(_context().Process(target=_command, args=given, daemon=True))
             self.processes[-1].start()
 
@@ -79,8 +96,9 @@ class Started:
         """Until a file has n lines; AssertionError if all processes end before."""
         until = time.monotonic() + timeout
         while not (file.exists() and file.read_text().count("\n") >= n):
-            running = [process.is_alive() for process in self.processes]
-            assert any(running) and time.monotonic() < until, self.all_printed()
+            running = any(process.is_alive() for process in self.processes)
+            assert running, self.all_printed()
+            assert time.monotonic() < until, self.all_printed()
             time.sleep(0.005)
 
     def end(self, timeout: float = 60.0) -> list[Ended]:
@@ -101,12 +119,6 @@ class Started:
         return "\n".join(f"rank {r}: {self.printed(r)}" for r in range(len(self.processes)))
 
 
-def run(*arguments: str, processes: int, folder: Path, timeout: float = 60.0) -> list[Ended]:
-    """Run `raco-fast ARGUMENTS` on several processes to their end."""
-    with Started(arguments, processes, folder) as started:
-        return started.end(timeout)
-
-
 def assert_done(ended: list[Ended]) -> None:
     """All processes have ended with status 0."""
     assert [process.status for process in ended] == [0] * len(ended), ended
@@ -119,7 +131,9 @@ def _context() -> ForkServerContext:
     return context
 
 
-def _command(arguments: tuple[str, ...], variables: dict[str, object], printed: Path) -> None:
+def _command(
+    arguments: tuple[str, ...], variables: dict[str, object], printed: Path, limit: int
+) -> None:
     """In the process: what torchrun would start."""
     import torch
 
@@ -135,4 +149,5 @@ def _command(arguments: tuple[str, ...], variables: dict[str, object], printed: 
     os.environ |= {name: str(value) for name, value in variables.items()}
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a look-up of the host's name may wait for ever
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     sys.exit(cli.main(arguments))
