@@ -59,10 +59,13 @@ HYPER = (
 # Resident programs per multiprocessor, from the register counts of the compiled kernels.
 PROGRAMS = {"nearest": 9, "stochastic": 7, "split": 10}
 PROGRAMS_SM_100 = {**PROGRAMS, "stochastic": 6}
+PROGRAMS_OF_ROWS = 5
 
 
-def resident_programs(rounding: str, architecture: int) -> int:
+def resident_programs(rounding: str, architecture: int, rows: bool = False) -> int:
     """Programs of `combine_adamw_step` per multiprocessor of sm_XY."""
+    if rows:
+        return PROGRAMS_OF_ROWS
     return (PROGRAMS_SM_100 if architecture >= 100 else PROGRAMS)[rounding]
 
 
@@ -80,6 +83,7 @@ def _update(
     keys,
     M: tl.constexpr,
     ROUNDING: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """AdamW at the offsets `at` < n."""
     mask = at < n
@@ -101,14 +105,14 @@ def _update(
     m = m + hyper[2] * (g - m)
     v = v + hyper[3] * (g * g - v)
     w = w - (hyper[1] * w + hyper[0] * (m / (tl.sqrt(v) * hyper[4] + hyper[5])))
-    store_rounded(w, p, residual, at, mask, keys, ROUNDING)
+    store_rounded(w, p, residual, at, mask, keys, ROUNDING, ROWS)
     tl.store(states[0] + at, m.to(states[0].dtype.element_ty), mask=mask)
     tl.store(states[1] + at, v.to(states[1].dtype.element_ty), mask=mask)
 
 
 @triton.jit(
     do_not_specialize=["n_chunks"],
-    do_not_specialize_on_alignment=["hyper", "alpha", "seed"],
+    do_not_specialize_on_alignment=["hyper", "alpha", "seed", "places"],
 )
 def combine_adamw_step(
     addresses,
@@ -119,6 +123,7 @@ def combine_adamw_step(
     hyper,
     alpha,
     seed,
+    places,
     M: tl.constexpr,
     CHUNK: tl.constexpr,
     VEC: tl.constexpr,
@@ -128,6 +133,7 @@ def combine_adamw_step(
     STATE: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ROUNDING: tl.constexpr,
+    ROWS: tl.constexpr,
     ALIGN: tl.constexpr,
     MISSING: tl.constexpr,
 ):
@@ -160,19 +166,20 @@ def combine_adamw_step(
         residuals = pointers(row + M + 3, start, RESIDUALS, RESIDUAL, ALIGN)
         keys = ()
         if ROUNDING == "stochastic":
-            keys = random_keys(tl.load(seed), tl.load(hyper + number * 8 + 7), number, start)
+            t = tl.load(hyper + number * 8 + 7)
+            keys = random_keys(tl.load(seed), t, places + number * 4, start, CHUNK, ROWS)
         # Whole vectors of VEC elements, block by block; then what is left of the tensor.
         whole = (n // VEC) * VEC
         left = tl.minimum(whole - start, CHUNK).to(tl.int32)
         lefts = bounds(row, left, M, MISSING)
         for k in tl.range(0, left, BLOCK):
             at = k + block
-            _update(gs, p, states, residuals, alphas, h, at, lefts, left, keys, M, ROUNDING)
+            _update(gs, p, states, residuals, alphas, h, at, lefts, left, keys, M, ROUNDING, ROWS)
         if (whole < n) & (start + CHUNK >= n):
             end = left + (n - whole).to(tl.int32)
             ends = bounds(row, end, M, MISSING)
             at = left + column
-            _update(gs, p, states, residuals, alphas, h, at, ends, end, keys, M, ROUNDING)
+            _update(gs, p, states, residuals, alphas, h, at, ends, end, keys, M, ROUNDING, ROWS)
 
 
 def combine_adamw(
@@ -182,6 +189,8 @@ def combine_adamw(
     alpha: Tensor,
     seed: Tensor,
     rounding: str = "nearest",
+    places: Tensor | None = None,
+    rows: bool = False,
 ) -> None:
     """One AdamW step along G0; weights, states and residuals change in place.
 
@@ -197,10 +206,15 @@ def combine_adamw(
             step (parameter groups). The random bits change from step to step by themselves: with
             the step count in `hyper`.
         rounding: "nearest", "stochastic" or "split"; see rounding.py.
+        places: [n, 4] int64 on the device, for stochastic rounding only: each tensor's number and
+            where in the whole tensor it lies, as (offset, width, pitch). Element e has number
+            offset + (e // width) * pitch + e % width, or offset + e where the width is 0.
+        rows: must be True if a width is not 0, or if elements whose offset is not 0 have numbers
+            on both sides of a multiple of 2^32.
     """
     device = hyper.device
     for table in tables:
-        resident = resident_programs(rounding, architecture(device))
+        resident = resident_programs(rounding, architecture(device), rows)
         grid = min(programs(device, resident), len(table.chunks))
         with current(device):
             combine_adamw_step[(grid,)](
@@ -212,13 +226,16 @@ def combine_adamw(
                 hyper,
                 alpha,
                 seed,
-                **step_constants(m, table, rounding),
+                places,
+                **step_constants(m, table, rounding, rows),
                 num_warps=NUM_WARPS,
                 enable_fp_fusion=True,
             )
 
 
-def step_constants(m: int, table: TensorTable, rounding: str) -> dict[str, object]:
+def step_constants(
+    m: int, table: TensorTable, rounding: str, rows: bool = False
+) -> dict[str, object]:
     """What `combine_adamw_step` is specialized on."""
     return {
         "M": m,
@@ -227,5 +244,6 @@ def step_constants(m: int, table: TensorTable, rounding: str) -> dict[str, objec
         "STATE": DTYPES[table.dtypes[m + 1]],
         "RESIDUAL": DTYPES[table.dtypes[-1]],
         "ROUNDING": rounding,
+        "ROWS": rows,
         **shape_constants(table),
     }

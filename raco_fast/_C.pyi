@@ -59,6 +59,7 @@ def combine_adamw(
     seed: int,
     residuals: NDArray[np.int64],
     residual_dtypes: NDArray[np.uint8],
+    places: NDArray[np.int64],
     threads: int,
     target: int = 0,
 ) -> None: ...

@@ -88,21 +88,12 @@ Present present(const Lists& grads, const Chunk& chunk, const double* alpha) {
   return found;
 }
 
-std::uint32_t mixed(std::uint32_t x) {
-  x = (x ^ (x >> 16)) * 0x21f0aaadu;
-  x = (x ^ (x >> 15)) * 0x735a2d97u;
-  return x ^ (x >> 15);
-}
-
-// A chunk lies between two multiples of 2^32, so the high half of its elements' indices is one.
-Keys keys(const AdamW& adamw, const Chunk& chunk) {
+Place place(const AdamW& adamw, const Chunk& chunk) {
+  if (adamw.rounding != Rounding::stochastic) return {};
   const auto t = static_cast<std::uint32_t>(static_cast<std::int64_t>(adamw.step[chunk.column]));
-  const auto column = static_cast<std::uint32_t>(chunk.column);
-  const auto high = static_cast<std::uint32_t>(chunk.start >> 32);
-  const std::uint32_t of_step = mixed(adamw.seed ^ (t * 0xc2b2ae35u));
-  const std::uint32_t place = column * 0x9e3779b1u + high * 0x85ebca77u;
-  const std::uint32_t first = mixed(of_step ^ place);
-  return {first, mixed(first ^ place), static_cast<std::uint32_t>(chunk.start)};
+  const std::int64_t* of_column = adamw.places + 4 * chunk.column;
+  return {adamw.seed, t, static_cast<std::uint32_t>(of_column[0]),
+          chunk.start, of_column[1], of_column[2], of_column[3]};
 }
 
 // A residual has 2 bytes per element.
@@ -170,7 +161,7 @@ void combine_adamw(const Lists& grads, const double* alpha, const Tensors& param
   Plan(grads).run(how.threads, [&](std::int64_t, const Chunk& chunk) {
     const Step step = {adamw.decay, adamw.beta1, adamw.beta2, adamw.eps,
                        adamw.step_size[chunk.column], adamw.root_correction[chunk.column],
-                       adamw.rounding, keys(adamw, chunk), residual(adamw, chunk)};
+                       adamw.rounding, place(adamw, chunk), residual(adamw, chunk)};
     how.target->adamw(present(grads, chunk, alpha), chunk.count, slice(params, chunk),
                       slice(exp_avgs, chunk), slice(exp_avg_sqs, chunk), step);
   });

@@ -66,6 +66,8 @@ struct AdamW {
   const double* step;             // [n], t, for stochastic rounding
   std::uint32_t seed;             // of stochastic rounding
   const std::int64_t* residual;   // [n], addresses of 2 bytes per element for split
+  const std::int64_t* places;     // [n, 4] for stochastic rounding: tensor, offset, width, pitch of
+                                  // raco_fast/backends/rounding.py's Place
 };
 void combine_adamw(const Lists& grads, const double* alpha, const Tensors& params,
                    const Tensors& exp_avgs, const Tensors& exp_avg_sqs, const AdamW& adamw,

@@ -28,15 +28,18 @@ struct Slice {
   Dtype dtype;
 };
 
-// Of the random bits of one chunk: `element` is the low half of its first element's index.
-struct Keys {
-  std::uint32_t first, second, element;
+// Whose random bits a chunk gets: those of its elements' numbers in the whole tensor. Element e of
+// the column has number offset + (e / width) * pitch + e % width there, offset + e for width 0.
+struct Place {
+  std::uint32_t seed, step, tensor;
+  std::int64_t start;  // the chunk's first element in the column
+  std::int64_t offset, width, pitch;
 };
 
 struct Step {
   double decay, beta1, beta2, eps, step_size, root_correction;
   Rounding rounding;
-  Keys keys;
+  Place place;     // for stochastic rounding
   void* residual;  // of the chunk, or null
 };
 

@@ -136,6 +136,7 @@ static void adamw_of(const Present& grads, std::int64_t n, Slice param, Slice ex
   const T* rows[kSummedOnTheWay];
   const int count = direct(grads, rows);
   const double one = 1.0;
+  Keys keys;
   for (std::int64_t start = 0; start < n; start += kBlock) {
     const std::int64_t size = n - start < kBlock ? n - start : kBlock;
     T* p = opened(param, start, size, p_buffer);
@@ -154,7 +155,7 @@ static void adamw_of(const Present& grads, std::int64_t n, Slice param, Slice ex
         at[0] = g0;
         adamw_block<T, 1>(p, m, v, at, &one, size, step);
     }
-    if (!store_rounded(step, start, size, p, param)) close(param, start, size, p);
+    if (!store_rounded(step, start, size, p, param, keys)) close(param, start, size, p);
     close(exp_avg, start, size, m);
     close(exp_avg_sq, start, size, v);
   }

@@ -77,6 +77,11 @@ void check_rounding(raco::Rounding rounding, const Dtypes& params, const Address
   check_bfloat16(residual_dtypes, "residuals must be stored as bfloat16");
 }
 
+void check_places(const Array<std::int64_t>& places, std::int64_t n) {
+  require(places.ndim() == 2 && places.shape(0) == n && places.shape(1) == 4,
+          "places must be [n, 4] for stochastic rounding, else [0, 4]");
+}
+
 py::array_t<double> gram(const Addresses& grads, const Addresses& lengths, const Dtypes& dtypes,
                          int threads, int target) {
   const raco::Lists table = lists(grads, lengths, dtypes);
@@ -109,7 +114,7 @@ void combine_adamw(const Addresses& grads, const Addresses& lengths, const Dtype
                    double beta1, double beta2, double eps, const Array<double>& step_sizes,
                    const Array<double>& root_corrections, int rounding, const Array<double>& steps,
                    std::uint32_t seed, const Addresses& residuals, const Dtypes& residual_dtypes,
-                   int threads, int target) {
+                   const Array<std::int64_t>& places, int threads, int target) {
   const raco::Lists table = lists(grads, lengths, dtypes);
   const std::int64_t n = table.n;
   const double* coefficients = numbers(alpha, table.m, "alpha must be [m]");
@@ -120,6 +125,7 @@ void combine_adamw(const Addresses& grads, const Addresses& lengths, const Dtype
   require(rounding >= 0 && rounding < raco::kRoundings, "rounding must index ROUNDINGS");
   const auto how_rounded = static_cast<raco::Rounding>(rounding);
   check_rounding(how_rounded, param_dtypes, residuals, residual_dtypes);
+  check_places(places, how_rounded == raco::Rounding::stochastic ? n : 0);
   const raco::AdamW adamw = {decay,
                              beta1,
                              beta2,
@@ -129,7 +135,8 @@ void combine_adamw(const Addresses& grads, const Addresses& lengths, const Dtype
                              how_rounded,
                              numbers(steps, n, "steps must be [n]"),
                              seed,
-                             residuals.size() == 0 ? nullptr : residuals.data()};
+                             residuals.size() == 0 ? nullptr : residuals.data(),
+                             places.data()};
   const raco::Execution how = execution(threads, target);
   py::gil_scoped_release release;
   raco::combine_adamw(table, coefficients, p, m, v, adamw, how);
@@ -157,6 +164,6 @@ void bind_cpu(py::module_& module) {
              py::arg("exp_avg_sq_dtypes"), py::arg("decay"), py::arg("beta1"), py::arg("beta2"),
              py::arg("eps"), py::arg("step_sizes"), py::arg("root_corrections"),
              py::arg("rounding"), py::arg("steps"), py::arg("seed"), py::arg("residuals"),
-             py::arg("residual_dtypes"), py::arg("threads"), py::arg("target") = 0,
-             "One AdamW step along G0, in place; csrc/cpu/cpu_kernels.hpp.");
+             py::arg("residual_dtypes"), py::arg("places"), py::arg("threads"),
+             py::arg("target") = 0, "One AdamW step along G0, in place; csrc/cpu/cpu_kernels.hpp.");
 }

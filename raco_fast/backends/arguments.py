@@ -29,6 +29,11 @@ def check_update(update: Update, coefficients: Tensor) -> None:
     if rounding.name == "split":
         lists["rounding.residuals"] = rounding.residuals
     check_coefficients(update.grads, coefficients, **lists)
+    if rounding.places and len(rounding.places) != len(update.params):
+        raise ValueError(
+            f"`rounding.places` must be empty or have one place per parameter, got "
+            f"{len(rounding.places)} for {len(update.params)}"
+        )
     if rounding.name != "nearest":
         wrong = next((p.dtype for p in update.params if p.dtype != torch.bfloat16), None)
         if wrong is not None:

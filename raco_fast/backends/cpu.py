@@ -25,6 +25,7 @@ on_device = unproved = False
 
 DTYPES = {getattr(torch, dtype): code for code, dtype in enumerate(_C.DTYPES)}
 _ROUNDINGS = {rounding: code for code, rounding in enumerate(_C.ROUNDINGS)}
+_NO_PLACES = np.empty((0, 4), dtype=np.int64)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -98,6 +99,7 @@ def combine_adamw(update: Update, coefficients: Tensor, built: Built) -> None:
         seed=rounding.seed & 0xFFFFFFFF,
         residuals=residuals,
         residual_dtypes=residual_dtypes,
+        places=rounding.place_table(len(steps)) if rounding.name == "stochastic" else _NO_PLACES,
         threads=torch.get_num_threads(),
     )
     increment_version([t for one in written for t in one])

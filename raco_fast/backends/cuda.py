@@ -18,6 +18,7 @@ from torch.autograd.graph import increment_version
 
 from raco_fast.backends import weight_grad as plain
 from raco_fast.backends.plan import advance
+from raco_fast.backends.rounding import Place
 from raco_fast.backends.types import AdamWOptions, Built, Call, Gradients, Update
 from raco_fast.kernels.tables import (
     ALIGNMENT,
@@ -122,8 +123,24 @@ def combine_adamw(update: Update, coefficients: Tensor, built: Built) -> None:
         written += [[r.view(torch.int16) for r in residuals]] if residuals else []
         tables = build([*ordered, *written], m, device)
         _leave(built, tables, device, update.grads, ordered)
-    launch(tables, m, to_device(rows, device), to_device(alpha, device), seed, update.rounding.name)
+    hyper, alpha = to_device(rows, device), to_device(alpha, device)
+    launch(tables, m, hyper, alpha, seed, update.rounding.name, *_places(update, device))
     increment_version([t for one in update.written for t in one])
+
+
+def _places(update: Update, device: torch.device) -> tuple[Tensor | None, bool]:
+    """Where the parameters lie in whole tensors, and whether elements need keys of their own."""
+    rounding, params = update.rounding, update.params
+    if rounding.name != "stochastic":
+        return None, False
+    rows = any(_has_rows(place, params[k].numel()) for k, place in enumerate(rounding.places))
+    return upload(rounding.place_table(len(params)), device), rows
+
+
+def _has_rows(place: Place, count: int) -> bool:
+    """Whether elements in one chunk may have numbers with gaps, or with different high halves."""
+    end = place.offset + count - 1
+    return place.width > 0 or (place.offset > 0 and place.offset >> 32 != end >> 32)
 
 
 def weight_grad(

@@ -10,7 +10,7 @@ the model and every trained parameter belongs to a layer with a rule; `exactness
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,20 +29,47 @@ from raco_fast.engine.tap import (
     name_of,
 )
 
-Buffers = Callable[[Tensor], tuple[Tensor, bool]]
-"""Parameter -> ([m, *shape] to add to, whether it is fresh memory to be overwritten)."""
+
+class Into(Protocol):
+    """What the m gradients of a pass are added to."""
+
+    def buffers(self, p: Tensor) -> tuple[Tensor, bool]:
+        """([m, *shape] to add to, whether it is fresh memory to be overwritten)."""
+
+    def filled(self, params: Iterable[Tensor]) -> None:
+        """Note that a layer has added what it has for these parameters."""
+
+    def finish(self) -> None:
+        """Note that the pass is over."""
 
 
 def sensitivities(losses: Sequence[Tensor], scores: Tensor) -> Tensor:
     """A = ∂L/∂scores, float64 [m, B] on the CPU; zeros for a loss that does not depend on them."""
     rows = []
-    for loss in losses:
-        row = None
-        if loss.requires_grad:
-            with _freed_graphs_named("losses"):
-                (row,) = torch.autograd.grad(loss, scores, retain_graph=True, allow_unused=True)
-        rows.append(torch.zeros_like(scores) if row is None else row)
+    with _hooks_aside(scores):
+        for loss in losses:
+            row = None
+            if loss.requires_grad:
+                with _freed_graphs_named("losses"):
+                    (row,) = torch.autograd.grad(loss, scores, retain_graph=True, allow_unused=True)
+            rows.append(torch.zeros_like(scores) if row is None else row)
     return torch.stack(rows).detach().double().cpu()
+
+
+@contextmanager
+def _hooks_aside(scores: Tensor) -> Iterator[None]:
+    """Scores that a module wrapped by FSDP2 returned have a hook that gathers its parameters: once
+    for every objective, and only on processes where that objective has a label.
+    """
+    hooks = scores._backward_hooks
+    held = dict(hooks or {})
+    if hooks:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        if hooks is not None:
+            hooks.update(held)
 
 
 def check_scores(scores: Tensor) -> None:
@@ -127,7 +154,7 @@ def _freed_graphs_named(argument: str) -> Iterator[None]:
         ) from error
 
 
-def gradient_collector(factored: Factored, buffers: Buffers, wanted: Iterable[Tensor]) -> Collector:
+def gradient_collector(factored: Factored, into: Into, wanted: Iterable[Tensor]) -> Collector:
     """G_i += Σ_g U_ig t_g for the wanted parameters of every layer."""
     trained = set(wanted)
 
@@ -136,9 +163,10 @@ def gradient_collector(factored: Factored, buffers: Buffers, wanted: Iterable[Te
         for p, rows, use in call.uses(arranged(factored, call)):
             if p in trained:
                 if p not in out:
-                    out[p] = buffers(p)
+                    out[p] = into.buffers(p)
                 gradients, fresh = out[p]
                 use.add_to(gradients[:, rows], factored.coefficients, fresh)
+        into.filled(out)
 
     return collect
 
@@ -208,23 +236,24 @@ def _of_every_sequence(
 
 
 def one_backward(
-    graph: ScoreGraph, factored: Factored, buffers: Buffers, *, retain_graph: bool = False
+    graph: ScoreGraph, factored: Factored, into: Into, *, retain_graph: bool = False
 ) -> None:
-    """Add every objective's gradient to its buffers, with one backward pass.
+    """Add every objective's gradient to where it belongs, with one backward pass.
 
     Args:
         graph: of a prepared model, without an obstacle; it is used up unless `retain_graph`.
         factored: A = ∂L/∂scores.
-        buffers: see `Buffers`.
+        into: what they are added to.
     """
     if factored.coefficients.shape[1]:
-        collector = gradient_collector(factored, buffers, graph.wanted)
+        collector = gradient_collector(factored, into, graph.wanted)
         collect(collector, graph, factored.seeds, retain_graph=retain_graph)
+        into.finish()
         return
     # No score has a seed, and a pass would reach no layer. Autograd gives zeros then, which an
     # optimizer steps along (weight decay, momentum); it leaves alone what has no gradient at all.
     for p in graph.uses:
-        gradients, fresh = buffers(p)
+        gradients, fresh = into.buffers(p)
         if fresh:
             gradients.zero_()
     if not retain_graph:

@@ -9,15 +9,19 @@ objective, and it is said; after a spot check has failed, so are all later calls
 import re
 import sys
 import warnings
+import zlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from raco_fast.distributed.processes import Processes
+from raco_fast.distributed.scatter import obstacle
 from raco_fast.engine.backward import PastRulesError, sensitivities
 from raco_fast.engine.graph import ScoreGraph
+from raco_fast.engine.scattered_check import ScatteredCheck
 from raco_fast.engine.sequences import Factored
 from raco_fast.engine.spot_check import SpotCheck
 from raco_fast.engine.tap import Checks, NotExactError, name_of
@@ -33,7 +37,7 @@ class Pass:
     graph: ScoreGraph
     A: Tensor
     factored: Factored
-    check: SpotCheck | None
+    check: SpotCheck | ScatteredCheck | None
 
 
 class Exactness:
@@ -53,10 +57,19 @@ class Exactness:
         self._mismatch: str | None = None
 
     def look(
-        self, losses: dict[str, Tensor], scores: Tensor, wanted: Sequence[Tensor]
+        self,
+        losses: dict[str, Tensor],
+        scores: Tensor,
+        wanted: Sequence[Tensor],
+        scattered: bool = False,
     ) -> Pass | None:
         """A call for which one backward pass will do; None where it will not, on any process.
 
+        Args:
+            losses: objective name -> scalar.
+            scores: [B].
+            wanted: the parameters whose gradients count.
+            scattered: the pass sends parts of gradients to other processes.
         Raises:
             RuntimeError: the model was not prepared.
             NotExactError: it will not do, and the model was prepared with strict=True.
@@ -68,7 +81,7 @@ class Exactness:
             nonlocal found
             graph = ScoreGraph(losses, scores, wanted, self._known, self._misfits)
             graph.checks = self.checks or graph.checks
-            obstacle = self._mismatch or _conditions(wanted) or graph.obstacle
+            obstacle = self._mismatch or _conditions(wanted, scattered) or graph.obstacle
             A = factored = None
             if obstacle is None:
                 A = sensitivities(list(losses.values()), scores)
@@ -81,9 +94,28 @@ class Exactness:
         if wrong:
             self._say(graph, str(self._processes.say(obstacle)))
             return None
+        if scattered:
+            self._check_order(graph)
+            factored = factored.spread_over(self._processes.size)
+        if not due:
+            return Pass(graph, A, factored, None)
+        if scattered:
+            check = ScatteredCheck(graph, A, self._calls, self._processes)
+            return Pass(graph, A, factored, check)
         quietly = self._processes.size > 1
-        check = SpotCheck(graph, A, seed=self._calls, quietly=quietly) if due else None
-        return Pass(graph, A, factored, check)
+        return Pass(graph, A, factored, SpotCheck(graph, A, seed=self._calls, quietly=quietly))
+
+    def _check_order(self, graph: ScoreGraph) -> None:
+        """Raise unless all processes will send the same gradients in the same order."""
+        layers = repr(
+            [(node.layer, [tuple(p.shape) for p in node.parameters]) for node in graph.taps]
+        )
+        if not self._processes.alike(torch.tensor([zlib.crc32(layers.encode())])):
+            raise RuntimeError(
+                "the processes have called different layers, or in another order, so gradients of "
+                "different layers would be summed; call the same ones everywhere, or use "
+                "mode='autograd'"
+            )
 
     def _due(self, graph: ScoreGraph, factored: Factored) -> bool:
         """Whether a spot check is due at this call."""
@@ -98,7 +130,9 @@ class Exactness:
         scheduled = n % every == 0 if n > every else n & (n - 1) == 0
         return scheduled or not graph.facts <= self._known
 
-    def checked(self, graph: ScoreGraph, check: SpotCheck, run: Callable[[], str | None]) -> bool:
+    def checked(
+        self, graph: ScoreGraph, check: SpotCheck | ScatteredCheck, run: Callable[[], str | None]
+    ) -> bool:
         """Run a pass and its spot check, which says what is wrong; whether the pass may be used.
 
         Raises:
@@ -132,9 +166,11 @@ class Exactness:
         return Exactness, (self._processes, self.checks)
 
 
-def _conditions(wanted: Sequence[Tensor]) -> str | None:
+def _conditions(wanted: Sequence[Tensor], scattered: bool) -> str | None:
     """What stands in the way whatever the model is."""
     for p in wanted:
+        if scattered and (found := obstacle(p)):
+            return found
         if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
             return f"{name_of(p)} has a hook, which only autograd's gradients reach"
     return None

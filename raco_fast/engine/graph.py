@@ -12,8 +12,10 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from raco_fast.distributed.dtensor import is_dtensor
+from raco_fast.distributed.fsdp2 import owner_of
 from raco_fast.engine.sequences import MisfitError, entries
 from raco_fast.engine.tap import ANCHOR, Checks, Node, Tapped, is_prepared, name_of, reason_for
 
@@ -42,6 +44,7 @@ class ScoreGraph:
         lookups: tap of a position lookup -> (node that adds it to every sequence, rows there).
         uses: how many calls of layers use each wanted parameter.
         layer_of: the layer of each.
+        leaves: what the graph has in the place of each.
         others: leaves with a gradient that are not wanted.
         obstacle: why one backward pass would be wrong, or None.
         facts: what the pass looks like.
@@ -65,12 +68,14 @@ class ScoreGraph:
         self.lookups: dict[Node, tuple[Node, torch.Size]] = {}
         self.uses: Counter[Tensor] = Counter()
         self.layer_of: dict[Tensor, str] = {}
+        self.leaves: dict[Tensor, Tensor] = {}
         self.others: list[Tensor] = []
         self.obstacle: str | None = None
         self.facts: set[Hashable] = set()
         self.checks = Checks()
         self.retained = False
         self._wanted, self._known = {id(p) for p in wanted}, known
+        self._gathered = any(is_dtensor(p) for p in wanted)
         self._others: set[int] = set()
         self._into: defaultdict[Node, list[tuple[Node, int]]] = defaultdict(list)
         if scores.grad_fn is not None:
@@ -116,7 +121,7 @@ class ScoreGraph:
                 if role is None:
                     role = roles[kind_below] = _role(below)
                 if role == _LEAF:
-                    self._leaf(below.variable, node, "the scores past every rule")
+                    self._leaf(owner_of(below.variable), node, "the scores past every rule")
                     continue
                 kinds.add((kind, kind_below))
                 if role == _TAPPED:
@@ -136,6 +141,7 @@ class ScoreGraph:
                 self.taps.append(node)
             self.uses.update(wanted)
             self.layer_of |= dict.fromkeys(wanted, node.layer)
+            self.leaves.update(zip(node.parameters, node.leaves, strict=True))
             self.checks = node.checks or self.checks
         elif role == _BATCH_NORM and node._saved_training:
             self._refuse("batch normalisation in training mode mixes sequences; call its .eval()")
@@ -149,7 +155,12 @@ class ScoreGraph:
     def _is_other(self, p: Tensor) -> bool:
         """Whether p is not wanted; it is then noted as such."""
         other = id(p) not in self._wanted
-        if other and p.is_leaf and id(p) not in self._others:
+        if other and self._gathered and isinstance(p, nn.Parameter):
+            self._refuse(
+                f"{name_of(p)} may be one that FSDP2 has gathered, and was not sharded when the "
+                f"model was prepared or the optimizer made; prepare the whole model before"
+            )
+        elif other and p.is_leaf and id(p) not in self._others:
             self._others.add(id(p))
             self.others.append(p)
         return other
@@ -181,9 +192,9 @@ class ScoreGraph:
                 through = True
                 continue
             role = _role(node)
-            if role == _LEAF and not self._is_other(node.variable):
+            if role == _LEAF and not self._is_other(owner_of(node.variable)):
                 by = "" if above is None else f", in {above.name()}"
-                past = past or f"{name_of(node.variable)} reaches {where}{by}"
+                past = past or f"{name_of(owner_of(node.variable))} reaches {where}{by}"
             for p in node.parameters if role == _TAPPED else ():
                 if not self._is_other(p):
                     past = past or f"{name_of(p)} reaches {where}, as in an auxiliary loss"
@@ -282,7 +293,7 @@ def _reaches_out(tap: Node) -> bool:
     """Whether a layer's own part of the graph ends elsewhere than at its input and parameters."""
     if _below(tap) == 0:
         return False  # the function is itself the layer
-    own, at_input = {id(p) for p in tap.parameters}, tap.next_functions[_below(tap)]
+    own, at_input = {id(p) for p in tap.leaves}, tap.next_functions[_below(tap)]
     stack = [tap.next_functions[0]]
     seen = {at_input, *stack}
     while stack:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raco_fast.backends.weight_grad import blocks, widened
+from raco_fast.distributed.fsdp2 import owner_of
 from raco_fast.engine.contributions import MatrixUse, Rows, Use, vector_use_of_arranged
 from raco_fast.engine.sequences import ALL_ROWS, Entries, Segments, declared
 from raco_fast.engine.tap import ANCHOR, Tapped, hand_over
@@ -170,7 +171,8 @@ class _TokenLogps(Tapped):
         Tapped.note(
             ctx,
             layer="the head",
-            parameters=parameters,
+            parameters=tuple(map(owner_of, parameters)),
+            leaves=parameters,
             index=head.index,
             shape=hidden.shape,
             look=len(parameters),
@@ -186,7 +188,7 @@ class _TokenLogps(Tapped):
         if dlogps is None:
             return None, None, None, *[None] * len(ctx.parameters)
         at_rows = dlogps[:, None]
-        call = _HeadCall(ctx.entries, at_rows, ctx.head, hidden.detach(), total, ctx.parameters)
+        call = _HeadCall(ctx.entries, at_rows, ctx.head, hidden.detach(), total, ctx.leaves)
         if ctx.collector is not None:
             hand_over(ctx.collector, call)
             return None, call.hidden_gradient(), None, *[None] * len(ctx.parameters)
@@ -217,12 +219,13 @@ class _HeadCall:
             else:
                 dx.flatten(0, 1).add_(dy @ weight)
             for p in self._parameters:
-                yield p, rows, back.use(p, dy)
+                yield owner_of(p), rows, back.use(p, dy)
         self._hidden_gradient = segments.restored(dx, self._hidden)
 
     def rows(self, parameter: Tensor, segments: Segments) -> Rows:
         """Rows of a parameter's t_g at the price of their own logits."""
-        return _HeadRows(self._arranged(segments), parameter)
+        leaf = next(p for p in self._parameters if owner_of(p) is parameter)
+        return _HeadRows(self._arranged(segments), leaf)
 
     def _arranged(self, segments: Segments) -> _Backward:
         columns = (self._total[:, None], self._head.targets[:, None], self.dy)
@@ -231,7 +234,7 @@ class _HeadCall:
 
     def ordinary_gradients(self) -> tuple[Tensor | None, ...]:
         """Those of `hidden`, of the anchor (None) and of the parameters."""
-        gradients = {p: p.new_empty(1, *p.shape) for p in self._parameters}
+        gradients = {owner_of(p): p.new_empty(1, *p.shape) for p in self._parameters}
         with torch.autocast(self.dy.device.type, enabled=False):
             for p, rows, use in self.uses(ALL_ROWS):
                 use.add_to(gradients[p][:, rows], None, fresh=True)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from raco_fast.distributed.dtensor import is_dtensor
+from raco_fast.distributed.fsdp2 import owner_of, watch
 from raco_fast.engine.layer_rules import LayerRule, rule_for
 from raco_fast.engine.sequences import declared
 from raco_fast.engine.tap import (
@@ -100,6 +102,7 @@ def prepare(
             f"layers one with register_layer_rule, freeze them, or use strict=False"
         )
     remember_names(model)
+    watch(model)
     prepared = Prepared(tuple(without_rule))
     for module, tap in found.items():
         # First of the hooks: it has to see what the layer itself gave.
@@ -163,6 +166,8 @@ def _tapped(
     obstacle, x = _only_argument(module, args, kwargs)
     if obstacle is None and not (isinstance(output, Tensor) and output.requires_grad):
         obstacle = "returned something else than one tensor with a gradient"
+    if obstacle is None and any(map(is_dtensor, trained.values())):
+        obstacle = "is tensor-parallel"
     if obstacle is None and next(iter(module._forward_hooks.values())) is not tap:
         obstacle = "has another hook that came before its tap"
     rule = tap.rule(module) if obstacle is None else None
@@ -170,7 +175,8 @@ def _tapped(
         obstacle = obstacle or "was changed after it was prepared, to something without a rule"
         remember_reason(trained.values(), f"layer {tap.layer!r} {obstacle}")
         return output
-    site = Site(tap.layer, module, rule, trained, declared(), tap.checks)
+    owners = {n: owner_of(p) for n, p in trained.items()}
+    site = Site(tap.layer, module, rule, owners, trained, declared(), tap.checks)
     return Tap.apply(site, output, x, ANCHOR)  # type: ignore[no-untyped-call]
 
 

@@ -242,6 +242,16 @@ class Factored:
             group[b] = parallel[0]
         return cls(torch.where(used, seeds, 0.0), found[:groups].T, group)
 
+    def spread_over(self, size: int) -> "Factored":
+        """For a pass whose gradients are summed over so many processes to averages.
+
+        Where no score has a seed there is a group all the same, of zeros: other processes wait.
+        """
+        groups, group = self.coefficients, self.group
+        if groups.shape[1] == 0:
+            groups, group = groups.new_zeros(len(groups), 1), torch.zeros_like(group)
+        return Factored(self.seeds, groups / size, group)
+
     def segments(self, index: Tensor | None, device: torch.device, outer: int = 1) -> Segments:
         """The rows of a layer whose entry k belongs to sequence index[k] (None: k)."""
         key = (None if index is None else id(index), outer, device)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raco_fast.distributed.processes import Processes
 from raco_fast.engine.backward import collect, nothing_past_rules, propagate
 from raco_fast.engine.graph import ScoreGraph
 from raco_fast.engine.tap import Call, Collector, name_of
@@ -45,11 +46,7 @@ class SpotCheck:
 
     def __init__(self, graph: ScoreGraph, A: Tensor, seed: int, quietly: bool = False) -> None:
         self._graph, self._quietly = graph, quietly
-        generator = torch.Generator().manual_seed(seed)
-        largest = A.abs().amax(1)
-        signs = torch.randint(0, 2, largest.shape, generator=generator) * 2.0 - 1.0
-        sizes = 0.5 + torch.rand(largest.shape, generator=generator, dtype=torch.float64)
-        self.r = torch.where(largest > 0, signs * sizes / largest, 0.0)
+        self.r = random_weights(A.abs().amax(1), seed)
         self._seeds = self.r @ A
 
     def gradients_of(self, formed: dict[Tensor, Tensor]) -> str | None:
@@ -103,7 +100,7 @@ class SpotCheck:
                 wrong[p] = difference / max(size, float(expected.norm()))
 
         self._ordinary(list(doubtful), ANOTHER_SCALE, judge)
-        return self._described(wrong) if wrong else None
+        return described(self._graph, wrong, Processes(None)) if wrong else None
 
     def _ordinary(
         self, parameters: Sequence[Tensor], scale: float, take: Callable[[Tensor, Tensor], None]
@@ -137,19 +134,29 @@ class SpotCheck:
         for p in left:  # no score depends on it
             take(p, _wide(torch.zeros_like(p)))
 
-    def _described(self, wrong: dict[Tensor, float]) -> str:
-        p = max(wrong, key=lambda p: wrong[p])
-        layer = self._graph.layer_of.get(p)
-        where = "" if layer is None else f" in layer {layer!r}"
-        why = mixing(self._graph) or (
-            "the rule of that layer does not describe what it computed"
-            if layer is not None
-            else "no rule sees it"
-        )
-        return (
-            f"the gradients of {name_of(p)}{where} differ from those of an ordinary backward pass "
-            f"by {wrong[p]:.1e} of their size: {why}"
-        )
+
+def random_weights(largest: Tensor, seed: int) -> Tensor:
+    """r, float64 [m], so that every objective counts alike; `largest`: ∂L/∂score of each."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, largest.shape, generator=generator) * 2.0 - 1.0
+    sizes = 0.5 + torch.rand(largest.shape, generator=generator, dtype=torch.float64)
+    return torch.where(largest > 0, signs * sizes / largest, 0.0)
+
+
+def described(graph: ScoreGraph, wrong: dict[Tensor, float], processes: Processes) -> str:
+    """What to say of parameters whose gradients differ, by so much of their size."""
+    p = max(wrong, key=lambda p: wrong[p])
+    layer = graph.layer_of.get(p)
+    where = "" if layer is None else f" in layer {layer!r}"
+    why = mixing(graph, processes) or (
+        "the rule of that layer does not describe what it computed"
+        if layer is not None
+        else "no rule sees it"
+    )
+    return (
+        f"the gradients of {name_of(p)}{where} differ from those of an ordinary backward pass "
+        f"by {wrong[p]:.1e} of their size: {why}"
+    )
 
 
 def rounding_bound(p: Tensor, size: Any, noise: float) -> Any:
@@ -166,21 +173,26 @@ def _wide(g: Tensor) -> Tensor:
     return g.float() if g.dtype in (torch.bfloat16, torch.float16) else g
 
 
-def mixing(graph: ScoreGraph) -> str | None:
+def mixing(graph: ScoreGraph, processes: Processes) -> str | None:
     """Where sequences meet, found by extra backward passes of some scores only; None: nowhere.
 
     A score may depend on no row but its own. For any two sequences there is a pass with a seed on
-    the one and none on the other, and one the other way round. The graph is kept.
+    the one and none on the other, and one the other way round. All processes take as many passes,
+    whatever they have in their batches. The graph is kept.
     """
-    for seeded in _codes(len(graph.scores)):
-        reached: list[str] = []
+    codes = _codes(len(graph.scores))
+    count = int(processes.largest(torch.tensor(len(codes))))
+    reached: list[str] = []
+    for seeded in [*codes, *codes.new_zeros(count - len(codes), codes.shape[1])]:
         collect(_looking(seeded, reached), graph, seeded, retain_graph=True)
-        if reached:
-            return (
-                f"in layer {reached[-1]!r} a score depends on rows of another sequence, so the "
-                f"model mixes sequences, or `scores` are in another order than the rows"
-            )
-    return None
+        if reached and processes.size == 1:
+            break
+    if reached:
+        return processes.say(
+            f"in layer {reached[-1]!r} a score depends on rows of another sequence, so the "
+            f"model mixes sequences, or `scores` are in another order than the rows"
+        )
+    return processes.say(None)
 
 
 def _codes(n: int) -> Tensor:

@@ -102,12 +102,16 @@ class Checks:
 
 @dataclass(frozen=True)
 class Site:
-    """A call of a layer: its trained parameters, and how its rows were declared."""
+    """A call of a layer: its trained parameters, and how its rows were declared.
+
+    `leaves`: what the graph has in their place, other tensors where FSDP2 has gathered them.
+    """
 
     layer: str
     module: nn.Module
     rule: LayerRule
     parameters: Mapping[str, Tensor]
+    leaves: Mapping[str, Tensor]
     index: Tensor | None
     checks: Checks
 
@@ -127,6 +131,7 @@ class Tapped(torch.autograd.Function):
         *,
         layer: str,
         parameters: tuple[Tensor, ...],
+        leaves: tuple[Tensor, ...],
         index: Tensor | None,
         shape: torch.Size,
         look: Hashable,
@@ -135,11 +140,13 @@ class Tapped(torch.autograd.Function):
     ) -> None:
         """Set the attributes of a node.
 
-        `index`: what `sequences` declared; `shape`: of the layer's input; `look`: compared
-        from call to call, to notice a layer that has changed; `checks`: None without `prepare`;
-        `broadcasts`: whether its output may be added to more rows than it has.
+        `leaves`: what the graph has in place of `parameters`; `index`: what `sequences` declared;
+        `shape`: of the layer's input; `look`: compared from call to call, to notice a layer that
+        has changed; `checks`: None without `prepare`; `broadcasts`: whether its output may be added
+        to more rows than it has.
         """
-        ctx.layer, ctx.parameters, ctx.index, ctx.shape = layer, parameters, index, shape
+        ctx.layer, ctx.parameters, ctx.leaves = layer, parameters, leaves
+        ctx.index, ctx.shape = index, shape
         ctx.set_materialize_grads(False)
         ctx.look, ctx.checks, ctx.broadcasts = look, checks, broadcasts
         ctx.entries = ctx.collector = None
@@ -161,6 +168,7 @@ class Tap(Tapped):
             ctx,
             layer=site.layer,
             parameters=tuple(site.parameters.values()),
+            leaves=tuple(site.leaves.values()),
             index=site.index,
             shape=x.shape,
             look=(

@@ -1,6 +1,6 @@
 """`Accumulation`: what a pass over all objectives adds the m gradients of its batch to."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -26,12 +26,18 @@ class Accumulation:
         self.is_fresh = not any(held is not None and held.present for held in self._held.values())
 
     def buffers(self, p: Tensor) -> tuple[Tensor, bool]:
-        """See `engine.backward.Buffers`."""
+        """See `engine.backward.Into`."""
         held = self._held.get(p)
         if held is not None and held.present:
             return held.stacked(self._memory), False
         self._held[p] = held = ObjectiveGrad(p, self._names)
         return held.allocate(self._memory), True
+
+    def filled(self, params: Iterable[Tensor]) -> None:
+        """Nothing is to be done with a layer's gradients."""
+
+    def finish(self) -> None:
+        """Nor at the end of a pass."""
 
     def gradients(self) -> dict[Tensor, Tensor]:
         """Parameter -> [m, *shape], of those that were touched."""

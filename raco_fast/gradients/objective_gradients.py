@@ -16,11 +16,12 @@ from torch import Tensor
 from raco_fast.backends.arguments import check_dense
 from raco_fast.backends.plan import Plan
 from raco_fast.distributed.dtensor import is_dtensor
+from raco_fast.distributed.fsdp2 import note_sharded
 from raco_fast.distributed.processes import GroupLike, Processes
 from raco_fast.distributed.replicas import check_replicas
 from raco_fast.engine.backward import backward_of_others, one_backward, use_up
 from raco_fast.engine.exactness import Exactness, Pass
-from raco_fast.engine.graph import other_leaves
+from raco_fast.engine.graph import ScoreGraph, other_leaves
 from raco_fast.gradients.accumulation import Accumulation
 from raco_fast.gradients.buffer_pool import HostMemory
 from raco_fast.gradients.check_losses import given_names, ordered_losses, refuse_constants
@@ -41,6 +42,7 @@ from raco_fast.gradients.own_gradients import (
 )
 from raco_fast.gradients.reduced import Reduced
 from raco_fast.gradients.rule_memory import RuleMemory
+from raco_fast.gradients.scattered_accumulation import ScatteredAccumulation
 from raco_fast.solver.weights import ReadOnlyWeights, check_weights, weights_of
 
 
@@ -68,6 +70,7 @@ class ObjectiveGradients:
         process_group: GroupLike = "world",
     ) -> None:
         self.processes = Processes(process_group)
+        note_sharded()
         self.names, values = check_weights(weights)
         self._weights = dict(zip(self.names, values, strict=True))
         if isinstance(params, Tensor | torch.nn.Module):
@@ -188,7 +191,7 @@ class ObjectiveGradients:
         """What has to hold on several processes before a backward pass."""
         params = self.parameters()
         refuse_averaged([p for p in params if not is_dtensor(p)])
-        if not self._sharded(params):
+        if not self.sharded:
             # Under FSDP2 leaves are gathered parameters, which belong to DTensors.
             for leaf in other_leaves(losses, params):
                 if isinstance(leaf, torch.nn.Parameter):
@@ -207,11 +210,17 @@ class ObjectiveGradients:
     def _several(self) -> bool:
         if self.processes.size == 1:
             return False
-        return len(self.names) > 1 or self._sharded(self.parameters())
+        return len(self.names) > 1 or self.sharded
 
-    @staticmethod
-    def _sharded(params: Sequence[Tensor]) -> bool:
-        return any(is_dtensor(p) for p in params)
+    @property
+    def sharded(self) -> bool:
+        """Whether some parameter is a DTensor."""
+        return any(is_dtensor(p) for p in self.parameters())
+
+    @property
+    def scattered(self) -> bool:
+        """Whether gradients have parts that other processes keep."""
+        return self._several or self.sharded
 
     def _propagate(self, ordered: list[Tensor], scores: Tensor | None, in_one: bool) -> None:
         if in_one and len(ordered) > 1:
@@ -220,7 +229,7 @@ class ObjectiveGradients:
                 served = self._one_backward(ordered, scores)
             if served:
                 return
-        if self._several and scores is not None and self._sharded(self.parameters()):
+        if self._several and scores is not None and self.sharded:
             # Collectives wait in every backward pass, also where an objective has nothing here.
             ordered = [x if x.requires_grad else x + 0.0 * scores.sum() for x in ordered]
         self._backward_of_each(ordered)
@@ -242,14 +251,14 @@ class ObjectiveGradients:
     def _backward_of_each(self, losses: Sequence[Tensor]) -> None:
         """m backward passes; the graph is kept for all but the last."""
         params = self.parameters()
-        if self._several and not self._sharded(params):
+        if self._several and not self.sharded:
             clear_overflow(params)
             self._notice_cleared(params)
             backward_of_each(losses, self.trained(), self.names)
             self._note_all_ran()
             return
         others = []
-        if len(losses) > 1 and not self._sharded(params):
+        if len(losses) > 1 and not self.sharded:
             others = other_leaves(losses, params)
         backward_of_others(others, losses, self._weights.values())
         inputs = self.trained() if others else None
@@ -406,34 +415,42 @@ class ObjectiveGradients:
 
     def _one_backward(self, losses: list[Tensor], scores: Tensor) -> bool:
         """Serve all losses with one pass; False, and nothing done, where it is not exact."""
-        served = self.look(losses, scores)
+        served = self.look(losses, scores, scattered=self.sharded)
         if served is None:
             return False
         graph, check = served.graph, served.check
         params = self.parameters()
         clear_overflow(params)
         self._notice_cleared(params)
-        into = Accumulation(graph.wanted, self.names, self._memory)
+        into = self._accumulation(graph, graph.wanted)
         graph.retained = check is not None or bool(graph.others)
         if check is not None:
             # The gradients to be compared are formed apart, and then once more on top of what is
             # there, so that a check does not change the bits of a run.
-            apart = into if into.is_fresh else Accumulation([], self.names, self._memory)
+            apart = into if into.is_fresh else self._accumulation(graph, [])
 
             def run() -> str | None:
-                one_backward(graph, served.factored, apart.buffers, retain_graph=True)
+                one_backward(graph, served.factored, apart, retain_graph=True)
                 return check.gradients_of(apart.gradients())
 
             if not self.exactness.checked(graph, check, run):
                 return False
         if check is None or not into.is_fresh:
-            one_backward(graph, served.factored, into.buffers, retain_graph=graph.retained)
-        backward_of_others(graph.others, losses, self._weights.values())
+            one_backward(graph, served.factored, into, retain_graph=graph.retained)
+        if not self.sharded:
+            backward_of_others(graph.others, losses, self._weights.values())
         if graph.retained:
             use_up(graph)
         into.store()
         self._note_all_ran()
         return True
+
+    def _accumulation(
+        self, graph: ScoreGraph, params: Sequence[Tensor]
+    ) -> Accumulation | ScatteredAccumulation:
+        if self.sharded:
+            return ScatteredAccumulation(graph, params, self.names, self._memory, self.processes)
+        return Accumulation(params, self.names, self._memory)
 
     def _notice_cleared(self, params: Sequence[Tensor]) -> None:
         """model.zero_grad() empties p.grad without telling us: then no objective has run."""
@@ -444,7 +461,7 @@ class ObjectiveGradients:
         """The parameters that require grad."""
         return [p for p in self.parameters() if p.requires_grad]
 
-    def look(self, losses: Sequence[Tensor], scores: Tensor) -> Pass | None:
+    def look(self, losses: Sequence[Tensor], scores: Tensor, scattered: bool) -> Pass | None:
         """What one backward pass needs of losses for which it is exact, None where it is not."""
         named = dict(zip(self.names, losses, strict=True))
-        return self.exactness.look(named, scores, self.trained())
+        return self.exactness.look(named, scores, self.trained(), scattered)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from itertools import compress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -115,18 +115,14 @@ class Reduced:
             return ops.gram_beside(joined(self.groups).grads, numbers, self._plan)
         M = self._local_gram()
         upper = torch.triu_indices(*M.shape, device=M.device)
-        code = zlib.crc32(repr(settings).encode()) >> 12  # so that sums of squares are exact
+        code = _code(settings)
         parts = [M[upper[0], upper[1]], M.new_tensor([code, code**2])]
         sums = self._processes.sum(torch.cat([*parts, *(x.reshape(1).to(M) for x in numbers)]))
         sizes = [upper.shape[1], 2, len(numbers)]
         triangle, codes, values = torch.split(sums.cpu(), sizes)
         # W Σ code² = (Σ code)² only if all are equal; every process has the same sums.
         if self._processes.size * codes[1] != codes[0] ** 2:
-            raise RuntimeError(
-                f"the settings of the optimizer must be the same on all processes, and are not; "
-                f"here they are {settings}; set them alike, or give independent runs "
-                f"process_group=None"
-            )
+            _refuse(settings)
         M, upper = torch.zeros(M.shape, dtype=torch.float64), upper.cpu()
         M[upper[0], upper[1]] = triangle
         M[upper[1], upper[0]] = triangle
@@ -220,6 +216,24 @@ class Reduced:
                 "whoever wraps the model averages them; use one of both between two zero_grad()"
             )
         return own
+
+
+def check_settings(settings: object, processes: Processes) -> None:
+    """Raise RuntimeError, on all processes, unless they have the same settings."""
+    if not processes.alike(torch.tensor([_code(settings)], dtype=torch.float64)):
+        _refuse(settings)
+
+
+def _refuse(settings: object) -> NoReturn:
+    raise RuntimeError(
+        f"the settings of the optimizer must be the same on all processes, and are not; here they "
+        f"are {settings}; set them alike, or give independent runs process_group=None"
+    )
+
+
+def _code(settings: object) -> int:
+    """20 bits, so that sums of squares over processes are exact in float64."""
+    return zlib.crc32(repr(settings).encode()) >> 12
 
 
 def _placed(group: Touched) -> Touched:

@@ -11,6 +11,7 @@ from raco_fast.backends import ops
 from raco_fast.backends.rounding import Rounding
 from raco_fast.backends.types import AdamWOptions, Update
 from raco_fast.distributed.dtensor import local
+from raco_fast.distributed.shards import places_of
 from raco_fast.gradients.objective_grad import Touched, along_p_grad, here
 
 RESIDUAL = "split_residual"
@@ -62,7 +63,12 @@ def _update(
         every("max_exp_avg_sq") if group["amsgrad"] else [],
         every("step"),
         AdamWOptions.of(group),
-        Rounding(rounding, every(RESIDUAL) if rounding == "split" else [], seed),
+        Rounding(
+            rounding,
+            every(RESIDUAL) if rounding == "split" else [],
+            seed,
+            places_of(touched.params) if rounding == "stochastic" else [],
+        ),
     )
 
 

@@ -20,12 +20,15 @@ from raco_fast.backends import ops
 from raco_fast.engine.backward import backward_of_others, collect, propagate, use_up
 from raco_fast.engine.gram_collector import GramCollector, hand_over_gradient
 from raco_fast.engine.graph import ScoreGraph
+from raco_fast.engine.spot_check import SpotCheck
 from raco_fast.gradients.norm_clip import along, clip_factor
 from raco_fast.gradients.objective_grad import is_zero
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
-from raco_fast.gradients.overflow import clear_overflow, leave_overflow
+from raco_fast.gradients.overflow import leave_overflow
+from raco_fast.gradients.reduced import check_settings
 from raco_fast.optim.combine import combine
-from raco_fast.solver.registry import RuleLike, check_rule
+from raco_fast.optim.scattered_passes import average_in_p_grad, gram_of
+from raco_fast.solver.registry import RuleLike, check_rule, spec_of
 from raco_fast.solver.solution import DualSolution
 from raco_fast.solver.weights import check_max_grad_norm
 
@@ -72,27 +75,23 @@ def gram_first(
     # The losses in the order of the weights, and p.grad empty: there is one batch in a step.
     given, ordered = gradients.checked_losses(losses, scores)
     wanted = gradients.trained()
-    clear_overflow(wanted)
-    if not all(p.grad is None or is_zero(p.grad) for p in wanted):
-        raise RuntimeError(
-            "gram_first cannot add to gradients that are there already: the Gram matrix of a sum "
-            "over micro-batches needs all of them; call zero_grad() first and pass the whole batch "
-            "at once, or accumulate with backward(losses, scores=scores)"
-        )
+    processes, settings = gradients.together, (dict(gradients.weights), c, spec_of(rule))
+    processes.agree(partial(_check, gradients, wanted, keep_dy or on_gradient is not None), 0)
     for p in wanted:
         p.grad = None  # zeros of zero_grad(set_to_none=False)
     # A backward pass, its products included, is nothing that autocast should change.
     with torch.autocast(scores.device.type, enabled=False):
         collected = None
-        if len(ordered) > 1 and gradients.together.size == 1:
+        if len(ordered) > 1:
+            check_settings(settings, processes)
             with gradients.alone():
                 collected = _collected(gradients, ordered, scores, keep_dy)
         if collected is not None:  # pass one is done: solve for α
-            graph, A, collector = collected
-            backward_of_others(graph.others, ordered, gradients.weights.values())
+            graph, A, M, collector = collected
+            if not gradients.sharded:
+                backward_of_others(graph.others, ordered, gradients.weights.values())
             if keep_dy and graph.retained:
                 use_up(graph)
-            M = ops.within_cauchy_schwarz(collector.gram())
             gradients.for_rules.forget_losses()
             gradients.for_rules.add(zip(gradients.names, ordered, strict=True))
             solution = gradients.for_rules.solve(M, gradients.weights, given, c, rule)
@@ -103,7 +102,9 @@ def gram_first(
             norm = float(solution.update_norm)
             coefficients = torch.as_tensor(solution.coefficients) * clip_factor(norm, max_grad_norm)
             # p.grad = G0, by products of what was kept or by pass two.
-            if keep_dy:
+            if collector is None:
+                average_in_p_grad(graph, coefficients @ A, gradients.processes)
+            elif keep_dy:
                 collector.combine(coefficients, on_gradient)
             else:
                 _ordinary_pass(graph, coefficients @ A, on_gradient)
@@ -122,14 +123,33 @@ def gram_first(
     return solution
 
 
+def _check(gradients: ObjectiveGradients, wanted: Sequence[Tensor], alone: bool) -> None:
+    """Raise where "gram_first" is not possible; `alone`: it was asked for what one process can."""
+    if alone and gradients.scattered:
+        raise ValueError(
+            "`keep_dy` and `step_in_backward` are for one process without sharded parameters: with "
+            "others every gradient has to be reduced first; leave them out"
+        )
+    if not all(p.grad is None or is_zero(p.grad) for p in wanted):
+        raise RuntimeError(
+            "gram_first cannot add to gradients that are there already: the Gram matrix of a sum "
+            "over micro-batches needs all of them; call zero_grad() first and pass the whole batch "
+            "at once, or accumulate with backward(losses, scores=scores)"
+        )
+
+
 def _collected(
     gradients: ObjectiveGradients, losses: Sequence[Tensor], scores: Tensor, keep_dy: bool
-) -> tuple[ScoreGraph, Tensor, GramCollector] | None:
-    """(graph, A, all that the Gram matrix needs) by pass one; None where it would be wrong."""
-    served = gradients.look(losses, scores)
+) -> tuple[ScoreGraph, Tensor, Tensor, GramCollector | None] | None:
+    """(graph, A, M, what else pass one has kept) by pass one; None where it would be wrong."""
+    scattered = gradients.scattered
+    served = gradients.look(losses, scores, scattered)
     if served is None:
         return None
     graph, check = served.graph, served.check
+    if scattered:
+        M = gram_of(served, len(losses), gradients.exactness, gradients.processes)
+        return None if M is None else (graph, served.A, M, None)
     collector = GramCollector(
         served.factored, graph.wanted, graph.shared(), keep=keep_dy, apart=check is not None
     )
@@ -138,14 +158,14 @@ def _collected(
     def run() -> str | None:
         collect(collector.collect, graph, served.factored.seeds, retain_graph=retained)
         collector.add_products_of_uses()
-        return None if check is None else check.grams_of(collector.grams())
+        return check.grams_of(collector.grams()) if isinstance(check, SpotCheck) else None
 
     if check is None:
         run()
     elif not gradients.exactness.checked(graph, check, run):
         return None
     graph.retained = retained
-    return graph, served.A, collector
+    return graph, served.A, ops.within_cauchy_schwarz(collector.gram()), collector
 
 
 def _ordinary_pass(

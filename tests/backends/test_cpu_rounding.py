@@ -1,5 +1,8 @@
 """The C++ kernel's roundings of bfloat16 weights against their plain twin, to the bit."""
 
+from collections.abc import Sequence
+
+import cuts
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ from torch import Tensor
 
 from raco_fast import _C
 from raco_fast.backends import choose, cpu, ops
-from raco_fast.backends.rounding import ROUNDINGS, Rounding
+from raco_fast.backends.rounding import ROUNDINGS, Place, Rounding
 from raco_fast.backends.types import AdamWOptions, Update
 
 bf16, fp32 = torch.bfloat16, torch.float32
@@ -32,13 +35,13 @@ def bits(tensors: list[Tensor]) -> list[Tensor]:
 class Run:
     """Weights and states, and how the weights are rounded."""
 
-    def __init__(self, rounding: str, state: torch.dtype) -> None:
+    def __init__(self, rounding: str, state: torch.dtype, places: Sequence[Place] = ()) -> None:
         self.params = [transposed(p) for p in draw(1, bf16)]
         self.states = [[transposed(s) for s in draw(2, state)], draw(3, state)]
         self.states[1] = [transposed(s.square()) for s in self.states[1]]
         self.steps = [torch.tensor(float(k)) for k in range(len(SHAPES))]
         residuals = [torch.zeros_like(p) for p in self.params] if rounding == "split" else []
-        self.rounding = Rounding(rounding, residuals, seed=2**33 + 5)
+        self.rounding = Rounding(rounding, residuals, seed=2**33 + 5, places=places)
 
     def update(self, params: list[Tensor], grads: list[list[Tensor]], rounding: Rounding) -> None:
         """One step on the C++ backend."""
@@ -48,9 +51,17 @@ class Run:
 
 
 @pytest.mark.parametrize("state", [bf16, fp32])
-@pytest.mark.parametrize("rounding", ROUNDINGS[1:])
-def test_the_kernel_stores_what_the_twin_stores(rounding, state):
-    ours, plain = Run(rounding, state), Run(rounding, state)
+@pytest.mark.parametrize(
+    ("rounding", "places"),
+    [
+        ("stochastic", ()),
+        ("stochastic", cuts.BEYOND_32_BITS),
+        ("stochastic", cuts.BEYOND_32_BITS[::-1]),
+        ("split", ()),
+    ],
+)
+def test_the_kernel_stores_what_the_twin_stores(rounding, places, state):
+    ours, plain = Run(rounding, state, places), Run(rounding, state, places)
     for t in range(4):
         grads = [[transposed(g) for g in draw(10 * t + i, bf16)] for i in range(2)]
         ours.update(ours.params, grads, ours.rounding)
@@ -68,6 +79,29 @@ def test_the_kernel_stores_what_the_twin_stores(rounding, state):
         grads = [[transposed(g) for g in draw(10 * t + i, bf16)] for i in range(2)]
         nearest.update(nearest.params, grads, Rounding())
     assert not torch.equal(nearest.params[-1], ours.params[-1])
+
+
+@pytest.mark.parametrize("cut", cuts.CUTS)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_step_of_shards_is_that_of_the_whole(backend, cut):
+    generator = torch.Generator().manual_seed(6)
+    p, g, other, m, v = (torch.randn(300, 500, generator=generator).to(bf16) for _ in range(5))
+    assert p.numel() > 2 * _C.CHUNK
+
+    def step(index: tuple[slice, slice], place: Place) -> Tensor:
+        mine = [t[index].clone(memory_format=torch.contiguous_format) for t in (p, m, v.square())]
+        how = Rounding("stochastic", seed=4, places=[place])
+        states = [[t] for t in mine[1:]]
+        grads = [[t[index].contiguous()] for t in (g, other)]
+        with choose.backend(backend):
+            update = Update(mine[:1], grads, *states, [], [torch.tensor(2.0)], OPTIONS, how)
+            ops.combine_adamw(update, ALPHA)
+        return mine[0]
+
+    expected, found = step((slice(None), slice(None)), Place(2)), torch.empty_like(p)
+    for index, place in cuts.shards(p, cut, 2):
+        found[index] = step(index, place)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS[1:])
@@ -112,6 +146,7 @@ def step(run: Run, grads: list[list[Tensor]], **how) -> None:
         "seed": 5,
         "residuals": found.written[3][0],
         "residual_dtypes": found.written[3][1],
+        "places": run.rounding.place_table(n if run.rounding.name == "stochastic" else 0),
         "threads": 1,
         "target": 0,
     }
@@ -132,6 +167,7 @@ def test_the_extension_refuses_what_would_write_elsewhere():
         (none, r"addresses must be \[n\]"),
         ({"residual_dtypes": np.zeros(len(SHAPES), np.uint8)}, "residuals must be stored as bfl"),
         ({"steps": np.ones(1)}, r"steps must be \[n\]"),
+        ({"places": Rounding().place_table(len(SHAPES))}, r"places must be \[n, 4\] for stoch"),
     ]:
         with pytest.raises(ValueError, match=message):
             step(split, grads, **how)

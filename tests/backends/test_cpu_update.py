@@ -196,6 +196,7 @@ def test_same_bits_for_any_thread_count_and_target(dtype):
                 seed=0,
                 residuals=np.empty(0, dtype=np.int64),
                 residual_dtypes=np.empty(0, dtype=np.uint8),
+                places=np.empty((0, 4), dtype=np.int64),
                 threads=threads,
                 target=target,
             )

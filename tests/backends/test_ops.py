@@ -13,7 +13,7 @@ from torch import Tensor
 import raco_fast
 from raco_fast.backends import choose, cpu, cuda, ops, reference
 from raco_fast.backends.plan import Plan
-from raco_fast.backends.rounding import Rounding
+from raco_fast.backends.rounding import Place, Rounding
 from raco_fast.backends.types import AdamWOptions, Call, Gradients, Update
 from raco_fast.solver.dual import solve_dual
 
@@ -348,6 +348,9 @@ def test_coefficients_and_outputs_must_fit():
     rounded = replace(update, rounding=Rounding("stochastic"))
     with pytest.raises(ValueError, match=r"'stochastic' is for bfloat16 .* got torch.float32; use"):
         ops.combine_adamw(rounded, alpha[:2])
+    placed = replace(update, rounding=Rounding(places=[Place(0)]))
+    with pytest.raises(ValueError, match=r"`rounding.places` must be empty or .* got 1 for 2"):
+        ops.combine_adamw(placed, alpha[:2])
     with pytest.raises(RuntimeError, match=r"coefficients on meta need .* got 'cpu'; pass coeff"):
         ops.combine_adamw(update, alpha[:2].to("meta"))
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import cuts
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from raco_fast.backends import reference
 from raco_fast.backends.rounding import (
     ROUNDINGS,
+    Place,
     Rounding,
     check_rounding,
     check_seed,
@@ -34,7 +36,7 @@ def hashed(element: np.ndarray, seed: int, tensor: int, step: int) -> np.ndarray
         return mix(x % 2**32, (16, 15, 15), (0x21F0AAAD, 0x735A2D97))
 
     element = element.astype(object)
-    place = tensor * 0x9E3779B1 + int(element[0]) // 2**32 * 0x85EBCA77
+    place = tensor * 0x9E3779B1 + element // 2**32 * 0x85EBCA77
     first = key(key(seed ^ step * 0xC2B2AE35 % 2**32) ^ place % 2**32)
     second = key(first ^ place % 2**32)
     x = element % 2**32 ^ first
@@ -46,16 +48,17 @@ def hashed(element: np.ndarray, seed: int, tensor: int, step: int) -> np.ndarray
 def test_the_bits_are_the_hash(start, seed, tensor, step):
     element = np.arange(start, start + 300)
     expected = hashed(element, seed % 2**32, tensor, step)
-    found = random_bits(300, start, seed, tensor, torch.tensor(float(step)))
+    found = random_bits(torch.from_numpy(element), seed, tensor, torch.tensor(float(step)))
     assert (found.numpy() == expected).all()
 
 
 def test_the_bits_are_random_in_every_argument():
     place: dict[str, Any] = {"seed": 99, "tensor": 3, "step": torch.tensor(7.0)}
     many = torch.arange(10_000)  # the hash is elementwise in all of its arguments
-    of_elements = random_bits(10_000, 0, **place).numpy()
+    of_elements = random_bits(many, **place).numpy()
     of_seeds, of_tensors, of_steps = [
-        random_bits(1, 77, **{**place, name: many}).numpy() for name in ("seed", "tensor", "step")
+        random_bits(many[77:78], **{**place, name: many}).numpy()
+        for name in ("seed", "tensor", "step")
     ]
     for found in (of_elements, of_seeds, of_steps, of_tensors):
         assert abs(found.mean() / 65535 - 0.5) < 4 * 12**-0.5 / 100
@@ -64,7 +67,7 @@ def test_the_bits_are_random_in_every_argument():
         centred = found - found.mean()
         assert abs((centred[1:] * centred[:-1]).mean() / centred.var()) < 0.04
     for other in ({"seed": 100}, {"tensor": 4}, {"step": torch.tensor(8.0)}):
-        others = random_bits(10_000, 0, **{**place, **other}).numpy()
+        others = random_bits(many, **{**place, **other}).numpy()
         assert abs(np.corrcoef(of_elements, others)[0, 1]) < 0.04
 
 
@@ -93,6 +96,32 @@ def test_stochastic_rounding_counts_elements_in_the_order_of_memory():
     for p, noise in ((flat, order.reshape(70_000, 3)), (turned, order.reshape(3, 70_000).T)):
         raised = w.view(torch.int32) + torch.from_numpy(noise.astype(np.int32))
         assert torch.equal(p.float(), (raised & -0x10000).view(torch.float32))
+
+
+@pytest.mark.parametrize("place", cuts.BEYOND_32_BITS, ids=str)
+def test_a_shards_bits_are_those_of_its_elements_numbers(place):
+    w, p = torch.randn(2000, generator=torch.Generator().manual_seed(2)), torch.empty(2000).to(bf16)
+    rounding = Rounding("stochastic", seed=5, places=[Place(9), place])
+    rounding.store(w.clone(), p, 1, torch.tensor(3.0))
+    e = np.arange(2000).astype(object)
+    number = place.offset + (e // place.width * place.pitch + e % place.width if place.width else e)
+    raised = w.view(torch.int32) + torch.from_numpy(hashed(number, 5, place.tensor, 3)).int()
+    assert torch.equal(p.float(), (raised & -0x10000).view(torch.float32))
+
+
+@pytest.mark.parametrize("cut", cuts.CUTS)
+def test_shards_are_rounded_as_the_whole(cut):
+    whole = torch.randn(500, 400, generator=torch.Generator().manual_seed(3))
+    expected, found = (torch.empty_like(whole, dtype=bf16) for _ in range(2))
+    assert whole.numel() > 1 << 17  # more than one block
+    step = torch.tensor(2.0)
+    Rounding("stochastic", seed=8, places=[Place(3)]).store(whole.clone(), expected, 0, step)
+    for index, place in cuts.shards(whole, cut, 3):
+        w = whole[index].clone(memory_format=torch.contiguous_format)
+        p = torch.empty_like(w, dtype=bf16)
+        Rounding("stochastic", seed=8, places=[place]).store(w, p, 0, step)
+        found[index] = p
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "split"])
@@ -190,5 +219,8 @@ def test_wrong_arguments():
         check_rounding("kahan")
     with pytest.raises(TypeError, match=r"`seed` must be an integer, got 1.5; use int\(seed\)"):
         check_seed(1.5)
+    for numbers in ((-1,), (0, -2), (0, 0, 5, 4)):
+        with pytest.raises(ValueError, match=r"a `Place` must have .* got Place\(tensor=.*share"):
+            Place(*numbers)
     assert [check_rounding(name) for name in ROUNDINGS] == list(ROUNDINGS)
     assert check_rounding("nearest", differentiable=True) == "nearest"

@@ -24,6 +24,8 @@ from raco_fast.engine.contributions import vector_use
 from raco_fast.engine.graph import ScoreGraph
 from raco_fast.engine.sequences import Factored, sequences
 from raco_fast.engine.tap import ANCHOR, collecting
+from raco_fast.gradients.accumulation import Accumulation
+from raco_fast.gradients.buffer_pool import HostMemory
 
 WORDS, WIDTH = 13, 6
 
@@ -683,17 +685,12 @@ def test_threads_share_a_prepared_model():
             else:
                 # Gradients of one thread's own, for p.grad belongs to all of them.
                 graph = ScoreGraph(dict(zip("ab", losses, strict=True)), scores, params, (), set())
-                made = {}
-
-                def buffers(p: Tensor, made=made) -> tuple[Tensor, bool]:
-                    fresh = p not in made
-                    made[p] = made.get(p, torch.empty(2, *p.shape))
-                    return made[p], fresh
-
+                into = Accumulation([], ("a", "b"), HostMemory())
                 factored = Factored.of(sensitivities(losses, scores))
-                collector = gradient_collector(factored, buffers, params)
+                collector = gradient_collector(factored, into, params)
                 with collecting(collector, graph.taps):
                     propagate(scores, factored.seeds, inputs=[ANCHOR])
+                made = into.gradients()
                 found = [[made[p][i] for p in params] for i in (0, 1)]
             for i in (0, 1):
                 torch.testing.assert_close(list(found[i]), list(truth[k][i]))

@@ -88,12 +88,13 @@ def compiled_step(
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     rounding: str,
     architecture: int,
+    rows: bool = False,
     **kind: bool,
 ) -> Machine:
     grad, param, state = dtypes
     residual = [int16] if rounding == "split" else []
     columns = [*[grad] * m, param, state, state, *residual]
-    constants = combine_adamw.step_constants(m, table(columns, m, **kind), rounding)
+    constants = combine_adamw.step_constants(m, table(columns, m, **kind), rounding, rows)
     return compile_kernel(combine_adamw.combine_adamw_step, constants, architecture, OPTIONS)
 
 
@@ -191,6 +192,25 @@ def test_combine_adamw(m, dtypes, rounding, architecture):
     widths = per_thread(*[grad] * m, param, state, state, *residual)
     assert_main_loop(code, widths, widths[m:])
     assert resident(code.registers) >= combine_adamw.resident_programs(rounding, architecture)
+
+
+@pytest.mark.parametrize(
+    ("m", "state", "architecture"),
+    [
+        pytest.param(m, state, a, marks=slow_unless(m == 2 and a == 90))
+        for m in (1, 2, 3, 4, 5, 6, 7, 8)
+        for state in (bf16, fp32)
+        for a in ARCHITECTURES
+    ],
+)
+def test_combine_adamw_in_rows(m, state, architecture):
+    code = compiled_step(m, (bf16, bf16, state), "stochastic", architecture, rows=True)
+    assert_no_spills(code)
+    assert_deterministic_and_64_bit(code)
+    widths = per_thread(*[bf16] * m, bf16, state, state)
+    assert_main_loop(code, widths, widths[m:])
+    programs = combine_adamw.resident_programs("stochastic", architecture, rows=True)
+    assert resident(code.registers) >= programs
 
 
 @pytest.mark.parametrize(

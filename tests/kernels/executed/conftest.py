@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from raco_fast.backends import choose, cuda
-from raco_fast.backends.rounding import NEAREST
+from raco_fast.backends.rounding import NEAREST, Rounding
 from raco_fast.backends.types import AdamWOptions, Update
 
 SPLIT = 2.0**27 + 1  # Veltkamp's: cuts a float64 into two halves whose products are exact
@@ -105,6 +105,7 @@ class Problem:
         for step in self.steps:
             step += 1
         steps, options = torch.stack(self.steps), replace(self.OPTIONS, lr=lr)
+        places = torch.from_numpy(Rounding().place_table(len(steps)))
         columns = [*self.grads, self.params, self.exp_avgs, self.exp_avg_sqs]
         kernels.combine_adamw(
             tables.build([*columns, residuals] if residuals else columns, m, device),
@@ -113,6 +114,7 @@ class Problem:
             (self.alpha if alpha is None else alpha).float().to(device),
             torch.tensor([seed], device=device),
             rounding,
+            places.to(device) if rounding == "stochastic" else None,
         )
 
 

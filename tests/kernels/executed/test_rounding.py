@@ -2,12 +2,13 @@
 
 import os
 
+import cuts
 import pytest
 import torch
 
 from raco_fast import ClippedCAGradAdamW
-from raco_fast.backends import choose
-from raco_fast.backends.rounding import ROUNDINGS, Rounding
+from raco_fast.backends import choose, cuda
+from raco_fast.backends.rounding import ROUNDINGS, Place, Rounding
 from raco_fast.kernels import combine_adamw as kernels
 from raco_fast.kernels import tables
 
@@ -52,6 +53,47 @@ def test_the_kernel_stores_what_the_twin_stores(rounding, state, make_problem):
             twin.store(w, stored[k], k, plain.steps[k])
     found = [*ours.params, *ours.exp_avgs, *(residuals or [])]
     for a, b in zip(found, [*stored, *plain.exp_avgs, *twin.residuals], strict=True):
+        if INTERPRETED:
+            assert torch.equal(bits_of(a), bits_of(b))
+        else:  # two kernels on a device may contract products differently
+            assert (bits_of(a) == bits_of(b)).double().mean() > 0.95
+
+
+BEYOND = cuts.BEYOND_32_BITS
+LONG_ROWS = [
+    Place(3, 2**32 - 1200, 1500, 1501),
+    Place(2),
+    Place(2, 7),
+    Place(0, 2**33, 2000, 2**33),
+]
+
+
+@pytest.mark.parametrize(
+    ("places", "rows"),
+    [
+        pytest.param(BEYOND[:4], True, id="beyond 32 bits"),
+        pytest.param(BEYOND[2:], True, id="narrow and wide rows"),
+        pytest.param(LONG_ROWS, True, id="rows longer than a chunk"),
+        pytest.param([Place(7, 2**33 - 5), *map(Place, range(3))], True, id="a run beyond 32 bits"),
+        pytest.param([Place(5, 77), Place(4, 2**40 + 3), *map(Place, (0, 9))], False, id="runs"),
+    ],
+)
+def test_a_shard_is_rounded_by_its_elements_numbers(places, rows, make_problem, monkeypatch):
+    monkeypatch.setattr(tables, "_CHUNKS", ((1 << 24, 1024),))
+    variants = []
+    step = kernels.combine_adamw
+    monkeypatch.setattr(
+        kernels, "combine_adamw", lambda *args: (variants.append(args[7]), step(*args))[1]
+    )
+    ours, plain = [make_problem(2, bf16, bf16, fp32, SIZES) for _ in range(2)]
+    how = Rounding("stochastic", seed=12345, places=places)
+    ours.step(cuda, rounding=how)
+    stored, plain.params = plain.params, [p.float() for p in plain.params]
+    plain.step(cuda)
+    for k, w in enumerate(plain.params):
+        how.store(w, stored[k], k, plain.steps[k])
+    assert variants == [rows, False]
+    for a, b in zip(ours.params, stored, strict=True):
         if INTERPRETED:
             assert torch.equal(bits_of(a), bits_of(b))
         else:  # two kernels on a device may contract products differently
