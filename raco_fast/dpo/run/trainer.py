@@ -86,7 +86,8 @@ class Trainer:
         steps = config.epochs * self.batches.steps_per_epoch
         self.total_steps = min(steps, config.max_steps or steps)
         self.state = self._new_state()
-        of_run = {**self.state.run, **identity(config), "checkpoint": str(found)}
+        contents = {what: self.state.run[what] for what in ("data", "model")}
+        of_run = {**self.state.run["settings"], **contents, "checkpoint": str(found)}
         check_alike(self.processes, of_run)
         self._learn = PreferenceStep(
             self.model,

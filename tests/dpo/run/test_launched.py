@@ -111,31 +111,36 @@ def check_against_one(runs, new_run, processes: int, parallel: dict[str, Any], *
     assert configs[0] == configs[1]
 
 
-@pytest.mark.parametrize("model", [None, {"lora": LORA}], ids=["full", "lora"])
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_learn_what_one_learns(runs, new_run, kind, model):
+@pytest.mark.parametrize(
+    ("kind", "lora"),
+    [
+        ("ddp", None),
+        ("fsdp2", LORA),
+        pytest.param("ddp", LORA, marks=pytest.mark.slow),
+        pytest.param("fsdp2", None, marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_learn_what_one_learns(runs, new_run, kind, lora):
     """10 steps of 8 pairs in micro-batches of 3, labels spread unevenly."""
-    mode = "autograd" if kind == "fsdp2" else "one_backward"
-    check_against_one(
-        runs, new_run, 2, {"kind": kind}, model=model, gradient_mode=mode, eval_every=5
-    )
+    check_against_one(runs, new_run, 2, {"kind": kind}, model={"lora": lora}, eval_every=5)
 
 
+FSDP2 = {"kind": "fsdp2"}
 MORE = {
     "ddp on 3": (3, {}, {}),
     "ddp, one objective": (2, {}, {"weights": {"sure": 1.0}, "c": 0.0}),
     "ddp, more processes than pairs": (3, {}, {"pairs_per_step": 2, "max_steps": 10}),
-    "fsdp2 on 4": (4, {"kind": "fsdp2"}, {}),
-    "fsdp2, 2 copies": (4, {"kind": "fsdp2", "replicate": 2}, {}),
-    "fsdp2, offloaded": (2, {"kind": "fsdp2", "cpu_offload": True}, {}),
-    "fsdp2, not resharded": (2, {"kind": "fsdp2", "reshard": False}, {}),
-    "fsdp2, of one": (1, {"kind": "fsdp2"}, {}),
-    "fsdp2, tied": (2, {"kind": "fsdp2"}, {"tied": True}),
-    "fsdp2, checkpointed": (
-        2,
-        {"kind": "fsdp2"},
-        {"model": {"lora": LORA, "gradient_checkpointing": True}},
-    ),
+    "ddp, gram_first": (2, {}, {"gradient_mode": "gram_first", "pairs_per_micro_batch": 8}),
+    "fsdp2 on 4": (4, FSDP2, {}),
+    "fsdp2, 2 copies": (4, FSDP2 | {"replicate": 2}, {}),
+    "fsdp2, offloaded": (2, FSDP2 | {"cpu_offload": True}, {}),
+    "fsdp2, not resharded": (2, FSDP2 | {"reshard": False}, {"model": {"lora": LORA}}),
+    "fsdp2, of one": (1, FSDP2, {}),
+    "fsdp2, one objective": (2, FSDP2, {"weights": {"sure": 1.0}, "c": 0.0}),
+    "fsdp2, autograd": (2, FSDP2, {"gradient_mode": "autograd"}),
+    "fsdp2, gram_first": (2, FSDP2, {"gradient_mode": "gram_first", "pairs_per_micro_batch": 8}),
+    "fsdp2, tied": (2, FSDP2, {"model": {"tied": True}}),
+    "fsdp2, checkpointed": (2, FSDP2, {"model": {"lora": LORA, "gradient_checkpointing": True}}),
 }
 
 
@@ -143,35 +148,27 @@ MORE = {
 @pytest.mark.parametrize("case", MORE)
 def test_processes_learn_what_one_learns(runs, new_run, save_tiny, case):
     processes, parallel, changes = MORE[case]
-    changes = dict(changes)
-    if changes.pop("tied", False):
-        changes["model"] = {"name": str(save_tiny(tie_word_embeddings=True))}
-    mode = {"gradient_mode": "autograd"} if parallel else {}
-    check_against_one(runs, new_run, processes, parallel, **mode, **changes)
+    if changes.get("model") == {"tied": True}:
+        changes = {"model": {"name": str(save_tiny(tie_word_embeddings=True))}}
+    check_against_one(runs, new_run, processes, parallel, **changes)
 
 
-LONG = {"epochs": 8}  # 40 steps: a signal reaches the run before its end
+LONG = {"epochs": 4}  # 20 steps: a signal reaches the run before its end
 
 
 @pytest.mark.parametrize(
     ("first", "then"),
     [
-        pytest.param((2, {}), (1, {}), id="ddp on 2, then 1"),
-        pytest.param((1, {}), (2, {"kind": "fsdp2"}), id="1, then fsdp2 on 2"),
-        pytest.param((2, {"kind": "fsdp2"}), (1, {}), id="fsdp2 on 2, then 1"),
-        pytest.param(
-            (2, {"kind": "fsdp2"}), (3, {"kind": "fsdp2"}), id="fsdp2 on 2, then 3",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            (4, {"kind": "fsdp2", "shard": 2}), (2, {}), id="fsdp2 on 2x2, then ddp on 2",
-            marks=pytest.mark.slow,
-        ),
+        pytest.param((1, {}), (2, FSDP2), id="1, then fsdp2 on 2"),
+        pytest.param((2, FSDP2), (1, {}), id="fsdp2 on 2, then 1"),
+        pytest.param((2, {}), (1, {}), id="ddp on 2, then 1", marks=pytest.mark.slow),
+        pytest.param((2, FSDP2), (3, FSDP2), id="fsdp2 on 2, then 3", marks=pytest.mark.slow),
+        pytest.param((4, FSDP2 | {"shard": 2}), (2, {}), id="2x2, then 2", marks=pytest.mark.slow),
     ],
 )
 def test_another_number_of_processes_goes_on(runs, new_run, first, then):
     """A signal on the last process stops all of them, after a checkpoint."""
-    changes = LONG | {"gradient_mode": "autograd"}
+    changes = LONG | {"lr": 1e-3}
     whole, cut = new_run("whole", **changes), new_run("cut", first[1], **changes)
     assert_done(whole.end(1))
     stopped = cut.stopped(first[0], first[0] - 1, signal.SIGTERM)
@@ -187,13 +184,18 @@ def test_another_number_of_processes_goes_on(runs, new_run, first, then):
 
 
 @pytest.mark.parametrize(
-    ("rank", "number"), [(0, signal.SIGINT), (1, signal.SIGKILL)], ids=["ctrl-c", "killed"]
+    ("kind", "rank", "number"),
+    [
+        ("ddp", 0, signal.SIGINT),
+        ("fsdp2", 1, signal.SIGKILL),
+        pytest.param("ddp", 1, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param("fsdp2", 0, signal.SIGINT, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(runs, new_run, kind, rank, number):
     """With dropout, which every process draws for itself, and with accumulation."""
     model = {"dropout": True, "lora": LORA | {"dropout": 0.2}}
-    changes = LONG | {"model": model, "gradient_mode": "autograd", "save_every": 3}
+    changes = LONG | {"model": model, "save_every": 3}
     whole, cut = (new_run(name, {"kind": kind}, **changes) for name in ("whole", "cut"))
     assert_done(whole.end(2))
     stopped = cut.stopped(2, rank, number, lines=6)
@@ -254,7 +256,7 @@ def test_a_full_disk_on_the_first_process_stops_all(new_run):
 
 def test_a_full_disk_on_another_process_stops_all(new_run):
     """Of a sharded model every process writes a part."""
-    run = new_run("full", {"kind": "fsdp2"}, gradient_mode="autograd", save_every=2)
+    run = new_run("full", FSDP2, save_every=2)
     ended = run.end(2, limits={1: 20_000})
     assert [process.status for process in ended] == [BAD_INPUT] * 2, ended
     for process in ended:
