@@ -34,7 +34,7 @@ from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.models import trainable
 from raco_fast.dpo.run import shard_files
 from raco_fast.dpo.run.files import atomic_folder, reported
-from raco_fast.dpo.run.parallel import by_first, gathered, together
+from raco_fast.dpo.run.together import by_first, gathered, together
 from raco_fast.dpo.sharded import cut_like, device_of, is_sharded
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 

@@ -26,7 +26,7 @@ from raco_fast.dpo.models import (
     pick_device,
 )
 from raco_fast.dpo.run.config import TrainConfig
-from raco_fast.dpo.run.parallel import together
+from raco_fast.dpo.run.together import together
 from raco_fast.dpo.sharded import device_of, shard
 
 if TYPE_CHECKING:

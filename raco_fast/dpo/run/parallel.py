@@ -1,4 +1,4 @@
-"""How a run is spread over the processes that a launcher has started, and how they stay together.
+"""How a run is spread over the processes that a launcher has started.
 
     torchrun --nproc-per-node 8 $(which raco-fast) train config.yaml
 
@@ -7,22 +7,18 @@ Without a launcher a run is one process: nothing here opens a process group or s
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
-from torch import Tensor
 
-from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.data.choices import check_choices
-from raco_fast.dpo.launch import launched
-
-Result = TypeVar("Result")
+from raco_fast.dpo.launch import Launch, launched
+from raco_fast.dpo.run.together import OtherProcessError
 
 
 @dataclass(frozen=True)
@@ -98,32 +94,13 @@ def process_group(options: ParallelOptions, device: torch.device) -> Iterator[No
             another number of processes than `options` divide the model over.
         OSError: another process has ended, or has not answered in time.
     """
-    launch = launched()
-    if launch is None and not torch.distributed.is_initialized():
-        if options.kind == "fsdp2":
-            raise ValueError(
-                "`parallel.kind` 'fsdp2' needs a launcher, which says how many processes there "
-                "are; start with `torchrun --nproc-per-node N $(which raco-fast) train ...` (N may "
-                "be 1), or leave `parallel` out to train on one process"
-            )
+    launch = None if _is_open() else _launch_to_join(options)
+    if launch is None:
         yield
         return
-    alone = launch is not None and launch.size == 1 and options.kind == "ddp"
-    if alone or torch.distributed.is_initialized():
-        yield
-        return
-    assert launch is not None
-    if options.kind == "fsdp2":
-        options.mesh_shape(launch.size)
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            raise ValueError(
-                f"{name} must be set where WORLD_SIZE is ({launch.size} here): it is where the "
-                f"processes meet; start them with torchrun, which sets it"
-            )
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with _lost_ones_named(launch.rank, launch.size):
+    with _lost_ones_named(launch):
         torch.distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             timeout=timedelta(seconds=options.timeout_seconds),
@@ -134,12 +111,34 @@ def process_group(options: ParallelOptions, device: torch.device) -> Iterator[No
             torch.distributed.destroy_process_group()
 
 
-class OtherProcessError(OSError):
-    """Another process of the run has failed, or is gone, so this one stops as well."""
+def _is_open() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _launch_to_join(options: ParallelOptions) -> Launch | None:
+    """What the launcher says, checked; None for a run of one process that shards nothing."""
+    launch = launched()
+    if options.kind == "fsdp2":
+        if launch is None:
+            raise ValueError(
+                "`parallel.kind` 'fsdp2' needs a launcher, which says how many processes there "
+                "are; start with `torchrun --nproc-per-node N $(which raco-fast) train ...` (N may "
+                "be 1), or leave `parallel` out to train on one process"
+            )
+        options.mesh_shape(launch.size)
+    elif launch is None or launch.size == 1:
+        return None
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ValueError(
+                f"{name} must be set where WORLD_SIZE is ({launch.size} here): it is where the "
+                f"processes meet; start them with torchrun, which sets it"
+            )
+    return launch
 
 
 @contextmanager
-def _lost_ones_named(rank: int, size: int) -> Iterator[None]:
+def _lost_ones_named(launch: Launch) -> Iterator[None]:
     """Say that another process is gone, where the backend speaks of sockets."""
     try:
         yield
@@ -148,85 +147,7 @@ def _lost_ones_named(rank: int, size: int) -> Iterator[None]:
         if not ours:
             raise
         raise OtherProcessError(
-            f"process {rank} of {size} stops: another one has ended, or has not answered within "
-            f"`parallel.timeout_seconds` ({error}); its own message is in its output. Start again "
-            f"with --resume to go on from the last checkpoint"
+            f"process {launch.rank} of {launch.size} stops: another one has ended, or has not "
+            f"answered within `parallel.timeout_seconds` ({error}); its own message is in its "
+            f"output. Start again with --resume to go on from the last checkpoint"
         ) from error
-
-
-def together(processes: Processes, act: Callable[[], Result]) -> Result:
-    """What `act()` gives on each process; where it fails on one, all fail.
-
-    Without this the others would wait in their next collective for one that has ended. `act` sends
-    nothing itself.
-
-    Raises:
-        OSError, ValueError: as `act` on this process.
-        OtherProcessError: it failed on another one (with its message).
-    """
-    failure: OSError | ValueError | None = None
-    result: Result | None = None
-    try:
-        result = act()
-    except (OSError, ValueError) as error:
-        failure = error
-    rank, size = processes.rank, processes.size
-    said = processes.say(None if failure is None else f"process {rank} of {size}: {failure}")
-    if failure is not None:
-        raise failure
-    if said is not None:
-        raise OtherProcessError(said)
-    return result  # type: ignore[return-value]
-
-
-def by_first(processes: Processes, act: Callable[[], Result]) -> Result | None:
-    """`act()` on the first process alone, such as writing a file; its failure is raised on all."""
-    return together(processes, lambda: act() if processes.rank == 0 else None)
-
-
-def gathered(processes: Processes, value: Result) -> list[Result]:
-    """What every process has, in the order of their numbers; anything that can be pickled."""
-    if processes.size == 1:
-        return [value]
-    values: list[Result | None] = [None] * processes.size
-    torch.distributed.all_gather_object(values, value, group=processes.group)
-    return values  # type: ignore[return-value]
-
-
-def check_alike(processes: Processes, about: Mapping[str, object]) -> None:
-    """Raise ValueError, naming what differs, where processes are about to do different runs.
-
-    Args:
-        about: what has to be equal, the same names in the same order on all.
-    """
-    digests = [list(hashlib.sha256(repr(value).encode()).digest()) for value in about.values()]
-    rows = torch.tensor(digests, dtype=torch.float64)
-    if processes.alike(rows):
-        return
-    differing = [name for name, row in zip(about, rows, strict=True) if not processes.alike(row)]
-    raise ValueError(
-        f"all processes of a run must have the same {', '.join(differing)}, got "
-        f"{about[differing[0]]!r} on process {processes.rank} of {processes.size}; start all of "
-        f"them with the same config, data, model and `output_dir`"
-    )
-
-
-def average_gradients(processes: Processes, parameters: Iterable[Tensor]) -> None:
-    """Replace every p.grad by its mean over processes that hold whole, equal parameters.
-
-    They are sent in buckets of about 25 MB: an adapter's gradients are many and small. All
-    processes have a gradient for the same parameters.
-    """
-    buckets: dict[torch.dtype, list[list[Tensor]]] = {}
-    for grad in (p.grad for p in parameters if p.grad is not None):
-        of_dtype = buckets.setdefault(grad.dtype, [[]])
-        if sum(g.nbytes for g in of_dtype[-1]) + grad.nbytes > _BUCKET and of_dtype[-1]:
-            of_dtype.append([])
-        of_dtype[-1].append(grad)
-    for bucket in (bucket for of_dtype in buckets.values() for bucket in of_dtype):
-        mean = processes.sum(torch.cat([g.flatten() for g in bucket])) / processes.size
-        for grad, part in zip(bucket, torch.split(mean, [g.numel() for g in bucket]), strict=True):
-            grad.copy_(part.view_as(grad))
-
-
-_BUCKET = 25 << 20  # bytes

@@ -21,7 +21,7 @@ from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.data.batches import micro_batches
 from raco_fast.dpo.data.tokenization import EncodedPair, collate
 from raco_fast.dpo.run.files import atomic_file
-from raco_fast.dpo.run.parallel import by_first
+from raco_fast.dpo.run.together import by_first
 from raco_fast.dpo.scoring import ReferenceLogps, adapter_off, pair_logps
 from raco_fast.dpo.sharded import free_gathered
 

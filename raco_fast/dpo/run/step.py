@@ -14,7 +14,7 @@ from raco_fast.dpo.data.tokenization import EncodedPair, collate
 from raco_fast.dpo.losses.objective_losses import preference_losses
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 from raco_fast.dpo.metrics import PreferenceMetrics, solution_metrics
-from raco_fast.dpo.run.parallel import average_gradients
+from raco_fast.dpo.run.together import average_gradients
 from raco_fast.dpo.scoring import ReferenceLogps, pair_logps, score_pairs
 from raco_fast.dpo.sharded import is_sharded
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW

@@ -20,9 +20,10 @@ from raco_fast.dpo.run.inputs import load_on_all
 from raco_fast.dpo.run.interrupt import Interrupt
 from raco_fast.dpo.run.metrics_file import MetricsFile, read_records
 from raco_fast.dpo.run.model_card import TrainingSummary, save_trained_model
-from raco_fast.dpo.run.parallel import by_first, check_alike, process_group, together
+from raco_fast.dpo.run.parallel import process_group
 from raco_fast.dpo.run.reference_cache import data_hash, reference_logps
 from raco_fast.dpo.run.step import PreferenceStep
+from raco_fast.dpo.run.together import by_first, check_alike, together
 from raco_fast.dpo.scoring import ReferenceLogps, tail_weights
 from raco_fast.dpo.sharded import is_sharded, whole_state_dict
 from raco_fast.engine.prepare import prepare
