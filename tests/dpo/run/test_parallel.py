@@ -54,7 +54,7 @@ def test_without_a_launcher_nothing_is_opened(make_config, tmp_path):
     with process_group(ParallelOptions(), CPU):
         assert not torch.distributed.is_initialized()
     with (
-        pytest.raises(ValueError, match=r"`parallel.kind` 'fsdp2' needs a launcher, .* torchrun"),
+        pytest.raises(ValueError, match=r"`parallel.kind` 'fsdp2' needs a launcher, .*torchrun"),
         process_group(ParallelOptions("fsdp2"), CPU),
     ):
         pytest.fail("a sharded run began on one process")
