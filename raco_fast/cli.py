@@ -90,15 +90,10 @@ def _parser(command: str | None) -> ArgumentParser:
 
 
 def _run_train(parser: ArgumentParser, values: Any) -> int:
-    from raco_fast.dpo.launch import launched
     from raco_fast.dpo.run.config import TrainConfig
     from raco_fast.dpo.run.trainer import Interrupted, train
 
-    launch = launched()
-    first = launch is None or launch.rank == 0
-    logging.basicConfig(format="raco-fast: %(message)s")
-    # What all processes have to tell is told once; an error of its own each prints itself.
-    logging.getLogger("raco_fast").setLevel(logging.INFO if first else logging.ERROR)
+    first = _speaks()
     config = _config(TrainConfig, parser.instantiate(values).train)
     try:
         results = train(config, resume=values.train.resume)
@@ -115,6 +110,24 @@ def _run_train(parser: ArgumentParser, values: Any) -> int:
     if first:
         print(f"saved {config.folder / 'model'}; metrics in {config.folder / 'metrics.jsonl'}")
     return 0
+
+
+def _speaks() -> bool:
+    """Set up logging; whether this is the process that tells what all of a run have to tell.
+
+    An error of its own each process prints itself.
+    """
+    from raco_fast.dpo.launch import launched
+
+    launch = launched()
+    first = launch is None or launch.rank == 0
+    logging.basicConfig(format="raco-fast: %(message)s")
+    logging.getLogger("raco_fast").setLevel(logging.INFO if first else logging.ERROR)
+    if not first:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+    return first
 
 
 def _run_verify(parser: ArgumentParser, values: Any) -> int:

@@ -88,7 +88,7 @@ class Trainer:
         self.total_steps = min(steps, config.max_steps or steps)
         self.state = self._new_state()
         contents = {what: self.state.run[what] for what in ("data", "model")}
-        of_run = {**self.state.run["settings"], **contents, "checkpoint": str(found)}
+        of_run = {**self.state.run["settings"], **contents, "checkpoint": found and found.name}
         check_alike(self.processes, of_run)
         self._learn = PreferenceStep(
             self.model,

@@ -21,6 +21,7 @@ from raco_fast.dpo.run.checkpoint import latest
 
 BAD_INPUT, INTERRUPTED = 2, 130
 LORA = {"r": 4, "alpha": 8}
+SAVED = LORA | {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["lm_head"]}
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def check_against_one(runs, new_run, processes: int, parallel: dict[str, Any], *
     assert "one pass per objective" not in ended[0].printed
     for other in ended[1:]:
         assert "saved" not in other.printed
+        assert "it/s" not in other.printed
         assert "step/s" not in other.printed
     cards = [(run.folder / "model" / "README.md").read_text() for run in (one, many)]
     assert cards[0] == cards[1]
@@ -132,6 +134,8 @@ MORE = {
     "ddp, one objective": (2, {}, {"weights": {"sure": 1.0}, "c": 0.0}),
     "ddp, more processes than pairs": (3, {}, {"pairs_per_step": 2, "max_steps": 10}),
     "ddp, gram_first": (2, {}, {"gradient_mode": "gram_first", "pairs_per_micro_batch": 8}),
+    "ddp, a rule that sees losses": (2, {}, {"rule": "mgda-decoupled"}),
+    "ddp, a rule with a memory": (2, {}, {"rule": {"name": "gradvac", "beta": 0.2}}),
     "fsdp2 on 4": (4, FSDP2, {}),
     "fsdp2, 2 copies": (4, FSDP2 | {"replicate": 2}, {}),
     "fsdp2, offloaded": (2, FSDP2 | {"cpu_offload": True}, {}),
@@ -141,6 +145,8 @@ MORE = {
     "fsdp2, autograd": (2, FSDP2, {"gradient_mode": "autograd"}),
     "fsdp2, gram_first": (2, FSDP2, {"gradient_mode": "gram_first", "pairs_per_micro_batch": 8}),
     "fsdp2, tied": (2, FSDP2, {"model": {"tied": True}}),
+    "fsdp2, a head in full": (2, FSDP2, {"model": {"lora": SAVED}}),
+    "fsdp2, two scores": (2, FSDP2, {"losses": {"kind": {"name": "ld", "alpha": 0.3}}}),
     "fsdp2, checkpointed": (2, FSDP2, {"model": {"lora": LORA, "gradient_checkpointing": True}}),
 }
 
