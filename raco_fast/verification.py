@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raco_fast.distributed.dtensor import is_dtensor
 from raco_fast.engine.prepare import prepare
 from raco_fast.engine.spot_check import ANOTHER_SCALE, rounding_bound
 from raco_fast.engine.tap import Checks
@@ -70,6 +71,12 @@ def verify(model: nn.Module, batch: Batch, *, quiet: bool = False) -> Verificati
         ValueError, RuntimeError: one backward pass is not exact for this model; says why.
     """
     names: dict[Tensor, str] = {p: n for n, p in model.named_parameters() if p.requires_grad}
+    if any(map(is_dtensor, names)):
+        raise ValueError(
+            "`model` must have plain parameters, got DTensors: verify compares whole gradients; "
+            "call it on one process, before fully_shard or parallelize_module (spot checks go on "
+            "comparing afterwards)"
+        )
     held = [(p, p.grad) for p in names]
     try:
         expected = _by_autograd(model, batch, list(names), 1.0)
@@ -134,7 +141,8 @@ def _by_autograd(
 def _gradients_of(
     params: Sequence[Tensor], losses: Mapping[str, Tensor], check_every: int | None = None
 ) -> ObjectiveGradients:
-    gradients = ObjectiveGradients(params, dict.fromkeys(losses, 1 / len(losses)))
+    weights = dict.fromkeys(losses, 1 / len(losses))
+    gradients = ObjectiveGradients(params, weights, process_group=None)  # on this process's batch
     gradients.exactness.checks = Checks(strict=True, every=check_every)
     return gradients
 

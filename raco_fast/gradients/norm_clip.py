@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raco_fast.distributed.dtensor import from_local, is_dtensor, local
 from raco_fast.solver.registry import label_of
 from raco_fast.solver.rule import Rule
 
 _UNSCALE = torch._amp_foreach_non_finite_check_and_unscale_
+_UNSCALES = (_UNSCALE, torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default)
 _FUSED = (torch._fused_adam_, torch._fused_adamw_, torch._fused_sgd_, torch._fused_adagrad_)
 _REPLACE = (Tensor.zero_, Tensor.fill_, Tensor.copy_, torch._foreach_zero_, torch._foreach_copy_)
 
@@ -37,6 +39,8 @@ def along(grad: Tensor, norm: float, limit: float | None, rule: Rule) -> Tensor:
     """
     if limit is None and rule.scale_invariant:
         return grad
+    if is_dtensor(grad):
+        return from_local(ScaledShard.of(local(grad), label_of(rule)), grad)
     return ClippedGrad.of(grad, norm, limit, None if rule.scale_invariant else label_of(rule))
 
 
@@ -97,9 +101,52 @@ class ClippedGrad(torch.Tensor):
         return plain(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
+class ScaledShard(torch.Tensor):
+    """The shard of a DTensor's p.grad that had to be unscaled before: to do it now is an error.
+
+    What a DTensor's shards are told of an operation does not suffice to clip them anew.
+    """
+
+    _rule: str
+
+    @classmethod
+    def of(cls, part: Tensor, rule: str) -> "ScaledShard":
+        """A part of a direction, whose memory is shared."""
+        shard = part.as_subclass(cls)
+        shard._rule = rule
+        return shard
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _UNSCALES and float(args[2]) != 1.0:
+                raise RuntimeError(
+                    "a direction of DTensors that was clipped, or found by a rule whose "
+                    "coefficients change with the scale of the gradients, cannot be unscaled "
+                    "afterwards; call scaler.unscale_(optimizer) before combine, or use "
+                    "ClippedCAGradAdamW"
+                )
+            result = func(*args, **dict(kwargs or {}))
+            # DTensor.from_local takes a view.
+            return cls.of(result, args[0]._rule) if func is Tensor.view_as else result
+
+
 def plain(grad: Tensor) -> Tensor:
     """The gradient as an ordinary tensor, with the same memory."""
+    if is_dtensor(grad):
+        part = local(grad)
+        return from_local(part.as_subclass(Tensor), grad) if _is_scaled(part) else grad
     return grad.as_subclass(Tensor) if isinstance(grad, ClippedGrad) else grad
+
+
+def _is_scaled(part: Tensor) -> bool:
+    return isinstance(part, ScaledShard)
 
 
 def refuse_unscaling(grads: Iterable[Tensor | None], inverse: Tensor) -> None:
@@ -107,8 +154,9 @@ def refuse_unscaling(grads: Iterable[Tensor | None], inverse: Tensor) -> None:
 
     Waits for the device where there is one. GradScaler looks for overflows with a factor of 1.
     """
-    found = (g._rule for g in grads if isinstance(g, ClippedGrad) and g._rule is not None)
-    rule = next(found, None)
+    shards = (g if g is None else local(g) for g in grads)
+    known = (g._rule for g in shards if isinstance(g, ClippedGrad | ScaledShard))
+    rule = next((name for name in known if name is not None), None)
     if rule is not None and float(inverse) != 1.0:
         raise RuntimeError(
             f"the direction of the rule {rule} was found from gradients times {1 / inverse:g}, a "

@@ -202,7 +202,7 @@ def is_zero(grad: Tensor) -> bool:
     """
     if isinstance(grad, ObjectiveGrad):
         return all(map(is_zero, grad.present))
-    grad = plain(local(grad))
+    grad = local(plain(grad))
     return type(grad) is Tensor and grad.layout == torch.strided and not grad.any()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from raco_fast.backends.arguments import check_dense
 from raco_fast.backends.plan import Plan
 from raco_fast.distributed.dtensor import is_dtensor
+from raco_fast.distributed.foreign import refuse_foreign
 from raco_fast.distributed.fsdp2 import note_sharded
 from raco_fast.distributed.processes import GroupLike, Processes
 from raco_fast.distributed.replicas import check_replicas
@@ -190,6 +191,8 @@ class ObjectiveGradients:
     def _check_ready(self, losses: Sequence[Tensor]) -> None:
         """What has to hold on several processes before a backward pass."""
         params = self.parameters()
+        if not self._replicas_checked:
+            refuse_foreign(params)
         refuse_averaged([p for p in params if not is_dtensor(p)])
         if not self.sharded:
             # Under FSDP2 leaves are gathered parameters, which belong to DTensors.
@@ -385,10 +388,14 @@ class ObjectiveGradients:
             found.extend(self.collect(groups))
 
         self.together.agree(collect, 0)
+        self.check_replicas()
+        return self.reduced_groups(found)
+
+    def check_replicas(self) -> None:
+        """Once: raise RuntimeError unless all processes have the same parameters."""
         if self._several and not self._replicas_checked:
             check_replicas(self.trained(), self.processes)
             self._replicas_checked = True
-        return self.reduced_groups(found)
 
     def reduced_groups(self, groups: Sequence[Touched]) -> Reduced:
         """The same for gradients that are known."""

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from raco_fast.distributed.dtensor import local
+
 _left: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 """id of a parameter -> (the parameter, id of the gradient it was left)."""
 _hooks: list[Any] = []
@@ -37,7 +39,7 @@ def clear_overflow(params: Iterable[Tensor]) -> None:
     for p in params:
         _, left = _left.pop(id(p), (None, None))
         # Zeroed in place, the same tensor may hold a good gradient by now.
-        if p.grad is not None and id(p.grad) == left and bool(p.grad.isnan().all()):
+        if p.grad is not None and id(p.grad) == left and bool(local(p.grad).isnan().all()):
             p.grad = None
 
 

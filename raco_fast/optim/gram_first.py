@@ -21,10 +21,11 @@ from raco_fast.engine.backward import backward_of_others, collect, propagate, us
 from raco_fast.engine.gram_collector import GramCollector, hand_over_gradient
 from raco_fast.engine.graph import ScoreGraph
 from raco_fast.engine.spot_check import SpotCheck
+from raco_fast.engine.tap import NotExactError
 from raco_fast.gradients.norm_clip import along, clip_factor
 from raco_fast.gradients.objective_grad import is_zero
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
-from raco_fast.gradients.overflow import leave_overflow
+from raco_fast.gradients.overflow import clear_overflow, leave_overflow
 from raco_fast.gradients.reduced import check_settings
 from raco_fast.optim.combine import combine
 from raco_fast.optim.scattered_passes import average_in_p_grad, gram_of
@@ -43,6 +44,7 @@ def gram_first(
     max_grad_norm: float | None = None,
     keep_dy: bool = False,
     on_gradient: Callable[[Tensor], None] | None = None,
+    backward: Callable[[Tensor], None] | None = None,
 ) -> DualSolution:
     """Write the common update direction G0 into p.grad without forming m gradients.
 
@@ -60,9 +62,15 @@ def gram_first(
             that grows with the number of tokens.
         on_gradient: called with every parameter as soon as its p.grad is complete, and p.grad is
             freed afterwards: an optimizer that steps here never holds all gradients at once.
+        backward: called with the scalar Σ_b (αᵀA)_b score_b, whose gradient is G0, in place of a
+            backward pass of our own: for wrappers that keep gradients elsewhere than in p.grad, as
+            DeepSpeed's `engine.backward` does. Not called where the solution is not finite: then
+            the wrapper must not step.
     Returns:
         The solution; where it is not finite, p.grad is as after `raco_fast.combine`.
     Raises:
+        NotExactError: `backward` is given, and one backward pass is not exact: m gradients have
+            nowhere to go.
         RuntimeError: gradients have been accumulated already: there is no second micro-batch here.
         ValueError, TypeError: as for `ObjectiveGradients.backward` and `raco_fast.combine`.
     """
@@ -75,15 +83,18 @@ def gram_first(
     # The losses in the order of the weights, and p.grad empty: there is one batch in a step.
     given, ordered = gradients.checked_losses(losses, scores)
     wanted = gradients.trained()
+    clear_overflow(wanted)
     processes, settings = gradients.together, (dict(gradients.weights), c, spec_of(rule))
-    processes.agree(partial(_check, gradients, wanted, keep_dy or on_gradient is not None), 0)
-    for p in wanted:
+    alone = keep_dy or on_gradient is not None
+    processes.agree(partial(_check, gradients, wanted, alone, backward is not None), 0)
+    for p in wanted if backward is None else ():
         p.grad = None  # zeros of zero_grad(set_to_none=False)
     # A backward pass, its products included, is nothing that autocast should change.
     with torch.autocast(scores.device.type, enabled=False):
         collected = None
         if len(ordered) > 1:
             check_settings(settings, processes)
+            gradients.check_replicas()
             with gradients.alone():
                 collected = _collected(gradients, ordered, scores, keep_dy)
         if collected is not None:  # pass one is done: solve for α
@@ -96,12 +107,16 @@ def gram_first(
             gradients.for_rules.add(zip(gradients.names, ordered, strict=True))
             solution = gradients.for_rules.solve(M, gradients.weights, given, c, rule)
             if not solution.finite:
-                if on_gradient is None:
+                if on_gradient is None and backward is None:
                     leave_overflow(wanted)
                 return solution
             norm = float(solution.update_norm)
             coefficients = torch.as_tensor(solution.coefficients) * clip_factor(norm, max_grad_norm)
             # p.grad = G0, by products of what was kept or by pass two.
+            if backward is not None:
+                with torch.enable_grad():
+                    backward(((coefficients @ A).to(scores) * scores).sum())
+                return solution
             if collector is None:
                 average_in_p_grad(graph, coefficients @ A, gradients.processes)
             elif keep_dy:
@@ -112,6 +127,11 @@ def gram_first(
                 if p.grad is not None:
                     p.grad = along(p.grad, norm, max_grad_norm, rule)
             return solution
+    if backward is not None and len(ordered) > 1:
+        raise NotExactError(
+            "`backward` needs one backward pass to be exact for this model, and it is not (see the "
+            "warning); leave `backward` out, or mend the model"
+        )
     # One backward pass is not exact here: m of them, and what they give is combined.
     gradients.backward(losses, scores=scores, mode="autograd")
     solution = combine(gradients, c=c, rule=rule, max_grad_norm=max_grad_norm)
@@ -123,8 +143,24 @@ def gram_first(
     return solution
 
 
-def _check(gradients: ObjectiveGradients, wanted: Sequence[Tensor], alone: bool) -> None:
-    """Raise where "gram_first" is not possible; `alone`: it was asked for what one process can."""
+def _check(
+    gradients: ObjectiveGradients, wanted: Sequence[Tensor], alone: bool, elsewhere: bool
+) -> None:
+    """Raise where "gram_first" is not possible.
+
+    `alone`: it was asked for what one process can; `elsewhere`: p.grad is not where G0 goes.
+    """
+    if alone and elsewhere:
+        raise ValueError(
+            "`backward` must be None with `keep_dy` or `on_gradient`, which form G0 otherwise; "
+            "leave one of both out"
+        )
+    if elsewhere:
+        if len(gradients.names) == 1:
+            raise ValueError(
+                "`backward` is for several objectives, got one; call it with the loss itself"
+            )
+        return
     if alone and gradients.scattered:
         raise ValueError(
             "`keep_dy` and `step_in_backward` are for one process without sharded parameters: with "
