@@ -123,10 +123,6 @@ def _speaks() -> bool:
     first = launch is None or launch.rank == 0
     logging.basicConfig(format="raco-fast: %(message)s")
     logging.getLogger("raco_fast").setLevel(logging.INFO if first else logging.ERROR)
-    if not first:
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
     return first
 
 

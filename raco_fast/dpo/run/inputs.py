@@ -96,6 +96,10 @@ def load_on_all(config: TrainConfig, processes: Processes) -> RunInputs:
     Raises:
         ValueError, OSError: as `load_inputs`, on any process; an unknown kind of head.
     """
+    from transformers.utils.logging import disable_progress_bar
+
+    if processes.rank > 0:
+        disable_progress_bar()
     device, parallel = pick_device(config.model.device), config.parallel
     sharded = parallel.kind == "fsdp2"
     # A model that is to be sharded may have room on no GPU.
