@@ -1,4 +1,7 @@
-"""`raco-fast train config.yaml --lr 2e-5`, `raco-fast verify config.yaml` and `raco-fast demo`."""
+"""`raco-fast train config.yaml --lr 2e-5`, `raco-fast verify config.yaml` and `raco-fast demo`.
+
+`train` also runs on several processes: `torchrun --nproc-per-node 8 $(which raco-fast) train ...`.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,9 @@ EXIT_INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the process's exit status.
 
-    0 done, 1 `verify` found that one backward pass is not exact, 2 bad input (a message on stderr
-    says what and how to mend it), 130 stopped by Ctrl-C.
+    0 done, 1 `verify` found that one backward pass is not exact, 2 bad input, or another process
+    of the run is gone (a message on stderr says what and how to mend it), 130 stopped by Ctrl-C or
+    SIGTERM.
     """
     from jsonargparse import ArgumentError
 
@@ -89,13 +93,13 @@ def _run_train(parser: ArgumentParser, values: Any) -> int:
     from raco_fast.dpo.run.config import TrainConfig
     from raco_fast.dpo.run.trainer import Interrupted, train
 
-    logging.basicConfig(format="raco-fast: %(message)s")
-    logging.getLogger("raco_fast").setLevel(logging.INFO)
+    first = _speaks()
     config = _config(TrainConfig, parser.instantiate(values).train)
     try:
         results = train(config, resume=values.train.resume)
     except Interrupted as stop:
-        print(f"raco-fast: {stop}", file=sys.stderr)
+        if first:
+            print(f"raco-fast: {stop}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except KeyboardInterrupt:
         print(f"raco-fast: {_stopped_at_once(config)}", file=sys.stderr)
@@ -103,8 +107,23 @@ def _run_train(parser: ArgumentParser, values: Any) -> int:
     for name, value in results.items():
         if name.startswith("eval_rewards/accuracies/"):
             print(f"{name}  {value:.3f}")
-    print(f"saved {config.folder / 'model'}; metrics in {config.folder / 'metrics.jsonl'}")
+    if first:
+        print(f"saved {config.folder / 'model'}; metrics in {config.folder / 'metrics.jsonl'}")
     return 0
+
+
+def _speaks() -> bool:
+    """Set up logging; whether this is the process that tells what all of a run have to tell.
+
+    An error of its own each process prints itself.
+    """
+    from raco_fast.dpo.launch import launched
+
+    launch = launched()
+    first = launch is None or launch.rank == 0
+    logging.basicConfig(format="raco-fast: %(message)s")
+    logging.getLogger("raco_fast").setLevel(logging.INFO if first else logging.ERROR)
+    return first
 
 
 def _run_verify(parser: ArgumentParser, values: Any) -> int:
@@ -112,6 +131,7 @@ def _run_verify(parser: ArgumentParser, values: Any) -> int:
     from raco_fast.dpo.run.verification import verify_run
     from raco_fast.engine.tap import NotExactError
 
+    _refuse_many("verify")
     try:
         found = verify_run(_config(TrainConfig, parser.instantiate(values).verify))
     except NotExactError as error:
@@ -139,8 +159,20 @@ def _run_demo(parser: ArgumentParser, values: Any) -> int:
     from raco_fast.demo.config import DemoConfig
     from raco_fast.demo.study import run
 
+    _refuse_many("demo")
     run(_config(DemoConfig, parser.instantiate(values).demo))
     return 0
+
+
+def _refuse_many(command: str) -> None:
+    from raco_fast.dpo.launch import launched
+
+    launch = launched()
+    if launch is not None and launch.size > 1:
+        raise ValueError(
+            f"`{command}` runs in one process, but a launcher has started {launch.size}, which "
+            f"would all do the same; start `raco-fast {command}` without torchrun"
+        )
 
 
 def _config(config_class: Any, options: Any) -> Any:

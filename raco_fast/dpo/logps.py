@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from raco_fast.dpo.sharded import as_forward, free_gathered
 from raco_fast.engine.lm_head import LogitShape, token_logps
 from raco_fast.engine.sequences import declared, sequences
 
@@ -33,7 +34,7 @@ def sequence_logps(
     """(Weighted) sum of the log-probabilities of each row's completion.
 
     Args:
-        model: a Hugging Face causal LM, also wrapped by PEFT.
+        model: a Hugging Face causal LM, also wrapped by PEFT, also under `fully_shard`.
         input_ids: int64 [B, T] on the model's device, right-padded.
         attention_mask: [B, T] beside it, 1 on tokens, 0 on padding.
         completion_mask: [B, T], true where the token is scored, or, floating-point, its weight;
@@ -60,13 +61,28 @@ def sequence_logps(
             "`completion_mask` marks the first token of a row, which nothing predicts; "
             "start the row with at least one prompt or BOS token"
         )
-    weighted = completion_mask.is_floating_point()
-    of_tokens = completion_mask[rows, columns] if weighted else None
+    of_tokens = completion_mask[rows, columns] if completion_mask.is_floating_point() else None
+    run = as_forward(model, _placed_logps)
+    placed: Tensor = run(input_ids, attention_mask, (rows, columns), of_tokens, chunk_tokens)
+    # Summed out here: what a loss asks of the scores then stops short of a sharded model, which
+    # would gather its parameters for each of them.
+    return placed.sum(-1)
+
+
+def _placed_logps(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    scored: tuple[Tensor, Tensor],
+    of_tokens: Tensor | None,
+    chunk_tokens: int,
+) -> Tensor:
+    """float32 [B, T]: (weighted) log-probabilities of the `scored` (rows, columns), else 0."""
     causal_lm = unwrap(model)
     hidden = causal_lm.get_decoder()(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False
     ).last_hidden_state
-    rows, columns = rows.to(hidden.device), columns.to(hidden.device)
+    rows, columns = (index.to(hidden.device) for index in scored)
     with sequences(rows):  # which sequence each row of the head belongs to
         logps = _token_logps(
             causal_lm, hidden[rows, columns - 1], input_ids[rows, columns], chunk_tokens
@@ -74,8 +90,7 @@ def sequence_logps(
     if of_tokens is not None:
         logps = logps * of_tokens.to(logps)
     # Placed, then summed by row: a scattered add would run in no fixed order on a GPU.
-    placed = logps.new_zeros(input_ids.shape).index_put((rows, columns), logps)
-    return placed.sum(-1)
+    return logps.new_zeros(input_ids.shape).index_put((rows, columns), logps)
 
 
 def unwrap(model: Any) -> PreTrainedModel:
@@ -143,6 +158,7 @@ def check_head(model: nn.Module, input_ids: Tensor) -> None:
     ours = sequence_logps(model, row, every_token, scored)
     all_logps = model(input_ids=row, use_cache=False).logits[0, :-1].float().log_softmax(-1)
     theirs = all_logps.gather(-1, row[0, 1:, None]).sum()
+    free_gathered(model)
     model.train(was_training)
     # Two summation orders at the model's own precision; a missing scale is off by far more.
     tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.losses.pair_scores import PairScores, RankedScores
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 from raco_fast.solver.solution import DualSolution
@@ -27,7 +28,7 @@ class PreferenceMetrics:
     def __init__(self, losses: Mapping[str, PreferenceLoss]) -> None:
         self._losses = losses
         self._sums: dict[str, Tensor] = {}
-        self._pairs: dict[str, int] = {}
+        self._pairs = dict.fromkeys(losses, 0)
 
     def add(
         self, scores: PairScores | Mapping[str, PairScores], labels: Mapping[str, Tensor]
@@ -40,38 +41,50 @@ class PreferenceMetrics:
             of_objective = scores if isinstance(scores, PairScores) else scores[name]
             chosen, pairs = of_objective.labelled(label * (label.abs() != 0.5))
             if chosen.numel():
-                each = _statistics(pairs, self._losses[name].reward_scale)
-                self._names = tuple(each)
-                sums = torch.stack(list(each.values())).double().sum(dim=1)
+                sums = _statistics(pairs, self._losses[name].reward_scale).double().sum(dim=1)
                 self._sums[name] = self._sums.get(name, 0) + sums
-                self._pairs[name] = self._pairs.get(name, 0) + chosen.numel()
+                self._pairs[name] += chosen.numel()
 
-    def result(self) -> dict[str, float]:
-        """Means over all labelled entries, and per objective with its number of pairs."""
-        if not self._pairs:
+    def result(self, processes: Processes | None = None) -> dict[str, float]:
+        """Means over all labelled entries, and per objective with its number of pairs.
+
+        Args:
+            processes: the entries of all of them count; each has to ask.
+        """
+        sums = torch.zeros(len(self._losses), len(_STATISTICS) + 1, dtype=torch.float64)
+        for row, (name, pairs) in zip(sums, self._pairs.items(), strict=True):
+            if pairs:
+                row[:-1], row[-1] = self._sums[name], pairs
+        sums = sums if processes is None else processes.sum(sums)
+        of_all = sums.sum(dim=0)
+        if not of_all[-1]:
             return {}
-        total = torch.stack(list(self._sums.values())).sum(dim=0) / sum(self._pairs.values())
-        result = dict(zip(self._names, total.tolist(), strict=True))
-        for name, sums in self._sums.items():
-            means = (sums / self._pairs[name]).tolist()
-            result |= {f"{key}/{name}": v for key, v in zip(self._names, means, strict=True)}
-            result[f"pairs/{name}"] = self._pairs[name]
+        result = dict(zip(_STATISTICS, (of_all[:-1] / of_all[-1]).tolist(), strict=True))
+        for name, (*each, pairs) in zip(self._pairs, sums.tolist(), strict=True):
+            if pairs:
+                result |= {f"{k}/{name}": s / pairs for k, s in zip(_STATISTICS, each, strict=True)}
+                result[f"pairs/{name}"] = int(pairs)
         return result
 
 
+_STATISTICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "logps/accuracies",
+)
+
+
 @torch.no_grad()
-def _statistics(pairs: RankedScores, scale: float) -> dict[str, Tensor]:
-    """Metric -> its values, [n], of n labelled pairs."""
+def _statistics(pairs: RankedScores, scale: float) -> Tensor:
+    """[len(_STATISTICS), n]: their values for n labelled pairs."""
     chosen, rejected = scale * pairs.ratio_w, scale * pairs.ratio_l
-    return {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margins": chosen - rejected,
-        "rewards/accuracies": _ranked_right(chosen - rejected),
-        "logps/chosen": pairs.logps_w,
-        "logps/rejected": pairs.logps_l,
-        "logps/accuracies": _ranked_right(pairs.logps_w - pairs.logps_l),
-    }
+    rewards = [chosen, rejected, chosen - rejected, _ranked_right(chosen - rejected)]
+    accuracies = _ranked_right(pairs.logps_w - pairs.logps_l)
+    return torch.stack([*rewards, pairs.logps_w, pairs.logps_l, accuracies])
 
 
 def _ranked_right(margin: Tensor) -> Tensor:

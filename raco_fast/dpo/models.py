@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from raco_fast.dpo.data.choices import check_choices
+from raco_fast.dpo.launch import launched
 from raco_fast.dpo.logps import unwrap
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class ModelOptions:
         name: hub name, folder, or a .gguf file.
         tokenizer: hub name or folder when it is not the model's own.
         dtype: dtype of the weights.
-        device: "auto" takes CUDA where there is one.
+        device: "auto" takes CUDA where there is one; of several processes, each its own GPU.
         gradient_checkpointing: recompute activations in the backward pass.
         dropout: train with the model's own dropout; off by default, as in TRL, so that policy and
             reference are compared without noise. An adapter's dropout is `lora.dropout`.
@@ -70,9 +71,15 @@ class ModelOptions:
 
 
 def pick_device(device: str) -> torch.device:
-    """The torch device for a config's `device`; ValueError if this machine has no such one."""
+    """The torch device for a config's `device`; ValueError if this machine has no such one.
+
+    Of several processes on a machine each has a GPU of its own, that of its LOCAL_RANK.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    launch = launched()
+    if launch is not None and launch.size > 1 and device.startswith("cuda"):
+        device = _gpu_of(launch.local_rank, device)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # unknown name; torch built without CUDA
@@ -81,6 +88,24 @@ def pick_device(device: str) -> torch.device:
             f"got {device!r}: {str(error).splitlines()[0]}"
         ) from error
     return torch.device(device)
+
+
+def _gpu_of(local_rank: int, device: str) -> str:
+    """The GPU of one of several processes; checked before a CUDA context takes memory anywhere."""
+    if device != "cuda":
+        raise ValueError(
+            f"`device` must be 'auto', 'cuda' or 'cpu' where a launcher has started several "
+            f"processes, each of which takes the GPU of its LOCAL_RANK, got {device!r}; choose "
+            f"GPUs with CUDA_VISIBLE_DEVICES"
+        )
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus > 0:
+        raise ValueError(
+            f"every process needs a GPU of its own, but LOCAL_RANK is {local_rank} and this "
+            f"machine shows {gpus} GPU(s); start at most {gpus} processes here (torchrun "
+            f"--nproc-per-node {gpus}), or train with `model.device: cpu`"
+        )
+    return f"cuda:{local_rank}"
 
 
 def _source(name: str) -> tuple[str, dict[str, str]]:
@@ -119,8 +144,8 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base_model(options: ModelOptions) -> PreTrainedModel:
-    """The causal LM of `options` on its device, before any adapter.
+def load_base_model(options: ModelOptions, device: torch.device | None = None) -> PreTrainedModel:
+    """The causal LM of `options` on its device, or on `device`, before any adapter.
 
     Raises:
         ValueError: the path does not exist, the hub has no such model, it cannot be read, or it is
@@ -141,7 +166,7 @@ def load_base_model(options: ModelOptions) -> PreTrainedModel:
         switch_off_dropout(model)
     if options.gradient_checkpointing:
         enable_checkpointing(model)
-    return model.to(pick_device(options.device))
+    return model.to(device or pick_device(options.device))
 
 
 def switch_off_dropout(model: nn.Module) -> None:
@@ -187,6 +212,12 @@ def add_adapter(model: PreTrainedModel, lora: LoraOptions | None) -> nn.Module:
     )
     policy = get_peft_model(model, config)
     return policy
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that a causal LM repeats, in order; none where they are not in a list."""
+    lists = [b for b in unwrap(model).get_decoder().children() if isinstance(b, nn.ModuleList)]
+    return [layer for block in lists for layer in block]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

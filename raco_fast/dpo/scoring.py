@@ -11,6 +11,7 @@ from raco_fast.dpo.data.tokenization import PairBatch
 from raco_fast.dpo.logps import sequence_logps
 from raco_fast.dpo.losses.pair_scores import PairScores
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
+from raco_fast.dpo.sharded import device_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def pair_logps(
     Returns:
         float32 [k * 2B]: for each tail weight, responses a, then b.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     masks = [_token_weights(batch, tail) for tail in tails]
     copies = (len(masks), 1)
     return sequence_logps(

@@ -4,26 +4,41 @@ A checkpoint is a folder `checkpoints/step-<n>`:
 
     model.safetensors   trained parameters (the adapter's alone with LoRA)
     optimizer.pt        optimizer and learning-rate schedule
-    rng.pt              random generators
+    rng.pt              random generators, of every process
     state.json          step (which is the position in the data) and run identity
 
-It is written under another name and renamed, and the previous one is removed only afterwards.
+The first process writes it. Of a sharded model no process holds all: each writes its part into
+`shards/`, which `raco_fast.dpo.run.shard_files` describes, and what is not cut is where it is
+otherwise. Any number of processes, sharded or not, goes on from either.
+
+It is written under another name and renamed when all processes have written, and the previous one
+is removed only afterwards. Nothing is written in the background: until the last file is there a
+training step would change what is being saved, and a copy of it takes the memory that is short.
 """
 
 import json
+import logging
 import shutil
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.models import trainable
-from raco_fast.dpo.run.files import atomic_folder
+from raco_fast.dpo.run import shard_files
+from raco_fast.dpo.run.files import atomic_folder, reported
+from raco_fast.dpo.run.together import by_first, gathered, together
+from raco_fast.dpo.sharded import cut_like, device_of, is_sharded
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -31,7 +46,8 @@ class TrainingState:
     """What a checkpoint saves and restores in place.
 
     `run` identifies the run in plain JSON values, which must agree on load; `step` counts completed
-    optimizer steps, and is also the position in the data.
+    optimizer steps, and is also the position in the data. All of `processes` save and load
+    together.
     """
 
     model: nn.Module
@@ -39,65 +55,105 @@ class TrainingState:
     scheduler: LRScheduler
     run: dict[str, Any]
     step: int = 0
+    processes: Processes = field(default_factory=Processes)
 
     def save(self, folder: Path) -> Path:
         """Write `folder/step-<n>`, then remove older checkpoints; returns its path.
 
         Raises:
-            OSError: it could not be written whole; the previous checkpoint is untouched.
+            OSError: it could not be written whole, by any process; the previous checkpoint is
+                untouched.
         """
         destination = folder / f"step-{self.step:08d}"
         try:
-            with atomic_folder(destination) as partial:
-                self._write(partial)
+            with ExitStack() as whole:
+                self._write(destination, whole)
         except OSError as error:
             earlier = latest(folder)
             cure = f"then add --resume to go on from {earlier}" if earlier else "then start again"
             raise OSError(f"checkpoint {error}, {cure}") from error
-        for older in _checkpoints(folder):
-            if older != destination:
-                shutil.rmtree(older)
+        by_first(self.processes, lambda: _remove(folder, but=destination))
         return destination
 
-    def _write(self, folder: Path) -> None:
-        tensors = {n: p.detach().contiguous() for n, p in trainable(self.model).items()}
-        save_file(tensors, folder / "model.safetensors")
-        _torch_save(
-            {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()},
-            folder / "optimizer.pt",
-        )
-        # A training step draws from torch's generators only.
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        _torch_save({"cpu": torch.get_rng_state(), "cuda": cuda}, folder / "rng.pt")
-        state = {"step": self.step, "run": self.run}
-        (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+    def _write(self, destination: Path, whole: ExitStack) -> None:
+        """Write everything; on the first process `whole` closes when all have written."""
+        if self.processes.rank > 0:
+            whole.enter_context(reported(destination))
+        opened = by_first(self.processes, lambda: whole.enter_context(atomic_folder(destination)))
+        partial = Path(self.processes.say(None if opened is None else str(opened.resolve())) or "")
+        tensors = {n: p.detach() for n, p in trainable(self.model).items()}
+        optimizer = self.optimizer.state_dict()
+        if is_sharded(self.model):
+            together(self.processes, lambda: _check_shared(partial))
+            cut = shard_files.taken_from(optimizer, tensors)
+            shard_files.save_shards(partial / "shards", cut)
+            tensors = {}
+        random = gathered(self.processes, self._random_state())
+
+        def write() -> None:
+            if tensors:
+                contiguous = {name: t.contiguous() for name, t in tensors.items()}
+                save_file(contiguous, partial / "model.safetensors")
+            content = {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
+            _torch_save(content, partial / "optimizer.pt")
+            _torch_save({"processes": random}, partial / "rng.pt")
+            state = {"step": self.step, "run": self.run}
+            (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+            whole.close()
+
+        by_first(self.processes, write)
+
+    def _random_state(self) -> dict[str, Tensor | None]:
+        # A training step draws from torch's generators of the CPU and of its own device only.
+        device = device_of(self.model)
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
     def load(self, checkpoint: Path) -> None:
         """Restore everything from a folder written by `save`.
 
+        The random generators are restored where as many processes have saved them; otherwise they
+        stay as they are, which the log says.
+
         Raises:
             ValueError: its parameters or objectives are not this run's.
+            OSError: a file cannot be read.
         """
-        tensors = load_file(checkpoint / "model.safetensors")
+        files = [checkpoint / name for name in ("optimizer.pt", "rng.pt")]
+        saved, random = together(
+            self.processes,
+            lambda: [torch.load(f, weights_only=True, map_location="cpu") for f in files],
+        )
         parameters = trainable(self.model)
-        if tensors.keys() != parameters.keys():
-            odd = sorted(tensors.keys() ^ parameters.keys())
-            raise ValueError(
-                f"checkpoint {checkpoint} must hold the trained parameters of this model, but "
-                f"{len(odd)} are in one only, the first {odd[0]!r}; use the versions of "
-                "transformers and peft that wrote it"
-            )
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors[name])
-        saved = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
+        together(self.processes, lambda: _check_names(checkpoint, parameters))
+        if shard_files.found(checkpoint):
+            shard_files.load_shards(checkpoint / "shards", parameters, saved["optimizer"])
+        else:
+            tensors = together(self.processes, lambda: load_file(checkpoint / "model.safetensors"))
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(cut_like(tensors[name], parameter))
+            _cut_state(saved["optimizer"], list(parameters.values()))
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
         self.step = read_state(checkpoint)["step"]
-        random = torch.load(checkpoint / "rng.pt", weights_only=True)
-        torch.set_rng_state(random["cpu"])
-        if random["cuda"]:
-            torch.cuda.set_rng_state_all(random["cuda"])
+        self._restore_random(random["processes"])
+
+    def _restore_random(self, saved: list[dict[str, Tensor | None]]) -> None:
+        rank, size = self.processes.rank, self.processes.size
+        if len(saved) != size:
+            logger.info(
+                "the checkpoint is of %d process(es) and this run has %d: dropout, if there is "
+                "any, draws other numbers than it would have done",
+                len(saved),
+                size,
+            )
+            return
+        cpu, cuda = saved[rank]["cpu"], saved[rank]["cuda"]
+        assert cpu is not None
+        torch.set_rng_state(cpu)
+        if cuda is not None and (device := device_of(self.model)).type == "cuda":
+            torch.cuda.set_rng_state(cuda, device)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -110,6 +166,44 @@ def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint under `folder`, or None."""
     found = _checkpoints(folder)
     return found[-1] if found else None
+
+
+def _remove(folder: Path, but: Path) -> None:
+    for older in _checkpoints(folder):
+        if older != but:
+            shutil.rmtree(older)
+
+
+def _check_shared(folder: Path) -> None:
+    if not folder.is_dir():
+        raise OSError(
+            f"{folder} is not seen by every process, so its parts would lie on several machines; "
+            f"choose an `output_dir` on a file system that all of them share"
+        )
+
+
+def _check_names(checkpoint: Path, parameters: dict[str, nn.Parameter]) -> None:
+    """Raise ValueError unless a checkpoint has the parameters of this model."""
+    if shard_files.found(checkpoint):
+        names = shard_files.parameter_names(checkpoint / "shards")
+    else:
+        with safe_open(checkpoint / "model.safetensors", "pt") as file:
+            names = set(file.keys())
+    if names != parameters.keys():
+        odd = sorted(names ^ parameters.keys())
+        raise ValueError(
+            f"checkpoint {checkpoint} must hold the trained parameters of this model, but "
+            f"{len(odd)} are in one only, the first {odd[0]!r}; use the versions of "
+            "transformers and peft that wrote it"
+        )
+
+
+def _cut_state(optimizer: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+    """Cut the state of an optimizer as its parameters are cut, in place."""
+    for k, state in optimizer["state"].items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameters[k].shape:
+                state[key] = cut_like(value, parameters[k])
 
 
 def _checkpoints(folder: Path) -> list[Path]:

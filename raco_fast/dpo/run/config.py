@@ -15,6 +15,7 @@ from raco_fast.dpo.data.sources import DataSource
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 from raco_fast.dpo.losses.registry import described, make_loss
 from raco_fast.dpo.models import ModelOptions
+from raco_fast.dpo.run.parallel import ParallelOptions
 from raco_fast.engine.prepare import CHECK_EVERY
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 from raco_fast.solver.registry import check_rule, spec_of
@@ -47,8 +48,9 @@ class TrainConfig:
         warmup_ratio: share of the steps spent warming up linearly.
         epochs: passes over the data.
         max_steps: stop after so many optimizer steps; None runs all epochs.
-        pairs_per_step: pairs in one optimizer step.
-        pairs_per_micro_batch: pairs held in memory at once; divides a step into micro-batches.
+        pairs_per_step: pairs in one optimizer step, of all processes together.
+        pairs_per_micro_batch: pairs that a process holds in memory at once; divides a step into
+            micro-batches.
         chunk_tokens: full rows of logits whose memory the head may take at any time.
         gradient_mode: `one_backward` takes one backward pass for all objectives and fails where
             that is not exact for the model; `auto` does the same and falls back to `autograd`, one
@@ -63,6 +65,7 @@ class TrainConfig:
         output_dir: where checkpoints, metrics and the trained model go.
         cache_dir: where reference log-probabilities are kept between runs.
         tensorboard: also write the metrics for TensorBoard.
+        parallel: how the model is spread over the processes that a launcher has started.
     """
 
     model: ModelOptions
@@ -98,6 +101,7 @@ class TrainConfig:
     output_dir: str = "runs/dpo"
     cache_dir: str = "runs/cache"
     tensorboard: bool = False
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
 
     def __post_init__(self) -> None:
         """Check everything that can be checked before a model is loaded."""
@@ -167,7 +171,7 @@ class TrainConfig:
 _NOT_COMPARED = {"loss", "loss_options"}
 # and none of the others changes what is learnt, but by rounding.
 _NOT_COMPARED |= {"eval_data", "eval_every", "save_every", "log_every", "tensorboard"}
-_NOT_COMPARED |= {"output_dir", "cache_dir", "gradient_mode", "check_every"}
+_NOT_COMPARED |= {"output_dir", "cache_dir", "gradient_mode", "check_every", "parallel"}
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:

@@ -1,18 +1,20 @@
 """Held-out preference accuracy, margin and loss per objective."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.data.batches import labelled_counts, micro_batches
 from raco_fast.dpo.data.tokenization import EncodedPair, PairBatch, collate
 from raco_fast.dpo.losses.objective_losses import preference_losses
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 from raco_fast.dpo.metrics import PreferenceMetrics
 from raco_fast.dpo.scoring import ReferenceLogps, pair_logps, score_pairs
+from raco_fast.dpo.sharded import free_gathered
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class HeldOut:
         references: tail weight -> their reference log-probabilities.
         losses: objective name -> its loss; reported as means over all labelled pairs.
         pad_id, chunk_tokens: as in `collate` and `sequence_logps`.
+        processes: those that the pairs are dealt to; each has to evaluate.
     """
 
     pairs: Sequence[EncodedPair]
@@ -32,6 +35,7 @@ class HeldOut:
     pad_id: int
     batch_pairs: int
     chunk_tokens: int
+    processes: Processes = field(default_factory=Processes)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -46,6 +50,7 @@ class HeldOut:
             return torch.cat(each)
 
         result = self._evaluate(score)
+        free_gathered(model)
         model.train(was_training)
         return result
 
@@ -65,8 +70,9 @@ class HeldOut:
         counts = labelled_counts(self.pairs, tuple(self.losses))
         metrics = PreferenceMetrics(self.losses)
         losses = {name: torch.zeros(()) for name in self.losses}
-        groups = micro_batches(self.pairs, self.batch_pairs)
-        for group in tqdm(groups, desc="evaluate", leave=False):
+        rank, size = self.processes.rank, self.processes.size
+        groups = micro_batches(self.pairs, self.batch_pairs, rank, size)
+        for group in tqdm(groups, desc="evaluate", leave=False, disable=rank > 0):
             batch = collate(group, self.pad_id)
             scores = score_pairs(score(batch), batch, self.references, self.losses)
             parts = preference_losses(
@@ -78,6 +84,8 @@ class HeldOut:
             )
             losses = {name: parts[name] + losses[name] for name in losses}
             metrics.add(scores, batch.labels)
-        result = metrics.result()
-        result |= {f"loss/{name}": float(losses[name]) for name in losses if counts[name]}
+        result = metrics.result(self.processes)
+        own = torch.tensor([float(loss) for loss in losses.values()], dtype=torch.float64)
+        totals = zip(losses, self.processes.sum(own).tolist(), strict=True)
+        result |= {f"loss/{name}": total for name, total in totals if counts[name]}
         return {f"eval_{name}": value for name, value in result.items()}

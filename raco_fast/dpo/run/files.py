@@ -22,7 +22,7 @@ def atomic_folder(destination: Path) -> Iterator[Path]:
     """
     partial = destination.with_name(f".partial-{destination.name}")
     replaced = destination.with_name(f".replaced-{destination.name}")
-    with _reported(destination):
+    with reported(destination):
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -51,7 +51,7 @@ def atomic_file(destination: Path) -> Iterator[Path]:
         OSError: as `atomic_folder`.
     """
     partial = destination.with_name(f".partial-{os.getpid()}-{destination.name}")
-    with _reported(destination):
+    with reported(destination):
         try:
             destination.parent.mkdir(parents=True, exist_ok=True)
             yield partial
@@ -62,8 +62,8 @@ def atomic_file(destination: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _reported(destination: Path) -> Iterator[None]:
-    """Name the file in what went wrong; for a full disk safetensors has an error of its own."""
+def reported(destination: Path) -> Iterator[None]:
+    """Name what is being written in what goes wrong; safetensors has an error of its own."""
     try:
         yield
     except (OSError, SafetensorError) as error:

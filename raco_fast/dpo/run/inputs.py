@@ -10,14 +10,24 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.data.batches import pair_length
 from raco_fast.dpo.data.pairs import ConciseRule
 from raco_fast.dpo.data.sources import DataSource, read_sources
 from raco_fast.dpo.data.tokenization import EncodedPair, encode_pairs, token_counter
 from raco_fast.dpo.logps import check_head
 from raco_fast.dpo.losses.registry import check_soft
-from raco_fast.dpo.models import add_adapter, fingerprint, load_base_model, load_tokenizer
+from raco_fast.dpo.models import (
+    add_adapter,
+    decoder_layers,
+    fingerprint,
+    load_base_model,
+    load_tokenizer,
+    pick_device,
+)
 from raco_fast.dpo.run.config import TrainConfig
+from raco_fast.dpo.run.together import together
+from raco_fast.dpo.sharded import device_of, shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,14 +53,21 @@ class RunInputs:
     model: nn.Module
     model_hash: str
 
+    def check_head(self) -> None:
+        """Run the model on a pair; ValueError if it has a kind of head that is not known."""
+        probe = torch.tensor(self.training[0].prompt_ids + self.training[0].a_ids)
+        check_head(self.model, probe.to(device_of(self.model)))
 
-def load_inputs(config: TrainConfig) -> RunInputs:
+
+def load_inputs(config: TrainConfig, device: torch.device | None = None) -> RunInputs:
     """Load what a config names and check that it fits together; seeds torch's generators.
 
+    Args:
+        device: where the model is put instead of its own place.
     Raises:
         ValueError, FileNotFoundError: bad model path; unreadable files, bad rows (file and line
             named), an objective for which no training pair is labelled, soft labels for a loss that
-            has no form for them; pairs that the model cannot read; an unknown kind of head.
+            has no form for them; pairs that the model cannot read.
     """
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
@@ -65,14 +82,43 @@ def load_inputs(config: TrainConfig) -> RunInputs:
                 f"`weights` names {name!r}, but no training pair is labelled for it; "
                 "check the data's label fields or take the objective out"
             )
-    base = load_base_model(config.model)
+    base = load_base_model(config.model, device)
     _check_pairs_fit(base, [*training, *held_out])
     model_hash, model = fingerprint(base), add_adapter(base, config.model.lora)
-    probe = torch.tensor(training[0].prompt_ids + training[0].a_ids)
-    check_head(model, probe.to(next(model.parameters()).device))
     pad_id = tokenizer.pad_token_id
     pad_id = pad_id if isinstance(pad_id, int) else 0
     return RunInputs(tokenizer, pad_id, training, held_out, model, model_hash)
+
+
+def load_on_all(config: TrainConfig, processes: Processes) -> RunInputs:
+    """`load_inputs` on every process, the model sharded over them if the config says so.
+
+    Raises:
+        ValueError, OSError: as `load_inputs`, on any process; an unknown kind of head.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    if processes.rank > 0:
+        disable_progress_bar()
+    device, parallel = pick_device(config.model.device), config.parallel
+    sharded = parallel.kind == "fsdp2"
+    # A model that is to be sharded may have room on no GPU.
+    first = torch.device("cpu") if sharded else device
+    inputs = together(processes, lambda: load_inputs(config, first))
+    if sharded:
+        shard(
+            inputs.model,
+            decoder_layers(inputs.model),
+            device,
+            parallel.mesh_shape(processes.size),
+            cpu_offload=parallel.cpu_offload,
+            reshard=parallel.reshard,
+        )
+    inputs.check_head()
+    if processes.size > 1:
+        # Until here all have drawn the same: an adapter's first values. Dropout is each one's own.
+        torch.manual_seed(config.seed + processes.rank)
+    return inputs
 
 
 def _encoded(

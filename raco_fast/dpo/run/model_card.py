@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 from raco_fast.dpo.losses.registry import described
@@ -41,10 +41,15 @@ class TrainingSummary:
 
 
 def save_trained_model(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, summary: TrainingSummary
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    summary: TrainingSummary,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write `output_dir/model`: weights (the adapter with LoRA), tokenizer and model card.
 
+    Args:
+        weights: of a model that does not have them whole.
     Returns:
         The folder, loadable with `from_pretrained`.
     Raises:
@@ -52,7 +57,7 @@ def save_trained_model(
     """
     folder = summary.config.folder / "model"
     with atomic_folder(folder) as partial:
-        model.save_pretrained(partial)  # type: ignore[operator]
+        model.save_pretrained(partial, state_dict=weights)  # type: ignore[operator]
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(model_card(summary), encoding="utf-8")
     return folder

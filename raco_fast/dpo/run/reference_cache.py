@@ -3,6 +3,8 @@
 The reference model is the policy before training, so no second model stays in memory. They are
 cached on disk under a hash of everything they depend on: the weights, what is scored, and the token
 ids of every pair, which follow from the data, the tokenizer, the chat template and the truncation.
+
+Of several processes each scores its share, and the first reads and writes the cache.
 """
 
 import hashlib
@@ -12,13 +14,16 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.data.batches import micro_batches
 from raco_fast.dpo.data.tokenization import EncodedPair, collate
 from raco_fast.dpo.run.files import atomic_file
+from raco_fast.dpo.run.together import by_first
 from raco_fast.dpo.scoring import ReferenceLogps, adapter_off, pair_logps
+from raco_fast.dpo.sharded import free_gathered
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +67,12 @@ def reference_logps(
     data = data_hash(pairs, with_labels=False)
     scored = "" if tail == 1.0 else f" tail {tail!r}"
     key = hashlib.sha256(f"{model_hash}{data}{scored}".encode()).hexdigest()[:32]
-    file = cache_dir / f"reference-{key}.safetensors"
-    if file.is_file():
+    file, processes = cache_dir / f"reference-{key}.safetensors", Processes()
+    (known,) = processes.agree(lambda: [processes.rank == 0 and file.is_file()], 1)
+    if known:
         logger.info("reference log-probabilities of %d pairs: from %s", len(pairs), file)
+        found = by_first(processes, lambda: load_file(file)["logps"])
+        values = processes.sum(torch.zeros(len(pairs), 2) if found is None else found)
     else:
         reference = compute_reference(model, pairs, pad_id, batch_pairs, chunk_tokens, tail)
         values = torch.tensor([reference.by_id[pair.id] for pair in pairs], dtype=torch.float32)
@@ -75,12 +83,15 @@ def reference_logps(
                 f"{len(pairs)} pairs, the first {wrong[0]!r}; check its weights, or try "
                 "`model.dtype: fp32`"
             )
-        with atomic_file(file) as partial:
-            save_file({"logps": values}, partial)
-    values = load_file(file)["logps"]
+        by_first(processes, lambda: _write(file, values))
     return ReferenceLogps(
         {pair.id: (a, b) for pair, (a, b) in zip(pairs, values.tolist(), strict=True)}
     )
+
+
+def _write(file: Path, values: Tensor) -> None:
+    with atomic_file(file) as partial:
+        save_file({"logps": values}, partial)
 
 
 @torch.no_grad()
@@ -95,18 +106,23 @@ def compute_reference(
 ) -> ReferenceLogps:
     """Reference log-probabilities of `pairs`, not cached; arguments as in `reference_logps`.
 
-    `quiet` shows no progress.
+    Every process scores its share and gets all. `quiet` shows no progress.
     """
-    by_id: dict[str, tuple[float, float]] = {}
+    processes, place = Processes(), {pair.id: k for k, pair in enumerate(pairs)}
+    rank, size = processes.rank, processes.size
+    values = torch.full((len(pairs), 2), -torch.inf)
     was_training = model.training
     model.eval()
-    progress = tqdm(total=len(pairs), desc="reference", unit="pair", disable=quiet)
+    progress = tqdm(total=len(pairs), desc="reference", unit="pair", disable=quiet or rank > 0)
     with adapter_off(model), progress:
-        for group in micro_batches(pairs, batch_pairs):
+        for group in micro_batches(pairs, batch_pairs, rank, size):
             batch = collate(group, pad_id)
-            logps_a, logps_b = pair_logps(model, batch, chunk_tokens, [tail]).chunk(2)
-            both = zip(logps_a.tolist(), logps_b.tolist(), strict=True)
-            by_id |= dict(zip(batch.ids, both, strict=True))
-            progress.update(len(group))
+            logps = pair_logps(model, batch, chunk_tokens, [tail])
+            values[[place[id] for id in batch.ids]] = logps.view(2, -1).T.cpu()
+            progress.update(min(size * len(group), len(pairs) - progress.n))
+        # With the adapter still off: what is freed forgets that the adapter was switched on.
+        free_gathered(model)
     model.train(was_training)
-    return ReferenceLogps(by_id)
+    # A pair that two processes have scored, one to fill its last batch, keeps one of the values.
+    both = processes.largest(values).tolist()
+    return ReferenceLogps({pair.id: (a, b) for pair, (a, b) in zip(pairs, both, strict=True)})

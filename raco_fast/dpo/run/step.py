@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from raco_fast.dpo.data.batches import labelled_counts, micro_batches
+from raco_fast.distributed.processes import Processes
+from raco_fast.dpo.data.batches import labelled_counts, micro_batches, token_count
 from raco_fast.dpo.data.tokenization import EncodedPair, collate
 from raco_fast.dpo.losses.objective_losses import preference_losses
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 from raco_fast.dpo.metrics import PreferenceMetrics, solution_metrics
+from raco_fast.dpo.run.together import average_gradients
 from raco_fast.dpo.scoring import ReferenceLogps, pair_logps, score_pairs
+from raco_fast.dpo.sharded import is_sharded
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 from raco_fast.solver.solution import DualSolution
 
@@ -23,11 +26,13 @@ class StepResult:
     """What one step did.
 
     Args:
-        losses: objective -> mean loss over the step's labelled pairs, before the update.
-        preference: statistics of the scores, before the update.
+        losses: objective -> mean loss over the step's labelled pairs, before the update; of
+            several processes, what this one's pairs add to it, times their number.
+        preference: statistics of the scores of this process's pairs, before the update.
         solution: how the gradients were combined; not `finite` where the step was skipped.
         skipped_steps: steps skipped so far.
-        tokens: tokens processed, padding not counted.
+        tokens: tokens processed by all processes, padding not counted.
+        processes: that have taken the step.
     """
 
     losses: dict[str, Tensor]
@@ -35,12 +40,15 @@ class StepResult:
     solution: DualSolution
     skipped_steps: int
     tokens: int
+    processes: Processes
 
     def metrics(self) -> dict[str, float]:
-        """Everything under the names of docs/metrics.md; waits for the GPU."""
+        """Everything under the names of docs/metrics.md; waits for the GPU and all processes."""
+        own = torch.tensor([float(loss) for loss in self.losses.values()], dtype=torch.float64)
+        means = (self.processes.sum(own) / self.processes.size).tolist()
         return {
-            **{f"loss/{name}": float(loss) for name, loss in self.losses.items()},
-            **self.preference.result(),
+            **{f"loss/{name}": loss for name, loss in zip(self.losses, means, strict=True)},
+            **self.preference.result(self.processes),
             **solution_metrics(self.solution, tuple(self.losses)),
             "raco/skipped_steps": float(self.skipped_steps),
         }
@@ -57,9 +65,10 @@ class PreferenceStep:
             of `tail_weights(losses)`.
         losses: objective name -> loss.
         pad_id: padding token.
-        pairs_per_micro_batch: pairs held in memory at once.
+        pairs_per_micro_batch: pairs that a process holds in memory at once.
         chunk_tokens: as in `sequence_logps`.
         mode: as in `ClippedCAGradAdamW.backward`.
+        processes: those that the step's pairs are dealt to; each is called with all of them.
     """
 
     model: nn.Module
@@ -70,14 +79,17 @@ class PreferenceStep:
     pairs_per_micro_batch: int
     chunk_tokens: int = 256
     mode: str = "one_backward"
+    processes: Processes = field(default_factory=Processes)
 
     def __call__(self, pairs: Sequence[EncodedPair]) -> StepResult:
         """Losses are means over the labelled pairs of the whole step, however it is cut."""
+        rank, size = self.processes.rank, self.processes.size
         counts = labelled_counts(pairs, tuple(self.optimizer.weights))
+        # The optimizer takes the mean over the processes, which is then the mean over the step.
+        divisors = {name: count / size for name, count in counts.items()}
         preference = PreferenceMetrics(self.losses)
         totals = {name: torch.zeros(()) for name in counts}
-        tokens = 0
-        for group in micro_batches(pairs, self.pairs_per_micro_batch):
+        for group in micro_batches(pairs, self.pairs_per_micro_batch, rank, size):
             batch = collate(group, self.pad_id)
             logps = pair_logps(self.model, batch, self.chunk_tokens, self.references)
             scores = score_pairs(logps, batch, self.references, self.losses)
@@ -85,18 +97,21 @@ class PreferenceStep:
                 scores,
                 batch.labels,
                 loss=self.losses,
-                counts=counts,
+                counts=divisors,
                 pair_weights=batch.pair_weights,
             )
             self._backward(losses, logps)
             preference.add(scores, batch.labels)
             totals = {name: losses[name].detach() + totals[name] for name in totals}
-            tokens += int(batch.attention_mask.sum())
+        if size > 1 and len(counts) == 1 and not is_sharded(self.model):
+            # One objective is left to what wraps a model, as in any optimizer; nothing wraps it.
+            average_gradients(self.processes, self.model.parameters())
         self.optimizer.step()
         self.optimizer.zero_grad()
         solution, skipped = self.optimizer.solution, self.optimizer.skipped_steps
         assert solution is not None
-        return StepResult(totals, preference, solution, skipped, tokens)
+        tokens = token_count(pairs)
+        return StepResult(totals, preference, solution, skipped, tokens, self.processes)
 
     def _backward(self, losses: dict[str, Tensor], logps: Tensor) -> None:
         """Every objective's gradient.

@@ -5,22 +5,27 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
+from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.data.batches import BatchSchedule, labelled_counts
 from raco_fast.dpo.data.tokenization import EncodedPair
-from raco_fast.dpo.models import trainable
+from raco_fast.dpo.models import pick_device, trainable
 from raco_fast.dpo.run.checkpoint import TrainingState, latest, read_state
 from raco_fast.dpo.run.config import TrainConfig, check_same_run, identity
 from raco_fast.dpo.run.evaluation import HeldOut
-from raco_fast.dpo.run.inputs import load_inputs
+from raco_fast.dpo.run.inputs import load_on_all
 from raco_fast.dpo.run.interrupt import Interrupt
 from raco_fast.dpo.run.metrics_file import MetricsFile, read_records
 from raco_fast.dpo.run.model_card import TrainingSummary, save_trained_model
+from raco_fast.dpo.run.parallel import process_group
 from raco_fast.dpo.run.reference_cache import data_hash, reference_logps
 from raco_fast.dpo.run.step import PreferenceStep
+from raco_fast.dpo.run.together import by_first, check_alike, together
 from raco_fast.dpo.scoring import ReferenceLogps, tail_weights
+from raco_fast.dpo.sharded import is_sharded, whole_state_dict
 from raco_fast.engine.prepare import prepare
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 
@@ -28,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
-    """The run was stopped by Ctrl-C after saving a checkpoint."""
+    """The run was stopped by Ctrl-C or SIGTERM after saving a checkpoint."""
 
     def __init__(self, step: int, checkpoint: Path) -> None:
         self.step, self.checkpoint = step, checkpoint
@@ -41,28 +46,32 @@ class Interrupted(Exception):  # noqa: N818 - not an error
 def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     """Run a whole training: load, score the reference, train, evaluate, save.
 
+    Every process that a launcher has started for the run calls this.
+
     Args:
         resume: go on from the newest checkpoint in `config.output_dir`.
     Returns:
-        The last evaluation's record in metrics.jsonl (empty without `eval_data`).
+        The last evaluation's record in metrics.jsonl (empty without `eval_data`, and on every
+        process but the first).
     Raises:
-        ValueError: bad configuration, data, model path or checkpoint.
-        OSError: something could not be written; the last checkpoint is whole.
-        Interrupted: Ctrl-C, after a checkpoint was written.
+        ValueError: bad configuration, data, model path, checkpoint or launcher.
+        OSError: something could not be written, the last checkpoint is whole; or another process
+            has failed or is gone.
+        Interrupted: Ctrl-C or SIGTERM, on any process, after a checkpoint was written.
     """
-    return Trainer(config, resume=resume).run()
+    with process_group(config.parallel, pick_device(config.model.device)):
+        return Trainer(config, resume=resume).run()
 
 
 class Trainer:
-    """One run. `Trainer(config).run()` is `train(config)`."""
+    """One run. `Trainer(config).run()` is `train(config)`, once the processes are connected."""
 
     def __init__(self, config: TrainConfig, resume: bool = False) -> None:
         self.config, self.losses = config, config.objective_losses
+        self.processes = Processes()
         self._checkpoints = config.folder / "checkpoints"
-        found = _checkpoint_to_resume(config.folder, resume)
-        if found is not None:
-            check_same_run(config, read_state(found)["run"]["settings"], found)
-        self.inputs = load_inputs(config)
+        found = together(self.processes, lambda: _checkpoint_to_resume(config, resume))
+        self.inputs = load_on_all(config, self.processes)
         self.model, self.pairs = self.inputs.model, self.inputs.training
         if config.gradient_mode != "autograd":
             strict = config.gradient_mode != "auto"
@@ -78,6 +87,9 @@ class Trainer:
         steps = config.epochs * self.batches.steps_per_epoch
         self.total_steps = min(steps, config.max_steps or steps)
         self.state = self._new_state()
+        contents = {what: self.state.run[what] for what in ("data", "model")}
+        of_run = {**self.state.run["settings"], **contents, "checkpoint": found and found.name}
+        check_alike(self.processes, of_run)
         self._learn = PreferenceStep(
             self.model,
             self.state.optimizer,
@@ -87,13 +99,18 @@ class Trainer:
             config.pairs_per_micro_batch,
             config.chunk_tokens,
             {"auto": "one_backward"}.get(config.gradient_mode, config.gradient_mode),
+            self.processes,
         )
         if found is not None:
             self._resume(found)
-        self.metrics = MetricsFile(
-            config.folder / "metrics.jsonl",
-            resumed_at=None if found is None else self.state.step,
-            tensorboard=config.tensorboard,
+        # Of the first process alone: the others have no metrics to write.
+        self.metrics = by_first(
+            self.processes,
+            lambda: MetricsFile(
+                config.folder / "metrics.jsonl",
+                resumed_at=None if found is None else self.state.step,
+                tensorboard=config.tensorboard,
+            ),
         )
 
     def run(self) -> dict[str, Any]:
@@ -102,20 +119,33 @@ class Trainer:
         if self.held_out is not None and self.state.step == 0:
             self._record(self.held_out.evaluate_reference())
         self.model.train()
-        progress = tqdm(total=self.total_steps, initial=self.state.step, desc="train", unit="step")
+        progress = tqdm(
+            total=self.total_steps,
+            initial=self.state.step,
+            desc="train",
+            unit="step",
+            disable=self.processes.rank > 0,
+        )
         with Interrupt() as interrupt, progress:
             while self.state.step < self.total_steps:
                 self._step(progress)
                 last = self.state.step == self.total_steps
                 if self.held_out is not None and (last or _due(self.state.step, config.eval_every)):
                     self._record(self.held_out.evaluate(self.model))
-                if interrupt.requested and not last:
+                (stop,) = self.processes.agree(lambda: [interrupt.requested], 1)
+                if stop and not last:
                     raise Interrupted(self.state.step, self.state.save(self._checkpoints))
                 if last or _due(self.state.step, config.save_every):
                     self.state.save(self._checkpoints)
+        weights = whole_state_dict(self.model) if is_sharded(self.model) else None
+        return by_first(self.processes, lambda: self._finish(weights)) or {}
+
+    def _finish(self, weights: dict[str, Tensor] | None) -> dict[str, Any]:
+        """Save the model and its card; returns the last evaluation."""
+        assert self.metrics is not None
         self.metrics.close()
-        summary = self._summary()
-        save_trained_model(self.model, self.inputs.tokenizer, summary)
+        summary = self._summary(self.metrics.path)
+        save_trained_model(self.model, self.inputs.tokenizer, summary, weights)
         return dict(summary.evaluations[-1]) if summary.evaluations else {}
 
     def _step(self, progress: "tqdm[Any]") -> None:
@@ -145,12 +175,16 @@ class Trainer:
                 "seconds": seconds,
                 "tokens_per_second": result.tokens / seconds,
             }
-            self.metrics.write(record)
+            self._write(record)
             losses = {name: f"{record[f'loss/{name}']:.3f}" for name in config.objectives}
             progress.set_postfix(losses)
 
     def _record(self, evaluation: dict[str, float]) -> None:
-        self.metrics.write({"step": self.state.step, **evaluation})
+        self._write({"step": self.state.step, **evaluation})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        metrics = self.metrics
+        together(self.processes, lambda: None if metrics is None else metrics.write(record))
 
     def _held_out(self) -> HeldOut:
         config, pairs = self.config, self.inputs.held_out
@@ -161,6 +195,7 @@ class Trainer:
             pad_id=self.inputs.pad_id,
             batch_pairs=2 * config.pairs_per_micro_batch,
             chunk_tokens=config.chunk_tokens,
+            processes=self.processes,
         )
 
     def _new_state(self) -> TrainingState:
@@ -174,10 +209,10 @@ class Trainer:
         scheduler: LRScheduler = get_scheduler(schedule, optimizer, warmup, self.total_steps)
         content = {"data": data_hash(self.pairs), "model": self.inputs.model_hash}
         run = {"settings": identity(config), **content}
-        return TrainingState(self.model, optimizer, scheduler, run)
+        return TrainingState(self.model, optimizer, scheduler, run, processes=self.processes)
 
     def _resume(self, checkpoint: Path) -> None:
-        saved = read_state(checkpoint)["run"]
+        saved = together(self.processes, lambda: read_state(checkpoint)["run"])
         for what in ("data", "model"):
             if saved[what] != self.state.run[what]:
                 raise ValueError(
@@ -186,8 +221,8 @@ class Trainer:
                 )
         self.state.load(checkpoint)
 
-    def _summary(self) -> TrainingSummary:
-        records = read_records(self.metrics.path)
+    def _summary(self, metrics: Path) -> TrainingSummary:
+        records = read_records(metrics)
         return TrainingSummary(
             self.config,
             steps=self.state.step,
@@ -215,8 +250,9 @@ class Trainer:
         }
 
 
-def _checkpoint_to_resume(output_dir: Path, resume: bool) -> Path | None:
+def _checkpoint_to_resume(config: TrainConfig, resume: bool) -> Path | None:
     """The checkpoint to go on from; refuses to mix two runs in one folder."""
+    output_dir = config.folder
     found = latest(output_dir / "checkpoints")
     if resume and found is None:
         raise ValueError(
@@ -233,6 +269,8 @@ def _checkpoint_to_resume(output_dir: Path, resume: bool) -> Path | None:
             f"`output_dir` already holds a trained model, {output_dir / 'model'}; "
             "choose another `output_dir`"
         )
+    if found is not None:
+        check_same_run(config, read_state(found)["run"]["settings"], found)
     return found
 
 

@@ -25,6 +25,7 @@ def verify_run(config: TrainConfig) -> Verification:
             the model, for a reason that the message gives.
     """
     inputs, losses = load_inputs(config), config.objective_losses
+    inputs.check_head()
     model, pad_id = inputs.model, inputs.pad_id
     pairs = _labelled_for_all(inputs.training, config.objectives, config.pairs_per_micro_batch)
     batch = collate(pairs, pad_id)

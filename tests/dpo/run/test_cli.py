@@ -15,6 +15,7 @@ import yaml
 from torch import nn
 
 from raco_fast import cli
+from raco_fast.dpo.run import interrupt as interrupt_module
 from raco_fast.dpo.run.checkpoint import latest
 from raco_fast.dpo.run.interrupt import Interrupt
 from raco_fast.engine import layer_rules
@@ -230,6 +231,29 @@ def python_handles_ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
+def test_sigterm_is_a_ctrl_c(capfd):
+    before = signal.getsignal(signal.SIGTERM)
+    with Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupt.requested
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_that_a_launcher_passes_on_counts_once(monkeypatch, capfd, python_handles_ctrl_c):
+    clock = [100.0]
+    monkeypatch.setattr(interrupt_module.time, "monotonic", lambda: clock[0])
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        clock[0] += 0.5
+        signal.raise_signal(signal.SIGTERM)  # the launcher's, of the same Ctrl-C
+        assert interrupt.requested
+        clock[0] += 1.0
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_the_second_ctrl_c_stops_at_once(capfd, python_handles_ctrl_c):
     with Interrupt() as interrupt:
         signal.raise_signal(signal.SIGINT)
@@ -297,4 +321,29 @@ def test_verify_says_what_is_wrong_and_exits_with_1(config_file, capfd, monkeypa
 def test_verify_has_the_messages_of_train(config_file, capfd):
     assert "`weights` must sum to 1" in run_bad(
         capfd, "verify", config_file(), "--weights", "{sure: 0.4, kind: 0.4}"
+    )
+
+
+@pytest.mark.parametrize("command", ["verify", "demo"])
+def test_what_runs_in_one_process_refuses_several(config_file, capfd, monkeypatch, command):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    arguments = [command, config_file()] if command == "verify" else [command]
+    message = run_bad(capfd, *arguments)
+    assert f"`{command}` runs in one process, but a launcher has started 2" in message
+
+
+def test_a_launcher_that_says_only_half_is_bad_input(config_file, capfd, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert "LOCAL_RANK must be set" in run_bad(capfd, "train", config_file())
+
+
+def test_parallel_options_are_settings(config_file, capfd):
+    assert "`parallel.shard` is an option of `parallel.kind` 'fsdp2'" in run_bad(
+        capfd, "train", config_file(), "--parallel.shard=2"
+    )
+    parallel = {"kind": "fsdp2", "shard": 2}
+    assert "`parallel.kind` 'fsdp2' needs a launcher" in run_bad(
+        capfd, "train", config_file(parallel=parallel)
     )
