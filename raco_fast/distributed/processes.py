@@ -22,6 +22,10 @@ GroupLike: TypeAlias = "ProcessGroup | Literal['world'] | None"
 process alone, beside independent ones."""
 
 
+class OtherProcessError(RuntimeError):
+    """Another process has failed, or is gone, so this one stops as well."""
+
+
 class Processes:
     """The processes of one group, looked up at every use: it may be initialised later.
 
@@ -103,8 +107,8 @@ class Processes:
         Args:
             decide: answers so many questions.
         Raises:
-            RuntimeError: `decide` has failed on another process (says which, and its error). Where
-                it fails on this one, its own error is raised.
+            OtherProcessError: `decide` has failed on another process (says which, and its error).
+                Where it fails on this one, its own error is raised.
         """
         if self.size == 1:
             return list(decide() or [])
@@ -132,9 +136,7 @@ class Processes:
         if failure is not None:
             raise failure
         rank = next(r for r, said in enumerate(told) if said is not None)
-        raise RuntimeError(
-            f"process {rank} of {self.size} failed, so this one stops as well: {told[rank]}"
-        )
+        raise OtherProcessError(f"process {rank} of {self.size} has failed: {told[rank]}")
 
     def _gathered(self, words: str | None) -> list[str | None]:
         heard: list[str | None] = [None] * self.size

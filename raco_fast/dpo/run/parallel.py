@@ -16,9 +16,9 @@ from typing import Literal
 
 import torch
 
+from raco_fast.distributed.processes import OtherProcessError
 from raco_fast.dpo.data.choices import check_choices
 from raco_fast.dpo.launch import Launch, launched
-from raco_fast.dpo.run.together import OtherProcessError
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def process_group(options: ParallelOptions, device: torch.device) -> Iterator[No
     Raises:
         ValueError: the launcher's variables are incomplete; fsdp2 without a launcher, or with
             another number of processes than `options` divide the model over.
-        OSError: another process has ended, or has not answered in time.
+        OtherProcessError: another process has ended, or has not answered in time.
     """
     launch = None if _is_open() else _launch_to_join(options)
     if launch is None:
@@ -142,6 +142,8 @@ def _lost_ones_named(launch: Launch) -> Iterator[None]:
     """Say that another process is gone, where the backend speaks of sockets."""
     try:
         yield
+    except OtherProcessError:
+        raise
     except RuntimeError as error:
         ours = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
         if not ours:

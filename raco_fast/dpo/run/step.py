@@ -14,9 +14,7 @@ from raco_fast.dpo.data.tokenization import EncodedPair, collate
 from raco_fast.dpo.losses.objective_losses import preference_losses
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 from raco_fast.dpo.metrics import PreferenceMetrics, solution_metrics
-from raco_fast.dpo.run.together import average_gradients
 from raco_fast.dpo.scoring import ReferenceLogps, pair_logps, score_pairs
-from raco_fast.dpo.sharded import is_sharded
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 from raco_fast.solver.solution import DualSolution
 
@@ -103,9 +101,6 @@ class PreferenceStep:
             self._backward(losses, logps)
             preference.add(scores, batch.labels)
             totals = {name: losses[name].detach() + totals[name] for name in totals}
-        if size > 1 and len(counts) == 1 and not is_sharded(self.model):
-            # One objective is left to what wraps a model, as in any optimizer; nothing wraps it.
-            average_gradients(self.processes, self.model.parameters())
         self.optimizer.step()
         self.optimizer.zero_grad()
         solution, skipped = self.optimizer.solution, self.optimizer.skipped_steps

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
-from raco_fast.distributed.processes import Processes
+from raco_fast.distributed.processes import OtherProcessError, Processes
 
 Result = TypeVar("Result")
-
-
-class OtherProcessError(OSError):
-    """Another process of the run has failed, or is gone, so this one stops as well."""
 
 
 def together(processes: Processes, act: Callable[[], Result]) -> Result:
@@ -73,24 +68,3 @@ def check_alike(processes: Processes, about: Mapping[str, object]) -> None:
         f"{about[differing[0]]!r} on process {processes.rank} of {processes.size}; start all of "
         f"them with the same config, data, model and `output_dir`"
     )
-
-
-def average_gradients(processes: Processes, parameters: Iterable[Tensor]) -> None:
-    """Replace every p.grad by its mean over processes that hold whole, equal parameters.
-
-    They are sent in buckets of about 25 MB: an adapter's gradients are many and small. All
-    processes have a gradient for the same parameters.
-    """
-    buckets: dict[torch.dtype, list[list[Tensor]]] = {}
-    for grad in (p.grad for p in parameters if p.grad is not None):
-        of_dtype = buckets.setdefault(grad.dtype, [[]])
-        if sum(g.nbytes for g in of_dtype[-1]) + grad.nbytes > _BUCKET and of_dtype[-1]:
-            of_dtype.append([])
-        of_dtype[-1].append(grad)
-    for bucket in (bucket for of_dtype in buckets.values() for bucket in of_dtype):
-        mean = processes.sum(torch.cat([g.flatten() for g in bucket])) / processes.size
-        for grad, part in zip(bucket, torch.split(mean, [g.numel() for g in bucket]), strict=True):
-            grad.copy_(part.view_as(grad))
-
-
-_BUCKET = 25 << 20  # bytes

@@ -55,8 +55,8 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
         process but the first).
     Raises:
         ValueError: bad configuration, data, model path, checkpoint or launcher.
-        OSError: something could not be written, the last checkpoint is whole; or another process
-            has failed or is gone.
+        OSError: something could not be written; the last checkpoint is whole.
+        OtherProcessError: another process has failed or is gone.
         Interrupted: Ctrl-C or SIGTERM, on any process, after a checkpoint was written.
     """
     with process_group(config.parallel, pick_device(config.model.device)):
