@@ -18,7 +18,7 @@ import raco_fast
 from bench.harness.parameters import MODELS, SMALL
 from raco_fast.dpo.logps import sequence_logps
 
-SHAPES = {name: (MODELS | SMALL)[name] for name in ("SmolLM2-135M", "Llama-50M", "tiny")}
+SHAPES = {name: (MODELS | SMALL)[name] for name in ("SmolLM2-135M", *SMALL)}
 KINDS = ("lora", "full")
 DTYPES = ("float32", "bfloat16")
 

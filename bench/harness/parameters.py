@@ -74,6 +74,7 @@ MODELS = {
 }
 SMALL = {
     "Llama-50M": Architecture(16000, 768, 2048, 6, 12, 4, 64, tied=True),
+    "Llama-8M": Architecture(4096, 384, 1024, 4, 6, 2, 64, tied=True),
     "tiny": Architecture(90, 36, 40, 2, 9, 3, 4, tied=True),
 }
 LISTS: dict[str, Shapes] = {

@@ -39,11 +39,22 @@ from raco_fast.distributed.processes import Processes
 
 NAME = "distributed"
 PLAIN, MODES = "plain", ("autograd", "one_backward", "gram_first")
+# (wrapper, contestant) -> (a, b): a step sends a m + b times the parameters.
+SENT = {
+    ("replicas", PLAIN): (0, 2),  # DistributedDataParallel's all-reduce
+    ("replicas", "autograd"): (1, 1),  # m reduce-scatters, and the combination gathered
+    ("replicas", "one_backward"): (1, 1),
+    ("replicas", "gram_first"): (1, 2),  # m reduce-scatters; the combination reduced and gathered
+    ("fsdp2", PLAIN): (0, 3),  # weights gathered forward and backward, gradients reduced
+    ("fsdp2", "autograd"): (2, 1),  # the same for each objective's backward pass
+    ("fsdp2", "one_backward"): (1, 2),
+    ("fsdp2", "gram_first"): (1, 4),  # and an ordinary backward pass
+}
 # Sizes -> (setting, numbers of objectives).
 SIZES: dict[str, tuple[Setting, tuple[int, ...]]] = {
     "gpu": (GPU, (2, 4)),
     "cpu-whole": (Setting(shape="Llama-50M", layers=6, sequences=4, tokens=32), (2, 4)),
-    "cpu": (Setting(shape="Llama-50M", layers=2, sequences=4, tokens=16), (2,)),
+    "cpu": (Setting(shape="Llama-8M", layers=4, sequences=4, tokens=32), (2,)),
     "tiny": (TINY, (2,)),
 }
 # Of a Gram matrix, relative to the gradients' norms; beyond it a mode computes something else.
@@ -61,10 +72,8 @@ def expected_payload(wrapper: str, name: str, m: int, apart: float) -> float:
         apart: the share of them that FSDP2 gathers with the model itself, not with a layer. They
             stay gathered from the forward to the backward pass: one all-gather less.
     """
-    if wrapper == "replicas":
-        return {PLAIN: 2, "autograd": m + 1, "one_backward": m + 1, "gram_first": m + 2}[name]
-    of_fsdp2 = {PLAIN: 3, "autograd": 2 * m + 1, "one_backward": m + 2, "gram_first": m + 4}
-    return of_fsdp2[name] - apart
+    per_objective, besides = SENT[wrapper, name]
+    return per_objective * m + besides - (apart if wrapper == "fsdp2" else 0.0)
 
 
 def run(session: Session) -> None:
