@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from bench.harness.dpo_problem import SHAPES
+from bench.harness.dpo_problem import SHAPES, Setting
 from bench.harness.parameters import MODELS, Architecture, elements
 from bench.harness.records import Record, latest
 from bench.pages.page import by_suite, contestant
@@ -46,7 +46,7 @@ def held(records: Sequence[Record]) -> str:
 
     def cells(r: Record) -> list[str]:
         p = r["params"]
-        model = replace(SHAPES[p["shape"]], layers=p["layers"])
+        model = replace(SHAPES[p.get("shape", Setting.shape)], layers=p["layers"])
         numbers = numbers_held(model, p["wrapper"], contestant(r), p["m"], p["processes"])
         number = getattr(torch, p["dtype"]).itemsize
         return [f"{numbers * number / 2**20:.0f}", f"{r['memory_bytes'] / 2**20:.0f}"]
