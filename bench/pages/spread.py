@@ -16,6 +16,7 @@ from bench.harness.parameters import MODELS, Architecture, elements
 from bench.harness.records import Record, latest
 from bench.pages.page import by_suite, contestant
 from bench.suites.distributed import NAME, PLAIN, SENT
+from raco_fast.distributed.replicas import BUCKET_BYTES
 from raco_fast.report import markdown_table
 
 _M, _GPUS = (2, 4), (8, 64)
@@ -47,9 +48,9 @@ def held(records: Sequence[Record]) -> str:
     def cells(r: Record) -> list[str]:
         p = r["params"]
         model = replace(SHAPES[p.get("shape", Setting.shape)], layers=p["layers"])
-        numbers = numbers_held(model, p["wrapper"], contestant(r), p["m"], p["processes"])
-        number = getattr(torch, p["dtype"]).itemsize
-        return [f"{numbers * number / 2**20:.0f}", f"{r['memory_bytes'] / 2**20:.0f}"]
+        dtype = getattr(torch, p["dtype"])
+        found = bytes_held(model, p["wrapper"], contestant(r), p["m"], p["processes"], dtype)
+        return [f"{found / 2**20:.0f}", f"{r['memory_bytes'] / 2**20:.0f}"]
 
     return _table(records, [], lambda *run: [], cells)
 
@@ -59,17 +60,20 @@ def computed() -> str:
     rows = []
     for name in _SIZES:
         for wrapper, mode in SENT:
-            found = [numbers_held(MODELS[name], wrapper, mode, m, W) for m in _M for W in _GPUS]
-            cells = [f"{n * torch.bfloat16.itemsize / 1e9:.0f}" for n in found]
-            rows.append([name, *_run(wrapper, mode), *cells])
+            run = MODELS[name], wrapper, mode
+            found = [bytes_held(*run, m, W, torch.bfloat16) for m in _M for W in _GPUS]
+            rows.append([name, *_run(wrapper, mode), *(f"{n / 1e9:.0f}" for n in found)])
     titles = [f"m = {m}, {W} GPUs" for m in _M for W in _GPUS]
     return markdown_table(["model", "run", "mode", *titles], rows)
 
 
-def numbers_held(model: Architecture, wrapper: str, mode: str, m: int, processes: int) -> float:
-    """Numbers that a process holds at the peak of a step, without activations.
+def bytes_held(
+    model: Architecture, wrapper: str, mode: str, m: int, processes: int, dtype: torch.dtype
+) -> float:
+    """What a process holds at the peak of a step, without activations.
 
-    Weights, AdamW's two states, gradients, and what is whole or on its way. Of FSDP2: the weights
+    Weights, AdamW's two states, gradients, and what is whole or on its way. Of replicas: two
+    buckets of each objective. Of FSDP2: the weights
     outside of decoder layers stay gathered, and two layers with them (one computes, the next one
     arrives); an ordinary pass has as many whole gradients that are still to be reduced. A pass over
     all objectives has the m gradients of two matrices, at most the head and the largest one of a
@@ -80,20 +84,18 @@ def numbers_held(model: Architecture, wrapper: str, mode: str, m: int, processes
     layers = elements({k: shape for k, shape in shapes.items() if ".layers." in k})
     gathered = theta - layers + 2 * layers / model.layers
     in_flight = m * model.hidden * (model.vocabulary + model.intermediate) * (1 + 1 / processes)
-    part = theta / processes
-    if wrapper == "replicas":
-        return {
-            PLAIN: 5.0 * theta,  # gradients, and DistributedDataParallel's buckets
-            "autograd": (4 + m) * theta + m * part,
-            "one_backward": (4 + m) * theta + m * part,
-            "gram_first": 3 * theta + max(2 * theta + part, in_flight),
-        }[mode]
-    return {
-        PLAIN: 4 * part + 2 * gathered,
-        "autograd": (3 + m) * part + 2 * gathered,
-        "one_backward": (3 + m) * part + gathered + in_flight,
-        "gram_first": 4 * part + gathered + max(gathered, in_flight),
-    }[mode]
+    part, buckets = theta / processes, min(theta, 2 * BUCKET_BYTES / dtype.itemsize)
+    numbers = {
+        ("replicas", PLAIN): 5.0 * theta,  # gradients, and DistributedDataParallel's buckets
+        ("replicas", "autograd"): (4 + m) * theta + m * (part + buckets),
+        ("replicas", "one_backward"): (4 + m) * theta + m * (part + buckets),
+        ("replicas", "gram_first"): 3 * theta + max(2 * theta + part + buckets, in_flight),
+        ("fsdp2", PLAIN): 4 * part + 2 * gathered,
+        ("fsdp2", "autograd"): (3 + m) * part + 2 * gathered,
+        ("fsdp2", "one_backward"): (3 + m) * part + gathered + in_flight,
+        ("fsdp2", "gram_first"): 4 * part + gathered + max(gathered, in_flight),
+    }
+    return numbers[wrapper, mode] * dtype.itemsize
 
 
 def _table(

@@ -154,13 +154,18 @@ def test_memory_by_formula() -> None:
     model, few = MODELS["Llama-3-8B"], SHAPES["tiny"]
     theta, d = elements(model.shapes()), model.hidden
     gathered = 2 * 128256 * d + d + 2 * (theta - 2 * 128256 * d - d) / 32
-    held = partial(spread.numbers_held, model, "fsdp2", processes=8)
+
+    def held(mode: str, m: int) -> float:
+        """In numbers."""
+        return spread.bytes_held(model, "fsdp2", mode, m, 8, torch.bfloat16) / 2
+
     assert held("plain", 2) == pytest.approx(4 * theta / 8 + 2 * gathered)
     assert held("autograd", 4) - held("autograd", 2) == pytest.approx(2 * theta / 8)
     on_the_way = 2 * (128256 + 14336) * d * (1 + 1 / 8)
     assert held("one_backward", 2) == pytest.approx(5 * theta / 8 + gathered + on_the_way)
-    n = elements(few.shapes())
-    assert spread.numbers_held(few, "replicas", "one_backward", 3, 2) == 7 * n + 1.5 * n
+    n = elements(few.shapes())  # all of it is on its way at once
+    own = spread.bytes_held(few, "replicas", "one_backward", 3, 2, torch.float32)
+    assert own == 4 * (3 + 3 + 3 / 2 + 1 + 3) * n
 
 
 def test_the_page_has_the_tables_of_the_committed_runs() -> None:
