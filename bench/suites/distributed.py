@@ -7,11 +7,11 @@ unit of our modes on plain replicas, or under FSDP2; all take turns on the same 
 are started here: one for each GPU, on a CPU two with a thread each. The sequences of a setting are
 those of one process.
 
-Before a mode is timed, its Gram matrix is held to that of the averaged gradients. Times are the
-slowest process's, memory is that of the fullest one at the peak of a second step, weights and
-states included. Payload is what the collectives of a third step are given, in units of the trained
-parameters (an all-reduce counts twice, see harness/payload.py), beside what it should be. On one
-process nothing travels, and the payload is what FSDP2 and DistributedDataParallel hand over for it.
+Every mode's Gram matrix is held to that of the averaged gradients; one that is wrong has no time.
+Times are those of the slowest process. Memory is that of the fullest one at the peak of its second
+step, weights and states included. Payload is what the collectives of a third step are given, in
+units of the trained parameters (an all-reduce counts twice, see harness/payload.py), beside what it
+should be; on one process nothing travels, and nothing is counted.
 """
 
 import gc
@@ -164,11 +164,12 @@ def _counted(setting: Setting, m: int, wrapper: str, name: str) -> Record:
     problem = SpreadProblem(setting, wrapper, prepared=name not in UNPREPARED)
     step = STEPS[name](problem, m)
     meter.run(step, 2)
-    peak = meter.peak()
+    found = {"memory_bytes": meter.peak()}
+    if torch.distributed.get_world_size() == 1:
+        return found
     with Payload() as payload:
         step()
-    return {
-        "memory_bytes": peak,
+    return found | {
         "payload": payload.bytes / problem.trained_bytes,
         "expected": expected_payload(wrapper, name, m, problem.apart),
         "messages": payload.messages,

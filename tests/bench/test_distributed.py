@@ -71,6 +71,13 @@ def test_every_mode_stands_beside_plain_dpo(tmp_path: Path, forked: None) -> Non
     assert f"| FSDP2 | `plain` | 3 - a | {expected} | {counted} | - | - |" in tables["sent"]
 
 
+def test_one_process_sends_nothing(tmp_path: Path, forked: None) -> None:
+    records = Records(tmp_path, "cpu")
+    distributed.measure(records, TINY, [2], 1, perf_counter())
+    assert all(r["p50"] > 0 and "payload" not in r for r in records.read())
+    assert not spread.with_counts([records.read()])
+
+
 def test_a_mode_that_is_wrong_has_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     one = {"seconds": [1.0, 2.0], "error": 0.0, "memory_bytes": 1, "payload": 1.0, "expected": 1.0}
     keys = [distributed._key(2, *of) for of in distributed.SENT]
