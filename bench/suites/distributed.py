@@ -9,8 +9,8 @@ those of one process.
 
 Every mode's Gram matrix is held to that of the averaged gradients; one that is wrong has no time.
 Times are those of the slowest process. Memory is that of the fullest one at the peak of its second
-step, weights and states included. Payload is what the collectives of a third step are given, in
-units of the trained parameters (an all-reduce counts twice, see harness/payload.py), beside what it
+step, weights and states included. Payload is what the collectives of that step are given, in units
+of the trained parameters (an all-reduce counts twice, see harness/payload.py), beside what it
 should be; on one process nothing travels, and nothing is counted.
 """
 
@@ -53,8 +53,8 @@ SENT = {
 # Sizes -> (setting, numbers of objectives).
 SIZES: dict[str, tuple[Setting, tuple[int, ...]]] = {
     "gpu": (GPU, (2,)),
-    "cpu-whole": (Setting(shape="Llama-50M", layers=6, sequences=4, tokens=32), (2, 4)),
-    "cpu": (Setting(shape="Llama-8M", layers=4, sequences=4, tokens=32), (2,)),
+    "cpu-whole": (Setting(shape="Llama-50M", layers=6, sequences=4), (2, 4)),
+    "cpu": (Setting(shape="Llama-8M", layers=4, sequences=4), (2,)),
     "tiny": (TINY, (2,)),
 }
 # Of a Gram matrix, relative to the gradients' norms; beyond it a mode computes something else.
@@ -163,12 +163,12 @@ def _counted(setting: Setting, m: int, wrapper: str, name: str) -> Record:
     meter = Meter(torch.device(setting.device), warmup=1)
     problem = SpreadProblem(setting, wrapper, prepared=name not in UNPREPARED)
     step = STEPS[name](problem, m)
-    meter.run(step, 2)
+    meter.run(step, 1)
+    with Payload() as payload:
+        meter.run(step, 1)
     found = {"memory_bytes": meter.peak()}
     if torch.distributed.get_world_size() == 1:
         return found
-    with Payload() as payload:
-        step()
     return found | {
         "payload": payload.bytes / problem.trained_bytes,
         "expected": expected_payload(wrapper, name, m, problem.apart),
@@ -222,7 +222,7 @@ def _in_turn(steps: dict[str, Call], device: torch.device, until: float) -> dict
 
 def parser() -> ArgumentParser:
     found = dpo_problem.parser(NAME, __doc__, ("full",), ms=(2, 4))
-    found.set_defaults(shape="Llama-50M", layers=6, sequences=4, tokens=32)
+    found.set_defaults(shape="Llama-8M", layers=4, sequences=4)
     found.add_argument("--out", type=Path, default=f"runs/{NAME}", help="folder of report.json")
     found.add_argument("--seconds", type=float, default=600.0, help="at most, for all steps")
     found.add_argument("--processes", type=int, help="default: one for each GPU, 2 on a CPU")
