@@ -18,7 +18,7 @@ import raco_fast
 from bench.harness.parameters import MODELS, SMALL
 from raco_fast.dpo.logps import sequence_logps
 
-SHAPES = {name: (MODELS | SMALL)[name] for name in ("SmolLM2-135M", "tiny")}
+SHAPES = {name: (MODELS | SMALL)[name] for name in ("SmolLM2-135M", *SMALL)}
 KINDS = ("lora", "full")
 DTYPES = ("float32", "bfloat16")
 
@@ -46,9 +46,10 @@ class Setting:
         implied = {"device", "shape"} if self.shape == Setting.shape else {"device"}
         return {"m": m, **{k: v for k, v in asdict(self).items() if k not in implied}}
 
-    def options(self, m: int) -> list[str]:
-        """Itself and a number of objectives, as a `parser` reads them."""
-        return [word for k, v in {"m": m, **asdict(self)}.items() for word in (f"--{k}", str(v))]
+    def options(self, *ms: int) -> list[str]:
+        """Itself and numbers of objectives, as a `parser` reads them."""
+        own = [word for k, v in asdict(self).items() for word in (f"--{k}", str(v))]
+        return ["--m", *map(str, ms), *own]
 
 
 GPU = Setting(sequences=16, tokens=512, dtype="bfloat16", device="cuda")

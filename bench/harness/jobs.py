@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 from time import perf_counter
 from typing import Any
 
@@ -73,7 +73,24 @@ def measured(arguments: Sequence[str], until: float, **environment: str) -> dict
     Returns:
         The object of the last line of JSON that it prints, or {"failure": why there is none}.
     """
-    done = run([sys.executable, *arguments], until, **environment)
+    return _said(run([sys.executable, *arguments], until, **environment))
+
+
+def measured_together(
+    arguments: Sequence[str], processes: int, until: float, **environment: str
+) -> list[dict[str, Any]]:
+    """What each of several processes measures that form one group; otherwise as `measured`.
+
+    Args:
+        arguments: each gets its number and the file where they meet behind them: --rank, --store.
+    """
+    with TemporaryDirectory() as folder:
+        command = [sys.executable, *arguments, "--store", f"{folder}/store", "--rank"]
+        commands = {str(rank): [*command, str(rank)] for rank in range(processes)}
+        return [*map(_said, run_together(commands, until, **environment).values())]
+
+
+def _said(done: Done) -> dict[str, Any]:
     said = [line for line in done.output.splitlines() if line.startswith('{"')]
     if done.code == 0 and said:
         return dict(json.loads(said[-1]))

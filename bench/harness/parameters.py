@@ -69,9 +69,12 @@ MODELS = {
         262208, 2560, 10240, 34, 8, 4, 256, tied=True, query_norm=True, outer_norms=True
     ),
     "Llama-3-8B": Architecture(128256, 4096, 14336, 32, 32, 8, 128, tied=False),
+    "Qwen3-32B": Architecture(151936, 5120, 25600, 64, 64, 8, 128, tied=False, query_norm=True),
+    "Llama-3-70B": Architecture(128256, 8192, 28672, 80, 64, 8, 128, tied=False),
 }
 SMALL = {
     "Llama-50M": Architecture(16000, 768, 2048, 6, 12, 4, 64, tied=True),
+    "Llama-8M": Architecture(4096, 384, 1024, 4, 6, 2, 64, tied=True),
     "tiny": Architecture(90, 36, 40, 2, 9, 3, 4, tied=True),
 }
 LISTS: dict[str, Shapes] = {

@@ -22,6 +22,7 @@ SECONDS = {
     "backward": 100,
     "memory": 60,
     "train": 60,
+    "distributed": 60,
     "scaling": 40,
 }
 PARTS = tuple(SECONDS)

@@ -18,6 +18,10 @@ SUITES = {
     "backward": ("One DPO step, forward to update", "one plain DPO step"),
     "memory": ("Peak memory above weights and states", "plain DPO"),
     "train": ("Whole training steps", "`trl`, of `plain` where TRL is missing"),
+    "distributed": (
+        "One DPO step on several processes",
+        "plain DPO under DistributedDataParallel (case replicas) or FSDP2",
+    ),
 }
 SCALES = {"us": (1.0, "us"), "ms": (1.0, "ms"), "s": (1.0, "s"), "bytes": (2.0**-20, "MiB")}
 
@@ -45,7 +49,7 @@ def shown(params: Mapping[str, Any]) -> str:
     if "elements" in params:
         params = {**params, "elements": f"{params['elements'] / 1e6:.3g} M"}
     forms = {"m": "m = {}", "tokens": "{} tokens each"}
-    forms |= {name: f"{{}} {name}" for name in ("layers", "sequences")}
+    forms |= {name: f"{{}} {name}" for name in ("layers", "sequences", "processes")}
     return ", ".join(forms.get(name, "{}").format(value) for name, value in params.items())
 
 
@@ -142,6 +146,8 @@ def _cell(record: Record | None) -> str:
         "ratio": lambda x: f"{x:.2f}",
         "tokens_per_second": lambda x: f"{x:.0f} tokens/s",
         "peak_bytes": lambda x: f"+{x / 2**20:.0f} MiB",
+        "payload": lambda x: f"{x:.2f} θ sent",
+        "memory_bytes": lambda x: f"{x / 2**20:.0f} MiB each",
     }
     known = [form(record[k]) for k, form in extra.items() if record.get(k) is not None]
     return f"{value} ({', '.join(known)})" if known else value

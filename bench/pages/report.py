@@ -2,7 +2,8 @@
 
     python -m bench.report --out DIR            run all parts, then write DIR/report.md
     python -m bench.report --out DIR --render   only write DIR/report.md, from DIR/report.json
-    python -m bench.report --docs               write docs/performance.md from bench/results/
+    python -m bench.report --docs               write docs/performance.md from bench/results/,
+                                                and the tables of docs/distributed.md
 
 DIR gets report.json (one record a line, as it is measured), report.md and PNG plots. The tests of
 what is timed run first; what fails them is not timed.
@@ -16,7 +17,7 @@ from pathlib import Path
 from bench.harness.machine import ROOT
 from bench.harness.parts import add_options, run_parts
 from bench.harness.records import FILE, Record, Records, latest
-from bench.pages import page
+from bench.pages import page, spread
 
 RESULTS = ROOT / "bench" / "results"
 DOCS = ROOT / "docs"
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m bench.report", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--out", type=Path, help="folder of the records and the page")
-    what.add_argument("--docs", action="store_true", help="write docs/performance.md")
+    what.add_argument("--docs", action="store_true", help="write the pages from committed runs")
     parser.add_argument("--render", action="store_true", help="measure nothing")
     add_options(parser)
     options = parser.parse_args(arguments)
@@ -73,12 +74,13 @@ def write(folder: Path) -> Path:
 
 
 def write_docs() -> None:
-    """docs/performance.md and its plots from all committed runs."""
+    """docs/performance.md with its plots, and the tables of docs/distributed.md."""
     PLOTS.mkdir(exist_ok=True)
     for name, records in committed().items():
         (PLOTS / name).mkdir(exist_ok=True)
         _plotted(records, PLOTS / name, DOCS)
     (DOCS / "performance.md").write_text(performance(), encoding="utf-8")
+    (DOCS / "distributed.md").write_text(distributed(), encoding="utf-8")
 
 
 def performance() -> str:
@@ -89,6 +91,12 @@ def performance() -> str:
     if not any("cuda" in page.devices(records) for records in runs.values()):
         parts += [NO_GPU, page.goals([], ["cuda"])]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def distributed() -> str:
+    """docs/distributed.md with its tables from the newest run that has counted."""
+    text = (DOCS / "distributed.md").read_text(encoding="utf-8")
+    return spread.filled(text, spread.with_counts(committed().values()))
 
 
 def committed() -> dict[str, list[Record]]:

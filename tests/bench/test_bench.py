@@ -58,6 +58,8 @@ def run(folder: Path, *parts: str, monkeypatch: pytest.MonkeyPatch) -> list[reco
         ("Qwen3-4B", 4022.468096),
         ("Gemma3-4B", 3880.263168),
         ("Llama-3-8B", 8030.261248),
+        ("Qwen3-32B", 32762.123264),
+        ("Llama-3-70B", 70553.706496),
     ],
 )
 def test_parameter_lists_are_those_of_the_models(name: str, millions: float) -> None:
