@@ -90,7 +90,6 @@ def _parser(command: str | None) -> ArgumentParser:
 
 
 def _run_train(parser: ArgumentParser, values: Any) -> int:
-    from raco_fast.distributed.processes import OtherProcessError
     from raco_fast.dpo.run.config import TrainConfig
     from raco_fast.dpo.run.trainer import Interrupted, train
 
@@ -105,9 +104,6 @@ def _run_train(parser: ArgumentParser, values: Any) -> int:
     except KeyboardInterrupt:
         print(f"raco-fast: {_stopped_at_once(config)}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except OtherProcessError as stop:
-        print(f"raco-fast: {stop}", file=sys.stderr)
-        return EXIT_BAD_INPUT
     for name, value in results.items():
         if name.startswith("eval_rewards/accuracies/"):
             print(f"{name}  {value:.3f}")

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from process_group import process_group_of_one
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import raco_fast
 from raco_fast import verify
@@ -130,3 +133,11 @@ def test_a_model_for_which_one_pass_is_wrong():
         assert "more than rounding: layer." in str(result)
     with pytest.raises(ValueError, match=r"trained parameters in layers without a rule: \['1.weig"):
         verify(nn.Sequential(nn.Linear(3, 1), nn.PReLU()), by_rows, quiet=True)
+
+
+def test_shards_are_not_compared(monkeypatch):
+    with process_group_of_one(monkeypatch):
+        model = Mixing()
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="`model` must have plain parameters, got DTensors"):
+            verify(model, by_rows, quiet=True)

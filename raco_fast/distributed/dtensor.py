@@ -25,6 +25,12 @@ def is_dtensor(t: object) -> TypeGuard[DTensor]:
     return module is not None and isinstance(t, module.DTensor)
 
 
+def any_dtensor(tensors: Iterable[Tensor]) -> bool:
+    """Whether some tensor is a DTensor; for hundreds of them, in a step of milliseconds."""
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(t, module.DTensor) for t in tensors)
+
+
 def local(t: Tensor) -> Tensor:
     """The part of t that lies on this process: t itself unless it is a DTensor. Memory is shared.
 

@@ -22,7 +22,7 @@ GroupLike: TypeAlias = "ProcessGroup | Literal['world'] | None"
 process alone, beside independent ones."""
 
 
-class OtherProcessError(RuntimeError):
+class OtherProcessError(ConnectionError):
     """Another process has failed, or is gone, so this one stops as well."""
 
 

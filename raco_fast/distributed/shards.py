@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from raco_fast.backends.rounding import Place
-from raco_fast.distributed.dtensor import is_dtensor, local
+from raco_fast.distributed.dtensor import any_dtensor, is_dtensor, local
 
 _known = WeakIdKeyDictionary()
 """DTensor parameter -> where its shard lies."""
@@ -21,7 +21,7 @@ _known = WeakIdKeyDictionary()
 
 def places_of(params: Sequence[Tensor]) -> list[Place]:
     """`place_of` of each, by its place among them; [] where all are whole and contiguous."""
-    if not any(map(is_dtensor, params)):
+    if not any_dtensor(params):
         return []
     for p in params:
         if p not in _known:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from raco_fast.distributed.dtensor import is_dtensor, local
+from raco_fast.distributed.dtensor import any_dtensor, local
 from raco_fast.distributed.processes import Processes
 from raco_fast.gradients.buffer_pool import HostMemory
 from raco_fast.gradients.norm_clip import plain
@@ -239,7 +239,7 @@ def of_objectives(touched: Touched, chosen: Sequence[bool]) -> Touched:
 
 def here(touched: Touched) -> Touched:
     """The parts that lie on this process: shards of DTensors, all of other tensors."""
-    if not any(map(is_dtensor, touched.params)):
+    if not any_dtensor(touched.params):
         return touched
     grads = [[None if g is None else local(g) for g in one] for one in touched.grads]
     return Touched([local(p) for p in touched.params], grads)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from raco_fast.backends.arguments import check_dense
 from raco_fast.backends.plan import Plan
-from raco_fast.distributed.dtensor import check_meshes, is_dtensor
+from raco_fast.distributed.dtensor import any_dtensor, check_meshes, is_dtensor
 from raco_fast.distributed.foreign import refuse_foreign
 from raco_fast.distributed.fsdp2 import note_sharded
 from raco_fast.distributed.processes import GroupLike, Processes
@@ -221,7 +221,7 @@ class ObjectiveGradients:
     @property
     def sharded(self) -> bool:
         """Whether some parameter is a DTensor."""
-        return any(is_dtensor(p) for p in self.parameters())
+        return any_dtensor(self.parameters())
 
     @property
     def scattered(self) -> bool:
@@ -264,6 +264,7 @@ class ObjectiveGradients:
             self._note_all_ran()
             return
         if self.processes.size > 1 and not self.sharded:
+            clear_overflow(params)
             averaged_backward(losses[0], self.trained(), self.processes)
             return
         others = []

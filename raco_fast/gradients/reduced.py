@@ -20,6 +20,7 @@ from torch import Tensor
 from raco_fast.backends import ops
 from raco_fast.backends.plan import Plan
 from raco_fast.distributed.dtensor import (
+    any_dtensor,
     from_local,
     is_dtensor,
     local,
@@ -64,7 +65,7 @@ class Reduced:
         self, groups: Sequence[Touched], objectives: int, processes: Processes, plan: Plan
     ) -> None:
         self._processes, self._plan = processes, plan
-        sharded = any(is_dtensor(p) for group in groups for p in group.params)
+        sharded = any(any_dtensor(group.params) for group in groups)
         self._several = processes.size > 1 and (sharded or objectives > 1)
         self._guarded = objectives > 1
         # By how much their products count, and by their mesh where others hold copies of it.

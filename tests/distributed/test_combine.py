@@ -4,7 +4,8 @@ import pytest
 import torch
 from joined_batch import ADAMW, SGD, STEPS, WEIGHTS, C, Learnt, Problem, assert_equal, batch
 from learning import Course, learnt, own_losses, set_up, share_of
-from parallel_models import trained
+from parallel_models import trained, whole
+from processes import assert_all_failed
 from quick_cases import matrix
 
 import raco_fast
@@ -58,3 +59,31 @@ def test_adamw(run, how: str, mode: str) -> None:
 def test_sgd(run, how: str) -> None:
     problem = Problem("llama lora", optimizer="sgd")
     assert_equal(run(2, by_another_optimizer, problem, Course(how)), problem)
+
+
+def unscaled(problem: Problem, course: Course, in_time: bool) -> torch.Tensor:
+    """The norm of a direction that is clipped to 0.1, of losses that a GradScaler has scaled."""
+    net, _ = set_up(problem, course)
+    params = list(trained(net).values())
+    gradients = raco_fast.ObjectiveGradients(params, WEIGHTS)
+    optimizer, scaler = torch.optim.SGD(params), torch.amp.GradScaler("cpu", init_scale=8.0)
+    own = share_of(batch(problem, 0), course)
+    scores = net(own.ids)
+    losses = own_losses(scores, own, batch(problem, 0), course)
+    gradients.backward({name: scaler.scale(loss) for name, loss in losses.items()}, scores=scores)
+    if in_time:
+        scaler.unscale_(optimizer)
+    raco_fast.combine(gradients, c=C, max_grad_norm=0.1)
+    scaler.step(optimizer)
+    return torch.stack([whole(p.grad).norm() for p in params]).norm()
+
+
+@pytest.mark.parametrize(("how", "in_time"), [("fsdp2", True), ("replicas", True), ("ddp", False)])
+def test_a_clipped_direction_of_scaled_losses(run, how: str, in_time: bool) -> None:
+    for norm in run(2, unscaled, Problem(), Course(how), in_time):
+        assert abs(float(norm) - 0.1) < 1e-5
+
+
+def test_shards_that_are_unscaled_too_late(outcomes) -> None:
+    found = outcomes(2, unscaled, Problem(), Course("fsdp2"), False)
+    assert_all_failed(found, "RuntimeError", r"call scaler.unscale_\(optimizer\) before combine")

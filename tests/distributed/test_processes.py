@@ -75,7 +75,9 @@ def test_an_error_on_one_is_raised_on_all(outcomes, kind: type[Exception]) -> No
     first, failed, last = outcomes(3, one_fails, kind)
     assert failed.kind == kind.__name__
     assert "no such pair" in failed.message
-    assert_all_failed([first, last], "RuntimeError", f"process 1 of 3 .*{kind.__name__}: .*no such")
+    assert_all_failed(
+        [first, last], "OtherProcessError", f"process 1 of 3 .*{kind.__name__}: .*no such"
+    )
 
 
 def members() -> list[tuple[int, int]]:

@@ -104,6 +104,18 @@ def test_fsdp1(outcomes) -> None:
     assert_all_failed(outcomes(2, fsdp1), "RuntimeError", "fully_shard")
 
 
+def partitioned_by_deepspeed() -> None:
+    net = build()
+    for p in net.parameters():
+        p.ds_tensor = p.detach()  # what ZeRO stage 3 leaves of a parameter
+    opt = raco_fast.ClippedCAGradAdamW(net.parameters(), weights=WEIGHTS, c=C)
+    backward(net, opt, batch(Problem(), 0), Course(mode="autograd"))
+
+
+def test_zero_stage_3(outcomes) -> None:
+    assert_all_failed(outcomes(2, partitioned_by_deepspeed), "RuntimeError", "ZeRO stage 3.*FSDP2")
+
+
 def sharded_over_half_of_the_group() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "shard"))
     net = build()
@@ -188,6 +200,6 @@ def test_an_error_on_one_stops_all(outcomes, how: str, mode: str) -> None:
     other, own = outcomes(2, an_error_on_rank_1, Course(how, mode))
     assert own.kind == "ValueError"
     assert "concise" in own.message
-    assert other.kind == "RuntimeError"
+    assert other.kind == "OtherProcessError"
     assert "process 1" in other.message
     assert "concise" in other.message

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import raco_fast
 from raco_fast import ObjectiveGradients, combine, gram_first
 from raco_fast.engine.lm_head import token_logps
+from raco_fast.engine.tap import NotExactError
 
 WAYS = pytest.mark.parametrize("keep_dy", [False, True], ids=["two passes", "keep dy"])
 WEIGHTS = {"a": 0.2, "b": 0.3, "c": 0.5}
@@ -336,6 +337,47 @@ def test_a_parameter_that_a_rule_no_longer_covers_is_noticed(keep_dy):
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_a_backward_pass_of_somebody_else():
+    """DeepSpeed's engine keeps gradients elsewhere; it is handed a scalar whose gradient is G0."""
+    generator = torch.Generator().manual_seed(1)
+    x, model = torch.randn(4, 5, 6, generator=generator), Repeated(False)
+    trial = Trial(model, lambda model: model(x.to(next(model.parameters()))), three_losses)
+    kept = []
+
+    def elsewhere(scalar: Tensor) -> None:
+        kept.append(torch.autograd.grad(scalar, list(model.parameters())))
+
+    solution = trial.run(backward=elsewhere)
+    assert gram_error(solution, trial.expected) < 1e-5
+    (grads,) = kept
+    for (name, p), g in zip(model.named_parameters(), grads, strict=True):
+        assert p.grad is None
+        torch.testing.assert_close(g.double(), trial.truth[name], rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_is_handed_over_that_is_not_finite():
+    model = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))
+    raco_fast.prepare(model)
+    scores = model(torch.randn(4, 4))
+    losses = [loss * torch.nan for loss in three_losses(scores)]
+    gradients = ObjectiveGradients(model.parameters(), WEIGHTS)
+    solution = gram_first(gradients, losses, scores, backward=lambda scalar: 1 / 0)
+    assert not solution.finite
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_backward_pass_of_somebody_else_needs_one_pass_to_be_exact():
+    model = nn.Sequential(nn.Linear(4, 4), nn.PReLU(), nn.Linear(4, 1), nn.Flatten(0))
+    raco_fast.prepare(model)
+    gradients = ObjectiveGradients(model.parameters(), WEIGHTS)
+    scores = model(torch.randn(4, 4))
+    with (
+        pytest.warns(UserWarning, match="one backward pass for all objectives would be wrong"),
+        pytest.raises(NotExactError, match="`backward` needs one backward pass to be exact"),
+    ):
+        gram_first(gradients, three_losses(scores), scores, backward=lambda scalar: None)
+
+
 def test_wrong_arguments():
     model = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))
     raco_fast.prepare(model)
@@ -350,6 +392,11 @@ def test_wrong_arguments():
         gram_first(gradients, losses, scores, max_grad_norm=0.0)
     with pytest.raises(ValueError, match=r"one loss for each of \('a', 'b', 'c'\), got 2"):
         gram_first(gradients, losses[:2], scores)
+    with pytest.raises(ValueError, match="`backward` must be None with `keep_dy` or `on_gradient`"):
+        gram_first(gradients, losses, scores, keep_dy=True, backward=lambda scalar: None)
+    alone = ObjectiveGradients(model.parameters(), [1.0])
+    with pytest.raises(ValueError, match="`backward` is for several objectives, got one"):
+        gram_first(alone, losses[:1], scores, backward=lambda scalar: None)
     gradients.backward(losses, scores=scores)
     scores = model(torch.randn(4, 4))
     with pytest.raises(RuntimeError, match=r"cannot add to gradients .*; call zero_grad\(\) first"):

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from raco_fast.distributed.processes import OtherProcessError, Processes
+from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.models import trainable
 from raco_fast.dpo.run import shard_files
 from raco_fast.dpo.run.files import atomic_folder, reported
@@ -61,19 +61,17 @@ class TrainingState:
         """Write `folder/step-<n>`, then remove older checkpoints; returns its path.
 
         Raises:
-            OSError: it could not be written whole, by this process; the previous checkpoint is
+            OSError: it could not be written whole, by any process; the previous checkpoint is
                 untouched.
-            OtherProcessError: it could not, by another one.
         """
         destination = folder / f"step-{self.step:08d}"
         try:
             with ExitStack() as whole:
                 self._write(destination, whole)
-        except (OSError, OtherProcessError) as error:
+        except OSError as error:
             earlier = latest(folder)
             cure = f"then add --resume to go on from {earlier}" if earlier else "then start again"
-            kind = OSError if isinstance(error, OSError) else OtherProcessError
-            raise kind(f"checkpoint {error}, {cure}") from error
+            raise OSError(f"checkpoint {error}, {cure}") from error
         by_first(self.processes, lambda: _remove(folder, but=destination))
         return destination
 

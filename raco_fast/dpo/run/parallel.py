@@ -142,8 +142,6 @@ def _lost_ones_named(launch: Launch) -> Iterator[None]:
     """Say that another process is gone, where the backend speaks of sockets."""
     try:
         yield
-    except OtherProcessError:
-        raise
     except RuntimeError as error:
         ours = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
         if not ours:

@@ -7,7 +7,7 @@ from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.run import checkpoint
 from raco_fast.dpo.run.config import check_same_run, identity
 from raco_fast.dpo.run.parallel import ParallelOptions, process_group
-from raco_fast.dpo.run.together import average_gradients, together
+from raco_fast.dpo.run.together import together
 
 CPU = torch.device("cpu")
 LAUNCH = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
@@ -85,35 +85,6 @@ def test_one_process_fails_as_it_would_alone():
     with pytest.raises(FileNotFoundError, match=r"^no such file$"):
         together(Processes(), fail)
     assert together(Processes(), lambda: 3) == 3
-
-
-class Alike(Processes):
-    """Four processes with the same numbers; `sent` holds the size of each message in bytes."""
-
-    size = 4
-
-    def __init__(self) -> None:
-        super().__init__(None)
-        self.sent: list[int] = []
-
-    def sum(self, numbers: torch.Tensor) -> torch.Tensor:
-        self.sent.append(numbers.nbytes)
-        return 4 * numbers
-
-
-def test_gradients_are_sent_in_buckets_by_dtype():
-    """Small ones together, none above the limit but one that is larger itself."""
-    megabyte = 1 << 18  # float32 numbers
-    parameters = [torch.zeros(n * megabyte) for n in (1, 1, 24, 30, 2)]
-    parameters += [torch.zeros(3, 5, dtype=torch.bfloat16), torch.zeros(7)]
-    for k, p in enumerate(parameters[:-1]):
-        p.grad = torch.full_like(p, k + 1)
-    processes = Alike()
-    average_gradients(processes, parameters)
-    assert processes.sent == [2 << 20, 24 << 20, 30 << 20, 2 << 20, 30]
-    for k, p in enumerate(parameters[:-1]):
-        assert torch.equal(p.grad, torch.full_like(p, k + 1))
-    assert parameters[-1].grad is None
 
 
 def test_parts_on_several_file_systems_are_refused(tmp_path):

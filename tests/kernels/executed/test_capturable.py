@@ -14,7 +14,6 @@ from torch import Tensor
 
 from raco_fast import ClippedCAGradAdamW
 from raco_fast.backends import choose, cuda
-from raco_fast.gradients.objective_grad import joined
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
@@ -220,11 +219,11 @@ def test_why_a_step_waits(m, rule, change, reason, device):
     opt.rule = rule
     opt.param_groups[1].update(change)
     fill(opt, params, 0)
-    touched = opt.gradients.collect(group["params"] for group in opt.param_groups)
+    reduced = opt.gradients.reduced(group["params"] for group in opt.param_groups)
     with torch.no_grad():
-        assert opt._waits(touched, joined(touched).grads) == reason
+        assert opt._waits(reduced) == reason
         with choose.backend("reference"):
-            forced = opt._waits(touched, joined(touched).grads)
+            forced = opt._waits(reduced)
     assert forced == (reason if change == {"capturable": False} or m == 4 or rule == "nash"
                       else "backend 'reference' is forced")  # fmt: skip
 
