@@ -8,7 +8,7 @@ FSDP2, HSDP, tensor parallelism, their combinations and replicated DTensors diff
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -26,9 +26,10 @@ def is_dtensor(t: object) -> TypeGuard[DTensor]:
 
 
 def any_dtensor(tensors: Iterable[Tensor]) -> bool:
-    """Whether some tensor is a DTensor; for hundreds of them, in a step of milliseconds."""
+    """Whether some tensor is a DTensor; asked often, of hundreds of them."""
     module: Any = sys.modules.get("torch.distributed.tensor")
-    return module is not None and any(isinstance(t, module.DTensor) for t in tensors)
+    kinds = set(map(type, tensors)) if module is not None else ()
+    return any(issubclass(kind, module.DTensor) for kind in kinds)
 
 
 def local(t: Tensor) -> Tensor:
@@ -93,12 +94,12 @@ def smaller_mesh(p: DTensor, size: int) -> DeviceMesh | None:
     return None if p.device_mesh.size() == size else p.device_mesh
 
 
-def check_meshes(params: Iterable[Tensor], size: int) -> None:
+def check_meshes(params: Sequence[Tensor], size: int) -> None:
     """Raise ValueError unless shards lie equally often on the `size` processes, and here as well.
 
     Otherwise products of gradients would be counted wrongly.
     """
-    for p in params:
+    for p in params if any_dtensor(params) else ():
         mesh = p.device_mesh if is_dtensor(p) else None
         if mesh is None or (mesh.get_coordinate() is not None and size % mesh.size() == 0):
             continue

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from raco_fast.distributed.dtensor import is_dtensor, local, placed_like
+from raco_fast.distributed.dtensor import any_dtensor, is_dtensor, local, placed_like
 from raco_fast.gradients.objective_grad import ObjectiveGrad, stand_in_of
 
 Lent: TypeAlias = list[tuple[Tensor, ObjectiveGrad | None, Tensor | None]]
@@ -34,17 +34,20 @@ def lend(params: Sequence[Tensor], names: tuple[str, ...], name: str) -> Lent:
 
 def versions(lent: Lent) -> list[int | None]:
     """Of every DTensor's lent buffer, what changes when it is written; None where there is none."""
-    return [
-        None if buffer is None else local(buffer)._version for p, _, buffer in lent if is_dtensor(p)
-    ]
+    if not any_dtensor(p for p, _, _ in lent):
+        return []
+    sharded = (buffer for p, _, buffer in lent if is_dtensor(p))
+    return [None if buffer is None else local(buffer)._version for buffer in sharded]
 
 
 def left_in_private(lent: Lent, before: Sequence[int | None]) -> bool:
-    """Whether backward passes have left nothing in any DTensor's p.grad: FSDP2 keeps it yet."""
-    params = [p for p, _, _ in lent if is_dtensor(p)]
+    """Whether backward passes have left nothing in any DTensor's p.grad: FSDP2 keeps it yet.
+
+    `before`: the `versions` of before.
+    """
+    params = [p for p, _, _ in lent if is_dtensor(p)] if before else []
     after = (None if p.grad is None else local(p.grad)._version for p in params)
-    same = all(now == then for now, then in zip(after, before, strict=True))
-    return bool(params) and same
+    return bool(before) and all(now == then for now, then in zip(after, before, strict=True))
 
 
 def take_back(lent: Lent, names: tuple[str, ...], name: str) -> Tensor | None:
