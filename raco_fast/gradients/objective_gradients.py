@@ -404,7 +404,8 @@ class ObjectiveGradients:
 
         def collect() -> None:
             found.extend(self.collect(groups))
-            check_meshes(self.parameters(), self.processes.size)
+            if self._several:
+                check_meshes(self.parameters(), self.processes.size)
 
         self.together.agree(collect, 0)
         self.check_replicas()

@@ -10,7 +10,7 @@ from torch import Tensor
 from raco_fast.backends import ops
 from raco_fast.backends.rounding import Rounding
 from raco_fast.backends.types import AdamWOptions, Update
-from raco_fast.distributed.dtensor import any_dtensor, local
+from raco_fast.distributed.dtensor import local
 from raco_fast.distributed.shards import places_of
 from raco_fast.gradients.objective_grad import ObjectiveGrad, Touched, along_p_grad, here, is_zero
 
@@ -52,16 +52,14 @@ def _update(
             _make_state(p, of_p, group, rounding)
         if rounding != "split":
             of_p.pop(RESIDUAL, None)  # of a weight that this step leaves: later ones differ
-    params, grads = here(touched)
-    sharded = any_dtensor(touched.params)
+    shards = here(touched)
 
     def every(name: str) -> list[Tensor]:
         whole = [of_p[name] for of_p in states]
-        return [local(t) for t in whole] if sharded else whole
+        return whole if shards is touched else [local(t) for t in whole]
 
     return Update(
-        params,
-        grads,
+        *shards,
         every("exp_avg"),
         every("exp_avg_sq"),
         every("max_exp_avg_sq") if group["amsgrad"] else [],
