@@ -11,6 +11,7 @@ of them can see, so `gram_first` takes the whole batch of a step at once.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -30,6 +31,7 @@ from raco_fast.gradients.reduced import check_settings
 from raco_fast.optim.combine import combine
 from raco_fast.optim.scattered_passes import average_in_p_grad, gram_of
 from raco_fast.solver.registry import RuleLike, check_rule, spec_of
+from raco_fast.solver.rule import Rule
 from raco_fast.solver.solution import DualSolution
 from raco_fast.solver.weights import check_max_grad_norm
 
@@ -74,7 +76,8 @@ def gram_first(
         RuntimeError: gradients have been accumulated already: there is no second micro-batch here.
         ValueError, TypeError: as for `ObjectiveGradients.backward` and `raco_fast.combine`.
     """
-    max_grad_norm, rule = check_max_grad_norm(max_grad_norm), check_rule(rule)
+    rule = check_rule(rule)
+    wish = _Wish(c, rule, check_max_grad_norm(max_grad_norm), keep_dy, on_gradient, backward)
     gradients.for_rules.keep_losses |= rule.needs_losses
     if scores is None:
         raise ValueError(
@@ -84,50 +87,20 @@ def gram_first(
     given, ordered = gradients.checked_losses(losses, scores)
     wanted = gradients.trained()
     clear_overflow(wanted)
-    processes, settings = gradients.together, (dict(gradients.weights), c, spec_of(rule))
-    alone = keep_dy or on_gradient is not None
-    processes.agree(partial(_check, gradients, wanted, alone, backward is not None), 0)
+    gradients.together.agree(partial(_check, gradients, wanted, wish), 0)
     for p in wanted if backward is None else ():
         p.grad = None  # zeros of zero_grad(set_to_none=False)
     # A backward pass, its products included, is nothing that autocast should change.
     with torch.autocast(scores.device.type, enabled=False):
         collected = None
         if len(ordered) > 1:
-            check_settings(settings, processes)
+            check_settings((dict(gradients.weights), c, spec_of(rule)), gradients.together)
             gradients.check_replicas()
             with gradients.alone():
-                collected = _collected(gradients, ordered, scores, keep_dy, backward is not None)
-        if collected is not None:  # pass one is done: solve for α
-            graph, A, M, collector = collected
-            if not gradients.sharded:
-                backward_of_others(graph.others, ordered, gradients.weights.values())
-            if keep_dy and graph.retained:
-                use_up(graph)
-            gradients.for_rules.forget_losses()
-            gradients.for_rules.add(zip(gradients.names, ordered, strict=True))
-            solution = gradients.for_rules.solve(M, gradients.weights, given, c, rule)
-            if not solution.finite:
-                if on_gradient is None and backward is None:
-                    leave_overflow(wanted)
-                return solution
-            norm = float(solution.update_norm)
-            coefficients = torch.as_tensor(solution.coefficients) * clip_factor(norm, max_grad_norm)
-            # p.grad = G0, by products of what was kept or by pass two.
-            if backward is not None:
-                with torch.enable_grad():
-                    backward(((coefficients @ A).to(scores) * scores).sum())
-                return solution
-            if collector is None:
-                average_in_p_grad(graph, coefficients @ A, gradients.processes)
-            elif keep_dy:
-                collector.combine(coefficients, on_gradient)
-            else:
-                _ordinary_pass(graph, coefficients @ A, on_gradient)
-            for p in wanted:
-                if p.grad is not None:
-                    p.grad = along(p.grad, norm, max_grad_norm, rule)
-            return solution
-    if backward is not None and len(ordered) > 1:
+                collected = _collected(gradients, ordered, scores, wish)
+        if collected is not None:
+            return _follow(collected, gradients, ordered, given, wish)
+    if backward is not None:
         raise NotExactError(
             "`backward` needs one backward pass to be exact for this model, and it is not (see the "
             "warning); leave `backward` out, or mend the model"
@@ -143,25 +116,88 @@ def gram_first(
     return solution
 
 
-def _check(
-    gradients: ObjectiveGradients, wanted: Sequence[Tensor], alone: bool, elsewhere: bool
-) -> None:
-    """Raise where "gram_first" is not possible.
+@dataclass(frozen=True)
+class _Wish:
+    """The arguments of `gram_first` that say how, checked."""
 
-    `alone`: it was asked for what one process can; `elsewhere`: p.grad is not where G0 goes.
+    c: float
+    rule: Rule
+    max_grad_norm: float | None
+    keep_dy: bool
+    on_gradient: Callable[[Tensor], None] | None
+    backward: Callable[[Tensor], None] | None
+
+
+@dataclass(frozen=True)
+class _Collected:
+    """What pass one has found.
+
+    `A`: ∂L/∂scores, float64 [m, B]; `M`: float64 [m, m]; `collector`: what it has kept besides,
+    None where gradients have parts on several processes.
     """
-    if alone and elsewhere:
-        raise ValueError(
-            "`backward` must be None with `keep_dy` or `on_gradient`, which form G0 otherwise; "
-            "leave one of both out"
-        )
-    if elsewhere:
+
+    graph: ScoreGraph
+    A: Tensor
+    M: Tensor
+    collector: GramCollector | None
+
+
+def _follow(
+    collected: _Collected,
+    gradients: ObjectiveGradients,
+    losses: Sequence[Tensor],
+    given: Sequence[str],
+    wish: _Wish,
+) -> DualSolution:
+    """Solve for α, and p.grad = G0: by pass two, or by products of what pass one has kept."""
+    graph, collector, wanted = collected.graph, collected.collector, gradients.trained()
+    if not gradients.sharded:
+        backward_of_others(graph.others, losses, gradients.weights.values())
+    if wish.keep_dy and graph.retained:
+        use_up(graph)
+    solver = gradients.for_rules
+    solver.forget_losses()
+    solver.add(zip(gradients.names, losses, strict=True))
+    solution = solver.solve(collected.M, gradients.weights, given, wish.c, wish.rule)
+    if not solution.finite:
+        if wish.on_gradient is None and wish.backward is None:
+            leave_overflow(wanted)
+        return solution
+    norm = float(solution.update_norm)
+    factor = clip_factor(norm, wish.max_grad_norm)
+    coefficients = torch.as_tensor(solution.coefficients) * factor
+    seeds = coefficients @ collected.A
+    if wish.backward is not None:
+        with torch.enable_grad():
+            wish.backward((seeds.to(graph.scores) * graph.scores).sum())
+        return solution
+    if collector is None:
+        average_in_p_grad(graph, seeds, gradients.processes)
+    elif wish.keep_dy:
+        collector.combine(coefficients, wish.on_gradient)
+    else:
+        _ordinary_pass(graph, seeds, wish.on_gradient)
+    for p in wanted:
+        if p.grad is not None:
+            p.grad = along(p.grad, norm, wish.max_grad_norm, wish.rule)
+    return solution
+
+
+def _check(gradients: ObjectiveGradients, wanted: Sequence[Tensor], wish: _Wish) -> None:
+    """Raise where "gram_first" is not possible."""
+    of_one_process = wish.keep_dy or wish.on_gradient is not None
+    if wish.backward is not None:
+        if of_one_process:
+            raise ValueError(
+                "`backward` must be None with `keep_dy` or `on_gradient`, which form G0 otherwise; "
+                "leave one of both out"
+            )
         if len(gradients.names) == 1:
             raise ValueError(
                 "`backward` is for several objectives, got one; call it with the loss itself"
             )
         return
-    if alone and gradients.scattered:
+    if of_one_process and gradients.scattered:
         raise ValueError(
             "`keep_dy` and `step_in_backward` are for one process without sharded parameters: with "
             "others every gradient has to be reduced first; leave them out"
@@ -175,25 +211,20 @@ def _check(
 
 
 def _collected(
-    gradients: ObjectiveGradients,
-    losses: Sequence[Tensor],
-    scores: Tensor,
-    keep_dy: bool,
-    elsewhere: bool,
-) -> tuple[ScoreGraph, Tensor, Tensor, GramCollector | None] | None:
-    """(graph, A, M, what else pass one has kept) by pass one; None where it would be wrong."""
+    gradients: ObjectiveGradients, losses: Sequence[Tensor], scores: Tensor, wish: _Wish
+) -> _Collected | None:
+    """Pass one; None where it would be wrong."""
     scattered = gradients.scattered
-    served = gradients.look(losses, scores, scattered, hooks_run=elsewhere)
+    served = gradients.look(losses, scores, scattered, hooks_run=wish.backward is not None)
     if served is None:
         return None
     graph, check = served.graph, served.check
     if scattered:
         M = gram_of(served, len(losses), gradients.exactness, gradients.processes)
-        return None if M is None else (graph, served.A, M, None)
-    collector = GramCollector(
-        served.factored, graph.wanted, graph.shared(), keep=keep_dy, apart=check is not None
-    )
-    retained = not keep_dy or check is not None or bool(graph.others)
+        return None if M is None else _Collected(graph, served.A, M, None)
+    apart, keep = check is not None, wish.keep_dy
+    collector = GramCollector(served.factored, graph.wanted, graph.shared(), keep=keep, apart=apart)
+    retained = not keep or apart or bool(graph.others)
 
     def run() -> str | None:
         collect(collector.collect, graph, served.factored.seeds, retain_graph=retained)
@@ -205,7 +236,7 @@ def _collected(
     elif not gradients.exactness.checked(graph, check, run):
         return None
     graph.retained = retained
-    return graph, served.A, ops.within_cauchy_schwarz(collector.gram()), collector
+    return _Collected(graph, served.A, ops.within_cauchy_schwarz(collector.gram()), collector)
 
 
 def _ordinary_pass(
