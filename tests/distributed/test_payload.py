@@ -6,8 +6,9 @@ import pytest
 from joined_batch import WEIGHTS, Problem, batch
 from learning import Course, backward, set_up
 from parallel_models import trained
-from payload import Payload
 from torch import distributed as dist
+
+from bench.harness.payload import Payload
 
 m = len(WEIGHTS)
 SMALL = 8192  # bytes of Gram matrices, agreements and flags
