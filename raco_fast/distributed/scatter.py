@@ -12,6 +12,7 @@ biases, adapters) are packed together, so that not each is m messages of its own
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -112,6 +113,7 @@ class Scatter:
         self._held: dict[Tensor, Tensor] = {}
         self._in_flight: list[Callable[[], None]] = []
         self._packs: dict[Hashable, list[tuple[Tensor, Tensor]]] = {}
+        self._packed: Counter[Hashable] = Counter()  # bytes of each
 
     def buffers(self, p: Tensor) -> tuple[Tensor, bool]:
         """([m, *shape] of the whole parameter to add to, whether it is to be overwritten)."""
@@ -141,7 +143,7 @@ class Scatter:
         for p in list(self._held):  # a use of it has had no gradient
             self._send(p, self._held.pop(p))
         for key in list(self._packs):
-            self._send_pack(self._packs.pop(key))
+            self._send_pack(key)
         self._arrive()
 
     def _layout(self, p: Tensor) -> Layout:
@@ -157,13 +159,15 @@ class Scatter:
             self._in_flight.append(partial(self._deliver, works, out, [(p, out)], held))
             return
         key = (layout.group, layout.copies, held.dtype, held.device)
-        pack = self._packs.setdefault(key, [])
-        pack.append((p, held))
-        if sum(one.numel() for _, one in pack) * held.element_size() >= _PACKED:
-            self._send_pack(self._packs.pop(key))
+        self._packs.setdefault(key, []).append((p, held))
+        self._packed[key] += held.numel() * held.element_size()
+        if self._packed[key] >= _PACKED:
+            self._send_pack(key)
 
-    def _send_pack(self, pack: list[tuple[Tensor, Tensor]]) -> None:
+    def _send_pack(self, key: Hashable) -> None:
         """One message: of each part all objectives' gradients of all the parameters."""
+        pack = self._packs.pop(key)
+        del self._packed[key]
         layouts = [self._layout(p) for p, _ in pack]
         parts = layouts[0].parts
         joined = torch.cat(
