@@ -104,7 +104,8 @@ class Exactness:
         if scattered:
             check = ScatteredCheck(graph, A, self._calls, self._processes)
             return Pass(graph, A, factored, check)
-        quietly = self._processes.size > 1
+        # DistributedDataParallel, of one process too, would take part in the ordinary pass.
+        quietly = torch.distributed.is_available() and torch.distributed.is_initialized()
         return Pass(graph, A, factored, SpotCheck(graph, A, seed=self._calls, quietly=quietly))
 
     def _check_order(self, graph: ScoreGraph) -> None:
