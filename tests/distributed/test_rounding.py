@@ -4,6 +4,7 @@ Gradients are small integers, so that every sum and every Gram matrix is exact i
 what could differ is the rounding of the update alone.
 """
 
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -75,7 +76,9 @@ def updated(layout: str, rounding: str, amsgrad: bool) -> dict[str, Tensor]:
                 terms.append(product.full_tensor() if isinstance(p, DTensor) else product)
             losses.append(sum(term.float() for term in terms))
         opt.backward(losses)
-        opt.step()
+        # One way to form G0: another one rounds otherwise, and the kernels do not have amsgrad.
+        with raco_fast.backend("reference") if amsgrad else nullcontext():
+            opt.step()
         opt.zero_grad()
     return {
         name: p.full_tensor() if isinstance(p, DTensor) else p.detach()
