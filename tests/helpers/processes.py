@@ -136,6 +136,7 @@ def _on_rank(
                 world_size=world,
                 timeout=timedelta(seconds=seconds),
             )
+            torch.distributed.barrier()  # one that ends at once is missed by those that connect
             outcome = function(*args)
             torch.distributed.destroy_process_group()
         except BaseException as error:  # noqa: BLE001 - pytest.fail's as well; the parent is told
