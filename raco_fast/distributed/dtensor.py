@@ -47,13 +47,11 @@ def local(t: Tensor) -> Tensor:
     return part if wait is None else wait()  # type: ignore[no-any-return]
 
 
-def share(p: Tensor, size: int) -> float:
+def share(p: DTensor, size: int) -> float:
     """How much a local product of p counts in the sum over `size` processes.
 
     Each element lies on size / (number of shards) of them.
     """
-    if not is_dtensor(p):
-        return 1.0 / size
     shards = 1
     for dimension, placement in enumerate(p.placements):
         if not placement.is_replicate():

@@ -96,10 +96,7 @@ class Processes:
 
     def gather(self, out: Tensor, part: Tensor) -> None:
         """Write the parts of all processes to `out`, one after the other."""
-        distributed: Any = torch.distributed
-        # The one name is deprecated in torch 2.13, the other is missing in 2.11.
-        name = "all_gather_single" if hasattr(distributed, "all_gather_single") else None
-        getattr(distributed, name or "all_gather_into_tensor")(out, part, group=self.group)
+        _collective("all_gather_single", "all_gather_into_tensor")(out, part, group=self.group)
 
     def agree(self, decide: Callable[[], Sequence[bool] | None], questions: int) -> list[bool]:
         """What any process decides; an error on one is raised on all.
@@ -167,10 +164,13 @@ class Processes:
 
 def reduce_scatter(out: Tensor, whole: Tensor, group: ProcessGroup | None) -> Any:
     """Begin to write this process's part of the sum of `whole` to `out`; what to wait for."""
-    distributed: Any = torch.distributed
-    name = "reduce_scatter_single" if hasattr(distributed, "reduce_scatter_single") else None
-    send = getattr(distributed, name or "reduce_scatter_tensor")
+    send = _collective("reduce_scatter_single", "reduce_scatter_tensor")
     return send(out, whole, group=group, async_op=True)
+
+
+def _collective(name: str, before: str) -> Any:
+    """A function of torch.distributed: 2.11 lacks the name, 2.13 deprecates the one before."""
+    return getattr(torch.distributed, name, None) or getattr(torch.distributed, before)
 
 
 def _is_group(value: object) -> bool:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from raco_fast.distributed.dtensor import is_dtensor
+from raco_fast.distributed.dtensor import is_dtensor, share
 from raco_fast.distributed.processes import Processes, reduce_scatter
 
 if TYPE_CHECKING:
@@ -86,6 +86,11 @@ def obstacle(p: Tensor) -> str | None:
         f"a parameter of shape {list(p.shape)} is sharded as {p.placements}, and only rows can be "
         f"scattered (FSDP2 and HSDP by default, without tensor parallelism)"
     )
+
+
+def counted(p: Tensor, processes: Processes) -> float:
+    """How much products of what stays here of p count in a sum over processes."""
+    return share(p, processes.size) if is_dtensor(p) else 1.0  # slices of replicas: each once
 
 
 class Scatter:

@@ -14,9 +14,9 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from raco_fast.distributed.dtensor import is_dtensor, local, share
+from raco_fast.distributed.dtensor import is_dtensor, local
 from raco_fast.distributed.processes import Processes
-from raco_fast.distributed.scatter import Scatter
+from raco_fast.distributed.scatter import Scatter, counted
 from raco_fast.engine.graph import ScoreGraph
 from raco_fast.engine.spot_check import ANOTHER_SCALE, described, random_weights, rounding_bound
 
@@ -90,8 +90,7 @@ class ScatteredCheck:
         return described(self._graph, wrong, self._processes) if wrong else None
 
     def _counted(self, p: Tensor, squares: list[Tensor]) -> Tensor:
-        counted = share(p, self._processes.size) if is_dtensor(p) else 1.0
-        return counted * torch.stack([x.double().cpu() for x in squares])
+        return counted(p, self._processes) * torch.stack([x.double().cpu() for x in squares])
 
     def _summed(self, rows: list[Tensor]) -> list[list[float]]:
         sums: list[list[float]] = self._processes.sum(torch.stack(rows)).sqrt().T.tolist()

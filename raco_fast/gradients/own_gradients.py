@@ -14,14 +14,16 @@ from raco_fast.backends.arguments import check_dense
 from raco_fast.distributed.dtensor import is_dtensor
 from raco_fast.distributed.processes import Processes
 from raco_fast.distributed.replicas import averages
-from raco_fast.gradients.objective_grad import ObjectiveGrad, stand_in_of
+from raco_fast.gradients.objective_grad import ObjectiveGrad, is_zero, stand_in_of
 
 
 def refuse_averaged(params: Sequence[Tensor]) -> None:
-    """Raise RuntimeError if p.grad has gradients that somebody has averaged."""
+    """Raise RuntimeError if p.grad has gradients that somebody has averaged; not of zeros."""
     for p in params:
         grad = p.grad
-        if isinstance(grad, ObjectiveGrad) and grad.present and grad.unreduced is None:
+        if not isinstance(grad, ObjectiveGrad) or grad.unreduced is not None:
+            continue
+        if not is_zero(grad):
             raise RuntimeError(
                 "backward(losses) cannot add to what `with objective(name):` left in p.grad: there "
                 "whoever wraps the model averages over processes, here step() does; use one of "
@@ -30,9 +32,13 @@ def refuse_averaged(params: Sequence[Tensor]) -> None:
 
 
 def refuse_own(params: Sequence[Tensor]) -> None:
-    """Raise RuntimeError if p.grad has gradients that step() is still to average."""
+    """Raise RuntimeError if p.grad has gradients that step() is still to average; not of zeros."""
     for p in params:
-        if isinstance(p.grad, ObjectiveGrad) and p.grad.unreduced is not None:
+        if not isinstance(p.grad, ObjectiveGrad) or p.grad.unreduced is None:
+            continue
+        if is_zero(p.grad):
+            p.grad.unreduced = None
+        else:
             raise RuntimeError(
                 "`with objective(name):` cannot add to what backward(losses) left in p.grad: here "
                 "whoever wraps the model averages over processes, there step() does; use one of "
@@ -83,6 +89,9 @@ def averaged_backward(loss: Tensor, params: Sequence[Tensor], processes: Process
     own: Sequence[Tensor | None] = [None] * len(params)
     if loss.requires_grad:
         own = torch.autograd.grad(loss, params, allow_unused=True)
+    for g in own:
+        if g is not None:
+            check_dense(g, "the gradient of a parameter")
     for p, g in zip(params, averages(params, own, processes), strict=True):
         if g is not None:
             p.grad = g if p.grad is None else p.grad.add_(g)

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from raco_fast.backends import ops
-from raco_fast.distributed.dtensor import is_dtensor, share
 from raco_fast.distributed.processes import Processes
-from raco_fast.distributed.scatter import Scatter
+from raco_fast.distributed.scatter import Scatter, counted
 from raco_fast.engine.graph import ScoreGraph
 
 
@@ -49,6 +48,5 @@ class ScatteredGram:
     def _take(self, p: Tensor, part: Tensor) -> None:
         if self._look is not None:
             self._look(p, part)
-        counted = share(p, self._processes.size) if is_dtensor(p) else 1.0  # slices: each once
         products = ops.gram_where_it_is([[g] for g in part])
-        self._M = self._M.to(products.device) + counted * products
+        self._M = self._M.to(products.device) + counted(p, self._processes) * products

@@ -130,3 +130,55 @@ def test_one_objective_is_adamw(run, how: str, by_optimizer: bool) -> None:
     for name, p in trained(model).items():
         assert torch.equal(a[name], b[name]), name
         torch.testing.assert_close(a[name], p.detach(), rtol=0, atol=1e-12)
+
+
+def both_kinds(first: str, cleared: bool) -> bool:
+    """backward(losses) and blocks in one step, or with zeros between them; whether it is finite."""
+    net, opt = set_up(Problem(), Course("ddp", OWN))
+    own = share_of(batch(Problem(), 0), Course("ddp"))
+
+    def losses() -> dict[str, torch.Tensor]:
+        return own_losses(net(own.ids), own, batch(Problem(), 0), Course("ddp"))
+
+    for kind in (first, "blocks" if first == "backward" else "backward"):
+        if kind == "backward":
+            opt.backward(losses())
+        else:
+            for name in losses():
+                with opt.objective(name):
+                    losses()[name].backward()
+        if cleared:
+            opt.step()
+            opt.zero_grad(set_to_none=False)
+    return bool(opt.solution.finite)
+
+
+@pytest.mark.parametrize("first", ["backward", "blocks"])
+def test_both_kinds_of_gradients_in_one_step(run, outcomes, first: str) -> None:
+    found = outcomes(2, both_kinds, first, False)
+    assert_all_failed(found, "RuntimeError", "use one of both between two zero_grad")
+    assert run(2, both_kinds, first, True) == [True, True]
+
+
+def replaced_by_hand() -> None:
+    net, opt = set_up(Problem(), Course("replicas", OWN))
+    own = share_of(batch(Problem(), 0), Course())
+    opt.backward(own_losses(net(own.ids), own, batch(Problem(), 0), Course()))
+    p = next(iter(trained(net).values()))
+    p.grad = torch.zeros_like(p)
+    opt.step()
+
+
+def test_a_gradient_that_is_replaced_by_hand(outcomes) -> None:
+    found = outcomes(2, replaced_by_hand)
+    assert_all_failed(found, "RuntimeError", "some gradients of this step are from backward")
+
+
+def sparse() -> None:
+    words = torch.nn.Embedding(5, 3, sparse=True)
+    opt = raco_fast.ClippedCAGradAdamW(words.parameters(), weights=[1.0])
+    opt.backward([words(torch.arange(3)).sum()])
+
+
+def test_a_sparse_gradient_of_one_objective(outcomes) -> None:
+    assert_all_failed(outcomes(2, sparse), "TypeError", "must be a dense tensor")
