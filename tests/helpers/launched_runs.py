@@ -8,7 +8,6 @@ tenth of a second, where torchrun's takes seconds for each. What each prints goe
 """
 
 import logging
-import multiprocessing
 import os
 import resource
 import signal
@@ -17,23 +16,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from functools import cache
-from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
-_IMPORTED_ONCE = [
-    "pytest",
-    "raco_fast.cli",
-    "raco_fast.dpo.run.trainer",
-    "jsonargparse",
-    "torch.distributed.checkpoint",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor.parallel",
-    "transformers.models.llama.modeling_llama",
-    "peft",
-]
+from processes import fork_server
 
 
 class Ended(NamedTuple):
@@ -70,7 +57,7 @@ class Started:
             limit = (limits or {}).get(rank, resource.RLIM_INFINITY)
             own = (of_ranks or {}).get(rank, arguments)
             given = (own, variables, self._folder / f"{rank}.txt", limit)
-            self.processes.append(_context().Process(target=_command, args=given, daemon=True))
+            self.processes.append(fork_server().Process(target=_command, args=given, daemon=True))
             self.processes[-1].start()
 
     def __enter__(self) -> "Started":
@@ -122,13 +109,6 @@ class Started:
 def assert_done(ended: list[Ended]) -> None:
     """All processes have ended with status 0."""
     assert [process.status for process in ended] == [0] * len(ended), ended
-
-
-@cache
-def _context() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_IMPORTED_ONCE)
-    return context
 
 
 def _command(

@@ -31,7 +31,9 @@ from typing import Any, NamedTuple
 
 _IMPORTED_ONCE = [
     "pytest",
-    "raco_fast",
+    "raco_fast.cli",
+    "raco_fast.dpo.run.trainer",
+    "jsonargparse",
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
@@ -88,7 +90,7 @@ def outcomes(
     try:
         for rank in range(world):
             given = (rank, world, place, group_timeout, function, args)
-            started.append(_context().Process(target=_on_rank, args=given, daemon=True))
+            started.append(fork_server().Process(target=_on_rank, args=given, daemon=True))
             started[-1].start()
         deadline = time.monotonic() + timeout
         for process in started:
@@ -112,7 +114,8 @@ def assert_all_failed(found: list[Any], kind: str, match: str) -> None:
 
 
 @cache
-def _context() -> ForkServerContext:
+def fork_server() -> ForkServerContext:
+    """Where processes are forked from; there is one server, whoever asks."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED_ONCE)
     return context
