@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,13 +27,37 @@ EXIT_INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the process's exit status.
 
-    0 done, 1 `verify` found that one backward pass is not exact, 2 bad input, or another process
-    of the run is gone (a message on stderr says what and how to mend it), 130 stopped by Ctrl-C or
-    SIGTERM.
+    0 done, 1 `verify` found that one backward pass is not exact, 2 bad input, a full disk, no more
+    memory, or another process of the run is gone (a message on stderr says what and how to mend
+    it), 130 stopped by Ctrl-C, SIGTERM or SIGUSR1.
     """
+    with _stopped_by_signals():
+        return _run(list(sys.argv[1:] if argv is None else argv))
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 are a Ctrl-C, so that a run says what is left of it.
+
+    Only where they would end the process without a word, and in the main thread, which alone can
+    handle signals.
+    """
+    taken = []
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                taken.append(number)
+                signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _run(arguments: list[str]) -> int:
     from jsonargparse import ArgumentError
 
-    arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else None
     if command in ("train", "verify") and len(arguments) > 1 and not arguments[1].startswith("-"):
         arguments.insert(1, "--config")  # the config file may stand without its flag
@@ -43,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         about = f"raco-fast {command}" if command in runs else "raco-fast"
         print(f"raco-fast: {error}\nsee {about} --help", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         print(f"raco-fast: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
@@ -146,7 +173,7 @@ def _run_verify(parser: ArgumentParser, values: Any) -> int:
 
 
 def _stopped_at_once(config: TrainConfig) -> str:
-    """What is left of a run that Ctrl-C stopped outside of the training steps, or twice."""
+    """What is left of a run that was stopped outside of the training steps, or twice."""
     from raco_fast.dpo.run.checkpoint import latest
 
     found = latest(config.folder / "checkpoints")

@@ -226,11 +226,10 @@ def assert_same_run(a, b) -> None:
     assert records(a) == records(b)
 
 
-class StopAfter:
+class Stop:
     """In place of `Interrupt`: as if Ctrl-C had been pressed during a step."""
 
-    def __init__(self, steps: int) -> None:
-        self.left = steps
+    requested = False
 
     def __enter__(self):
         return self
@@ -238,14 +237,18 @@ class StopAfter:
     def __exit__(self, *_) -> None:
         pass
 
-    @property
-    def requested(self) -> bool:
-        self.left -= 1
-        return self.left <= 0
-
 
 def interrupt_after(monkeypatch, steps: int | None) -> None:
-    monkeypatch.setattr(trainer, "Interrupt", lambda: StopAfter(steps or 10**9))
+    """Stop a run that starts from now on after so many of its steps."""
+    stop, taken, step = Stop(), [], trainer.Trainer._step
+
+    def watched(self, progress) -> None:
+        step(self, progress)
+        taken.append(1)
+        stop.requested = len(taken) == steps
+
+    monkeypatch.setattr(trainer.Trainer, "_step", watched)
+    monkeypatch.setattr(trainer, "Interrupt", lambda: stop)
 
 
 @pytest.fixture(scope="session")

@@ -5,20 +5,20 @@ A checkpoint is a folder `checkpoints/step-<n>`:
     model.safetensors   trained parameters (the adapter's alone with LoRA)
     optimizer.pt        optimizer and learning-rate schedule
     rng.pt              random generators, of every process
-    state.json          step (which is the position in the data) and run identity
+    state.json          step (which is the position in the data), run identity, evaluation
 
 The first process writes it. Of a sharded model no process holds all: each writes its part into
 `shards/`, which `raco_fast.dpo.run.shard_files` describes, and what is not cut is where it is
 otherwise. Any number of processes, sharded or not, goes on from either.
 
-It is written under another name and renamed when all processes have written, and the previous one
-is removed only afterwards. Nothing is written in the background: until the last file is there a
-training step would change what is being saved, and a copy of it takes the memory that is short.
+It is written under another name and renamed when all processes have written and all is on disk.
+Which ones are kept is decided in `raco_fast.dpo.run.keeping`. Nothing is written in the background:
+until the last file is there a training step would change what is being saved, and a copy of it
+takes the memory that is short.
 """
 
 import json
 import logging
-import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,8 +46,9 @@ class TrainingState:
     """What a checkpoint saves and restores in place.
 
     `run` identifies the run in plain JSON values, which must agree on load; `step` counts completed
-    optimizer steps, and is also the position in the data. All of `processes` save and load
-    together.
+    optimizer steps, and is also the position in the data; `evaluation` is what is known of the
+    parameters as they are, in plain JSON values of the first process. All of `processes` save and
+    load together.
     """
 
     model: nn.Module
@@ -55,24 +56,21 @@ class TrainingState:
     scheduler: LRScheduler
     run: dict[str, Any]
     step: int = 0
+    evaluation: dict[str, Any] | None = None
     processes: Processes = field(default_factory=Processes)
 
     def save(self, folder: Path) -> Path:
-        """Write `folder/step-<n>`, then remove older checkpoints; returns its path.
+        """Write `folder/step-<n>`; returns its path.
 
         Raises:
-            OSError: it could not be written whole, by any process; the previous checkpoint is
-                untouched.
+            OSError: it could not be written whole, by any process; the others are untouched.
         """
         destination = folder / f"step-{self.step:08d}"
         try:
             with ExitStack() as whole:
                 self._write(destination, whole)
         except OSError as error:
-            earlier = latest(folder)
-            cure = f"then add --resume to go on from {earlier}" if earlier else "then start again"
-            raise OSError(f"checkpoint {error}, {cure}") from error
-        by_first(self.processes, lambda: _remove(folder, but=destination))
+            raise OSError(f"checkpoint {error}") from error
         return destination
 
     def _write(self, destination: Path, whole: ExitStack) -> None:
@@ -97,7 +95,7 @@ class TrainingState:
             content = {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
             _torch_save(content, partial / "optimizer.pt")
             _torch_save({"processes": random}, partial / "rng.pt")
-            state = {"step": self.step, "run": self.run}
+            state = {"step": self.step, "run": self.run, "evaluation": self.evaluation}
             (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
             whole.close()
 
@@ -136,7 +134,8 @@ class TrainingState:
             _cut_state(saved["optimizer"], list(parameters.values()))
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
-        self.step = read_state(checkpoint)["step"]
+        state = read_state(checkpoint)
+        self.step, self.evaluation = state["step"], state.get("evaluation")
         self._restore_random(random["processes"])
 
     def _restore_random(self, saved: list[dict[str, Tensor | None]]) -> None:
@@ -157,21 +156,20 @@ class TrainingState:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint: step and run identity."""
+    """`state.json` of a checkpoint: step, run identity, evaluation."""
     state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     return state
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints under `folder`, from the oldest to the newest; each is whole."""
+    return sorted(folder.glob("step-*")) if folder.is_dir() else []
+
+
 def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint under `folder`, or None."""
-    found = _checkpoints(folder)
+    """The newest checkpoint under `folder`, or None."""
+    found = checkpoints_in(folder)
     return found[-1] if found else None
-
-
-def _remove(folder: Path, but: Path) -> None:
-    for older in _checkpoints(folder):
-        if older != but:
-            shutil.rmtree(older)
 
 
 def _check_shared(folder: Path) -> None:
@@ -204,10 +202,6 @@ def _cut_state(optimizer: dict[str, Any], parameters: list[nn.Parameter]) -> Non
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameters[k].shape:
                 state[key] = cut_like(value, parameters[k])
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*")) if folder.is_dir() else []
 
 
 def _torch_save(content: dict[str, Any], file: Path) -> None:

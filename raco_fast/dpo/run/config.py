@@ -60,7 +60,14 @@ class TrainConfig:
             each costs one more backward pass. None never compares.
         seed: of the data order, the adapter's initialisation, dropout and stochastic rounding.
         eval_every: steps between evaluations; None evaluates at the start and the end only.
-        save_every: steps between checkpoints; None saves when interrupted only.
+        save_every: steps between checkpoints, beside those that `save_minutes` asks for.
+        save_minutes: minutes between checkpoints, by the clock of the first process. A run that is
+            stopped by Ctrl-C, SIGTERM or SIGUSR1 saves one in any case; None saves none by time.
+        keep: how many of the newest checkpoints stay. A new one is written before an old one goes,
+            so the disk needs room for one more.
+        keep_best: an objective whose best checkpoint stays as well: that with the smallest
+            `eval_loss/<objective>`. Every evaluation that is the best so far saves a checkpoint.
+            Needs `eval_data` and `eval_every`.
         log_every: steps between records in metrics.jsonl.
         output_dir: where checkpoints, metrics and the trained model go.
         cache_dir: where reference log-probabilities are kept between runs.
@@ -97,6 +104,9 @@ class TrainConfig:
     seed: int = 0
     eval_every: int | None = None
     save_every: int | None = None
+    save_minutes: float | None = 30.0
+    keep: int = 1
+    keep_best: str | None = None
     log_every: int = 1
     output_dir: str = "runs/dpo"
     cache_dir: str = "runs/cache"
@@ -124,10 +134,11 @@ class TrainConfig:
                 f"{sorted(self.weights)}; add it there or leave `concise` out"
             )
         counts = ("epochs", "pairs_per_step", "pairs_per_micro_batch", "chunk_tokens", "log_every")
-        for name in (*counts, "max_steps", "eval_every", "save_every", "check_every"):
+        for name in (*counts, "max_steps", "eval_every", "save_every", "keep", "check_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}")
+        self._check_saving()
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"`warmup_ratio` must be in [0, 1], got {self.warmup_ratio}")
         if self.gradient_mode == "gram_first" and self.pairs_per_micro_batch < self.pairs_per_step:
@@ -141,6 +152,26 @@ class TrainConfig:
             raise ValueError(
                 "`tensorboard: true` needs the package tensorboard; "
                 "pip install 'raco-fast[tensorboard]'"
+            )
+
+    def _check_saving(self) -> None:
+        if self.save_minutes is not None and not self.save_minutes > 0:
+            raise ValueError(
+                f"`save_minutes` must be a positive number of minutes, got {self.save_minutes}; "
+                f"null saves no checkpoints by time"
+            )
+        if self.keep_best is None:
+            return
+        if self.keep_best not in self.weights:
+            raise ValueError(
+                f"`keep_best` must be one of the objectives in `weights`, got {self.keep_best!r} "
+                f"for {sorted(self.weights)}; correct it or leave it out"
+            )
+        if not self.eval_data or self.eval_every is None:
+            raise ValueError(
+                f"`keep_best` compares evaluations, so `eval_data` and `eval_every` must be set, "
+                f"got {len(self.eval_data)} files and {self.eval_every}; set both or leave "
+                f"`keep_best` out"
             )
 
     @property
@@ -170,7 +201,8 @@ class TrainConfig:
 # Settings that may change on `--resume`. What these two come to is compared in `losses`,
 _NOT_COMPARED = {"loss", "loss_options"}
 # and none of the others changes what is learnt, but by rounding.
-_NOT_COMPARED |= {"eval_data", "eval_every", "save_every", "log_every", "tensorboard"}
+_NOT_COMPARED |= {"eval_data", "eval_every", "log_every", "tensorboard"}
+_NOT_COMPARED |= {"save_every", "save_minutes", "keep", "keep_best"}
 _NOT_COMPARED |= {"output_dir", "cache_dir", "gradient_mode", "check_every", "parallel"}
 
 

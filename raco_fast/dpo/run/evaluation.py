@@ -38,8 +38,15 @@ class HeldOut:
     processes: Processes = field(default_factory=Processes)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Preference metrics and losses of `model` without dropout, each name after `eval_`."""
+    def evaluate(
+        self, model: nn.Module, stopped: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        """Preference metrics and losses of `model` without dropout, each name after `eval_`.
+
+        Args:
+            stopped: asked before every batch on every process; where one says so, the evaluation
+                ends there, on all of them, and gives None.
+        """
         was_training = model.training
         model.eval()
 
@@ -49,7 +56,7 @@ class HeldOut:
             each = [pair_logps(model, batch, self.chunk_tokens, [t]) for t in self.references]
             return torch.cat(each)
 
-        result = self._evaluate(score)
+        result = self._evaluate(score, stopped)
         free_gathered(model)
         model.train(was_training)
         return result
@@ -64,15 +71,22 @@ class HeldOut:
             cpu = torch.device("cpu")
             return torch.cat([t for r in self.references.values() for t in r.of(batch.ids, cpu)])
 
-        return self._evaluate(score)
+        result = self._evaluate(score, lambda: False)
+        assert result is not None
+        return result
 
-    def _evaluate(self, score: Callable[[PairBatch], Tensor]) -> dict[str, float]:
+    def _evaluate(
+        self, score: Callable[[PairBatch], Tensor], stopped: Callable[[], bool]
+    ) -> dict[str, float] | None:
         counts = labelled_counts(self.pairs, tuple(self.losses))
         metrics = PreferenceMetrics(self.losses)
         losses = {name: torch.zeros(()) for name in self.losses}
         rank, size = self.processes.rank, self.processes.size
         groups = micro_batches(self.pairs, self.batch_pairs, rank, size)
         for group in tqdm(groups, desc="evaluate", leave=False, disable=rank > 0):
+            (stop,) = self.processes.agree(lambda: [stopped()], 1)
+            if stop:
+                return None
             batch = collate(group, self.pad_id)
             scores = score_pairs(score(batch), batch, self.references, self.losses)
             parts = preference_losses(

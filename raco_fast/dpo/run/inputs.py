@@ -82,6 +82,12 @@ def load_inputs(config: TrainConfig, device: torch.device | None = None) -> RunI
                 f"`weights` names {name!r}, but no training pair is labelled for it; "
                 "check the data's label fields or take the objective out"
             )
+    best = config.keep_best
+    if best is not None and not any(pair.labels[best] for pair in held_out):
+        raise ValueError(
+            f"`keep_best` names {best!r}, but no pair of `eval_data` is labelled for it; add some "
+            f"that are or leave `keep_best` out"
+        )
     base = load_base_model(config.model, device)
     _check_pairs_fit(base, [*training, *held_out])
     model_hash, model = fingerprint(base), add_adapter(base, config.model.lora)

@@ -4,16 +4,20 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 from raco_fast.dpo.launch import launched
 
 _ONE_SIGNAL = 1.0  # seconds
+# SIGUSR1 is the warning that SLURM sends before the end of a job's time (--signal=USR1@300), and
+# would end the process if nobody listened.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupt:
-    """Context in which the first Ctrl-C or SIGTERM sets `requested`; a second one raises at once.
+    """Context in which the first Ctrl-C, SIGTERM or SIGUSR1 sets `requested`; a second one raises.
 
     Signals can be handled in the main thread only; elsewhere the context changes nothing.
 
@@ -28,13 +32,14 @@ class Interrupt:
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _SIGNALS:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # None: by a library in C, whose handler Python cannot set again.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
@@ -43,4 +48,5 @@ class Interrupt:
             raise KeyboardInterrupt
         self.requested, self._first = True, time.monotonic()
         # Straight to stderr's descriptor: the interrupted code may be inside a print of its own.
-        os.write(2, b"\nfinishing this step, then saving; Ctrl-C again stops without saving\n")
+        with suppress(OSError):  # a terminal that is gone
+            os.write(2, b"\nfinishing this step, then saving; Ctrl-C again stops without saving\n")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raco_fast.dpo.run.files import atomic_file
+from raco_fast.dpo.run.files import atomic_file, reported, sync
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -15,17 +15,14 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     A last line cut off by a crash or a full disk is left out.
 
     Raises:
-        ValueError: any other line is not JSON (file and line named).
+        ValueError: any other line is not a record (file and line named).
     """
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}:{number}: not a JSON record; remove the line") from error
-    return records
+    return _records(path, torn_after=None)
+
+
+def is_evaluation(record: Mapping[str, Any]) -> bool:
+    """Whether a record is of an evaluation, not of a step."""
+    return any(name.startswith("eval_") for name in record)
 
 
 class MetricsFile:
@@ -35,37 +32,99 @@ class MetricsFile:
         path: the file.
         resumed_at: steps that a resumed run has completed; later records are dropped, since they
             are written again. None starts a new file.
+        evaluated: whether the last of these steps has been evaluated; if not, a record of that is
+            dropped too.
         tensorboard: also write event files to `tensorboard/` beside it.
+    Raises:
+        ValueError: as `read_records`.
+        OSError: one of the files could not be written.
     """
 
     def __init__(
-        self, path: Path, *, resumed_at: int | None = None, tensorboard: bool = False
+        self,
+        path: Path,
+        *,
+        resumed_at: int | None = None,
+        evaluated: bool = True,
+        tensorboard: bool = False,
     ) -> None:
         self.path = path
-        first = 0 if resumed_at is None else resumed_at + 1
-        kept = [] if resumed_at is None else [r for r in read_records(path) if r["step"] < first]
+        kept = []
+        if resumed_at is not None:
+            kept = [
+                record
+                for record in _records(path, torn_after=resumed_at)
+                if record["step"] < resumed_at
+                or (record["step"] == resumed_at and (evaluated or not is_evaluation(record)))
+            ]
         with atomic_file(path) as partial:
             partial.write_text("".join(f"{json.dumps(r)}\n" for r in kept), encoding="utf-8")
         self._board: Any = None
+        self._board_folder = path.parent / "tensorboard"
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(path.parent / "tensorboard"), purge_step=first)
+            first = 0 if resumed_at is None else resumed_at + 1
+            with reported(self._board_folder):
+                self._board = SummaryWriter(str(self._board_folder), purge_step=first)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record; `record["step"]` counts completed optimizer steps."""
+        """Append one record; `record["step"]` counts completed optimizer steps.
+
+        Raises:
+            OSError: it could not be written; the records before are whole.
+        """
         clean = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in record.items()
         }
-        with self.path.open("a", encoding="utf-8") as file:
+        with reported(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean, allow_nan=False) + "\n")
         if self._board is not None:
-            for name, value in clean.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, clean["step"])
+            with reported(self._board_folder):
+                for name, value in clean.items():
+                    if name != "step" and isinstance(value, (int, float)):
+                        self._board.add_scalar(name, value, clean["step"])
+
+    def sync(self) -> None:
+        """Force to disk what has been written, before a checkpoint that relies on it."""
+        with reported(self.path):
+            sync(self.path)
+        if self._board is not None:
+            with reported(self._board_folder):
+                self._board.flush()
 
     def close(self) -> None:
         """Flush what TensorBoard still holds."""
         if self._board is not None:
-            self._board.close()
+            with reported(self._board_folder):
+                self._board.close()
+
+
+def _records(path: Path, torn_after: int | None) -> list[dict[str, Any]]:
+    """As `read_records`, and after a record of more than `torn_after` steps any line may be torn.
+
+    What was written after the last checkpoint was not forced to disk: a power cut can leave
+    anything there, and a resumed run writes it again.
+    """
+    records: list[dict[str, Any]] = []
+    torn: int | None = None
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        record = _record(line)
+        if record is None:
+            torn = torn or number
+        elif torn is None:
+            records.append(record)
+        elif torn_after is None or record["step"] <= torn_after:
+            raise ValueError(f"{path}:{torn}: not a JSON record with a `step`; remove the line")
+    return records
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(record, dict) and isinstance(record.get("step"), int)
+    return record if whole else None

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,16 @@ from raco_fast.dpo.models import pick_device, trainable
 from raco_fast.dpo.run.checkpoint import TrainingState, latest, read_state
 from raco_fast.dpo.run.config import TrainConfig, check_same_run, identity
 from raco_fast.dpo.run.evaluation import HeldOut
+from raco_fast.dpo.run.failures import (
+    memory_named,
+    to_hold_a_model,
+    to_run_a_model,
+    what_is_left,
+)
 from raco_fast.dpo.run.inputs import load_on_all
 from raco_fast.dpo.run.interrupt import Interrupt
+from raco_fast.dpo.run.keeping import Best, Checkpoints, evaluated
+from raco_fast.dpo.run.lock import held
 from raco_fast.dpo.run.metrics_file import MetricsFile, read_records
 from raco_fast.dpo.run.model_card import TrainingSummary, save_trained_model
 from raco_fast.dpo.run.parallel import process_group
@@ -33,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
-    """The run was stopped by Ctrl-C or SIGTERM after saving a checkpoint."""
+    """The run was stopped by Ctrl-C, SIGTERM or SIGUSR1 after saving a checkpoint."""
 
     def __init__(self, step: int, checkpoint: Path) -> None:
         self.step, self.checkpoint = step, checkpoint
@@ -54,24 +63,31 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
         The last evaluation's record in metrics.jsonl (empty without `eval_data`, and on every
         process but the first).
     Raises:
-        ValueError: bad configuration, data, model path, checkpoint or launcher.
+        ValueError: bad configuration, data, model path, checkpoint or launcher; another run holds
+            `output_dir`.
         OSError: something could not be written; the last checkpoint is whole.
+        MemoryError: memory has run out, of the CPU or a GPU; likewise.
         OtherProcessError: another process has failed or is gone.
-        Interrupted: Ctrl-C or SIGTERM, on any process, after a checkpoint was written.
+        Interrupted: Ctrl-C, SIGTERM or SIGUSR1, on any process, after a checkpoint was written.
+        KeyboardInterrupt: Ctrl-C before the first step, or twice.
     """
-    with process_group(config.parallel, pick_device(config.model.device)):
+    with ExitStack() as run:
+        run.enter_context(what_is_left(config.folder, MemoryError))
+        run.enter_context(memory_named("the run", to_run_a_model(config)))
+        run.enter_context(process_group(config.parallel, pick_device(config.model.device)))
+        run.enter_context(held(config.folder, Processes()))
         return Trainer(config, resume=resume).run()
 
 
 class Trainer:
-    """One run. `Trainer(config).run()` is `train(config)`, once the processes are connected."""
+    """One run. `Trainer(config).run()` is `train(config)`, once `output_dir` is held by it."""
 
     def __init__(self, config: TrainConfig, resume: bool = False) -> None:
         self.config, self.losses = config, config.objective_losses
         self.processes = Processes()
-        self._checkpoints = config.folder / "checkpoints"
         found = together(self.processes, lambda: _checkpoint_to_resume(config, resume))
-        self.inputs = load_on_all(config, self.processes)
+        with memory_named("loading the model", to_hold_a_model(config)):
+            self.inputs = load_on_all(config, self.processes)
         self.model, self.pairs = self.inputs.model, self.inputs.training
         if config.gradient_mode != "autograd":
             strict = config.gradient_mode != "auto"
@@ -83,6 +99,7 @@ class Trainer:
                 len(self.references),
             )
         self.held_out = self._held_out() if self.inputs.held_out else None
+        self._held_out_hash = data_hash(self.inputs.held_out)
         self.batches = BatchSchedule(len(self.pairs), config.pairs_per_step, config.seed)
         steps = config.epochs * self.batches.steps_per_epoch
         self.total_steps = min(steps, config.max_steps or steps)
@@ -101,23 +118,26 @@ class Trainer:
             {"auto": "one_backward"}.get(config.gradient_mode, config.gradient_mode),
             self.processes,
         )
+        best = None
+        if config.keep_best is not None:
+            best = Best(config.keep_best, self._held_out_hash)
+        self.checkpoints = Checkpoints(config, self.state, best)
         if found is not None:
             self._resume(found)
+            self.checkpoints.is_on_disk()
         # Of the first process alone: the others have no metrics to write.
         self.metrics = by_first(
             self.processes,
             lambda: MetricsFile(
                 config.folder / "metrics.jsonl",
                 resumed_at=None if found is None else self.state.step,
+                evaluated=self.state.evaluation is not None,
                 tensorboard=config.tensorboard,
             ),
         )
 
     def run(self) -> dict[str, Any]:
         """Train to the end, evaluate before and after, save the model and its card."""
-        config = self.config
-        if self.held_out is not None and self.state.step == 0:
-            self._record(self.held_out.evaluate_reference())
         self.model.train()
         progress = tqdm(
             total=self.total_steps,
@@ -126,24 +146,66 @@ class Trainer:
             unit="step",
             disable=self.processes.rank > 0,
         )
-        with Interrupt() as interrupt, progress:
-            while self.state.step < self.total_steps:
-                self._step(progress)
-                last = self.state.step == self.total_steps
-                if self.held_out is not None and (last or _due(self.state.step, config.eval_every)):
-                    self._record(self.held_out.evaluate(self.model))
+        with what_is_left(self.config.folder, OSError), Interrupt() as interrupt, progress:
+            self._train(interrupt, progress)
+            with memory_named("saving the model", to_hold_a_model(self.config)):
+                weights = whole_state_dict(self.model) if is_sharded(self.model) else None
+                return by_first(self.processes, lambda: self._finish(weights)) or {}
+
+    def _train(self, interrupt: Interrupt, progress: "tqdm[Any]") -> None:
+        """All steps, with the evaluations and checkpoints that are due after each of them."""
+        state, wanted = self.state, self.checkpoints.wanted
+        while True:
+            last = state.step == self.total_steps
+            whole = self._evaluate(interrupt)
+            # The clock of one process decides for all.
+            stop, now = self.processes.agree(
+                lambda: [interrupt.requested, self.processes.rank == 0 and wanted()], 2
+            )
+            if state.step and (stop or now or last or _due(state.step, self.config.save_every)):
+                self._save()
+                # The signal may have come while it was written.
                 (stop,) = self.processes.agree(lambda: [interrupt.requested], 1)
-                if stop and not last:
-                    raise Interrupted(self.state.step, self.state.save(self._checkpoints))
-                if last or _due(self.state.step, config.save_every):
-                    self.state.save(self._checkpoints)
-        weights = whole_state_dict(self.model) if is_sharded(self.model) else None
-        return by_first(self.processes, lambda: self._finish(weights)) or {}
+            if stop and not state.step:
+                raise KeyboardInterrupt  # there is nothing to save yet
+            if stop and not (last and whole):
+                raise Interrupted(state.step, self.checkpoints.newest)
+            if last:
+                return
+            self._step(progress)
+
+    def _evaluate(self, interrupt: Interrupt) -> bool:
+        """Evaluate if that is due; False if a signal has stopped it.
+
+        A resumed run then does it: until the checkpoint says so, it has not been done.
+        """
+        state, held_out = self.state, self.held_out
+        due = _due(state.step, self.config.eval_every) or state.step in (0, self.total_steps)
+        if held_out is None or state.evaluation is not None or not due:
+            return True
+        with memory_named("an evaluation", to_run_a_model(self.config)):
+            if state.step == 0:
+                result = held_out.evaluate_reference()
+            elif (found := held_out.evaluate(self.model, lambda: interrupt.requested)) is None:
+                return False
+            else:
+                result = found
+        self._write({"step": state.step, **result})
+        state.evaluation = evaluated(result, self._held_out_hash)
+        return True
+
+    def _save(self) -> None:
+        metrics = self.metrics
+        # Whoever goes on from the checkpoint counts on the records before it.
+        together(self.processes, lambda: None if metrics is None else metrics.sync())
+        with memory_named("writing a checkpoint", to_hold_a_model(self.config)):
+            self.checkpoints.save()
 
     def _finish(self, weights: dict[str, Tensor] | None) -> dict[str, Any]:
         """Save the model and its card; returns the last evaluation."""
         assert self.metrics is not None
         self.metrics.close()
+        self.checkpoints.tell_best()
         summary = self._summary(self.metrics.path)
         save_trained_model(self.model, self.inputs.tokenizer, summary, weights)
         return dict(summary.evaluations[-1]) if summary.evaluations else {}
@@ -154,9 +216,10 @@ class Trainer:
         state, config = self.state, self.config
         pairs = [self.pairs[i] for i in self.batches.indices(state.step)]
         lr = state.scheduler.get_last_lr()[0]
-        result = self._learn(pairs)
+        with memory_named(f"step {state.step + 1}", to_run_a_model(config)):
+            result = self._learn(pairs)
         state.scheduler.step()
-        state.step += 1
+        state.step, state.evaluation = state.step + 1, None
         if not result.solution.finite:
             logger.warning(
                 "step %d: a loss or gradient is not finite; the step was skipped (%d so far), "
@@ -178,9 +241,6 @@ class Trainer:
             self._write(record)
             losses = {name: f"{record[f'loss/{name}']:.3f}" for name in config.objectives}
             progress.set_postfix(losses)
-
-    def _record(self, evaluation: dict[str, float]) -> None:
-        self._write({"step": self.state.step, **evaluation})
 
     def _write(self, record: dict[str, Any]) -> None:
         metrics = self.metrics
@@ -235,19 +295,20 @@ class Trainer:
     def _references(self, pairs: list[EncodedPair]) -> dict[float, ReferenceLogps]:
         """Tail weight -> reference log-probabilities, of every one that a loss has."""
         config = self.config
-        return {
-            tail: reference_logps(
-                self.model,
-                pairs,
-                model_hash=self.inputs.model_hash,
-                pad_id=self.inputs.pad_id,
-                cache_dir=Path(config.cache_dir),
-                batch_pairs=2 * config.pairs_per_micro_batch,
-                chunk_tokens=config.chunk_tokens,
-                tail=tail,
-            )
-            for tail in tail_weights(self.losses)
-        }
+        with memory_named("the reference's pass over the data", to_run_a_model(config)):
+            return {
+                tail: reference_logps(
+                    self.model,
+                    pairs,
+                    model_hash=self.inputs.model_hash,
+                    pad_id=self.inputs.pad_id,
+                    cache_dir=Path(config.cache_dir),
+                    batch_pairs=2 * config.pairs_per_micro_batch,
+                    chunk_tokens=config.chunk_tokens,
+                    tail=tail,
+                )
+                for tail in tail_weights(self.losses)
+            }
 
 
 def _checkpoint_to_resume(config: TrainConfig, resume: bool) -> Path | None:
