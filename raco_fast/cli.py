@@ -32,7 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     it), 130 stopped by Ctrl-C, SIGTERM or SIGUSR1.
     """
     with _stopped_by_signals():
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        except KeyboardInterrupt:
+            print("raco-fast: stopped", file=sys.stderr)
+            return EXIT_INTERRUPTED
 
 
 @contextmanager
@@ -73,9 +77,6 @@ def _run(arguments: list[str]) -> int:
     except (ValueError, OSError, MemoryError) as error:
         print(f"raco-fast: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("raco-fast: stopped", file=sys.stderr)
-        return EXIT_INTERRUPTED
 
 
 def _parser(command: str | None) -> ArgumentParser:
@@ -155,12 +156,15 @@ def _speaks() -> bool:
 
 def _run_verify(parser: ArgumentParser, values: Any) -> int:
     from raco_fast.dpo.run.config import TrainConfig
+    from raco_fast.dpo.run.failures import memory_named, to_run_a_model
     from raco_fast.dpo.run.verification import verify_run
     from raco_fast.engine.tap import NotExactError
 
     _refuse_many("verify")
+    config = _config(TrainConfig, parser.instantiate(values).verify)
     try:
-        found = verify_run(_config(TrainConfig, parser.instantiate(values).verify))
+        with memory_named("the comparison", to_run_a_model(config)):
+            found = verify_run(config)
     except NotExactError as error:
         print(f"raco-fast: not exact: {error}", file=sys.stderr)
         return EXIT_NOT_EXACT

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from raco_fast.distributed.processes import Processes
@@ -54,13 +54,12 @@ def _claim(folder: Path) -> int:
             f"`output_dir` must be a folder that can be written to, got {folder} ({error}); check "
             f"its rights or choose another one"
         ) from error
-    try:
+    with ExitStack() as unless_held:
+        unless_held.callback(os.close, descriptor)
         _lock(descriptor, folder)
         clear_leftovers(folder)
         clear_leftovers(folder / "checkpoints")
-    except BaseException:
-        os.close(descriptor)
-        raise
+        unless_held.pop_all()
     return descriptor
 
 

@@ -117,7 +117,7 @@ def _records(path: Path, torn_after: int | None) -> list[dict[str, Any]]:
         elif torn is None:
             records.append(record)
         elif torn_after is None or record["step"] <= torn_after:
-            raise ValueError(f"{path}:{torn}: not a JSON record with a `step`; remove the line")
+            raise ValueError(f"{path}:{torn}: not a JSON record; remove the line")
     return records
 
 

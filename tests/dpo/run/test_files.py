@@ -1,10 +1,12 @@
 import errno
 import os
+import socket
+import subprocess
 
 import pytest
 from safetensors import SafetensorError
 
-from raco_fast.dpo.run.files import atomic_file, atomic_folder
+from raco_fast.dpo.run.files import atomic_file, atomic_folder, clear_leftovers, remove_folder
 
 
 def tree(folder):
@@ -72,13 +74,48 @@ def test_a_rename_that_fails_brings_the_previous_folder_back(tmp_path, monkeypat
     assert tree(tmp_path) == {"folder/kept": "old"}
 
 
-def test_what_a_killed_process_left_is_cleared(tmp_path):
-    left = tmp_path / ".partial-folder"
-    left.mkdir()
-    (left / "stale").write_text("half")
+def left_behind(folder, name):
+    (folder / name).mkdir(parents=True)
+    (folder / name / "file").write_text(name)
+
+
+def test_what_a_killed_process_left_is_cleared_or_put_back(tmp_path):
+    for name in (".partial-a", ".replaced-a", ".removed-b", "c", ".replaced-c", ".partial-c", "d"):
+        left_behind(tmp_path, name)
+    (tmp_path / ".partial-host-7-metrics.jsonl").write_text("half")
+    clear_leftovers(tmp_path)
+    assert tree(tmp_path) == {"a/file": ".replaced-a", "c/file": "c", "d/file": "d"}
+    clear_leftovers(tmp_path / "nowhere")
+
+
+def test_a_writer_clears_and_puts_back_too(tmp_path):
+    for name in (".partial-folder", ".replaced-folder"):
+        left_behind(tmp_path, name)
+    with pytest.raises(KeyError), atomic_folder(tmp_path / "folder"):
+        raise KeyError("a bug")
+    assert tree(tmp_path) == {"folder/file": ".replaced-folder"}
     with atomic_folder(tmp_path / "folder") as partial:
         (partial / "file").write_text("new")
     assert tree(tmp_path) == {"folder/file": "new"}
+
+
+def test_a_folder_is_removed_under_another_name(tmp_path):
+    left_behind(tmp_path, "a")
+    left_behind(tmp_path, ".removed-a")  # which an earlier attempt could not delete
+    remove_folder(tmp_path / "a")
+    assert tree(tmp_path) == {}
+
+
+def test_a_file_half_written_by_a_dead_process_of_this_machine_is_cleared(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    here = socket.gethostname()
+    living = [f".partial-{here}-{os.getppid()}-cache", f".partial-elsewhere-{dead.pid}-cache"]
+    for name in (*living, f".partial-{here}-{dead.pid}-cache", f".partial-{here}-x-cache"):
+        (tmp_path / name).write_text("half")
+    with atomic_file(tmp_path / "cache") as partial:
+        partial.write_text("new")
+    assert set(tree(tmp_path)) == {"cache", *living, f".partial-{here}-x-cache"}
 
 
 def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path, monkeypatch):

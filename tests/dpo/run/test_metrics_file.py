@@ -41,6 +41,31 @@ def test_a_broken_line_before_the_last_is_an_error(tmp_path):
         read_records(path)
 
 
+TORN = b'{"step": 4, "loss": 1}\n{"ste\n\x00\x00\n\xff{"step": 9}\n[1]\n{"step": 6, "loss": 2}\n'
+
+
+def test_what_a_power_cut_left_after_the_last_checkpoint_is_dropped(tmp_path):
+    """Until then everything was forced to disk; of what was not, anything may be there."""
+    path = tmp_path / "metrics.jsonl"
+    lines = b'{"step": 2, "loss": 1.0}\n{"step": 3, "loss": 0.5}\n'
+    path.write_bytes(lines + TORN)
+    MetricsFile(path, resumed_at=3).write({"step": 4, "loss": 7.0})
+    assert path.read_bytes() == lines + b'{"step": 4, "loss": 7.0}\n'
+    path.write_bytes(lines + TORN + b'{"step": 3, "loss": 0.4}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:4: not a JSON record; remove the line"):
+        MetricsFile(path, resumed_at=3)
+
+
+def test_an_evaluation_that_the_checkpoint_does_not_know_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    records = [{"step": 2, "eval_x": 1.0}, {"step": 3, "loss": 2.0}, {"step": 3, "eval_x": 3.0}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    MetricsFile(path, resumed_at=3, evaluated=True)
+    assert read_records(path) == records
+    MetricsFile(path, resumed_at=3, evaluated=False)
+    assert read_records(path) == records[:2]
+
+
 def test_tensorboard_gets_the_numbers_and_forgets_what_a_resumed_run_repeats(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
