@@ -169,13 +169,13 @@ def killed_at_moments(config: Path, folder: Path, moments: int, of_one: int, see
     return killed
 
 
-def killed_at_every_call(config: Path, folder: Path) -> int:
-    """Kill runs before each call that changes their folder; how many there are."""
+def killed_at_calls(config: Path, folder: Path, first: int, every: int) -> int:
+    """Kill runs before the calls first, first + every, ... that change their folder; how many."""
     undisturbed, output = Undisturbed(config, folder), folder / "disturbed"
-    for n in itertools.count():
+    for n in itertools.count(first, every):
         status = undisturbed.train(output, at_call=(n, output))
         if status == 0:
-            return n
+            return n // every
         assert status == -signal.SIGKILL, status
         undisturbed.assert_same(output, f"killed before call {n}")
     raise AssertionError

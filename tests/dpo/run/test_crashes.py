@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 from killed_runs import (
-    killed_at_every_call,
+    killed_at_calls,
     killed_at_moments,
     run_alone,
     saves_killed_at_every_call,
@@ -34,13 +34,20 @@ def test_a_run_killed_at_five_moments_ends_as_if_it_had_not_been(config_file, tm
 
 
 @pytest.mark.slow
-def test_runs_killed_at_a_hundred_moments_end_as_if_they_had_not_been(config_file, tmp_path):
-    given = (config_file, tmp_path, 100, 2, 1)
-    killed = run_alone(killed_at_moments, *given, folder=tmp_path, timeout=1800)
-    assert killed > 60
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_runs_killed_at_a_hundred_moments_end_as_if_they_had_not_been(config_file, tmp_path, seed):
+    given = (config_file, tmp_path, 25, 2 if seed % 2 else 5, seed)
+    killed = run_alone(killed_at_moments, *given, folder=tmp_path, timeout=900)
+    assert killed > 10
+
+
+PARTS = 4
 
 
 @pytest.mark.slow
-def test_a_run_killed_before_any_of_its_calls_ends_as_if_it_had_not_been(config_file, tmp_path):
-    given = (config_file, tmp_path)
-    assert run_alone(killed_at_every_call, *given, folder=tmp_path, timeout=1800) > 60
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_run_killed_before_any_of_its_calls_ends_as_if_it_had_not_been(
+    config_file, tmp_path, part
+):
+    given = (config_file, tmp_path, part, PARTS)
+    assert run_alone(killed_at_calls, *given, folder=tmp_path, timeout=900) > 15
