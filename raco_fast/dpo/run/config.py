@@ -62,7 +62,7 @@ class TrainConfig:
         eval_every: steps between evaluations; None evaluates at the start and the end only.
         save_every: steps between checkpoints, beside those that `save_minutes` asks for.
         save_minutes: minutes between checkpoints, by the clock of the first process. A run that is
-            stopped by Ctrl-C, SIGTERM or SIGUSR1 saves one in any case; None saves none by time.
+            stopped by a signal but SIGKILL saves one in any case; None saves none by time.
         keep: how many of the newest checkpoints stay. A new one is written before an old one goes,
             so the disk needs room for one more.
         keep_best: an objective whose best checkpoint stays as well: that with the smallest

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
-    """The run was stopped by Ctrl-C, SIGTERM or SIGUSR1 after saving a checkpoint."""
+    """The run was stopped by a signal, Ctrl-C for one, after saving a checkpoint."""
 
     def __init__(self, step: int, checkpoint: Path) -> None:
         self.step, self.checkpoint = step, checkpoint
@@ -68,7 +68,8 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
         OSError: something could not be written; the last checkpoint is whole.
         MemoryError: memory has run out, of the CPU or a GPU; likewise.
         OtherProcessError: another process has failed or is gone.
-        Interrupted: Ctrl-C, SIGTERM or SIGUSR1, on any process, after a checkpoint was written.
+        Interrupted: Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP, on any process, after a checkpoint was
+            written.
         KeyboardInterrupt: Ctrl-C before the first step, or twice.
     """
     with ExitStack() as run:

@@ -5,9 +5,12 @@ import logging
 import math
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
+from launched_runs import Started, assert_done
 
 from raco_fast.dpo.run import keeping
 from raco_fast.dpo.run.checkpoint import checkpoints_in, read_state
@@ -44,6 +47,19 @@ def test_a_checkpoint_every_so_many_minutes_of_the_clock(make_config, monkeypatc
     other = make_config(**SHORT, max_steps=7, save_minutes=None, output_dir=config.output_dir + "2")
     train(other)
     assert seen == [[]] * 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_the_clock_of_one_process_decides_for_all(settings, tmp_path, kind):
+    file = tmp_path / "config.yaml"
+    changes = {"parallel": {"kind": kind}, "max_steps": 4, "save_minutes": 1e-9, "keep": 9}
+    changes |= {"eval_every": 1, "keep_best": "sure"}
+    file.write_text(yaml.safe_dump(settings | changes))
+    with Started(("train", str(file)), processes=2, folder=tmp_path) as started:
+        assert_done(started.end())
+    found = checkpoints_in(Path(settings["output_dir"]) / "checkpoints")
+    assert [path.name[-1] for path in found] == ["1", "2", "3", "4"]
 
 
 def test_half_an_hour_is_the_default(make_config):

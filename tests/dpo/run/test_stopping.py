@@ -2,11 +2,13 @@
 
 import json
 import logging
+import os
 import signal
 from pathlib import Path
 
 import pytest
 import yaml
+from killed_runs import run_alone
 from safetensors.torch import load_file
 
 from raco_fast import cli
@@ -14,6 +16,7 @@ from raco_fast.dpo.run import checkpoint as checkpoint_module
 from raco_fast.dpo.run import evaluation as evaluation_module
 from raco_fast.dpo.run import inputs, model_card, reference_cache
 from raco_fast.dpo.run.checkpoint import checkpoints_in
+from raco_fast.dpo.run.interrupt import Interrupt
 from raco_fast.dpo.run.step import PreferenceStep
 
 INTERRUPTED = 130
@@ -55,7 +58,7 @@ def signal_at(monkeypatch, place, name: str, call: int, number: signal.Signals) 
     monkeypatch.setattr(place, name, signalled)
 
 
-TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+TERM, INT, USR1, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
 BEFORE = {
     "the model is loaded": (inputs, "load_base_model", 1, TERM),
     "the reference's pass": (reference_cache, "pair_logps", 2, USR1),
@@ -81,19 +84,42 @@ def test_before_the_first_step_nothing_is_saved_and_nothing_is_lost(
         assert train("run") == 0
 
 
+def test_a_hangup_is_a_stop_unless_it_is_ignored():
+    before = signal.getsignal(signal.SIGHUP)
+    with Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGHUP)
+        assert interrupt.requested
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    with Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGHUP)
+        assert not interrupt.requested
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_is_gone_ends_nothing(tmp_path):
+    assert run_alone(printed_after_a_hangup, folder=tmp_path, timeout=60) == 2
+
+
+def printed_after_a_hangup() -> int:
+    master, slave = os.openpty()
+    for descriptor in (1, 2):
+        os.dup2(slave, descriptor)
+    os.close(slave)
+    os.close(master)
+    with pytest.raises(OSError, match="Input/output error"):
+        os.write(2, b"x")
+    with Interrupt():
+        signal.raise_signal(signal.SIGHUP)
+        return os.write(1, b"x") + os.write(2, b"x")
+
+
 DURING = {
     "the first step": (PreferenceStep, "__call__", 1, TERM, 1),
-    "a later step": (PreferenceStep, "__call__", 3, USR1, 3),
-    "an evaluation": (evaluation_module, "pair_logps", 1, INT, 2),
+    "a later step": (PreferenceStep, "__call__", 3, INT, 3),
+    "an evaluation": (evaluation_module, "pair_logps", 1, HUP, 2),
     "the last evaluation": (evaluation_module, "pair_logps", 3, TERM, 4),
     "a save": (checkpoint_module, "save_file", 1, TERM, 3),
 }
-
-
-@pytest.fixture(scope="module")
-def undisturbed() -> dict[str, object]:
-    """What the first undisturbed run has left, for the tests after it."""
-    return {}
 
 
 @pytest.mark.parametrize("phase", DURING)
