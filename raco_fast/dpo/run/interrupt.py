@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import threading
 import time
 from contextlib import suppress
@@ -61,6 +62,6 @@ def _leave_terminal() -> None:
     """What is printed to a terminal that is gone would be an error, and end the run unsaved."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
-        if os.isatty(descriptor):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode):  # which a terminal that is gone still is
             os.dup2(nowhere, descriptor)
     os.close(nowhere)
