@@ -55,14 +55,16 @@ def commands(tests: Sequence[Path]) -> dict[str, list[str]]:
 
 def _name(file: Path) -> str:
     """Of its record: tests/test_gram, tests/engine/test_on_cuda."""
-    of_room = file.relative_to(TESTS).with_suffix("")
-    return f"tests/{of_room if file.stem == 'test_on_cuda' else file.stem}"
+    return f"tests/{file.parent.name}/{file.stem}" if _is_whole(file) else f"tests/{file.stem}"
 
 
 def _conftests(file: Path) -> list[str]:
-    """The kernels' own conftest alone, where a test is of kernels."""
-    of_kernels = file.is_relative_to(KERNEL_TESTS.parent)
-    return [f"--confcutdir={KERNEL_TESTS}"] if of_kernels else []
+    return [] if _is_whole(file) else [f"--confcutdir={KERNEL_TESTS}"]
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file tests more than kernels, with what the project's own tests have."""
+    return file.stem == "test_on_cuda"
 
 
 def record(records: Records, name: str, done: Done) -> None:
