@@ -53,14 +53,13 @@ def learn_on_cuda(problem: Problem, course: Course) -> Learnt:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("model", ["llama tied", "llama lora"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_one_process_over_nccl(nccl, how, mode, model, dtype):
-    problem = Problem(model, dtype)
+def test_one_process_over_nccl(nccl, how, mode, model):
+    problem = Problem(model, torch.float32)  # rotary angles are, and differ from the CPU's by 1e-8
     assert_equal([learn_on_cuda(problem, Course(how, mode))], problem)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("how", ["replicas", "ddp"])
 def test_two_processes_on_one_device(run, how, mode):
-    problem = Problem("llama")
+    problem = Problem("llama", torch.float32)
     assert_equal(run(2, learn_on_cuda, problem, Course(how, mode), timeout=90.0), problem)

@@ -134,7 +134,7 @@ def test_a_state_goes_from_one_device_to_the_other(dtype):
 
     for devices in (("cpu", "cuda"), ("cuda", "cpu")):
         moved, stayed = run(devices), run(("cuda", "cuda"))
-        tolerance = 1e-6 if dtype == torch.float32 else 0.02
+        tolerance = 1e-4 if dtype == torch.float32 else 0.02
         assert (
             max(float((a - b).abs().max()) for a, b in zip(moved, stayed, strict=True)) < tolerance
         )

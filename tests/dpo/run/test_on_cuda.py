@@ -29,7 +29,8 @@ def test_a_run_learns_what_it_learns_on_the_cpu(runs, make_config, save_tiny, tm
         train(config)
     for cpu, cuda in zip(*map(runs.steps, configs), strict=True):
         for name, value in cpu.items():
-            if name.startswith(("loss/", "rewards/", "logps/")):
+            # Accuracies and margins of the first step are of differences that are rounding.
+            if name.startswith(("loss/", "logps/chosen", "logps/rejected", "raco/gram")):
                 assert cuda[name] == pytest.approx(value, abs=2e-3, rel=2e-3), (name, cpu["step"])
 
 
