@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jinja2 import TemplateError
 
 from raco_fast.dpo.data.choices import check_choices
+from raco_fast.dpo.data.dated_template import dated, may_write_date
 from raco_fast.dpo.data.ends import SequenceEnds
 from raco_fast.dpo.data.given_fields import has_given_fields, texts, without_each
 from raco_fast.dpo.data.pairs import PreferencePair
@@ -150,11 +151,12 @@ class Writer:
         if options.date is not None:
             self._now = datetime.combine(date.fromisoformat(options.date), time())
         self._is_plain = not (options.chat_template or tokenizer.chat_template)
-        self.template = options.plain.chat_template() if self._is_plain else options.chat_template
+        self._given_template = options.chat_template
+        if self._is_plain:
+            self._given_template = options.plain.chat_template()
         self.ends = SequenceEnds(tokenizer, self._closing())
         spelled = map(re.escape, self.ends.spellings)
         self._special_text = re.compile("|".join(spelled))
-        self._asked_date = False
 
     def is_clean(self, pair: PreferencePair) -> bool:
         """Whether no text of the pair spells a special token; raises where that is the policy."""
@@ -190,7 +192,7 @@ class Writer:
             self._note_opening(pair, begun, (a, b))
         if has_given_fields(pair):
             self._note_not_rendered(pair, (prompt, a, b))
-        if self._asked_date and not self.prints_date:
+        if not self.prints_date and may_write_date(self._template(pair)):
             self.prints_date = self._on_another_day(pair) != (a, b)
         return prompt, a, b
 
@@ -274,10 +276,9 @@ class Writer:
             text = self.tokenizer.apply_chat_template(
                 [{name: v for name, v in turn.items() if v is not None} for turn in turns],
                 tools=pair.tools or None,
-                chat_template=self.template,
+                chat_template=dated(self._template(pair), self._now),
                 tokenize=False,
                 add_generation_prompt=header,
-                strftime_now=self._strftime_now,
             )
         except (TemplateError, *_OF_DATA) as error:
             raise ValueError(
@@ -288,10 +289,9 @@ class Writer:
             ) from error
         return str(text)
 
-    def _strftime_now(self, format: str) -> str:
-        """What templates call for the date. As an argument it stands before transformers' own."""
-        self._asked_date = True
-        return self._now.strftime(format)
+    def _template(self, pair: PreferencePair) -> str:
+        """The template; a tokenizer may have another one for pairs with tools."""
+        return str(self.tokenizer.get_chat_template(self._given_template, pair.tools or None))
 
     def _closing(self) -> str:
         """What the template writes after an answer."""
