@@ -39,8 +39,10 @@ class SequenceEnds:
         added = tokenizer.added_tokens_decoder
         self._special = {id for id, token in added.items() if token.special}
         self._special |= set(tokenizer.all_special_ids)
-        closes = {*added, *self._special}
-        stops = [id for id in token_ids(tokenizer, [closing])[0] if id in closes]
+        # What the tokenizer does not know is text, though its token counts as a special one.
+        self._closes = self._special - {tokenizer.unk_token_id}
+        closing_ids = token_ids(tokenizer, [closing])[0]
+        stops = [id for id in closing_ids if id in added or id in self._closes]
         if not stops and tokenizer.eos_token_id is None:
             raise ValueError(
                 "`tokenizer` must have an EOS token, or a chat template that closes answers with "
@@ -78,7 +80,7 @@ class SequenceEnds:
         while text_end and self._says_nothing(response_ids[text_end - 1]):
             text_end -= 1
         closing = response_ids[text_end:]
-        special = [id for id in closing if id in self._special]
+        special = [id for id in closing if id in self._closes]
         stop = self.stop_id if self.stop_id in closing or not special else special[0]
         if stop in closing:
             return response_ids[: text_end + closing.index(stop) + 1]
@@ -87,6 +89,6 @@ class SequenceEnds:
     def _says_nothing(self, id: int) -> bool:
         """Whether a token is a special one or white space."""
         if id not in self._blank:
-            blank = id == self.stop_id or id in self._special
+            blank = id == self.stop_id or id in self._closes
             self._blank[id] = blank or not self._tokenizer.decode([id]).strip()
         return self._blank[id]

@@ -112,17 +112,18 @@ class TokenOptions:
                 f"got {self.max_prompt_length}; leave room for the response"
             )
         if self.date is not None:
-            check_day("`date`", self.date)
+            check_day("date", self.date)
 
 
-def check_day(name: str, day: str) -> None:
+def check_day(name: str, day: str, cure: str = "write year, month and day in digits") -> None:
     """Raise ValueError, naming `name`, unless `day` is a date as ISO 8601 writes it."""
     try:
         right = date.fromisoformat(day).isoformat() == day
     except ValueError:
         right = False
     if not right:
-        raise ValueError(f"{name} must be a day such as '2026-11-29', got {day[:40]!r}")
+        rule = "must be a day such as '2026-11-29'"
+        raise ValueError(f"`{name}` {rule}, got {day[:40]!r}; {cure}")
 
 
 def shared_length(*rows: Sequence[Any]) -> int:
@@ -236,9 +237,8 @@ class Writer:
 
     def _note_not_rendered(self, pair: PreferencePair, rendered: tuple[str, str, str]) -> None:
         """Count what the pair holds besides its texts and the template leaves out."""
-        self.not_rendered.update(
-            {name for name, less in without_each(pair) if self._attempt(less) == rendered}
-        )
+        left_out = [name for name, less in without_each(pair) if self._attempt(less) == rendered]
+        self.not_rendered.update(list(dict.fromkeys(left_out)))
         wordless = [
             (name, further)
             for name, text in (("a", pair.response_a), ("b", pair.response_b))
@@ -261,8 +261,8 @@ class Writer:
             return None
 
     def _on_another_day(self, pair: PreferencePair) -> tuple[str, str]:
-        today = self._now
-        self._now = today + timedelta(days=400, hours=1, minutes=1, seconds=1)
+        today = self._now  # of another year, month, day and weekday
+        self._now = today + timedelta(days=397, hours=1, minutes=1, seconds=1)
         try:
             return self._whole(pair)
         finally:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from raco_fast.dpo.data.ends import token_ids
 from raco_fast.dpo.data.pairs import PreferencePair
 from raco_fast.dpo.data.rendering import TokenOptions, Writer
-from raco_fast.dpo.data.tokenization import encode_pairs
+from raco_fast.dpo.data.tokenization import encode_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,9 +44,10 @@ def saved_template(
     if known:
         return known  # type: ignore[no-any-return]
     pair = PreferencePair("(probe)", _TURNS, "Yes.", "No.", {})
-    (trained,), _ = encode_pairs(tokenizer, [pair], TokenOptions(10**6, plain=options.plain))
+    writer = Writer(tokenizer, options)
+    (trained,) = encode_whole([pair], writer)
     begins = ["{{ bos_token }}", "{{ bos_token + ' ' }}"]
-    begins = begins if Writer(tokenizer, options).ends.adds_bos else [""]
+    begins = begins if writer.ends.adds_bos else [""]
     templates = [options.plain.chat_template(begin, "{{ eos_token }}") for begin in begins]
     turns = [*_TURNS, {"role": "assistant", "content": pair.response_a}]
     for template in templates:

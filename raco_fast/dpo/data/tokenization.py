@@ -177,7 +177,7 @@ def encode_pairs(
     clean = [pair for pair in pairs if writer.is_clean(pair)]
     counts = writer.counts
     encoded = []
-    for whole in _tokenized(clean, writer):
+    for whole in encode_whole(clean, writer):
         fitted = _fit(whole, options, writer.ends.bos_id)
         if fitted is None:
             counts["dropped_overlength"] += 1
@@ -245,8 +245,8 @@ def collate(pairs: Sequence[EncodedPair], pad_id: int) -> PairBatch:
     )
 
 
-def _tokenized(pairs: Sequence[PreferencePair], writer: Writer) -> Iterator[EncodedPair]:
-    """Pairs as ids, not yet cut. In groups, as every prompt is held three times meanwhile."""
+def encode_whole(pairs: Sequence[PreferencePair], writer: Writer) -> Iterator[EncodedPair]:
+    """Pairs as ids, of any length. In groups, as every prompt is held three times meanwhile."""
     for group in (pairs[i : i + _AT_ONCE] for i in range(0, len(pairs), _AT_ONCE)):
         texts = [text for pair in group for text in writer.render(pair)]
         ids = token_ids(writer.tokenizer, texts)

@@ -63,5 +63,5 @@ def _read(file: Path) -> str | None:
     if not file.is_file():
         return None
     day = file.read_text(encoding="utf-8", errors="replace").strip()
-    check_day(f"the only line of {file}", day)
+    check_day(f"{file}", day, cure="write the day that its runs began with, or set `tokens.date`")
     return day
