@@ -55,7 +55,7 @@ def texts(pair: PreferencePair) -> Iterator[tuple[str, str]]:
             yield place, value
         elif isinstance(value, Mapping):
             given += [(f"{place}.{key}", inner) for key, inner in value.items()]
-            yield from ((f"{place} (a key)", key) for key in value)
+            yield from ((f"{place} (a key)", str(key)) for key in value)
         elif isinstance(value, (list, tuple)):
             given += [(f"{place}[{k}]", inner) for k, inner in enumerate(value)]
 
@@ -63,11 +63,7 @@ def texts(pair: PreferencePair) -> Iterator[tuple[str, str]]:
 def _further(turn: Mapping[str, Any]) -> list[str]:
     """Names of the fields that say something; exporters fill in null and empty lists."""
     empty: tuple[Any, ...] = (None, "", [], {})
-    return [
-        name
-        for name, value in turn.items()
-        if name not in (*_OF_EVERY_TURN,) and value not in empty
-    ]
+    return [n for n, v in turn.items() if n not in _OF_EVERY_TURN and v not in empty]
 
 
 def _less(turn: Mapping[str, Any], name: str) -> dict[str, Any]:
