@@ -299,4 +299,10 @@ class Writer:
             return ""
         turns = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
         probe = PreferencePair("(probe)", turns[:1], _PROBE, _PROBE, {})
-        return self._templated(probe, turns, header=False).rpartition(_PROBE)[2]
+        text = self._templated(probe, turns, header=False)
+        if _PROBE not in text:
+            raise ValueError(
+                "`chat_template` must write the content of turns, got a rendering without it; give "
+                "the text of a Jinja template for conversations of text, not the name of a file"
+            )
+        return text.rpartition(_PROBE)[2]

@@ -307,6 +307,14 @@ def test_template_that_rejects_the_conversation():
         encode_pairs(tokenizer, [make_pair(twice)])
 
 
+def test_template_that_writes_no_turns():
+    tokenizer, _ = FAMILIES["qwen"]
+    with pytest.raises(
+        ValueError, match=r"`chat_template` must write the content .* name of a file"
+    ):
+        encode_pairs(tokenizer, [make_pair()], TokenOptions(chat_template="llama3.jinja"))
+
+
 def test_template_that_drops_the_system_turn():
     silent = LLAMA2.replace("{% else %}", "{% elif m.role == 'assistant' %}")
     system = [{"role": "system", "content": "Sys."}, {"role": "user", "content": "U"}]
