@@ -158,15 +158,19 @@ class Undisturbed:
 
 
 def killed_at_moments(config: Path, folder: Path, moments: int, of_one: int, seed: int) -> int:
-    """Kill runs at random moments, each `of_one` times; how many kills found it running."""
-    undisturbed, draw, killed = Undisturbed(config, folder), random.Random(seed), 0
-    for k in range(moments // of_one):
-        output = folder / "disturbed"
-        for _ in range(of_one):
-            after = draw.uniform(0, undisturbed.seconds)
-            killed += undisturbed.train(output, after=after) == -signal.SIGKILL
-        undisturbed.assert_same(output, f"run {k}")
-    return killed
+    """Kill runs at so many random moments, each up to `of_one` times; how many runs it took."""
+    undisturbed, draw, output = Undisturbed(config, folder), random.Random(seed), folder / "cut"
+    left, runs = moments, 0
+    while left:
+        for _ in range(min(of_one, left)):
+            status = undisturbed.train(output, after=draw.uniform(0, undisturbed.seconds))
+            if status == 0:  # it has come to its end before
+                break
+            assert status == -signal.SIGKILL, status
+            left -= 1
+        undisturbed.assert_same(output, f"run {runs}")
+        runs += 1
+    return runs
 
 
 def killed_at_calls(config: Path, folder: Path, first: int, every: int) -> int:
