@@ -37,9 +37,9 @@ def begin_training(model: nn.Module, *, noise: bool) -> None:
     if noise:
         return
     for module in model.modules():
-        # Only in training mode a layer recomputes its activations. The layers inside of it are in
-        # evaluation mode, and its own probabilities are numbers.
-        if getattr(module, "gradient_checkpointing", False) is True:
+        if _recomputes(module):
+            # Only in training mode it does. The layers inside of it stay in evaluation mode, and
+            # its own probabilities are numbers.
             module.training = True
             _set_probabilities_to_zero(module)
         if _is_adapted(module):
@@ -47,6 +47,15 @@ def begin_training(model: nn.Module, *, noise: bool) -> None:
             for name, part in module.named_children():
                 if name != "base_layer":
                     part.train()
+
+
+def _recomputes(module: nn.Module) -> bool:
+    """Whether a layer computes its activations again in the backward pass.
+
+    By checkpointing, or as a reversible layer (Reformer's).
+    """
+    checkpointing = getattr(module, "gradient_checkpointing", False) is True
+    return checkpointing or callable(getattr(module, "backward_pass", None))
 
 
 def _set_probabilities_to_zero(module: nn.Module) -> None:

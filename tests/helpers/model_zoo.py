@@ -227,7 +227,8 @@ def tiny(family: str, noise: float = 0.0, **changes: Any) -> Any:
 
     kind = CONFIG_MAPPING[family]
     small = merged(shrunk(kind()), CHANGES.get(family, {}))
-    return kind(**noisy(merged(small, changes), noise))
+    values = merged(small, changes)
+    return kind(**(noisy(values, noise) if noise else values))
 
 
 def noisy(values: dict[str, Any], noise: float) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def _check_pairs_fit(model: PreTrainedModel, pairs: Sequence[EncodedPair]) -> No
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for pair in pairs:
         length, largest = pair_length(pair), max(pair.prompt_ids + pair.a_ids + pair.b_ids)
-        if limit is not None and length > limit:
+        if limit is not None and 0 < limit < length:  # XLNet says -1: no limit
             raise ValueError(
                 f"`tokens.max_length` must be at most the model's {limit} positions, got a pair of "
                 f"{length} tokens ({pair.id!r}); lower `tokens.max_length`"
