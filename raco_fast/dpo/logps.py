@@ -126,8 +126,9 @@ def _token_logps(
     """float32 [N] log-probabilities of `targets` [N] after `hidden` [N, d]."""
     head = causal_lm.get_output_embeddings()
     shape = logit_shape(causal_lm.config)
-    # PEFT's `modules_to_save` wraps a trained head and passes its attributes on.
-    if isinstance(head, nn.Linear) or hasattr(head, "modules_to_save"):
+    # A subclass may compute something else, or hold its weight in fewer bits. PEFT's
+    # `modules_to_save` wraps a trained head and passes its attributes on.
+    if type(head).forward is nn.Linear.forward or hasattr(head, "modules_to_save"):
         max_logits = chunk_tokens * len(head.weight)
         return token_logps(
             hidden, head.weight, head.bias, targets, shape=shape, max_logits=max_logits
@@ -136,7 +137,7 @@ def _token_logps(
     def chunk(hidden: Tensor, targets: Tensor) -> Tensor:
         return -F.cross_entropy(shape(head(hidden).float()), targets, reduction="none")
 
-    # A head with an adapter inside has no weight of its own to cut, so its tokens are cut.
+    # Such a head, or one with an adapter inside, has no weight to cut, so its tokens are cut.
     index = declared()
     pieces = []
     for start in range(0, len(targets), chunk_tokens):

@@ -126,6 +126,23 @@ def test_what_is_not_known_is_scored_by_its_own_logits_and_said_once(caplog, mak
     assert reason in record.getMessage()
 
 
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 1.3 * super().forward(x)
+
+
+def test_a_head_of_another_class_is_called_and_not_taken_apart(caplog):
+    with model_zoo.quiet(), torch.no_grad():
+        model, batch = model_zoo.build("llama"), model_zoo.batch_of()
+        before = scores_of(model, batch)
+        model.lm_head = Scaled(32, model_zoo.VOCAB, bias=False)
+        ours = scores_of(model, batch)
+        theirs = full_logps(model_zoo.logits_of(model, batch), batch)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert (ours - before).abs().min() > 0.01
+    assert not caplog.records
+
+
 def test_the_first_look_reads_no_more_than_64_tokens_of_the_longest_row():
     with model_zoo.quiet():
         model = model_zoo.build("llama", max_position_embeddings=256)

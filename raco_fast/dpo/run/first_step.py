@@ -6,7 +6,8 @@ Noise in one of the two, or a reference of another model, is nothing that later 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.data.tokenization import PairBatch
 from raco_fast.dpo.decoders import unwrap
+from raco_fast.dpo.models import decoder_layers
 from raco_fast.dpo.modes import evaluating
 from raco_fast.dpo.scoring import ReferenceLogps, pair_logps
-from raco_fast.dpo.sharded import free_gathered
+from raco_fast.dpo.sharded import free_gathered, is_sharded
 
 
 @torch.no_grad()
@@ -38,15 +40,19 @@ def check_first_scores(
         chunk_tokens: as in `sequence_logps`.
     Raises:
         ValueError: two passes differ (names the model, and the module where it begins), or the
-            policy and its reference do. On all processes where it is so on one.
+            policy and its reference do, or a layer would learn nothing. On all processes where it
+            is so on one.
     """
 
     def run() -> Tensor:
         return pair_logps(model, batch, chunk_tokens)
 
-    learning = run()
     with evaluating(model):
         scoring = run()
+    # Of a sharded model only a backward pass ends what a forward pass with a graph begins.
+    with torch.set_grad_enabled(not is_sharded(model)), _layers_graphed(model) as graphed:
+        learning = run().detach()
+    processes.agree(lambda: _check_graphed(model, graphed), 0)
     rounding = _rounding(model)
     (noisy,) = processes.agree(lambda: [_worst(learning, scoring, rounding) is not None], 1)
     if noisy:
@@ -54,6 +60,34 @@ def check_first_scores(
     free_gathered(model)
     if references:
         processes.agree(lambda: _compare(model, batch, scoring, references, rounding), 0)
+
+
+@contextmanager
+def _layers_graphed(model: nn.Module) -> Iterator[list[bool]]:
+    """Whether each decoder layer with trained parameters, in the order of calls, has a graph."""
+    graphed: list[bool] = []
+    layers = [m for m in decoder_layers(model) if any(p.requires_grad for p in m.parameters())]
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        tensors = output if isinstance(output, (tuple, list)) else [output]
+        graphed.append(any(isinstance(t, Tensor) and t.requires_grad for t in tensors))
+
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        yield graphed
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_graphed(model: nn.Module, graphed: list[bool]) -> None:
+    """Raise ValueError where evaluation mode is for inference alone, as xLSTM's for long inputs."""
+    if not is_sharded(model) and graphed and not any(graphed):
+        raise ValueError(
+            f"`model` ({_class_of(model)}) runs its layers without a graph in evaluation mode, in "
+            f"which it is to learn; train it with all that it does in training mode instead "
+            f"(`model.dropout: true`)"
+        )
 
 
 def _rounding(model: nn.Module) -> float:

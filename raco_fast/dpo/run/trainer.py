@@ -162,8 +162,8 @@ class Trainer:
             return
         pairs = [self.pairs[i] for i in self.batches.indices(0)]
         size = self.config.pairs_per_micro_batch
-        shortest = micro_batches(pairs, size, processes.rank, processes.size)[-1]
-        batch = collate(shortest, self.inputs.pad_id)
+        longest = micro_batches(pairs, size, processes.rank, processes.size)[0]
+        batch = collate(longest, self.inputs.pad_id)
         check_first_scores(self.model, batch, self.references, self.config.chunk_tokens, processes)
 
     def _save(self) -> Path:

@@ -125,6 +125,23 @@ def test_noise_that_no_mode_switches_off_is_refused_with_its_place(make_config, 
     assert not any(p.grad is not None for p in runner.model.parameters())
 
 
+def with_a_graph_in_training(layer, forward, *args, **kwargs):
+    with torch.set_grad_enabled(layer.training):
+        return forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "lora"])
+def test_layers_that_only_infer_in_evaluation_mode_are_refused(make_config, save_tiny, lora):
+    """As those of xLSTM do for inputs longer than its chunks."""
+    given = {"name": str(save_tiny()), "dropout": False, "lora": lora}
+    runner = Trainer(make_config(given, eval_data=[], gradient_mode="autograd"))
+    for layer in unwrap(runner.model).model.layers:
+        layer.forward = partial(with_a_graph_in_training, layer, layer.forward)
+    refused = r"\(LlamaForCausalLM\) runs its layers without a graph in evaluation mode"
+    with pytest.raises(ValueError, match=refused):
+        runner.run()
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_an_adapter_keeps_the_dropout_it_was_given(make_config, save_tiny, dropout):
     folder = str(save_tiny(attention_dropout=0.5))
