@@ -49,6 +49,11 @@ def begin_training(model: nn.Module, *, noise: bool) -> None:
                     part.train()
 
 
+def has_dropout(model: nn.Module) -> bool:
+    """Whether a dropout layer is at work, such as an adapter's after `begin_training`."""
+    return any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in model.modules())
+
+
 def _recomputes(module: nn.Module) -> bool:
     """Whether a layer computes its activations again in the backward pass.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from raco_fast.dpo.decoders import decoder_of, unwrap
 from raco_fast.dpo.logps import sequence_logps
+from raco_fast.dpo.modes import begin_training
 
 # A decoder under another name; layers, or a scale and padding of the vocabulary, at the head; caps.
 HIDDEN = {"llama4_text": "Llama4TextModel", "mllama": "MllamaTextModel"}
@@ -41,7 +42,8 @@ def scores_of(model: nn.Module, batch) -> Tensor:
 )
 def test_scores_and_gradients_are_those_of_the_models_own_logits(family, caplog):
     with model_zoo.quiet():
-        model, batch = model_zoo.build(family).eval(), model_zoo.batch_of()
+        model, batch = model_zoo.build(family), model_zoo.batch_of()
+        begin_training(model, noise=False)
         parameters = list(model.parameters())
         found = []
         for whole in (False, True):

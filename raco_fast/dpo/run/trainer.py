@@ -14,7 +14,7 @@ from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.data.batches import BatchSchedule, labelled_counts, micro_batches
 from raco_fast.dpo.data.tokenization import EncodedPair, collate
 from raco_fast.dpo.models import pick_device, trainable
-from raco_fast.dpo.modes import begin_training
+from raco_fast.dpo.modes import begin_training, has_dropout
 from raco_fast.dpo.run.checkpoint import TrainingState, latest, read_state
 from raco_fast.dpo.run.config import TrainConfig, check_same_run, identity
 from raco_fast.dpo.run.divergence import check_weights, ended_skipping, note_skipped
@@ -157,8 +157,8 @@ class Trainer:
 
     def _check_first_scores(self) -> None:
         """See `check_first_scores`; with noise there is nothing to compare."""
-        model, processes = self.config.model, self.processes
-        if model.dropout or (model.lora is not None and model.lora.dropout):
+        processes = self.processes
+        if self.config.model.dropout or has_dropout(self.model):
             return
         pairs = [self.pairs[i] for i in self.batches.indices(0)]
         size = self.config.pairs_per_micro_batch

@@ -13,9 +13,11 @@ from torch import nn
 
 from raco_fast.dpo.data.tokenization import collate
 from raco_fast.dpo.decoders import unwrap
+from raco_fast.dpo.losses.objective_losses import preference_losses
 from raco_fast.dpo.modes import begin_training, evaluating
+from raco_fast.dpo.run.reference_cache import compute_reference
 from raco_fast.dpo.run.trainer import Trainer, train
-from raco_fast.dpo.scoring import ReferenceLogps, pair_logps
+from raco_fast.dpo.scoring import ReferenceLogps, pair_logps, score_pairs
 
 # Dropout as a number (OPT, XGLM, BioGPT, GPTBigCode, Seed-OSS), layers left out (BART), sampled
 # experts (PhiMoE), no decoder of its own (Llama 4), token types (Gemma 3), a state space (Mamba).
@@ -64,6 +66,20 @@ def test_the_first_loss_of_a_family_is_ln_2(runs, make_config, save_family, tiny
     (first,) = runs.steps(config)
     for name in ("sure", "kind"):
         assert first[f"loss/{name}"] == pytest.approx(math.log(2), abs=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", NOT_LOADED)
+def test_the_first_loss_of_what_cannot_be_loaded_is_ln_2(make_config, tiny, family):
+    runner = Trainer(make_config({"name": str(tiny)}, eval_data=[]))
+    with model_zoo.quiet():
+        model = model_zoo.build(family, NOISE)
+        references = {1.0: compute_reference(model, runner.pairs, 0, 6, quiet=True)}
+        begin_training(model, noise=False)
+        batch = collate(runner.pairs[:4], 0)
+        scores = score_pairs(pair_logps(model, batch, 64), batch, references, runner.losses)
+    losses = preference_losses(scores, batch.labels, loss=runner.losses)
+    assert [x.item() for x in losses.values()] == pytest.approx([math.log(2)] * 2, abs=2e-5)
 
 
 def count_with_grad(calls: list, *_) -> None:
@@ -145,7 +161,8 @@ def test_layers_that_only_infer_in_evaluation_mode_are_refused(make_config, save
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_an_adapter_keeps_the_dropout_it_was_given(make_config, save_tiny, dropout):
     folder = str(save_tiny(attention_dropout=0.5))
-    config = make_config({"name": folder, "dropout": False, "lora": {"dropout": dropout}})
+    given = {"name": folder, "dropout": False, "lora": {"dropout": dropout}}
+    config = make_config(given, eval_data=[], max_steps=1)
     runner = Trainer(config)
     for name, p in runner.model.named_parameters():
         if "lora_B" in name:
@@ -155,6 +172,7 @@ def test_an_adapter_keeps_the_dropout_it_was_given(make_config, save_tiny, dropo
     with torch.no_grad():
         first, second = (pair_logps(runner.model, batch, 64) for _ in range(2))
     assert torch.equal(first, second) == (dropout == 0.0)
+    train(config)  # nothing is refused
 
 
 def test_a_reference_of_another_model_is_refused(make_config, save_tiny, tmp_path):
