@@ -42,9 +42,10 @@ def note_skipped(result: StepResult, state: TrainingState, most: int | None, fol
     Raises:
         DivergedError: there are `most`.
     """
+    if result.solution is None:
+        return  # without labels it does not show whether the next one can be taken
     if not result.skipped:
-        # A step without labels does not show whether the next one can be taken.
-        state.skipped_in_a_row *= result.solution is None
+        state.skipped_in_a_row = 0
         return
     state.skipped_in_a_row += 1
     objectives = ", ".join(map(repr, result.not_finite())) or "the combination"

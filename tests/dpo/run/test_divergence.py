@@ -70,7 +70,7 @@ def command(settings, tmp_path, capfd):
 
 def test_a_run_ends_after_so_many_skipped_steps_in_a_row(runs, make_config, plain, nan_losses):
     nan_losses({2, 4, 5, 6, 7, 8})
-    config = make_config(plain, max_skipped_steps=3, save_every=1)
+    config = make_config(plain, max_skipped_steps=3, save_every=1, eval_data=[])
     runner = Trainer(config)
     with pytest.raises(DivergedError, match="stopped after step 6: the last 3 steps were all") as e:
         runner.run()
@@ -86,7 +86,7 @@ def test_a_run_ends_after_so_many_skipped_steps_in_a_row(runs, make_config, plai
 
 def test_skipped_steps_are_counted_over_a_resume(runs, make_config, plain, nan_losses, monkeypatch):
     nan_losses({3, 4, 5})
-    config = make_config(plain, max_skipped_steps=3)
+    config = make_config(plain, max_skipped_steps=3, eval_data=[])
     runs.interrupt_after(monkeypatch, 4)
     with pytest.raises(Exception, match="stopped after step 4"):
         train(config)
@@ -105,7 +105,7 @@ def test_none_ends_no_run(make_config, plain, nan_losses):
 
 def test_a_run_that_ends_on_skipped_steps_is_not_done(command, plain, nan_losses, settings):
     nan_losses({9, 10})
-    status, out, err = command(model=settings["model"] | plain)
+    status, out, err = command(model=settings["model"] | plain, eval_data=[])
     assert status == BAD_INPUT
     assert "saved" not in out
     assert "its last 2 step(s) were skipped" in err
@@ -114,7 +114,7 @@ def test_a_run_that_ends_on_skipped_steps_is_not_done(command, plain, nan_losses
     assert (
         "10 steps, 2 of them skipped (a loss or gradient was not finite), also the last 2" in card
     )
-    status, _, err = command("--resume", model=settings["model"] | plain)
+    status, _, err = command("--resume", model=settings["model"] | plain, eval_data=[])
     assert status == BAD_INPUT
     assert "its last 2 step(s) were skipped" in err
 
