@@ -27,8 +27,9 @@ QUICK = (
 )
 NOISE = 0.4
 WITHOUT_NOISE = ("diffllama", "mpt")  # whose configurations take no dropout
-# Saved from the mapping of AutoModelForCausalLM under a name that is not in it.
-NOT_LOADED = ("emu3", "mllama")
+# The first two are saved under names that AutoModelForCausalLM does not know; the others see the
+# tokens that they are to predict.
+NOT_TRAINED = ("emu3", "mllama", "cpmant", "xlm", "xlnet")
 LENGTHS = {"reformer": 12}  # of its axial positions
 
 
@@ -48,7 +49,7 @@ def families() -> list:
     return [
         pytest.param(family, marks=[] if family in QUICK else pytest.mark.slow)
         for family in model_zoo.causal_lms()
-        if family not in (*model_zoo.NOT_BUILT, *NOT_LOADED)
+        if family not in (*model_zoo.NOT_BUILT, *NOT_TRAINED)
     ]
 
 
@@ -69,8 +70,8 @@ def test_the_first_loss_of_a_family_is_ln_2(runs, make_config, save_family, tiny
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", NOT_LOADED)
-def test_the_first_loss_of_what_cannot_be_loaded_is_ln_2(make_config, tiny, family):
+@pytest.mark.parametrize("family", NOT_TRAINED)
+def test_the_first_loss_of_what_a_run_does_not_train_is_ln_2(make_config, tiny, family):
     runner = Trainer(make_config({"name": str(tiny)}, eval_data=[]))
     with model_zoo.quiet():
         model = model_zoo.build(family, NOISE)
