@@ -2,6 +2,7 @@
 
 import logging
 import time
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from raco_fast.distributed.processes import Processes
-from raco_fast.dpo.data.batches import BatchSchedule, labelled_counts
-from raco_fast.dpo.data.tokenization import EncodedPair
+from raco_fast.dpo.data.batches import BatchSchedule, labelled_counts, micro_batches
+from raco_fast.dpo.data.tokenization import EncodedPair, collate
 from raco_fast.dpo.models import pick_device, trainable
+from raco_fast.dpo.modes import begin_training, has_dropout
 from raco_fast.dpo.run.checkpoint import TrainingState, latest, read_state
 from raco_fast.dpo.run.config import TrainConfig, check_same_run, identity
+from raco_fast.dpo.run.divergence import check_weights, ended_skipping, note_skipped
 from raco_fast.dpo.run.evaluation import HeldOut
 from raco_fast.dpo.run.failures import (
     memory_named,
@@ -23,6 +26,7 @@ from raco_fast.dpo.run.failures import (
     to_run_a_model,
     what_is_left,
 )
+from raco_fast.dpo.run.first_step import check_first_scores
 from raco_fast.dpo.run.inputs import load_on_all
 from raco_fast.dpo.run.interrupt import Interrupt
 from raco_fast.dpo.run.keeping import Best, Checkpoints, evaluated
@@ -68,6 +72,8 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
         OSError: something could not be written; the last checkpoint is whole.
         MemoryError: memory has run out, of the CPU or a GPU; likewise.
         OtherProcessError: another process has failed or is gone.
+        DivergedError: steps could not be taken, because a loss, a gradient or the weights are not
+            finite (`max_skipped_steps`, or at the end of the run).
         Interrupted: Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP, on any process, after a checkpoint was
             written.
         KeyboardInterrupt: Ctrl-C before the first step, or twice.
@@ -139,7 +145,9 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Train to the end, evaluate before and after, save the model and its card."""
-        self.model.train()
+        begin_training(self.model, noise=self.config.model.dropout)
+        if self.state.step == 0:
+            self._check_first_scores()
         progress = tqdm(
             total=self.total_steps,
             initial=self.state.step,
@@ -149,9 +157,14 @@ class Trainer:
         )
         with what_is_left(self.config.folder, OSError), Interrupt() as interrupt, progress:
             self._train(interrupt, progress)
+            if self.state.skipped_in_a_row and not self.state.optimizer.state:
+                raise ended_skipping(self.state, None)
             with memory_named("saving the model", to_hold_a_model(self.config)):
                 weights = whole_state_dict(self.model) if is_sharded(self.model) else None
-                return by_first(self.processes, lambda: self._finish(weights)) or {}
+                result = by_first(self.processes, lambda: self._finish(weights)) or {}
+        if self.state.skipped_in_a_row:
+            raise ended_skipping(self.state, self.config.folder / "model")
+        return result
 
     def _train(self, interrupt: Interrupt, progress: "tqdm[Any]") -> None:
         """All steps, with the evaluations and checkpoints that are due after each of them."""
@@ -163,7 +176,9 @@ class Trainer:
             stop, now = self.processes.agree(
                 lambda: [interrupt.requested, self.processes.rank == 0 and wanted()], 2
             )
-            if state.step and (stop or now or last or _due(state.step, self.config.save_every)):
+            # Not amid skipped steps: the checkpoint before them is the better one.
+            due = (now or _due(state.step, self.config.save_every)) and not state.skipped_in_a_row
+            if state.step and (stop or due or last):
                 self._save()
                 # The signal may have come while it was written.
                 (stop,) = self.processes.agree(lambda: [interrupt.requested], 1)
@@ -196,11 +211,24 @@ class Trainer:
         return True
 
     def _save(self) -> None:
+        """Write a checkpoint, but not of weights that are destroyed."""
+        check_weights(self.state, self.checkpoints.folder)
         metrics = self.metrics
         # Whoever goes on from the checkpoint counts on the records before it.
         together(self.processes, lambda: None if metrics is None else metrics.sync())
         with memory_named("writing a checkpoint", to_hold_a_model(self.config)):
             self.checkpoints.save()
+
+    def _check_first_scores(self) -> None:
+        """See `check_first_scores`; with noise there is nothing to compare."""
+        processes = self.processes
+        if self.config.model.dropout or has_dropout(self.model):
+            return
+        pairs = [self.pairs[i] for i in self.batches.indices(0)]
+        size = self.config.pairs_per_micro_batch
+        longest = micro_batches(pairs, size, processes.rank, processes.size)[0]
+        batch = collate(longest, self.inputs.pad_id)
+        check_first_scores(self.model, batch, self.references, self.config.chunk_tokens, processes)
 
     def _finish(self, weights: dict[str, Tensor] | None) -> dict[str, Any]:
         """Save the model and its card; returns the last evaluation."""
@@ -219,15 +247,11 @@ class Trainer:
         lr = state.scheduler.get_last_lr()[0]
         with memory_named(f"step {state.step + 1}", to_run_a_model(config)):
             result = self._learn(pairs)
-        state.scheduler.step()
+        with warnings.catch_warnings():
+            # What torch says where the first step has no labels, and so no optimizer.step().
+            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before")
+            state.scheduler.step()
         state.step, state.evaluation = state.step + 1, None
-        if not result.solution.finite:
-            logger.warning(
-                "step %d: a loss or gradient is not finite; the step was skipped (%d so far), "
-                "weights and optimizer state are unchanged",
-                state.step,
-                result.skipped_steps,
-            )
         progress.update()
         if _due(state.step, config.log_every):
             seconds = time.perf_counter() - began
@@ -240,8 +264,9 @@ class Trainer:
                 "tokens_per_second": result.tokens / seconds,
             }
             self._write(record)
-            losses = {name: f"{record[f'loss/{name}']:.3f}" for name in config.objectives}
-            progress.set_postfix(losses)
+            taken = [name for name in config.objectives if f"loss/{name}" in record]
+            progress.set_postfix({name: f"{record[f'loss/{name}']:.3f}" for name in taken})
+        note_skipped(result, state, config.max_skipped_steps, self.checkpoints.folder)
 
     def _write(self, record: dict[str, Any]) -> None:
         metrics = self.metrics
@@ -288,6 +313,7 @@ class Trainer:
             self.config,
             steps=self.state.step,
             skipped_steps=self.state.optimizer.skipped_steps,
+            skipped_at_the_end=self.state.skipped_in_a_row,
             pairs=len(self.pairs),
             labelled=labelled_counts(self.pairs, self.config.objectives),
             evaluations=[r for r in records if any(name.startswith("eval_") for name in r)],
