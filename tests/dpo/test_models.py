@@ -4,17 +4,9 @@ import shutil
 import pytest
 import torch
 
-from raco_fast.dpo import models
-from raco_fast.dpo.models import (
-    LoraOptions,
-    ModelOptions,
-    add_adapter,
-    fingerprint,
-    load_base_model,
-    load_tokenizer,
-    pick_device,
-    trainable,
-)
+from raco_fast.dpo import loading, models
+from raco_fast.dpo.models import LoraOptions, ModelOptions, fingerprint, pick_device, trainable
+from raco_fast.dpo.policy import add_adapter, load_base_model, load_tokenizer
 
 
 def load(folder, **options):
@@ -146,7 +138,7 @@ def write_gguf(gguf, folder, file):
 def test_a_missing_gguf_package_is_one_clear_message(tmp_path, monkeypatch):
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
-    monkeypatch.setattr(models, "find_spec", lambda name: None if name == "gguf" else 1 / 0)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None if name == "gguf" else 1 / 0)
     with pytest.raises(
         ValueError, match=r"needs the package gguf; pip install 'raco-fast\[gguf\]'"
     ):
@@ -155,24 +147,26 @@ def test_a_missing_gguf_package_is_one_clear_message(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/model", "~/no-such-model", "a/b/c"])
 def test_a_path_that_is_not_there(name):
-    with pytest.raises(ValueError, match="`model` must be a folder with a saved model") as error:
+    with pytest.raises(ValueError, match=r"`model.name` must be a folder") as error:
         load(name)
     assert name in str(error.value)
 
 
 def test_models_that_cannot_be_read(tmp_path, tiny):
-    with pytest.raises(ValueError, match=r"`model`: no GGUF file at '.*lost.gguf'; check the path"):
+    with pytest.raises(
+        ValueError, match=r"`model.name`: no GGUF file at '.*lost.gguf'; check the path"
+    ):
         load(tmp_path / "lost.gguf")
-    with pytest.raises(ValueError, match=r"`model`: 'nobody/such-a-model' cannot be loaded"):
+    with pytest.raises(ValueError, match=r"`model.name`: 'nobody/such-a-model' cannot be loaded"):
         load("nobody/such-a-model")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"cannot be loaded|nrecognized model"):
+    with pytest.raises(ValueError, match=r"`model.name`: .*empty.* cannot be loaded"):
         load(tmp_path / "empty")
     broken = tmp_path / "broken"
     shutil.copytree(tiny, broken)
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"`model`: '.*broken' cannot be loaded: "):
+    with pytest.raises(ValueError, match=r"`model.name`: '.*broken' cannot be loaded: "):
         load(broken)
 
 

@@ -5,26 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from raco_fast.distributed.processes import Processes
+from raco_fast.dpo.causality import check_causal
 from raco_fast.dpo.data.batches import pair_length
 from raco_fast.dpo.data.pairs import ConciseRule
 from raco_fast.dpo.data.sources import DataSource, read_sources
 from raco_fast.dpo.data.tokenization import EncodedPair, encode_pairs, token_counter
 from raco_fast.dpo.logps import check_head
 from raco_fast.dpo.losses.registry import check_soft
-from raco_fast.dpo.models import (
-    add_adapter,
-    decoder_layers,
-    fingerprint,
-    load_base_model,
-    load_tokenizer,
-    pick_device,
-)
+from raco_fast.dpo.models import decoder_layers, pick_device
+from raco_fast.dpo.policy import KeepBase, Policy, load_base_model, load_tokenizer, make_policy
+from raco_fast.dpo.run.base_folder import keep_base
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.together import together
 from raco_fast.dpo.sharded import device_of, shard
@@ -42,28 +39,38 @@ class RunInputs:
     Args:
         pad_id: of the padding, which is masked: any id will do for a tokenizer without one.
         training, held_out: the pairs to learn from and to evaluate on (none without `eval_data`).
-        model: the policy, its adapter fresh.
-        model_hash: `raco_fast.dpo.models.fingerprint` of the policy without an adapter.
+        policy: the model before training, and how its reference is computed.
     """
 
     tokenizer: PreTrainedTokenizerBase
     pad_id: int
     training: list[EncodedPair]
     held_out: list[EncodedPair]
-    model: nn.Module
-    model_hash: str
+    policy: Policy
+
+    @property
+    def model(self) -> nn.Module:
+        """The policy's model."""
+        return self.policy.model
 
     def check_head(self) -> None:
-        """Run the model on a pair; ValueError if it has a kind of head that is not known."""
+        """Run the model on a pair; ValueError if it cannot, sees the tokens that it is to predict,
+        or has a kind of head that is not known.
+        """
         probe = torch.tensor(self.training[0].prompt_ids + self.training[0].a_ids)
-        check_head(self.model, probe.to(device_of(self.model)))
+        ids = probe.to(device_of(self.model))
+        check_causal(self.model, ids)
+        check_head(self.model, ids)
 
 
-def load_inputs(config: TrainConfig, device: torch.device | None = None) -> RunInputs:
+def load_inputs(
+    config: TrainConfig, device: torch.device | None = None, keep_base: KeepBase | None = None
+) -> RunInputs:
     """Load what a config names and check that it fits together; seeds torch's generators.
 
     Args:
         device: where the model is put instead of its own place.
+        keep_base: as in `make_policy`.
     Raises:
         ValueError, FileNotFoundError: bad model path; unreadable files, bad rows (file and line
             named), an objective for which no training pair is labelled, soft labels for a loss that
@@ -84,10 +91,11 @@ def load_inputs(config: TrainConfig, device: torch.device | None = None) -> RunI
             )
     base = load_base_model(config.model, device)
     _check_pairs_fit(base, [*training, *held_out])
-    model_hash, model = fingerprint(base), add_adapter(base, config.model.lora)
+    policy = make_policy(base, config.model, keep_base)
     pad_id = tokenizer.pad_token_id
-    pad_id = pad_id if isinstance(pad_id, int) else 0
-    return RunInputs(tokenizer, pad_id, training, held_out, model, model_hash)
+    known = base.get_input_embeddings().weight.shape[0]
+    pad_id = pad_id if isinstance(pad_id, int) and pad_id < known else 0
+    return RunInputs(tokenizer, pad_id, training, held_out, policy)
 
 
 def load_on_all(config: TrainConfig, processes: Processes) -> RunInputs:
@@ -104,7 +112,8 @@ def load_on_all(config: TrainConfig, processes: Processes) -> RunInputs:
     sharded = parallel.kind == "fsdp2"
     # A model that is to be sharded may have room on no GPU.
     first = torch.device("cpu") if sharded else device
-    inputs = together(processes, lambda: load_inputs(config, first))
+    keep = partial(keep_base, config.folder, writes=processes.rank == 0)
+    inputs = together(processes, lambda: load_inputs(config, first, keep))
     if sharded:
         shard(
             inputs.model,

@@ -117,7 +117,12 @@ class Trainer:
         """Train to the end, evaluate before and after, save the model and its card."""
         config = self.config
         if self.held_out is not None and self.state.step == 0:
-            self._record(self.held_out.evaluate_reference())
+            at_reference = self.inputs.policy.starts_at_reference
+            self._record(
+                self.held_out.evaluate_reference()
+                if at_reference
+                else self.held_out.evaluate(self.model)
+            )
         self.model.train()
         progress = tqdm(
             total=self.total_steps,
@@ -207,7 +212,7 @@ class Trainer:
         schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
         warmup = round(config.warmup_ratio * self.total_steps)
         scheduler: LRScheduler = get_scheduler(schedule, optimizer, warmup, self.total_steps)
-        content = {"data": data_hash(self.pairs), "model": self.inputs.model_hash}
+        content = {"data": data_hash(self.pairs), "model": self.inputs.policy.model_hash}
         run = {"settings": identity(config), **content}
         return TrainingState(self.model, optimizer, scheduler, run, processes=self.processes)
 
@@ -230,6 +235,7 @@ class Trainer:
             pairs=len(self.pairs),
             labelled=labelled_counts(self.pairs, self.config.objectives),
             evaluations=[r for r in records if any(name.startswith("eval_") for name in r)],
+            found=self.inputs.policy.found,
         )
 
     def _references(self, pairs: list[EncodedPair]) -> dict[float, ReferenceLogps]:
@@ -239,12 +245,13 @@ class Trainer:
             tail: reference_logps(
                 self.model,
                 pairs,
-                model_hash=self.inputs.model_hash,
+                model_hash=self.inputs.policy.reference_hash,
                 pad_id=self.inputs.pad_id,
                 cache_dir=Path(config.cache_dir),
                 batch_pairs=2 * config.pairs_per_micro_batch,
                 chunk_tokens=config.chunk_tokens,
                 tail=tail,
+                as_reference=self.inputs.policy.as_reference,
             )
             for tail in tail_weights(self.losses)
         }

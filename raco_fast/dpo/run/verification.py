@@ -31,7 +31,14 @@ def verify_run(config: TrainConfig) -> Verification:
     batch = collate(pairs, pad_id)
     references = {
         tail: compute_reference(
-            model, pairs, pad_id, len(pairs), config.chunk_tokens, tail, quiet=True
+            model,
+            pairs,
+            pad_id,
+            len(pairs),
+            config.chunk_tokens,
+            tail,
+            inputs.policy.as_reference,
+            quiet=True,
         )
         for tail in tail_weights(losses)
     }

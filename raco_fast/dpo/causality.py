@@ -1,0 +1,41 @@
+"""Whether a model predicts a token from the tokens before it alone."""
+
+import torch
+from torch import Tensor, nn
+
+from raco_fast.dpo.load_errors import LoadErrors
+from raco_fast.dpo.logps import unwrap
+from raco_fast.dpo.sharded import free_gathered
+
+
+@torch.no_grad()
+def check_causal(model: nn.Module, input_ids: Tensor) -> None:
+    """Change the last token of a row: what is predicted before it may not move.
+
+    Args:
+        model: as in `sequence_logps`.
+        input_ids: int64 [T] on its device, T at least 2; 64 tokens are used.
+    Raises:
+        ValueError: it moves, as an encoder's predictions do, which sees the tokens that it is to
+            predict; or the model cannot be run.
+    """
+    was_training, name = model.training, type(unwrap(model)).__name__
+    model.eval()
+    row = input_ids[None, :64]
+    other = row.clone()
+    other[0, -1] = row[0, 0] if row[0, 0] != row[0, -1] else (row[0, -1] + 1) % int(row.max() + 1)
+    with LoadErrors("model", name, "use a model whose config.json belongs to its weights"):
+        ours, theirs = (
+            model(input_ids=ids, use_cache=False).logits[0, :-1].float() for ids in (row, other)
+        )
+    free_gathered(model)
+    model.train(was_training)
+    moved, size = (ours - theirs).abs().max(), ours.abs().max()
+    # A matrix product of the same shape rounds each row alike; a later token moves far more.
+    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-2
+    if moved > tolerance * size:
+        raise ValueError(
+            f"`model` ({name}) predicts tokens from those after them (changing the last one moves "
+            f"earlier logits by {float(moved):.3g}), so it is no causal language model; use one "
+            f"that is, of the kind *ForCausalLM"
+        )
