@@ -104,7 +104,6 @@ def find_adapter(options: ModelOptions) -> SavedAdapter | None:
 def attached(base: PreTrainedModel, found: SavedAdapter, name: str, *, trained: bool) -> Any:
     """`base` with a saved adapter's weights, all of them and nothing but them."""
     from peft import PeftModelForCausalLM
-    from peft.utils import get_peft_model_state_dict, load_peft_weights
 
     config = deepcopy(found.config)
     config.inference_mode = not trained
@@ -115,11 +114,7 @@ def attached(base: PreTrainedModel, found: SavedAdapter, name: str, *, trained: 
         with warnings.catch_warnings():  # what is missing is an error below
             warnings.filterwarnings("ignore", "Found missing adapter keys")
             said = model.load_adapter(found.source, name, is_trainable=trained, torch_device=device)
-        stored = load_peft_weights(found.source, device="cpu")
-        own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    whole_modules = [key for key in own if key not in stored and ".lora_" not in key]
-    missing = sorted({*said.missing_keys, *whole_modules})
-    for what, keys in (("lacks", missing), ("has too much", sorted(said.unexpected_keys))):
+    for what, keys in (("lacks", said.missing_keys), ("has too much", said.unexpected_keys)):
         if keys:
             raise ValueError(
                 f"`model.name`: the adapter {found.name!r} {what} {len(keys)} weights for its base "
