@@ -10,7 +10,7 @@ from raco_fast.dpo.sharded import free_gathered
 
 @torch.no_grad()
 def check_causal(model: nn.Module, input_ids: Tensor) -> None:
-    """Change the last token of a row: what is predicted before it may not move.
+    """Change the second half of a row: what is predicted in the first may not move.
 
     Args:
         model: as in `sequence_logps`.
@@ -22,11 +22,12 @@ def check_causal(model: nn.Module, input_ids: Tensor) -> None:
     was_training, name = model.training, type(unwrap(model)).__name__
     model.eval()
     row = input_ids[None, :64]
+    half = (row.shape[1] + 1) // 2
     other = row.clone()
-    other[0, -1] = row[0, 0] if row[0, 0] != row[0, -1] else (row[0, -1] + 1) % int(row.max() + 1)
+    other[:, half:] = (row[:, half:] + 1) % model.get_input_embeddings().weight.shape[0]
     with LoadErrors("model", name, "use a model whose config.json belongs to its weights"):
         ours, theirs = (
-            model(input_ids=ids, use_cache=False).logits[0, :-1].float() for ids in (row, other)
+            model(input_ids=ids, use_cache=False).logits[0, :half].float() for ids in (row, other)
         )
     free_gathered(model)
     model.train(was_training)
@@ -35,7 +36,7 @@ def check_causal(model: nn.Module, input_ids: Tensor) -> None:
     tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-2
     if moved > tolerance * size:
         raise ValueError(
-            f"`model` ({name}) predicts tokens from those after them (changing the last one moves "
-            f"earlier logits by {float(moved):.3g}), so it is no causal language model; use one "
+            f"`model` ({name}) predicts tokens from those after them (changing those moves its "
+            f"logits by {float(moved):.3g}), so it is no causal language model; use one "
             f"that is, of the kind *ForCausalLM"
         )

@@ -153,12 +153,12 @@ def _check_kind(name: str, argument: str, config: PreTrainedConfig) -> None:
     """Raise ValueError, before weights are loaded, unless a config is of a causal LM."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    made_for = [a for a in getattr(config, "architectures", None) or [] if isinstance(a, str)]
-    own = getattr(config, "auto_map", None) or {}
+    made_for, own = _architectures(config), getattr(config, "auto_map", None)
+    own_class = isinstance(own, dict) and "AutoModelForCausalLM" in own
     kind = None
     if getattr(config, "is_encoder_decoder", False):
         kind = "an encoder with a decoder"
-    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own:
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_class:
         kind = "not among the causal LMs of the installed transformers"
     elif any(word in a for a in made_for for word in _NOT_LANGUAGE):
         kind = "not trained to write text"
@@ -188,7 +188,8 @@ def _method(config: PreTrainedConfig) -> str | None:
         given = getattr(config.get_text_config(), "quantization_config", None)
     if given is None:
         return None
-    values = given if isinstance(given, dict) else given.to_dict()
+    values = given.to_dict() if hasattr(given, "to_dict") else given
+    values = values if isinstance(values, dict) else {}
     method = values.get("quant_method")
     bits = next((b for b in (4, 8) if values.get(f"load_in_{b}bit")), values.get("bits"))
     text = str(getattr(method, "value", method) or "bitsandbytes")
@@ -201,7 +202,7 @@ def _check_complete(
     """Raise ValueError where weights were not in the files; say once what was there in vain."""
     lacking = sorted(found["missing_keys"])
     if lacking:
-        made_for = getattr(model.config, "architectures", None)
+        made_for = _architectures(model.config)
         raise ValueError(
             f"`{argument}`: {name!r} lacks {len(lacking)} weights of a {type(model).__name__}, "
             f"which would be random: {_some(lacking)} (its config.json says {made_for}); use a "
@@ -222,6 +223,12 @@ def _check_complete(
             type(model).__name__,
             _some(unexpected),
         )
+
+
+def _architectures(config: PreTrainedConfig) -> list[str]:
+    """The classes that config.json names; none where it is damaged there."""
+    given = getattr(config, "architectures", None)
+    return [a for a in given if isinstance(a, str)] if isinstance(given, list) else []
 
 
 def _some(names: list[str]) -> str:
