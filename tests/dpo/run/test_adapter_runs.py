@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from gguf_files import write_gguf
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -167,3 +168,26 @@ def test_a_base_is_written_once(start, runs, monkeypatch):
         written.unlink()
     Trainer(start("merge and adapt"), resume=True)
     assert file.is_file()
+
+
+@pytest.mark.parametrize("lora", [None, FRESH], ids=["full", "lora"])
+def test_a_model_from_a_gguf_file_is_saved_so_that_it_loads(make_config, tiny, tmp_path, lora):
+    pytest.importorskip("gguf")
+    file = write_gguf(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "tiny.gguf")
+    model = {"name": str(file), "tokenizer": str(tiny), "lora": lora}
+    runner = Trainer(make_config(model, max_steps=3, eval_data=[]))
+    runner.run()
+    saved = runner.config.folder / "model"
+    assert_loads_as_trained(saved, runner.model, adapter=lora is not None)
+    if lora is not None:
+        assert (
+            "its base is in the folder `base` beside this one" in (saved / "README.md").read_text()
+        )
+        again = make_config(
+            {"name": str(saved)}, max_steps=1, output_dir=str(tmp_path / "again"), eval_data=[]
+        )
+        continued = Trainer(again)
+        assert torch.equal(logits(continued.model), logits(runner.model))
+        assert continued.model.peft_config["default"].base_model_name_or_path == str(
+            saved.parent / "base"
+        )
