@@ -19,12 +19,13 @@ def check_causal(model: nn.Module, input_ids: Tensor) -> None:
         ValueError: it moves, as an encoder's predictions do, which sees the tokens that it is to
             predict; or the model cannot be run.
     """
-    was_training, name = model.training, type(unwrap(model)).__name__
+    causal_lm, was_training = unwrap(model), model.training
+    known, name = causal_lm.get_input_embeddings().weight.shape[0], type(causal_lm).__name__
     model.eval()
     row = input_ids[None, :64]
     half = (row.shape[1] + 1) // 2
     other = row.clone()
-    other[:, half:] = (row[:, half:] + 1) % model.get_input_embeddings().weight.shape[0]
+    other[:, half:] = (row[:, half:] + 1) % known
     with LoadErrors("model", name, "use a model whose config.json belongs to its weights"):
         ours, theirs = (
             model(input_ids=ids, use_cache=False).logits[0, :half].float() for ids in (row, other)

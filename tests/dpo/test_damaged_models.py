@@ -95,7 +95,7 @@ def check(folders, kind, data):
 
 
 @pytest.mark.parametrize("kind", ["model", "adapter"])
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 @pytest.mark.filterwarnings("ignore")
 def test_a_damaged_folder_loads_or_is_named(folders, kind, data):

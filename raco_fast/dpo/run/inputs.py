@@ -90,11 +90,11 @@ def load_inputs(
                 "check the data's label fields or take the objective out"
             )
     base = load_base_model(config.model, device)
-    _check_pairs_fit(base, [*training, *held_out])
-    policy = make_policy(base, config.model, keep_base)
+    _check_can_be_cut(config, base)
+    _check_pairs_fit(base, [*training, *held_out], len(tokenizer))
     pad_id = tokenizer.pad_token_id
-    known = base.get_input_embeddings().weight.shape[0]
-    pad_id = pad_id if isinstance(pad_id, int) and pad_id < known else 0
+    pad_id = pad_id if isinstance(pad_id, int) and pad_id < _known_tokens(base) else 0
+    policy = make_policy(base, config.model, keep_base)
     return RunInputs(tokenizer, pad_id, training, held_out, policy)
 
 
@@ -151,12 +151,20 @@ def _encoded(
     return encoded
 
 
-def _check_pairs_fit(model: PreTrainedModel, pairs: Sequence[EncodedPair]) -> None:
+def _check_pairs_fit(model: PreTrainedModel, pairs: Sequence[EncodedPair], tokens: int) -> None:
     """Raise ValueError if a pair is longer than the model can read or uses tokens it lacks.
 
-    Without this the embedding would fail with an index out of range, in the middle of the run.
+    Without this the embedding or the head would fail with an index out of range, in the middle of
+    the run. `tokens` are those of the tokenizer, of which the pairs may use the known ones only.
     """
-    known = model.get_input_embeddings().weight.shape[0]
+    known = _known_tokens(model)
+    if tokens > known:
+        logger.warning(
+            "`model.tokenizer` has %d tokens and the model knows %d: a text with one of the others "
+            "makes the model fail",
+            tokens,
+            known,
+        )
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for pair in pairs:
         length, largest = pair_length(pair), max(pair.prompt_ids + pair.a_ids + pair.b_ids)
@@ -168,5 +176,19 @@ def _check_pairs_fit(model: PreTrainedModel, pairs: Sequence[EncodedPair]) -> No
         if largest >= known:
             raise ValueError(
                 f"`model.tokenizer` must give token ids below the model's {known}, got {largest} "
-                f"for pair {pair.id!r}; use the tokenizer that belongs to the model"
+                f"of its {tokens} for pair {pair.id!r}; use the tokenizer that belongs to the model"
             )
+
+
+def _known_tokens(model: PreTrainedModel) -> int:
+    """The tokens that a model can both read and predict."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return min(int(end.weight.shape[0]) for end in ends if hasattr(end, "weight"))
+
+
+def _check_can_be_cut(config: TrainConfig, model: PreTrainedModel) -> None:
+    if config.parallel.kind == "fsdp2" and getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            f"`parallel.kind` 'fsdp2' cannot cut the quantized weights of {config.model.name!r}; "
+            f"use 'ddp', or the model that they were made from"
+        )
