@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 import zipfile
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -14,8 +15,8 @@ from safetensors import SafetensorError
 # out as whatever the first operation on it raises.
 _ON_DAMAGE = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError),
-    *(RuntimeError, ImportError, AssertionError, UnicodeError, pickle.UnpicklingError),
-    *(zipfile.BadZipFile, SafetensorError, StrictDataclassError, EntryNotFoundError),
+    *(RuntimeError, ImportError, AssertionError, MemoryError, pickle.UnpicklingError),
+    *(zipfile.BadZipFile, struct.error, SafetensorError, StrictDataclassError, EntryNotFoundError),
 )
 
 
@@ -46,7 +47,14 @@ class LoadErrors(AbstractContextManager[None]):
         plain = bare or isinstance(error, OSError | ImportError | SafetensorError)
         kind_of = "" if plain or type(error) is ValueError else f"{type(error).__name__}: "
         said = " ".join(str(error).split())
-        cure = "install it" if isinstance(error, ImportError) else self._cure
         raise ValueError(
-            f"`{self._argument}`: {self._what!r} cannot be loaded: {kind_of}{said[:400]}; {cure}"
+            f"`{self._argument}`: {self._what!r} cannot be loaded: {kind_of}{said[:400]}; "
+            f"{self._cure_of(error)}"
         ) from error
+
+    def _cure_of(self, error: BaseException) -> str:
+        if isinstance(error, ImportError):
+            return "install it"
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            return "free memory, use a smaller `model.dtype`, or mend a damaged file"
+        return self._cure
