@@ -98,12 +98,18 @@ def load_tokenizer_of(name: str, argument: str) -> PreTrainedTokenizerBase:
 
 
 def load_causal_lm(
-    name: str, options: ModelOptions, argument: str = "model.name", *, changed_by: str | None
+    name: str,
+    options: ModelOptions,
+    argument: str = "model.name",
+    *,
+    changed_by: str | None,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """The causal LM called `name`, with the dtype and switches of `options`, on the CPU.
 
     Args:
         argument: the setting that `name` comes from.
+        revision: the version of it on the hub; None: the newest.
         changed_by: what will change its own weights, such as full fine-tuning; None: nothing.
     Raises:
         ValueError: there is no such model; it cannot be read; it is no causal LM; weights are
@@ -118,8 +124,9 @@ def load_causal_lm(
         if hasattr(transformers, "GgufConfig"):  # older releases always unpack
             arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
+        arguments["revision"] = revision or "main"
         with LoadErrors(argument, name, _CURE):
-            config = transformers.AutoConfig.from_pretrained(source)
+            config = transformers.AutoConfig.from_pretrained(source, revision=revision or "main")
         _check_kind(name, argument, config)
         _check_quantized(name, argument, config, changed_by)
     with LoadErrors(argument, name, _CURE):

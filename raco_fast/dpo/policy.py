@@ -30,12 +30,7 @@ from raco_fast.dpo.loading import (
     source_of,
     to_device,
 )
-from raco_fast.dpo.models import (
-    LoraOptions,
-    ModelOptions,
-    fingerprint,
-    pick_device,
-)
+from raco_fast.dpo.models import LoraOptions, ModelOptions, fingerprint, pick_device
 from raco_fast.dpo.saved_adapters import (
     SavedAdapter,
     attached,
@@ -50,8 +45,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_REFERENCE = "reference"
-
+_REFERENCE = "reference"  # the adapter of that name; the trained one is PEFT's "default"
 
 KeepBase = Callable[["PreTrainedModel", str], str]
 
@@ -112,7 +106,9 @@ def load_base_model(options: ModelOptions, device: torch.device | None = None) -
                 f"adapter itself; merge that one into its own base first"
             )
         changed_by = "`model.adapter: merge`" if options.adapter == "merge" else None
-        model = load_causal_lm(found.base, options, found.base_from, changed_by=changed_by)
+        model = load_causal_lm(
+            found.base, options, found.base_from, changed_by=changed_by, revision=found.revision
+        )
     return to_device(model, device or pick_device(options.device))
 
 
@@ -201,7 +197,7 @@ def _continued(
     if before is None:
         return Policy(model, found, start, start, lambda model: nullcontext())
     with adapter_off(model):
-        if not _alike(before, _probe(model)):
+        if not torch.equal(before, _probe(model)):
             raise ValueError(
                 f"`model.reference: base`: the adapter {found.name!r} changes weights of its base "
                 f"itself, so switching it off does not give the base; use `model.reference: "
@@ -225,9 +221,10 @@ def _compared_with(
     reference = hash_with(model, _REFERENCE, base_hash)
     with LoadErrors("model.lora", found.name, "choose other `model.lora.target_modules`"):
         model.add_adapter("default", _lora_config(options.lora))
-    model.peft_config["default"].base_model_name_or_path = home
+    fresh = model.peft_config["default"]
+    fresh.base_model_name_or_path, fresh.revision = home, found.revision
     model.set_adapter("default")
-    if not _alike(before, _probe(model)):
+    if not torch.equal(before, _probe(model)):
         raise ValueError(
             f"`model.adapter: reference`: the adapter {found.name!r} changes weights of its base "
             f"itself, so the policy cannot start from the base; use `model.adapter: merge`"
@@ -260,7 +257,9 @@ def _merged(base: PreTrainedModel, found: SavedAdapter) -> PreTrainedModel:
     before = _probe(model)
     with LoadErrors("model.name", found.name, "use `model.adapter: continue`"):
         merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
-    if not _alike(before, _probe(merged)):
+    change, size = (_probe(merged) - before).norm(), before.norm()
+    # Each weight was rounded once more, which hundreds of layers of bfloat16 add up.
+    if not change <= (1e-3 if merged.dtype == torch.float32 else 0.1) * size:
         raise ValueError(
             f"`model.adapter: merge`: merging changes what {found.name!r} computes, by more than "
             f"rounding; use `model.adapter: continue`"
@@ -274,14 +273,8 @@ def _merged(base: PreTrainedModel, found: SavedAdapter) -> PreTrainedModel:
 def _probe(model: Any) -> torch.Tensor:
     """The logits of a few tokens, to compare a model with itself."""
     was_training = model.training
-    ids = (
-        torch.arange(1, 9, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
-    )
+    known = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(1, 9, device=model.device)[None] % known
     logits: torch.Tensor = model.eval()(input_ids=ids, use_cache=False).logits.float()
     model.train(was_training)
     return logits
-
-
-def _alike(before: torch.Tensor, after: torch.Tensor) -> bool:
-    """Whether logits differ by no more than the rounding of merged weights, in bfloat16 too."""
-    return bool((before - after).abs().max() <= 0.05 * before.std())

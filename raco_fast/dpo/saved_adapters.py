@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CURE = "use a whole adapter folder, as PEFT's `save_pretrained` writes it"
+_RECORDED = "base_model_name_or_path"
 # What a PEFT config says that changes neither what is computed nor what is trained.
 _NO_SETTING = {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping"}
 _NO_SETTING |= {"peft_version", "task_type"}
@@ -41,6 +42,12 @@ class SavedAdapter:
     base_from: str
 
     @property
+    def revision(self) -> str | None:
+        """The version of the base on the hub that the adapter was trained on, where it says so."""
+        given = self.config.revision if self.base_from == _RECORDED else None
+        return given if isinstance(given, str) else None
+
+    @property
     def kind(self) -> str:
         """PEFT's name of the kind, such as LORA."""
         return str(self.config.peft_type.value)
@@ -56,7 +63,9 @@ def find_adapter(options: ModelOptions) -> SavedAdapter | None:
     source, of_file = source_of(options.name)
     from transformers.utils import find_adapter_config_file
 
-    if of_file or find_adapter_config_file(source) is None:
+    with LoadErrors("model.name", options.name, "check the name"):
+        file = None if of_file else find_adapter_config_file(source)
+    if file is None:
         for key, usual in (("adapter", "continue"), ("reference", "initial"), ("base", None)):
             if (value := getattr(options, key)) != usual:
                 raise ValueError(
@@ -84,7 +93,7 @@ def find_adapter(options: ModelOptions) -> SavedAdapter | None:
             f"`model.name`: {options.name!r} was trained for {config.task_type}, where a causal LM "
             f"(CAUSAL_LM) is needed; use an adapter of a language model"
         )
-    given = "model.base" if options.base is not None else "base_model_name_or_path"
+    given = "model.base" if options.base is not None else _RECORDED
     base = options.base if options.base is not None else config.base_model_name_or_path
     if not isinstance(base, str) or not base:
         raise ValueError(
