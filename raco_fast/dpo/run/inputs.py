@@ -23,7 +23,8 @@ from raco_fast.dpo.models import decoder_layers, pick_device
 from raco_fast.dpo.policy import KeepBase, Policy, load_base_model, load_tokenizer, make_policy
 from raco_fast.dpo.run.base_folder import keep_base
 from raco_fast.dpo.run.config import TrainConfig
-from raco_fast.dpo.run.together import together
+from raco_fast.dpo.run.template_date import keep_date, with_date
+from raco_fast.dpo.run.together import by_first, together
 from raco_fast.dpo.sharded import device_of, shard
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class RunInputs:
         pad_id: of the padding, which is masked: any id will do for a tokenizer without one.
         training, held_out: the pairs to learn from and to evaluate on (none without `eval_data`).
         policy: the model before training, and how its reference is computed.
+        prints_date: whether the chat template writes the date into the pairs.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -47,6 +49,7 @@ class RunInputs:
     training: list[EncodedPair]
     held_out: list[EncodedPair]
     policy: Policy
+    prints_date: bool = False
 
     @property
     def model(self) -> nn.Module:
@@ -78,8 +81,8 @@ def load_inputs(
     """
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
-    training = _encoded(config, tokenizer, config.data, "data")
-    held_out = _encoded(config, tokenizer, config.eval_data, "eval_data")
+    training, printed = _encoded(config, tokenizer, config.data, "data")
+    held_out, printed_too = _encoded(config, tokenizer, config.eval_data, "eval_data")
     for name, loss in config.objective_losses.items():
         if any(abs(pair.labels[name]) not in (0, 1) for pair in (*training, *held_out)):
             check_soft(name, loss)
@@ -95,7 +98,8 @@ def load_inputs(
     pad_id = tokenizer.pad_token_id
     pad_id = pad_id if isinstance(pad_id, int) and pad_id < _known_tokens(base) else 0
     policy = make_policy(base, config.model, keep_base)
-    return RunInputs(tokenizer, pad_id, training, held_out, policy)
+    prints_date = printed or printed_too
+    return RunInputs(tokenizer, pad_id, training, held_out, policy, prints_date)
 
 
 def load_on_all(config: TrainConfig, processes: Processes) -> RunInputs:
@@ -113,7 +117,11 @@ def load_on_all(config: TrainConfig, processes: Processes) -> RunInputs:
     # A model that is to be sharded may have room on no GPU.
     first = torch.device("cpu") if sharded else device
     keep = partial(keep_base, config.folder, writes=processes.rank == 0)
-    inputs = together(processes, lambda: load_inputs(config, first, keep))
+    dated = with_date(config, processes)
+    inputs = together(processes, lambda: load_inputs(dated, first, keep))
+    if inputs.prints_date and (day := dated.tokens.date):
+        logger.info("the chat template prints the date; it is %s in this run", day)
+        by_first(processes, lambda: keep_date(config, day))
     if sharded:
         shard(
             inputs.model,
@@ -135,20 +143,23 @@ def _encoded(
     tokenizer: PreTrainedTokenizerBase,
     sources: Sequence[DataSource],
     argument: str,
-) -> list[EncodedPair]:
+) -> tuple[list[EncodedPair], bool]:
+    """The pairs of some sources, and whether the chat template writes the date into them."""
     if not sources:
-        return []
+        return [], False
     concise = None
     if config.concise is not None:
         concise = ConciseRule(token_counter(tokenizer), config.concise)
     pairs = read_sources(sources, config.objectives, concise=concise)
     encoded, report = encode_pairs(tokenizer, pairs, config.tokens)
     logger.info("%s: %s", argument, report)
+    for sentence in report.warnings():
+        logger.warning("%s: %s", argument, sentence)
     if not encoded:
         raise ValueError(
             f"`{argument}` holds no usable pair ({report}); raise `tokens.max_length` or mend it"
         )
-    return encoded
+    return encoded, report.prints_date
 
 
 def _check_pairs_fit(model: PreTrainedModel, pairs: Sequence[EncodedPair], tokens: int) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from raco_fast.dpo.data.saved_template import saved_template
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 from raco_fast.dpo.losses.registry import described
 from raco_fast.dpo.models import ModelOptions
@@ -65,6 +66,7 @@ def save_trained_model(
         # An adapter that is the reference stays where it was.
         only = {"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}
         model.save_pretrained(partial, state_dict=weights, **only)  # type: ignore[operator]
+        tokenizer.chat_template = saved_template(tokenizer, summary.config.tokens)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(model_card(summary), encoding="utf-8")
     return folder
