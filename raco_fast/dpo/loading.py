@@ -42,8 +42,12 @@ def source_of(name: str, argument: str = "model.name") -> tuple[str, dict[str, s
         ValueError: there is no such folder or file, or the package gguf is missing.
     """
     path = Path(name).expanduser()
+    try:
+        there, folder = path.exists(), bool(name) and path.is_dir()
+    except OSError:  # a name that is too long, or a folder that may not be looked into
+        there = folder = False
     if path.suffix == ".gguf":
-        if not path.is_file():
+        if not there or folder:
             raise ValueError(f"`{argument}`: no GGUF file at {name!r}; check the path")
         if find_spec("gguf") is None:
             raise ValueError(
@@ -51,10 +55,10 @@ def source_of(name: str, argument: str = "model.name") -> tuple[str, dict[str, s
                 f"pip install 'raco-fast[gguf]'"
             )
         return str(path.parent.resolve()), {"gguf_file": path.name}
-    if path.is_dir():
+    if folder:
         return str(path.resolve()), {}
     looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if path.exists() or looks_like_a_path or not name:
+    if there or looks_like_a_path or len(name) > 200:
         raise ValueError(
             f"`{argument}` must be a folder with a saved model, a .gguf file or a hub name "
             f"('organisation/name'); {name!r} is none of them on this machine"
@@ -88,7 +92,7 @@ def load_tokenizer_of(name: str, argument: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     source, of_file = source_of(name, argument)
-    cure = "use a folder with the tokenizer's files, or name one as `model.tokenizer`"
+    cure = "use a complete copy of it, or name another tokenizer as `model.tokenizer`"
     with LoadErrors(argument, name, cure):
         tokenizer = AutoTokenizer.from_pretrained(source, **of_file)
         if tokenizer.pad_token_id is None:

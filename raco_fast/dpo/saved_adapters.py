@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CURE = "use a whole adapter folder, as PEFT's `save_pretrained` writes it"
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _RECORDED = "base_model_name_or_path"
 # What a PEFT config says that changes neither what is computed nor what is trained.
 _NO_SETTING = {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping"}
@@ -77,6 +78,10 @@ def find_adapter(options: ModelOptions) -> SavedAdapter | None:
         raise ValueError(
             f"`model.name`: {options.name!r} holds a model (config.json) and an adapter "
             f"(adapter_config.json), and one of them would be left out; move one elsewhere"
+        )
+    if Path(source).is_dir() and not any(Path(source, file).is_file() for file in _WEIGHTS):
+        raise ValueError(
+            f"`model.name`: the adapter {options.name!r} has no {' or '.join(_WEIGHTS)}; {_CURE}"
         )
     from peft import PeftConfig
 

@@ -105,7 +105,9 @@ def test_a_missing_gguf_package_is_one_clear_message(tmp_path, monkeypatch):
         load(file)
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/no/such/model", "~/no-such-model", "a/b/c"])
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "/no/such/model", "~/no-such-model", "a/b/c", "", "x" * 300]
+)
 def test_a_path_that_is_not_there(name):
     with pytest.raises(ValueError, match=r"`model.name` must be a folder") as error:
         load(name)

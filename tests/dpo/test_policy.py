@@ -189,6 +189,11 @@ def test_a_head_that_was_trained_whole_may_not_be_missing(adapter):
     save_file({k: t for k, t in tensors.items() if "lm_head" not in k}, file)
     with pytest.raises(ValueError, match=r"'.*adapter' cannot be loaded: KeyError: .*lm_head"):
         policy(file.parent)
+    file.unlink()
+    with pytest.raises(
+        ValueError, match=r"'.*adapter' has no adapter_model.safetensors or adapter"
+    ):
+        policy(file.parent)
 
 
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True")
