@@ -8,6 +8,7 @@ gradient.
 from __future__ import annotations
 
 import logging
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ def source_of(name: str, argument: str = "model.name") -> tuple[str, dict[str, s
     Raises:
         ValueError: there is no such folder or file, or the package gguf is missing.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # Path's own fails where there is no such user
     try:
         there, folder = path.exists(), bool(name) and path.is_dir()
     except OSError:  # a name that is too long, or a folder that may not be looked into

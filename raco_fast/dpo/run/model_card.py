@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def model_card(summary: TrainingSummary) -> str:
 
     model, found = summary.config.model, summary.found
     base = model.name if found is None else found.base
-    on_this_machine = Path(base).expanduser().exists()
+    on_this_machine = Path(os.path.expanduser(base)).exists()
     header = ModelCardData(
         library_name="peft" if trains_adapter(model, found) else "transformers",
         base_model=None if on_this_machine else base,  # the hub takes hub names only
