@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from raco_fast.dpo.decoders import unwrap
 from raco_fast.dpo.load_errors import LoadErrors
-from raco_fast.dpo.logps import unwrap
+from raco_fast.dpo.modes import evaluating
 from raco_fast.dpo.sharded import free_gathered
 
 
@@ -19,19 +20,18 @@ def check_causal(model: nn.Module, input_ids: Tensor) -> None:
         ValueError: it moves, as an encoder's predictions do, which sees the tokens that it is to
             predict; or the model cannot be run.
     """
-    causal_lm, was_training = unwrap(model), model.training
+    causal_lm = unwrap(model)
     known, name = causal_lm.get_input_embeddings().weight.shape[0], type(causal_lm).__name__
-    model.eval()
     row = input_ids[None, :64]
     half = (row.shape[1] + 1) // 2
     other = row.clone()
     other[:, half:] = (row[:, half:] + 1) % known
-    with LoadErrors("model", name, "use a model whose config.json belongs to its weights"):
+    cure = "use a model whose config.json belongs to its weights"
+    with LoadErrors("model", name, cure), evaluating(model):
         ours, theirs = (
             model(input_ids=ids, use_cache=False).logits[0, :half].float() for ids in (row, other)
         )
     free_gathered(model)
-    model.train(was_training)
     moved, size = (ours - theirs).abs().max(), ours.abs().max()
     # A matrix product of the same shape rounds each row alike; a later token moves far more.
     tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-2

@@ -16,12 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raco_fast.dpo.load_errors import LoadErrors
-from raco_fast.dpo.models import (
-    DTYPES,
-    ModelOptions,
-    enable_checkpointing,
-    switch_off_dropout,
-)
+from raco_fast.dpo.models import DTYPES, ModelOptions, enable_checkpointing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -148,8 +143,9 @@ def load_causal_lm(
             f"`{argument}`: no adapter can be trained on {name!r}, whose quantization "
             f"({_method(model.config)}) has no gradients; use the model it was made from"
         )
-    if not options.dropout:
-        switch_off_dropout(model)
+    # RWKV divides its weights in place whenever it is evaluated, and would save them so.
+    if getattr(model.config, "rescale_every", 0):
+        model.config.rescale_every = 0
     if options.gradient_checkpointing:
         enable_checkpointing(model)
     return model

@@ -17,12 +17,12 @@ from raco_fast.dpo.data.batches import pair_length
 from raco_fast.dpo.data.pairs import ConciseRule
 from raco_fast.dpo.data.sources import DataSource, read_sources
 from raco_fast.dpo.data.tokenization import EncodedPair, encode_pairs, token_counter
-from raco_fast.dpo.logps import check_head
 from raco_fast.dpo.losses.registry import check_soft
 from raco_fast.dpo.models import decoder_layers, pick_device
 from raco_fast.dpo.policy import KeepBase, Policy, load_base_model, load_tokenizer, make_policy
 from raco_fast.dpo.run.base_folder import keep_base
 from raco_fast.dpo.run.config import TrainConfig
+from raco_fast.dpo.run.divergence import names_of_not_finite
 from raco_fast.dpo.run.template_date import keep_date, with_date
 from raco_fast.dpo.run.together import by_first, together
 from raco_fast.dpo.sharded import device_of, shard
@@ -56,14 +56,10 @@ class RunInputs:
         """The policy's model."""
         return self.policy.model
 
-    def check_head(self) -> None:
-        """Run the model on a pair; ValueError if it cannot, sees the tokens that it is to predict,
-        or has a kind of head that is not known.
-        """
+    def check_causal(self) -> None:
+        """Run the model on a pair; ValueError if it cannot, or sees the tokens to be predicted."""
         probe = torch.tensor(self.training[0].prompt_ids + self.training[0].a_ids)
-        ids = probe.to(device_of(self.model))
-        check_causal(self.model, ids)
-        check_head(self.model, ids)
+        check_causal(self.model, probe.to(device_of(self.model)))
 
 
 def load_inputs(
@@ -77,7 +73,7 @@ def load_inputs(
     Raises:
         ValueError, FileNotFoundError: bad model path; unreadable files, bad rows (file and line
             named), an objective for which no training pair is labelled, soft labels for a loss that
-            has no form for them; pairs that the model cannot read.
+            has no form for them; pairs that the model cannot read; weights that are not finite.
     """
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
@@ -98,6 +94,7 @@ def load_inputs(
     pad_id = tokenizer.pad_token_id
     pad_id = pad_id if isinstance(pad_id, int) and pad_id < _known_tokens(base) else 0
     policy = make_policy(base, config.model, keep_base)
+    _check_finite(config.model.name, policy.model)
     prints_date = printed or printed_too
     return RunInputs(tokenizer, pad_id, training, held_out, policy, prints_date)
 
@@ -106,7 +103,7 @@ def load_on_all(config: TrainConfig, processes: Processes) -> RunInputs:
     """`load_inputs` on every process, the model sharded over them if the config says so.
 
     Raises:
-        ValueError, OSError: as `load_inputs`, on any process; an unknown kind of head.
+        ValueError, OSError: as `load_inputs`, on any process; no causal language model.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -131,7 +128,7 @@ def load_on_all(config: TrainConfig, processes: Processes) -> RunInputs:
             cpu_offload=parallel.cpu_offload,
             reshard=parallel.reshard,
         )
-    inputs.check_head()
+    inputs.check_causal()
     if processes.size > 1:
         # Until here all have drawn the same: an adapter's first values. Dropout is each one's own.
         torch.manual_seed(config.seed + processes.rank)
@@ -162,6 +159,17 @@ def _encoded(
     return encoded, report.prints_date
 
 
+def _check_finite(name: str, model: nn.Module) -> None:
+    """Raise ValueError, naming the first, if weights are not finite before any training."""
+    wrong = names_of_not_finite(model.named_parameters())
+    if wrong:
+        raise ValueError(
+            f"`model.name` must name a model with finite weights, got {name!r} with a NaN or an "
+            f"infinity in {len(wrong)} parameter(s), the first {wrong[0]!r}; it may have diverged "
+            f"in training, or be too large for `model.dtype`: take another checkpoint of it"
+        )
+
+
 def _check_pairs_fit(model: PreTrainedModel, pairs: Sequence[EncodedPair], tokens: int) -> None:
     """Raise ValueError if a pair is longer than the model can read or uses tokens it lacks.
 
@@ -179,7 +187,7 @@ def _check_pairs_fit(model: PreTrainedModel, pairs: Sequence[EncodedPair], token
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for pair in pairs:
         length, largest = pair_length(pair), max(pair.prompt_ids + pair.a_ids + pair.b_ids)
-        if limit is not None and length > limit:
+        if limit is not None and 0 < limit < length:  # XLNet says -1: no limit
             raise ValueError(
                 f"`tokens.max_length` must be at most the model's {limit} positions, got a pair of "
                 f"{length} tokens ({pair.id!r}); lower `tokens.max_length`"
