@@ -119,7 +119,7 @@ def test_truncated_gzip_names_the_line(write):
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"`path` must be a data file, got '.*none\.jsonl'"):
         read_pairs(tmp_path / "none.jsonl", ["helpful"])
-    with pytest.raises(FileNotFoundError, match="does not exist or is no file"):
+    with pytest.raises(FileNotFoundError, match="which is a folder; name a file in it"):
         read_pairs(tmp_path, ["helpful"])
 
 
@@ -134,10 +134,10 @@ UNUSABLE = [
     (make_row(a="no", b=" no\n"), r"`responses` must differ, got two identical ones"),
     (make_row(a=""), r"`response a` must hold text, got an empty response"),
     (make_row(b=" \n"), r"`response b` must hold text, got an empty response"),
-    (make_row(prompt=[]), r"`prompt` must end with a user turn, got no turns"),
+    (make_row(prompt=[]), r"`prompt` must end with a user or tool turn, got no turns"),
     (
         make_row(prompt=[USER, {"role": "assistant", "content": "so"}]),
-        r"`prompt` must end with a user turn, got the role 'assistant' at its end",
+        r"`prompt` must end with a user or tool turn, got the role 'assistant' at its end",
     ),
     (
         make_row(prompt=[{"role": "user", "content": " "}]),
