@@ -94,18 +94,16 @@ _KINDS = (
 _COLUMN = r"\s*\"?[A-Za-z_][\w .-]*\"?\s*"
 
 
-def check_kind(file: Path, head: bytes, packed: bool = False) -> None:
+def check_kind(file: Path, head: bytes) -> None:
     """Raise if a file is of a kind that is known and no JSON Lines.
 
     Args:
         file: for its name.
-        head: its first bytes, 512 or more where it has as many.
-        packed: these were packed with gzip.
+        head: its first bytes, 512 or more where it has as many; unpacked, where it is packed with
+            gzip.
     Raises:
         ValueError: names the file, what it is, and how to make JSON Lines of it.
     """
-    if head.startswith(GZIP_MAGIC) and not packed:
-        return  # packed data: what is inside counts
     inner = file.with_suffix("") if file.suffix.lower() == ".gz" else file
     kind = _kind_of(head, inner.suffix.lower())
     if kind is None:
@@ -129,13 +127,20 @@ def _kind_of(head: bytes, suffix: str) -> FileKind | None:
         return _TAR
     if head[8:10] == b'{"' and head[4:8] == bytes(4):  # the header's length, and it begins
         return _TENSORS
-    lines = head.decode("utf-8-sig", "replace").splitlines()
-    texts = [line.strip() for line in lines if line.strip()]
-    if not texts or any(text.startswith(("{", "[")) for text in texts):
-        return None  # JSON, perhaps damaged
-    if re.match(r"<!doctype html|<html", texts[0], re.IGNORECASE):
+    return _kind_of_text(head.decode("utf-8-sig", "replace"), suffix)
+
+
+def _kind_of_text(head: str, suffix: str) -> FileKind | None:
+    """The kind of a file without a magic; None where it may be JSON, perhaps damaged."""
+    lines = [line.strip() for line in head.splitlines() if line.strip()]
+    if not lines or lines[0].startswith(("{", "[")):
+        return None
+    if re.match(r"<!doctype html|<html", lines[0], re.IGNORECASE):
         return _WEB_PAGE
+    named = next((kind for kind in _KINDS if suffix in kind.suffixes), None)
+    if named is not None or any(line.startswith("{") for line in lines):
+        return named
     for kind, mark in ((_CSV, ","), (_TSV, "\t")):
-        if re.fullmatch(rf"{_COLUMN}(?:{mark}{_COLUMN})+", texts[0]):
+        if re.fullmatch(rf"{_COLUMN}(?:{mark}{_COLUMN})+", lines[0]):
             return kind
-    return next((kind for kind in _KINDS if suffix in kind.suffixes), None)
+    return None

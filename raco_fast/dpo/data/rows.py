@@ -62,12 +62,13 @@ def read_rows(path: str | Path) -> Iterator[Row | RowError]:
     """
     file = Path(path)
     _check_is_file(file)
-    with _named(file), file.open("rb") as raw:
-        head = raw.read(_HEAD)
+    with _named(file):
+        with file.open("rb") as raw:
+            head = raw.read(_HEAD)
+        packed = head.startswith(GZIP_MAGIC)
+        if packed:
+            head = _unpacked_head(file)
     check_kind(file, head)
-    packed = head.startswith(GZIP_MAGIC)
-    if packed:
-        check_kind(file, _unpacked_head(file), packed=True)
     row = None
     with _named(file), gzip.open(file, "rb") if packed else file.open("rb") as stream:
         for row in _rows(file, cast(BinaryIO, stream), FieldUse()):

@@ -105,9 +105,10 @@ def test_what_a_file_holds_counts_for_more_than_its_name(tmp_path, suffix):
     assert len(read_sources([str(file)], ["x"])) == 1
 
 
-def test_a_table_of_one_column_is_known_by_its_name(tmp_path):
+@pytest.mark.parametrize("text", ["prompt\nwhy?\n", 'a,b\n"so\n{why}",yes\n'])
+def test_a_table_that_does_not_look_like_one_is_known_by_its_name(tmp_path, text):
     file = tmp_path / "x.csv"
-    file.write_text("prompt\nwhy?\n")
+    file.write_text(text)
     with pytest.raises(ValueError, match=r"x.csv: a data file must be .*, got a CSV table"):
         read_sources([str(file)], ["x"])
 
@@ -128,3 +129,9 @@ def test_what_is_no_file(tmp_path):
         read_sources([str(tmp_path / "pipe")], ["x"])
     with pytest.raises(FileNotFoundError, match=r"none.jsonl', which is not there; check the path"):
         read_sources([str(tmp_path / "none.jsonl")], ["x"])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="a file that nobody can read")
+def test_a_file_that_cannot_be_read_is_named():
+    with pytest.raises(OSError, match=r"^/proc/self/mem: a data file must be readable, got \[Errno"):
+        read_sources(["/proc/self/mem"], ["x"])
