@@ -51,7 +51,7 @@ def read_rows(path: str | Path) -> Iterator[Row | RowError]:
     """Yield the rows of a data file in order, without reading further than asked.
 
     A row that cannot be read is yielded as the error that says why: an empty line, bad JSON, not
-    UTF-8, not an object, a key twice, half a character, a number that no computer holds.
+    UTF-8, not an object, a key twice, half a character, a number of hundreds of digits.
 
     Args:
         path: JSON Lines or one JSON list, UTF-8; gzip is recognised by content, not by name.

@@ -1,9 +1,9 @@
 """JSON as data files hold it, read so that nothing is lost and nothing fails later.
 
 Python's decoder keeps the last of two equal keys, makes half a character of a lone surrogate (which
-no tokenizer can encode), stops at numbers of more than 4300 digits without saying where, and ends
-in a RecursionError where values are nested deeply. Here each of them is a fault of the value, and
-the reader knows where the value ends and can go on behind it.
+no tokenizer can encode), reads whole numbers that no float64 holds, fails at longer ones without
+saying where, and ends in a RecursionError where values are nested deeply. Here each of them is a
+fault of the value, and the reader knows where the value ends and can go on behind it.
 """
 
 import json
@@ -15,6 +15,9 @@ from raco_fast.dpo.data.values import show
 
 MAX_DEPTH = 100
 """Lists and objects in one another: comparing and writing values recurses as deep as they go."""
+
+MAX_DIGITS = 300
+"""Of a whole number; all of them are finite in float64."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -42,7 +45,7 @@ class _Repeating(dict[str, Any]):
 
 @dataclass(frozen=True)
 class _LongNumber:
-    """In place of a whole number that Python does not read."""
+    """In place of a whole number of too many digits."""
 
     digits: int
 
@@ -91,10 +94,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(digits: str) -> int | _LongNumber:
-    try:
-        return int(digits)
-    except ValueError:  # more than sys.get_int_max_str_digits()
-        return _LongNumber(len(digits.lstrip("-")))
+    length = len(digits.lstrip("-"))
+    return int(digits) if length <= MAX_DIGITS else _LongNumber(length)
 
 
 _JSON = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
@@ -133,7 +134,7 @@ def _own_fault(field: str | None, value: Any, depth: int) -> Fault | None:
         rule, found = "hold whole characters", r"half a surrogate pair (\ud800 to \udfff alone)"
         return Fault(field, rule, found, "a text was cut inside a character, write it again")
     if isinstance(value, _LongNumber):
-        rule, found = "hold numbers that a computer can hold", f"one of {value.digits} digits"
+        rule, found = f"hold numbers of at most {MAX_DIGITS} digits", f"one of {value.digits}"
         return Fault(field, rule, found, "correct the number")
     if isinstance(value, _Repeating):
         rule, found = "have every key once in an object", f"{show(value.repeated)} again"

@@ -10,17 +10,14 @@ def show(value: object) -> str:
     """A label or a name: as written when it is short and one word, else as `shape` has it."""
     if isinstance(value, str):
         return repr(value) if _NAME.fullmatch(value) else shape(value)
-    if value is None or isinstance(value, (bool, float)):
-        return repr(value)
-    if isinstance(value, int) and abs(value) < 10**40:
-        return repr(value)
+    if value is None or isinstance(value, (bool, int, float)):
+        text = repr(value)
+        return text if len(text) <= 40 else f"{type(value).__name__} of {len(text)} digits"
     return shape(value)
 
 
 def shape(value: object) -> str:
     """Prompt or response content: type and length, never the text."""
-    if isinstance(value, int) and abs(value) >= 10**40:
-        return f"int of about {int(value.bit_length() * 0.30103)} digits"
     size = f" of length {len(value)}" if isinstance(value, (str, list, dict)) else ""
     return f"{type(value).__name__}{size}"
 

@@ -83,13 +83,8 @@ def as_number(row: Row, name: str, value: object) -> float:
 
 
 def as_float(value: object) -> float:
-    """A number as float64: NaN where it is none, infinite where it is too large."""
-    if not is_number(value):
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
+    """A number as float64, NaN where it is none; whole numbers of a file are never too large."""
+    return float(value) if is_number(value) else math.nan
 
 
 def as_label(row: Row, name: str, value: object) -> int:
