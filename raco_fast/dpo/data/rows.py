@@ -9,9 +9,10 @@ Messages never quote prompts or responses, which may be private or harmful; they
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -110,19 +111,35 @@ def _unpacked_head(file: Path) -> bytes:
 
 
 def _rows(file: Path, stream: BinaryIO, use: FieldUse) -> Iterator[Row | RowError]:
-    lines = _decoded_lines(file, stream)
-    for number, line in lines:
-        where = f"{file}:{number}"
-        if isinstance(line, RowError):
-            yield line
-        elif number == 1 and line.lstrip().startswith("["):
-            yield from _list_rows(file, line + "".join(_readable(lines)), use)
+    lines: Iterable[tuple[int, str | RowError]] = _decoded_lines(file, stream)
+    first = next(iter(lines), None)
+    if first is None:
+        return
+    if isinstance(first[1], str) and first[1].lstrip().startswith("["):
+        lines = list(lines)
+        if _is_blank(lines) or not _is_one_list(first[1]):
+            yield from _list_rows(file, first[1] + "".join(_readable(lines)), use)
             return
-        else:
-            yield _row_of_line(where, number, line, use)
+    for number, line in chain([first], lines):
+        yield _row_of_line(f"{file}:{number}", number, line, use)
 
 
-def _row_of_line(where: str, number: int, line: str, use: FieldUse) -> Row | RowError:
+def _is_one_list(line: str) -> bool:
+    """Whether a line holds a whole JSON list: with more behind it, it is a bad row."""
+    try:
+        decode(line)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def _is_blank(lines: Iterable[tuple[int, str | RowError]]) -> bool:
+    return not any(isinstance(line, RowError) or line.strip() for _, line in lines)
+
+
+def _row_of_line(where: str, number: int, line: str | RowError, use: FieldUse) -> Row | RowError:
+    if isinstance(line, RowError):
+        return line
     if not line.strip():
         return RowError(
             f"{where}: a line must hold one JSON object, got an empty line; "
@@ -160,7 +177,7 @@ def _decoded_lines(file: Path, stream: BinaryIO) -> Iterator[tuple[int, str | Ro
             )
 
 
-def _readable(lines: Iterator[tuple[int, str | RowError]]) -> Iterator[str]:
+def _readable(lines: Iterable[tuple[int, str | RowError]]) -> Iterator[str]:
     """The lines of a JSON list, none of which can be left out."""
     for _, line in lines:
         if isinstance(line, RowError):

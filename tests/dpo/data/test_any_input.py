@@ -195,8 +195,8 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 def doubled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows and the same once more, with another prompt and another id."""
-    again = json.loads(json.dumps(rows).replace(ASK, f"{ASK} and").replace("r-1", "r-2"))
-    return [*copy.deepcopy(rows), *again]
+    text = json.dumps(rows)
+    return json.loads(text) + json.loads(text.replace(ASK, f"{ASK} and").replace("r-1", "r-2"))
 
 
 @st.composite
@@ -224,11 +224,11 @@ def change(draw: st.DrawFn, found: list[tuple[Any, Any]]) -> None:
     holder, key = draw(st.sampled_from(found))
     match draw(st.sampled_from(("change", "change", "change", "remove", "add", "copy"))):
         case "change":
-            holder[key] = draw(VALUES)
+            holder[key] = copy.deepcopy(draw(VALUES))
         case "remove":
             del holder[key]
         case "add" if isinstance(holder, dict):
-            holder[draw(KEYS)] = draw(VALUES)
+            holder[draw(KEYS)] = copy.deepcopy(draw(VALUES))
         case _:
             other, place = draw(st.sampled_from(found))
             holder[key] = copy.deepcopy(other[place])

@@ -51,7 +51,9 @@ def words(text):
     return len(text.split())
 
 
-@pytest.mark.parametrize("container", ["jsonl", "no newline at the end", "gzip", "list", "bom"])
+@pytest.mark.parametrize(
+    "container", ["jsonl", "no newline at the end", "gzip", "list", "list and empty lines", "bom"]
+)
 def test_containers_hold_the_same_pairs(write, container):
     rows = [make_row("x", a="über"), make_row("y", helpful=-1)]
     text = lines(*rows)
@@ -61,6 +63,7 @@ def test_containers_hold_the_same_pairs(write, container):
         "gzip": gzip.compress(text.encode()),
         "list": json.dumps(rows, indent=1) + "\n",
         "bom": "\ufeff" + text,
+        "list and empty lines": json.dumps(rows) + "\n\n \n",
     }[container]
     pairs = read_pairs(write(content), ["helpful"])
     expected = PreferencePair("x", [USER], "über", "no", {"helpful": 1})
