@@ -179,6 +179,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     losses = {name: described(loss) for name, loss in config.objective_losses.items()}
     given = {**dataclasses.asdict(config), "losses": losses}
     settings: dict[str, Any] = json.loads(json.dumps(given))
+    del settings["tokens"]["date"]  # kept with the run; a hash of the pairs' tokens is compared
     return {name: value for name, value in settings.items() if name not in _NOT_COMPARED}
 
 

@@ -18,10 +18,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from raco_fast.dpo.data.formats.registry import FORMATS
-from raco_fast.dpo.data.pairs import ConciseRule
+from raco_fast.dpo.data.pairs import ConciseRule, PreferencePair
 from raco_fast.dpo.data.rendering import TokenOptions
 from raco_fast.dpo.data.sources import DataSource, read_sources
-from raco_fast.dpo.data.tokenization import encode_pairs
+from raco_fast.dpo.data.tokenization import EncodedPair, encode_pairs
 
 SECRET = "sekret"  # in every text of the rows
 ASK, YES, NO = f"why {SECRET} ?", f"yes {SECRET} !", f"no {SECRET} !"
@@ -166,21 +166,24 @@ class Reader:
             assert all(-1 <= label <= 1 for label in pair.preferences.values())
             assert pair.prompt[-1]["role"] in ("user", "tool")
             assert (pair.response_a, pair.answer_a) != (pair.response_b, pair.answer_b)
-        options = TokenOptions(special_text="drop")
-        message = message_of(lambda: encode_pairs(self.tokenizer, pairs, options))
+        template = TEMPLATE if len(content) % 3 else None
+        message = message_of(lambda: self.encode(pairs, template))
         assert message.startswith("pair ") or not message
+
+    def encode(self, pairs: list[PreferencePair], template: str | None) -> list[EncodedPair]:
+        self.tokenizer.chat_template = template
+        return encode_pairs(self.tokenizer, pairs, TokenOptions(special_text="drop"))[0]
 
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory) -> Reader:
-    """With a tokenizer of bytes, whose template writes everything that a pair can hold."""
+    """With a tokenizer of bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = ["<end>", *alphabet]
     core = Tokenizer(models.BPE(vocab={c: k for k, c in enumerate(names)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
-    tokenizer.chat_template = TEMPLATE
     return Reader(tmp_path_factory.mktemp("any"), tokenizer)
 
 
@@ -288,7 +291,7 @@ def test_the_rows_that_are_changed_are_read_as_they_are(reader):
         (reader.folder / "valid.jsonl").write_text("\n".join(map(json.dumps, rows)))
         source = DataSource(str(reader.folder / "valid.jsonl"), columns=columns)
         pairs = read_sources([source], objectives)
-        encoded, _ = encode_pairs(reader.tokenizer, pairs)
+        encoded = reader.encode(pairs, TEMPLATE)
         assert len(encoded) == (1 if name == "helpsteer2" else len(rows))
 
 
