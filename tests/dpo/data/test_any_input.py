@@ -293,6 +293,12 @@ def test_the_rows_that_are_changed_are_read_as_they_are(reader):
         pairs = read_sources([source], objectives)
         encoded = reader.encode(pairs, TEMPLATE)
         assert len(encoded) == (1 if name == "helpsteer2" else len(rows))
+        if name == "raco":
+            (pair,) = encoded
+            prompt, answer = map(reader.tokenizer.decode, (pair.prompt_ids, pair.a_ids))
+            parts = (f"be {SECRET}", f"{SECRET} 2", f'{{"zone": "{SECRET} 1"}}', f"noon {SECRET}")
+            assert all(part in prompt for part in parts)  # system, tools, a call, what it gave
+            assert f"{SECRET} 3" in answer
 
 
 @pytest.mark.parametrize("name", ROWS)
