@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,8 @@ class Reader:
             assert all(-1 <= label <= 1 for label in pair.preferences.values())
             assert pair.prompt[-1]["role"] in ("user", "tool")
             assert (pair.response_a, pair.answer_a) != (pair.response_b, pair.answer_b)
+        # Messages about a pair give its id as it is, which a change may have made a text.
+        pairs = [replace(pair, id=f"p-{k}") for k, pair in enumerate(pairs)]
         template = TEMPLATE if len(content) % 3 else None
         message = message_of(lambda: self.encode(pairs, template))
         assert message.startswith("pair ") or not message
