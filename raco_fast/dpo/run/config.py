@@ -48,6 +48,8 @@ class TrainConfig:
         warmup_ratio: share of the steps spent warming up linearly.
         epochs: passes over the data.
         max_steps: stop after so many optimizer steps; None runs all epochs.
+        max_skipped_steps: steps in a row that may be skipped because a loss or gradient is not
+            finite; at so many the run ends with an error. None never ends it.
         pairs_per_step: pairs in one optimizer step, of all processes together.
         pairs_per_micro_batch: pairs that a process holds in memory at once; divides a step into
             micro-batches.
@@ -89,6 +91,7 @@ class TrainConfig:
     warmup_ratio: float = 0.1
     epochs: int = 1
     max_steps: int | None = None
+    max_skipped_steps: int | None = 10
     pairs_per_step: int = 16
     pairs_per_micro_batch: int = 4
     chunk_tokens: int = 256
@@ -124,7 +127,14 @@ class TrainConfig:
                 f"{sorted(self.weights)}; add it there or leave `concise` out"
             )
         counts = ("epochs", "pairs_per_step", "pairs_per_micro_batch", "chunk_tokens", "log_every")
-        for name in (*counts, "max_steps", "eval_every", "save_every", "check_every"):
+        for name in (
+            *counts,
+            "max_steps",
+            "max_skipped_steps",
+            "eval_every",
+            "save_every",
+            "check_every",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}")
@@ -170,7 +180,14 @@ class TrainConfig:
 # Settings that may change on `--resume`. What these two come to is compared in `losses`,
 _NOT_COMPARED = {"loss", "loss_options"}
 # and none of the others changes what is learnt, but by rounding.
-_NOT_COMPARED |= {"eval_data", "eval_every", "save_every", "log_every", "tensorboard"}
+_NOT_COMPARED |= {
+    "max_skipped_steps",
+    "eval_data",
+    "eval_every",
+    "save_every",
+    "log_every",
+    "tensorboard",
+}
 _NOT_COMPARED |= {"output_dir", "cache_dir", "gradient_mode", "check_every", "parallel"}
 
 

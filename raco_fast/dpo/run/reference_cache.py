@@ -20,6 +20,7 @@ from tqdm import tqdm
 from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.data.batches import micro_batches
 from raco_fast.dpo.data.tokenization import EncodedPair, collate
+from raco_fast.dpo.modes import evaluating
 from raco_fast.dpo.run.files import atomic_file
 from raco_fast.dpo.run.together import by_first
 from raco_fast.dpo.scoring import ReferenceLogps, adapter_off, pair_logps
@@ -111,10 +112,8 @@ def compute_reference(
     processes, place = Processes(), {pair.id: k for k, pair in enumerate(pairs)}
     rank, size = processes.rank, processes.size
     values = torch.full((len(pairs), 2), -torch.inf)
-    was_training = model.training
-    model.eval()
     progress = tqdm(total=len(pairs), desc="reference", unit="pair", disable=quiet or rank > 0)
-    with adapter_off(model), progress:
+    with evaluating(model), adapter_off(model), progress:
         for group in micro_batches(pairs, batch_pairs, rank, size):
             batch = collate(group, pad_id)
             logps = pair_logps(model, batch, chunk_tokens, [tail])
@@ -122,7 +121,6 @@ def compute_reference(
             progress.update(min(size * len(group), len(pairs) - progress.n))
         # With the adapter still off: what is freed forgets that the adapter was switched on.
         free_gathered(model)
-    model.train(was_training)
     # A pair that two processes have scored, one to fill its last batch, keeps one of the values.
     both = processes.largest(values).tolist()
     return ReferenceLogps({pair.id: (a, b) for pair, (a, b) in zip(pairs, both, strict=True)})
