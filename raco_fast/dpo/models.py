@@ -1,24 +1,22 @@
-"""Loading the policy: any Hugging Face causal LM, a GGUF file, LoRA on top."""
+"""The options of a policy, and what is asked of any language model: device, layers, identity."""
 
 from __future__ import annotations
 
 import hashlib
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from raco_fast.dpo.data.choices import check_choices
 from raco_fast.dpo.decoders import decoder_of, unwrap
 from raco_fast.dpo.launch import launched
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -47,19 +45,29 @@ class ModelOptions:
     """Where the policy comes from and how it is held.
 
     Args:
-        name: hub name, folder, or a .gguf file.
+        name: hub name, folder, or a .gguf file; of a model, or of an adapter that PEFT has saved.
         tokenizer: hub name or folder when it is not the model's own.
+        adapter: what becomes of that adapter. `continue` trains it on, with its own rank, scale and
+            modules. `merge` adds it to its base's weights, rounded to `dtype`; what `lora` says
+            is trained on the result. With `reference` it is the reference, and a fresh one, which
+            `lora` describes, is trained from the base.
+        reference: of a continued adapter: `initial`, the policy before training, or `base`, its
+            base alone.
+        base: the model below the adapter, where that is not what its adapter_config.json names.
         dtype: dtype of the weights.
         device: "auto" takes CUDA where there is one; of several processes, each its own GPU.
         gradient_checkpointing: recompute activations in the backward pass.
         dropout: train with the model's own dropout, and whatever else it does in training alone.
             By default it learns in the mode in which its reference is scored, so that the two are
             compared without noise. An adapter's dropout is `lora.dropout`.
-        lora: train an adapter; None trains every weight.
+        lora: train a fresh adapter; None trains every weight, or a continued adapter.
     """
 
     name: str
     tokenizer: str | None = None
+    adapter: Literal["continue", "merge", "reference"] = "continue"
+    reference: Literal["initial", "base"] = "initial"
+    base: str | None = None
     dtype: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
     gradient_checkpointing: bool = False
@@ -69,6 +77,16 @@ class ModelOptions:
     def __post_init__(self) -> None:
         check_choices(self)
         pick_device(self.device)
+        if self.reference == "base" and self.adapter != "continue":
+            raise ValueError(
+                f"`model.reference: base` is for `model.adapter: continue`, got {self.adapter!r}; "
+                f"leave one of them out"
+            )
+        if self.adapter == "reference" and self.lora is None:
+            raise ValueError(
+                "`model.adapter: reference` needs `model.lora`, the adapter to train, got None; "
+                "set it, or use `model.adapter: merge` to start from the adapter"
+            )
 
 
 def pick_device(device: str) -> torch.device:
@@ -109,101 +127,11 @@ def _gpu_of(local_rank: int, device: str) -> str:
     return f"cuda:{local_rank}"
 
 
-def _source(name: str) -> tuple[str, dict[str, str]]:
-    """`from_pretrained` arguments of a hub name, a folder or a GGUF file."""
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"`model`: no GGUF file at {name!r}; check the path")
-        if find_spec("gguf") is None:
-            raise ValueError(
-                f"`model`: reading {name!r} needs the package gguf; pip install 'raco-fast[gguf]'"
-            )
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
-        return str(path), {}
-    looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if path.exists() or looks_like_a_path:
-        raise ValueError(
-            f"`model` must be a folder with a saved model, a .gguf file or a hub name "
-            f"('organisation/name'); {name!r} is none of them on this machine"
-        )
-    return name, {}
-
-
-def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
-    """The tokenizer of `options`; its padding token defaults to its EOS token.
-
-    Raises:
-        ValueError: as `load_base_model`.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer = _from_pretrained(AutoTokenizer, options.tokenizer or options.name)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_base_model(options: ModelOptions, device: torch.device | None = None) -> PreTrainedModel:
-    """The causal LM of `options` on its device, or on `device`, before any adapter.
-
-    Raises:
-        ValueError: the path does not exist, the hub has no such model, it cannot be read, or it is
-            a GGUF file and the package gguf is missing.
-    """
-    import transformers
-
-    arguments = {"dtype": DTYPES[options.dtype]}
-    is_gguf = options.name.endswith(".gguf")
-    if is_gguf and hasattr(transformers, "GgufConfig"):  # older releases always unpack
-        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = _from_pretrained(transformers.AutoModelForCausalLM, options.name, **arguments)
-    quantizer = getattr(model, "hf_quantizer", None)
-    if is_gguf and quantizer is not None:
-        # The weights are dense now; left marked as GGUF they could not be saved or trained.
-        quantizer.remove_quantization_config(model)
-    # RWKV divides its weights in place whenever it is evaluated, and would save them so.
-    if getattr(model.config, "rescale_every", 0):
-        model.config.rescale_every = 0
-    if options.gradient_checkpointing:
-        enable_checkpointing(model)
-    return model.to(device or pick_device(options.device))
-
-
 def enable_checkpointing(model: PreTrainedModel) -> None:
     """Recompute activations in the backward pass; several backward passes may share a graph."""
     # transformers 5.23 renamed the method and its argument.
     enable = getattr(model, "activation_checkpointing_enable", None)
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
-def _from_pretrained(auto_class: Any, name: str, **arguments: Any) -> Any:
-    source, of_file = _source(name)
-    try:
-        return auto_class.from_pretrained(source, **of_file, **arguments)
-    # transformers raises OSError where there is no such model, or a file of it is missing.
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"`model`: {name!r} cannot be loaded: {error}") from error
-
-
-def add_adapter(model: PreTrainedModel, lora: LoraOptions | None) -> nn.Module:
-    """The policy to train: `model` itself, or `model` with a fresh LoRA adapter."""
-    policy: nn.Module = model
-    if lora is None:
-        return policy
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        modules_to_save=lora.modules_to_save,
-    )
-    policy = get_peft_model(model, config)
-    return policy
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -228,8 +156,13 @@ def fingerprint(model: nn.Module) -> str:
     for name in ("_name_or_path", "transformers_version"):
         config.pop(name, None)  # neither changes what the model computes
     digest = hashlib.sha256(repr(sorted(config.items())).encode())
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    hash_of_tensors(digest, [*model.named_parameters(), *model.named_buffers()])
+    return digest.hexdigest()
+
+
+def hash_of_tensors(digest: hashlib._Hash, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Feed names, shapes, dtypes and contents into a hash."""
+    for name, tensor in tensors:
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         shape = tuple(tensor.shape)
         digest.update(f"{name}{shape}{tensor.dtype}{zlib.crc32(content)}".encode())
-    return digest.hexdigest()

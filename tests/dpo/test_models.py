@@ -3,18 +3,11 @@ import shutil
 
 import pytest
 import torch
+from gguf_files import write_gguf
 
-from raco_fast.dpo import models
-from raco_fast.dpo.models import (
-    LoraOptions,
-    ModelOptions,
-    add_adapter,
-    fingerprint,
-    load_base_model,
-    load_tokenizer,
-    pick_device,
-    trainable,
-)
+from raco_fast.dpo import loading, models
+from raco_fast.dpo.models import LoraOptions, ModelOptions, fingerprint, pick_device, trainable
+from raco_fast.dpo.policy import add_adapter, load_base_model, load_tokenizer
 
 
 def load(folder, **options):
@@ -71,9 +64,9 @@ def test_a_fingerprint_sees_every_weight_and_what_the_configuration_computes(tin
 
 
 def test_a_gguf_file_becomes_dense_trainable_weights(tiny, tmp_path):
-    gguf = pytest.importorskip("gguf")
-    file = write_gguf(gguf, tiny, tmp_path / "tiny.gguf")
-    model, original = load(file), load(tiny)
+    pytest.importorskip("gguf")
+    original = load(tiny)
+    model = load(write_gguf(original, tmp_path / "tiny.gguf"))
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-4)
@@ -85,77 +78,41 @@ def test_a_gguf_file_becomes_dense_trainable_weights(tiny, tmp_path):
     assert torch.equal(saved.lm_head.weight, model.lm_head.weight)
 
 
-def write_gguf(gguf, folder, file):
-    """The tiny Llama as llama.cpp writes one: its names, its row order of q and k."""
-    model = load(folder)
-    config = model.config
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    parts = {
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }
-    for k in range(config.num_hidden_layers):
-        names |= {f"model.layers.{k}.{a}": f"blk.{k}.{b}" for a, b in parts.items()}
-    for name, tensor in model.state_dict().items():
-        weight = tensor
-        if "q_proj" in name or "k_proj" in name:
-            heads = config.num_attention_heads
-            weight = tensor.view(heads, 2, -1, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
-        writer.add_tensor(f"{names[name.removesuffix('.weight')]}.weight", weight.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
-
-
 def test_a_missing_gguf_package_is_one_clear_message(tmp_path, monkeypatch):
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
-    monkeypatch.setattr(models, "find_spec", lambda name: None if name == "gguf" else 1 / 0)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None if name == "gguf" else 1 / 0)
     with pytest.raises(
         ValueError, match=r"needs the package gguf; pip install 'raco-fast\[gguf\]'"
     ):
         load(file)
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/no/such/model", "~/no-such-model", "a/b/c"])
+@pytest.mark.parametrize(
+    "name",
+    ["./nowhere", "/no/such/model", "~/no-such-model", "~no-such-user/m", "a/b/c", "", "x" * 300],
+)
 def test_a_path_that_is_not_there(name):
-    with pytest.raises(ValueError, match="`model` must be a folder with a saved model") as error:
+    with pytest.raises(ValueError, match=r"`model.name` must be a folder") as error:
         load(name)
     assert name in str(error.value)
 
 
 def test_models_that_cannot_be_read(tmp_path, tiny):
-    with pytest.raises(ValueError, match=r"`model`: no GGUF file at '.*lost.gguf'; check the path"):
+    with pytest.raises(
+        ValueError, match=r"`model.name`: no GGUF file at '.*lost.gguf'; check the path"
+    ):
         load(tmp_path / "lost.gguf")
-    with pytest.raises(ValueError, match=r"`model`: 'nobody/such-a-model' cannot be loaded"):
+    with pytest.raises(ValueError, match=r"`model.name`: 'nobody/such-a-model' cannot be loaded"):
         load("nobody/such-a-model")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"cannot be loaded|nrecognized model"):
+    with pytest.raises(ValueError, match=r"`model.name`: .*empty.* cannot be loaded"):
         load(tmp_path / "empty")
     broken = tmp_path / "broken"
     shutil.copytree(tiny, broken)
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"`model`: '.*broken' cannot be loaded: "):
+    with pytest.raises(ValueError, match=r"`model.name`: '.*broken' cannot be loaded: "):
         load(broken)
 
 

@@ -1,13 +1,11 @@
 """A preference pair: what it holds, when it is valid, and what is derived from it."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from raco_fast.dpo.data.rows import Row, is_number, shape, show
-
-_ROLES = ("system", "user", "assistant")
+from raco_fast.dpo.data.rows import Row
+from raco_fast.dpo.data.values import show
 
 
 @dataclass(frozen=True)
@@ -61,103 +59,55 @@ class ConciseRule:
 
 
 def check_content(
-    row: Row, prompt: Sequence[Mapping[str, str]], response_a: str, response_b: str
+    row: Row,
+    prompt: Sequence[Mapping[str, Any]],
+    answer_a: tuple[str, Mapping[str, Any]],
+    answer_b: tuple[str, Mapping[str, Any]],
 ) -> None:
     """Raise unless these can be a pair: a prompt that asks, and two different, non-empty answers.
 
+    Args:
+        prompt: turns.
+        answer_a, answer_b: text, and further fields of the turn; text may be empty beside a call.
     Raises:
-        ValueError: an unknown role.
-        RowError: an empty turn or response, identical responses, or a prompt without a last user
-            turn.
+        RowError: an unknown role, an empty turn or response, identical responses, or a prompt that
+            does not end with a turn to answer.
     """
-    if not prompt or prompt[-1]["role"] != "user":
+    if not prompt or prompt[-1]["role"] not in ("user", "tool"):
         last = f"the role {show(prompt[-1]['role'])} at its end" if prompt else "no turns"
-        raise row.unusable(
-            "prompt", "end with a user turn", last, "move a final assistant turn to the responses"
+        raise row.error(
+            "prompt",
+            "end with a user or tool turn",
+            last,
+            "move a final assistant turn to the responses",
         )
     for k, turn in enumerate(prompt):
-        if turn["role"] not in _ROLES or (turn["role"] == "system" and k > 0):
-            raise row.error(
-                f"prompt[{k}].role",
-                "be 'user' or 'assistant' ('system' in the first turn only)",
-                show(turn["role"]),
-                "rename or remove the turn",
-            )
-        if not turn["content"].strip():
-            raise row.unusable(
-                f"prompt[{k}].content", "hold text", "an empty turn", "remove the row or the turn"
-            )
-    for side, text in (("a", response_a), ("b", response_b)):
-        if not text.strip():
-            raise row.unusable(
-                f"response {side}", "hold text", "an empty response", "remove the row"
-            )
-    if response_a.strip() == response_b.strip():
-        raise row.unusable(
+        _check_turn(row, k, turn, prompt[k - 1] if k else {"role": None})
+    for side, (text, fields) in (("a", answer_a), ("b", answer_b)):
+        if not text.strip() and "tool_calls" not in fields:
+            raise row.error(f"response {side}", "hold text", "an empty response", "remove the row")
+    if (answer_a[0].strip(), answer_a[1]) == (answer_b[0].strip(), answer_b[1]):
+        raise row.error(
             "responses", "differ", "two identical ones", "remove the row: it prefers nothing"
         )
 
 
-def soft_label(row: Row, column: str) -> float | None:
-    """Label from `preference_probabilities`, None where it has no such column.
-
-    A probability q that a is preferred is +q, or -(1 - q) where that is larger. So 0 remains free
-    to say "not labelled", and +0.5 says that neither is better.
-
-    Raises:
-        ValueError: not an object, or not a number in [0, 1].
-    """
-    given = _optional(row, "preference_probabilities")
-    if given is None:
-        return None
-    if not isinstance(given, dict):
-        name, rule = "preference_probabilities", "map objectives to probabilities"
-        raise row.error(name, rule, shape(given), "write an object")
-    if column not in given:
-        return None
-    q = given[column]
-    if not is_number(q) or not 0 <= q <= 1:
+def _check_turn(row: Row, k: int, turn: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    role = turn["role"]
+    answers_call = before["role"] == "tool" or "tool_calls" in before
+    if not (
+        role in ("user", "assistant")
+        or (role == "system" and k == 0)
+        or (role == "tool" and answers_call)
+    ):
         raise row.error(
-            f"preference_probabilities.{column}",
-            "be in [0, 1]",
-            show(q),
-            "it is the probability that response a is preferred",
+            f"prompt[{k}].role",
+            "be 'user', 'assistant', or 'tool' after a turn with tool_calls ('system' in the first "
+            "turn only)",
+            show(role),
+            "rename or remove the turn",
         )
-    label = q if q >= 0.5 else q - 1
-    return int(label) if label in (-1, 1) else label
-
-
-def pair_weights(row: Row, columns: Mapping[str, str]) -> dict[str, float]:
-    """Objective -> weight of the pair, where that is not 1, from the field `pair_weights`.
-
-    Args:
-        row: the field is one number for all objectives, or an object.
-        columns: objective -> key in that object, of the objectives this row labels.
-    Raises:
-        ValueError: an objective without a weight, or one that is not a positive number.
-    """
-    given = _optional(row, "pair_weights")
-    if given is None:
-        return {}
-    weights = {}
-    for name, column in columns.items():
-        value = given.get(column) if isinstance(given, dict) else given
-        if not is_number(value) or not 0 < value < math.inf:
-            raise row.error(
-                f"pair_weights.{column}" if isinstance(given, dict) else "pair_weights",
-                "be a positive number, or one for every objective that the row labels",
-                show(value),
-                "write 1 for a plain pair, and label 0 to leave a pair out",
-            )
-        weights[name] = float(value)
-    return {name: weight for name, weight in weights.items() if weight != 1.0}
-
-
-def _optional(row: Row, name: str) -> Any:
-    """A field of a row that is a pair by itself; refused where two rows make one pair."""
-    sides = (row.data.get("ratings_a"), row.data.get("ratings_b"))
-    if any(isinstance(side, dict) and name in side for side in sides):
+    if not turn["content"].strip() and role != "tool" and "tool_calls" not in turn:
         raise row.error(
-            name, "stand in a row that is a pair", "one response's", "use the 'raco' format"
+            f"prompt[{k}].content", "hold text", "an empty turn", "remove the row or the turn"
         )
-    return row.data.get(name)

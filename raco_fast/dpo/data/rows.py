@@ -1,40 +1,30 @@
 """Rows of a data file with the place they came from: JSON Lines (gzip or not) or a JSON list.
 
 The reader is strict on purpose. A line that is empty, cut off or not UTF-8 is an error that names
-file and line: a damaged file that trains anyway is a wrong result that goes unnoticed.
+file and line: a damaged file that trains anyway is a wrong result that goes unnoticed. What is
+wrong with one row is a `RowError`, and reading goes on behind it; all else is an error of the file.
 Messages never quote prompts or responses, which may be private or harmful; they give lengths.
 """
 
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard, cast
+from typing import Any, BinaryIO, cast
 
-_GZIP_MAGIC = b"\x1f\x8b"
+from raco_fast.dpo.data.field_use import Fields, FieldUse
+from raco_fast.dpo.data.file_kinds import GZIP_MAGIC, check_kind
+from raco_fast.dpo.data.strict_json import Fault, decode, decode_at, skip_space
+
+_HEAD = 4096  # bytes that show what kind of file it is
 
 
 class RowError(ValueError):
-    """A readable row that cannot be a pair: an empty, identical or several-turn response."""
-
-
-def show(value: object, limit: int = 40) -> str:
-    """A label or a name for an error message: as written when short, else as `shape` has it."""
-    text = repr(value)
-    return text if len(text) <= limit else shape(value)
-
-
-def shape(value: object) -> str:
-    """Prompt or response content for an error message: type and length, never the text."""
-    size = f" of length {len(value)}" if isinstance(value, (str, list, dict)) else ""
-    return f"{type(value).__name__}{size}"
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a number, which JSON's true and false are not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """What is wrong with one row, which `on_bad="skip"` leaves out."""
 
 
 @dataclass(frozen=True)
@@ -45,67 +35,124 @@ class Row:
         where: "file:line", with the item's number added for a JSON list.
         number: 1-based number of the row in its file.
         data: the JSON object.
+        use: which fields of the file were used.
     """
 
     where: str
     number: int
     data: dict[str, Any]
+    use: FieldUse = field(default_factory=FieldUse, compare=False, repr=False)
 
-    def error(self, field: str, rule: str, found: str, cure: str) -> ValueError:
+    def error(self, field: str, rule: str, found: str, cure: str) -> RowError:
         """The error for a field that breaks a rule; `found` is made with `show` or `shape`."""
-        return ValueError(f"{self.where}: `{field}` must {rule}, got {found}; {cure}")
-
-    def unusable(self, field: str, rule: str, found: str, cure: str) -> RowError:
-        """The error for a row that cannot be a pair, which `on_bad="skip"` may leave out."""
         return RowError(f"{self.where}: `{field}` must {rule}, got {found}; {cure}")
 
 
-def read_rows(path: str | Path) -> Iterator[Row]:
+def read_rows(path: str | Path) -> Iterator[Row | RowError]:
     """Yield the rows of a data file in order, without reading further than asked.
+
+    A row that cannot be read is yielded as the error that says why: an empty line, bad JSON, not
+    UTF-8, not an object, a key twice, half a character, a number of hundreds of digits.
 
     Args:
         path: JSON Lines or one JSON list, UTF-8; gzip is recognised by content, not by name.
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: no rows; an empty line; bad JSON; not an object; not UTF-8; a truncated or
-            damaged gzip stream. Names file and line.
+        OSError: no such file, a folder, or not readable.
+        ValueError: no rows; a file of another kind; a truncated or damaged gzip stream; a JSON list
+            that cannot be read on. Names the file, and the line where there is one.
     """
     file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"`path` must be a data file, got {str(path)!r}, which does not exist or is no file; "
-            "check the path (relative paths start at the working directory)"
-        )
-    with file.open("rb") as raw:
-        packed = raw.read(2) == _GZIP_MAGIC
+    _check_is_file(file)
+    with _named(file):
+        with file.open("rb") as raw:
+            head = raw.read(_HEAD)
+        packed = head.startswith(GZIP_MAGIC)
+        if packed:
+            head = _unpacked_head(file)
+    check_kind(file, head)
     row = None
-    with gzip.open(file, "rb") if packed else file.open("rb") as stream:
-        for row in _rows(file, cast(BinaryIO, stream)):
+    with _named(file), gzip.open(file, "rb") if packed else file.open("rb") as stream:
+        for row in _rows(file, cast(BinaryIO, stream), FieldUse()):
             yield row
     if row is None:
         raise ValueError(f"{file}:1: a data file must hold at least one row, got none; remove it")
 
 
-def _rows(file: Path, stream: BinaryIO) -> Iterator[Row]:
-    lines = _decoded_lines(file, stream)
-    for number, line in lines:
-        where = f"{file}:{number}"
-        if number == 1 and line.lstrip().startswith("["):
-            yield from _list_rows(file, line + "".join(text for _, text in lines))
+def _check_is_file(file: Path) -> None:
+    if file.is_file():
+        return
+    if file.is_dir():
+        found, cure = "a folder", "name a file in it"
+    elif file.exists():
+        found, cure = "no regular file", "write what it gives to a file"
+    else:
+        found, cure = "not there", "check the path (a relative one starts at the working directory)"
+    raise FileNotFoundError(
+        f"`path` must be a data file, got {str(file)!r}, which is {found}; {cure}"
+    )
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Let an error of the file system begin with the file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{file}: a data file must be readable, got {error}; mend that") from error
+
+
+def _unpacked_head(file: Path) -> bytes:
+    """The first bytes of a gzip stream; none of a damaged one, whose reader says where it is."""
+    try:
+        with gzip.open(file, "rb") as stream:
+            return stream.read(_HEAD)
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        return b""
+
+
+def _rows(file: Path, stream: BinaryIO, use: FieldUse) -> Iterator[Row | RowError]:
+    lines: Iterable[tuple[int, str | RowError]] = _decoded_lines(file, stream)
+    first = next(iter(lines), None)
+    if first is None:
+        return
+    if isinstance(first[1], str) and first[1].lstrip().startswith("["):
+        lines = list(lines)
+        if _is_blank(lines) or not _is_one_list(first[1]):
+            yield from _list_rows(file, first[1] + "".join(_readable(lines)), use)
             return
-        if not line.strip():
-            raise ValueError(
-                f"{where}: a line must hold one JSON object, got an empty line; "
-                "delete it, or write the file again if it was cut off"
-            )
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise _bad_json(where, error) from error
-        yield Row(where, number, _checked_object(where, value))
+    for number, line in chain([first], lines):
+        yield _row_of_line(f"{file}:{number}", number, line, use)
 
 
-def _decoded_lines(file: Path, stream: BinaryIO) -> Iterator[tuple[int, str]]:
+def _is_one_list(line: str) -> bool:
+    """Whether a line holds a whole JSON list: with more behind it, it is a bad row."""
+    try:
+        decode(line)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def _is_blank(lines: Iterable[tuple[int, str | RowError]]) -> bool:
+    return not any(isinstance(line, RowError) or line.strip() for _, line in lines)
+
+
+def _row_of_line(where: str, number: int, line: str | RowError, use: FieldUse) -> Row | RowError:
+    if isinstance(line, RowError):
+        return line
+    if not line.strip():
+        return RowError(
+            f"{where}: a line must hold one JSON object, got an empty line; "
+            "delete it, or write the file again if it was cut off"
+        )
+    try:
+        value, fault = decode(line)
+    except json.JSONDecodeError as error:
+        return _bad_json(where, error, begins_object=line.strip() == "{")
+    return _checked(where, number, value, fault, use)
+
+
+def _decoded_lines(file: Path, stream: BinaryIO) -> Iterator[tuple[int, str | RowError]]:
     number = 0
     while True:
         number += 1
@@ -119,20 +166,29 @@ def _decoded_lines(file: Path, stream: BinaryIO) -> Iterator[tuple[int, str]]:
         if not line:
             return
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{file}:{number}: text must be UTF-8, got byte 0x{line[error.start]:02x} "
-                f"at position {error.start} of the line; convert the file"
-            ) from error
-        yield number, text
+            yield (
+                number,
+                RowError(
+                    f"{file}:{number}: text must be UTF-8, got byte 0x{line[error.start]:02x} "
+                    f"at position {error.start} of the line; convert the file"
+                ),
+            )
 
 
-def _list_rows(file: Path, text: str) -> Iterator[Row]:
-    decoder = json.JSONDecoder()
+def _readable(lines: Iterable[tuple[int, str | RowError]]) -> Iterator[str]:
+    """The lines of a JSON list, none of which can be left out."""
+    for _, line in lines:
+        if isinstance(line, RowError):
+            raise ValueError(str(line))
+        yield line
+
+
+def _list_rows(file: Path, text: str, use: FieldUse) -> Iterator[Row | RowError]:
     at, counted, line, item, mark = text.index("["), 0, 1, 0, ","
     while mark == ",":
-        at = _skip_space(text, at + 1)
+        at = skip_space(text, at + 1)
         if item == 0 and text[at : at + 1] == "]":
             return
         item += 1
@@ -140,18 +196,18 @@ def _list_rows(file: Path, text: str) -> Iterator[Row]:
         counted = at
         where = f"{file}:{line} (item {item})"
         try:
-            value, at = decoder.raw_decode(text, at)
+            value, at, fault = decode_at(text, at)
         except json.JSONDecodeError as error:
-            raise _bad_json(where, error) from error
-        yield Row(where, item, _checked_object(where, value))
-        at = _skip_space(text, at)
+            raise ValueError(str(_bad_json(where, error))) from error
+        yield _checked(where, item, value, fault, use)
+        at = skip_space(text, at)
         mark = text[at : at + 1]
         if mark not in (",", "]"):
             raise ValueError(
-                f"{where}: an item must be followed by ',' or ']', got {mark or 'the end'!r}; "
+                f"{where}: an item must be followed by ',' or ']', got {_mark(mark)}; "
                 "the list is cut off or damaged here, write the file again"
             )
-    at = _skip_space(text, at + 1)
+    at = skip_space(text, at + 1)
     if at != len(text):
         raise ValueError(
             f"{file}: a JSON list must end the file, got {len(text) - at} characters after ']'; "
@@ -159,23 +215,29 @@ def _list_rows(file: Path, text: str) -> Iterator[Row]:
         )
 
 
-def _skip_space(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
-    return at
+def _mark(mark: str) -> str:
+    return repr(mark) if mark else "the end"
 
 
-def _checked_object(where: str, value: object) -> dict[str, Any]:
+def _checked(
+    where: str, number: int, value: object, fault: Fault | None, use: FieldUse
+) -> Row | RowError:
+    if fault is not None:
+        what = "a row" if fault.field is None else f"`{ascii(fault.field[:40])[1:-1]}`"
+        return RowError(f"{where}: {what} must {fault.rule}, got {fault.found}; {fault.cure}")
     if not isinstance(value, dict):
-        raise ValueError(
+        return RowError(
             f"{where}: a row must be a JSON object, got {type(value).__name__}; "
             "write one object with the fields of the format"
         )
-    return value
+    return Row(where, number, Fields(value, use), use)
 
 
-def _bad_json(where: str, error: json.JSONDecodeError) -> ValueError:
-    return ValueError(
+def _bad_json(where: str, error: json.JSONDecodeError, begins_object: bool = False) -> RowError:
+    cure = "the row is half-written or damaged, write it again"
+    if begins_object:
+        cure = "write every object on one line, or all of them as one JSON list"
+    return RowError(
         f"{where}: a row must be complete JSON, got an error at column {error.colno} "
-        f"({error.msg}); the row is half-written or damaged, write it again"
+        f"({error.msg}); {cure}"
     )

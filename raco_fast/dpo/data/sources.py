@@ -19,16 +19,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from raco_fast.dpo.data.field_use import FieldUse
+from raco_fast.dpo.data.formats.context import tools, with_system
 from raco_fast.dpo.data.formats.format import Format
 from raco_fast.dpo.data.formats.registry import detect_format, format_named
-from raco_fast.dpo.data.pairs import (
-    ConciseRule,
-    PreferencePair,
-    check_content,
-    pair_weights,
-    soft_label,
-)
-from raco_fast.dpo.data.rows import Row, RowError, read_rows, show
+from raco_fast.dpo.data.formats.turns import answer_parts
+from raco_fast.dpo.data.labels import Labelling, pair_weights
+from raco_fast.dpo.data.pairs import ConciseRule, PreferencePair, check_content
+from raco_fast.dpo.data.rows import Row, RowError, read_rows
+from raco_fast.dpo.data.values import is_empty, show
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +44,10 @@ class DataSource:
         limit: read only the first `limit` usable pairs.
         columns: objective -> the field that labels it, where the names differ; a leading "-"
             turns the sign ({"concise": "-verbosity"}).
-        on_bad: "error", or "skip" to leave out rows that cannot be a pair (empty or identical
-            responses, several turns in one, no partner with the same prompt), with a warning that
-            counts them. Unreadable lines and unknown labels are errors either way.
+        on_bad: "error", or "skip" to leave out every row with something wrong in it (a line that
+            is no JSON, a missing field, an unknown label, identical responses ...), with a warning
+            that counts them. What is wrong with the file itself, a JSON list that is no JSON
+            included, is an error either way, as is a file without one good row.
     """
 
     path: str
@@ -80,10 +80,12 @@ def read_sources(
     Returns:
         The pairs of all sources, in order. A row without an id gets "<file name>:<row number>".
     Raises:
-        FileNotFoundError: a file does not exist.
-        ValueError: an empty or half-written line, an unknown label, a missing label field, an
-            empty or identical response, a prompt that does not end with a user turn, or an id
-            used twice. Names file, line, field, value, rule and cure; quotes no text.
+        OSError: a file that does not exist or cannot be read.
+        RowError: something wrong with a row: an empty or half-written line, an unknown label, a
+            missing field, an empty or identical response, an id used twice, two system prompts ...
+            Names file, line, field, value, rule and cure; quotes no text.
+        ValueError: something wrong with a file (not JSON Lines, damaged, in no known format) or
+            with the settings of its source.
     """
     names = _checked_objectives(objectives, concise)
     files = [DataSource(s) if isinstance(s, str) else s for s in sources]
@@ -92,19 +94,14 @@ def read_sources(
     pairs: list[PreferencePair] = []
     seen: dict[str, str] = {}
     stems: Counter[str] = Counter()
+    derived = None if concise is None else concise.objective
     for source in files:
         _check_source(source, names)
         stem = Path(source.path).name
         stems[stem] += 1
         prefix = stem if stems[stem] == 1 else f"{stem}#{stems[stem]}"
-        for where, pair in _Reader(source, names, concise, prefix).pairs():
-            if pair.id in seen:
-                raise ValueError(
-                    f"{where}: `id` must be unique over all sources, got {show(pair.id)} again "
-                    f"(first at {seen[pair.id]}); rename it, or remove the repeated row or file"
-                )
-            seen[pair.id] = where
-            pairs.append(pair)
+        labelling = Labelling(names, source.declared, source.columns, derived)
+        pairs += _Reader(source, labelling, concise, prefix, seen).pairs()
     return pairs
 
 
@@ -139,6 +136,12 @@ def _check_source(source: DataSource, names: tuple[str, ...]) -> None:
                 f"`{what}` of {source.path} must name objectives of the run {list(names)}, "
                 f"got {unknown}; add them to the weights or correct the name"
             )
+    unlabelled = [name for name in source.columns if name not in (source.declared or names)]
+    if source.declared and unlabelled:
+        raise ValueError(
+            f"`columns` of {source.path} must name objectives that the source labels, "
+            f"{list(source.declared)}, got {unlabelled}; add them to `objective`"
+        )
     if source.declared == ():
         raise ValueError(
             f"`objective` of {source.path} must name at least one objective, got []; leave it out "
@@ -155,113 +158,143 @@ def _check_source(source: DataSource, names: tuple[str, ...]) -> None:
         )
 
 
+@dataclass
+class _LeftOut:
+    """Rows of a source that cannot be used: raised at once, or counted where they are skipped."""
+
+    policy: str
+    count: int = 0
+    reason: str = ""
+
+    def add(self, error: RowError) -> None:
+        if self.policy == "error":
+            raise error
+        self.count += 1
+        self.reason = self.reason or str(error)
+
+
 @dataclass(frozen=True)
 class _Reader:
-    """Reads one source of a run with the objectives `names`; `prefix` begins the ids it makes."""
+    """Reads one source of a run; `prefix` begins the ids it makes, `seen` are ids and places."""
 
     source: DataSource
-    names: tuple[str, ...]
+    labelling: Labelling
     concise: ConciseRule | None
     prefix: str
+    seen: dict[str, str]
 
-    def pairs(self) -> Iterator[tuple[str, PreferencePair]]:
-        """The usable pairs with their places."""
-        source = self.source
-        rows = read_rows(source.path)
-        first = next(rows)
-        form = detect_format(first) if source.format == "auto" else format_named(source.format)
-        kept, skipped, reason = 0, 0, ""
-        for row in form.join(itertools.chain([first], rows)):
+    def pairs(self) -> Iterator[PreferencePair]:
+        """The usable pairs; says at the end which rows and which fields were not used."""
+        source, left_out, kept = self.source, _LeftOut(self.source.on_bad), 0
+        form, rows = self._format(_readable(read_rows(source.path), left_out), left_out)
+        use = FieldUse()
+        for row in form.join(_noted(rows, form)):
+            use = row.use
             try:
                 pair = self._pair(row, form)
             except RowError as error:
-                if source.on_bad == "error":
-                    raise
-                skipped += 1
-                reason = reason or str(error)
+                left_out.add(error)
                 continue
             kept += 1
-            yield row.where, pair
+            yield pair
             if kept == source.limit:
                 break
-        if skipped:
-            logger.warning(
-                "%s: left out %d rows, the first because: %s", source.path, skipped, reason
-            )
         if not kept:
             raise ValueError(
-                f"{source.path}: a source must give at least one pair, got none ({skipped} left "
-                f"out, the first because: {reason}); mend the rows or remove the source"
+                f"{source.path}: a source must give at least one pair, got none "
+                f"({left_out.count} left out, the first because: {left_out.reason}); "
+                "mend the rows or remove the source"
             )
+        self._report(left_out, use)
 
-    def _pair(self, row: Row, form: Format) -> PreferencePair:
-        prompt, response_a, response_b = form.content(row)
-        check_content(row, prompt, response_a, response_b)
-        labels = self._labels(row, form)
-        if self.concise is not None and self.concise.objective not in labels:
-            labels[self.concise.objective] = self.concise.label(response_a, response_b)
-        columns = {n: self._column(n).removeprefix("-") for n in labels if labels[n]}
-        return PreferencePair(
-            _pair_id(row, self.prefix),
-            prompt,
-            response_a,
-            response_b,
-            {n: labels.get(n, 0) for n in self.names},
-            pair_weights(row, columns),
+    def _format(self, rows: Iterator[Row], left_out: _LeftOut) -> tuple[Format, Iterator[Row]]:
+        """The format, and all rows; the first rows that fit no format are left out."""
+        if self.source.format != "auto":
+            return format_named(self.source.format), rows
+        unknown: ValueError | None = None
+        for row in rows:
+            try:
+                form = detect_format(row)
+            except ValueError as error:
+                unknown = unknown or error
+                if self.source.on_bad == "error":
+                    break
+                left_out.add(RowError(str(error)))
+            else:
+                return form, itertools.chain([row], rows)
+        if unknown is not None:
+            raise unknown
+        raise ValueError(
+            f"{self.source.path}: a source must hold a row that can be read, got none "
+            f"({left_out.count} left out, the first because: {left_out.reason}); write it again"
         )
 
-    def _column(self, objective: str) -> str:
-        return self.source.columns.get(objective, objective)
+    def _pair(self, row: Row, form: Format) -> PreferencePair:
+        prompt, a, b = form.content(row)
+        prompt = with_system(row, prompt)
+        (text_a, fields_a), (text_b, fields_b) = answer_parts(a), answer_parts(b)
+        check_content(row, prompt, (text_a, fields_a), (text_b, fields_b))
+        labels = self.labelling.of(row, form)
+        if self.concise is not None and self.concise.objective not in labels:
+            labels[self.concise.objective] = self.concise.label(text_a, text_b)
+        columns = {n: self.labelling.column(n).removeprefix("-") for n in labels if labels[n]}
+        weights, functions = pair_weights(row, columns), tools(row)
+        return PreferencePair(
+            self._id(row),  # last: the id of a row that is left out is free
+            prompt,
+            text_a,
+            text_b,
+            {n: labels.get(n, 0) for n in self.labelling.names},
+            weights,
+            functions,
+            fields_a,
+            fields_b,
+        )
 
-    def _labels(self, row: Row, form: Format) -> dict[str, float]:
-        """The labels this row carries; an objective the source is not said to label is left out."""
-        if form.label is None:
-            return self._label_of_preferred(row, form)
-        labels: dict[str, float] = {}
-        for name in self.source.declared or self.names:
-            column = self._column(name)
-            field = column.removeprefix("-")
-            hard, soft = form.label(row, field), soft_label(row, field)
-            if hard is not None and soft is not None:
-                raise row.error(
-                    f"preference_probabilities.{field}",
-                    "stand for an objective without a hard label",
-                    f"the label {hard} beside it",
-                    "remove one of the two",
-                )
-            label = soft if hard is None else hard
-            if label is not None:
-                labels[name] = -label if column.startswith("-") else label
-            elif self.concise is None or name != self.concise.objective:
-                raise ValueError(
-                    f"{row.where}: a row must label every objective of its source, got no field "
-                    f"for {name!r} ({form.name!r} format, fields {form.fields(row)}); write 0 "
-                    f"where a pair is not labelled, set `objective` to the ones this file labels, "
-                    f"or map the name with `columns`"
-                )
-        return labels
+    def _id(self, row: Row) -> str:
+        pair_id = _pair_id(row, self.prefix)
+        if pair_id in self.seen:
+            raise RowError(
+                f"{row.where}: `id` must be unique over all sources, got {show(pair_id)} again "
+                f"(first at {self.seen[pair_id]}); rename it, or remove the repeated row or file"
+            )
+        self.seen[pair_id] = row.where
+        return pair_id
 
-    def _label_of_preferred(self, row: Row, form: Format) -> dict[str, float]:
-        """The one label of a format without label fields, whose response a is the preferred one."""
-        if self.source.columns:
+    def _report(self, left_out: _LeftOut, use: FieldUse) -> None:
+        """Say what of a source was not used; raise where a setting named nothing in it."""
+        path, unused = self.source.path, self.labelling.unused_columns()
+        if unused:
             raise ValueError(
-                f"{row.where}: `columns` must be empty for a {form.name!r} file, which has no "
-                f"label fields, got {self.source.columns}; use `objective`"
+                f"{path}: `columns` must name fields of the file, got {unused}, of which no row "
+                "has the field; correct the name, or leave it out"
             )
-        derived = None if self.concise is None else self.concise.objective
-        own = self.source.declared or tuple(n for n in self.names if n != derived)
-        if len(own) != 1:
-            raise ValueError(
-                f"{row.where}: `objective` must name the one objective that a {form.name!r} file "
-                f"labels, got {list(own)}; add e.g. `objective: {own[0] if own else self.names[0]}`"
-                " to the source"
+        if left_out.count:
+            logger.warning(
+                "%s: left out %d rows, the first because: %s",
+                path,
+                left_out.count,
+                left_out.reason,
             )
-        soft = soft_label(row, own[0])
-        if soft is None and "preference_probabilities" in row.data:
-            raise row.error(
-                "preference_probabilities", f"hold {own[0]!r}", "another", "correct the name"
-            )
-        return {own[0]: soft or 1}
+        if use.unused():
+            logger.warning("%s: not used (rows or turns that have them): %s", path, use.unused())
+
+
+def _readable(rows: Iterator[Row | RowError], left_out: _LeftOut) -> Iterator[Row]:
+    for row in rows:
+        if isinstance(row, RowError):
+            left_out.add(row)
+        else:
+            yield row
+
+
+def _noted(rows: Iterator[Row], form: Format) -> Iterator[Row]:
+    """The rows, with a note of the fields that say something and are no labels."""
+    for row in rows:
+        for name, value in row.data.items():
+            if not is_empty(value) and not form.is_label(name, value):
+                row.use.rows_with[name] += 1
+        yield row
 
 
 def _pair_id(row: Row, prefix: str) -> str:

@@ -5,30 +5,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from raco_fast.distributed.processes import Processes
+from raco_fast.dpo.causality import check_causal
 from raco_fast.dpo.data.batches import pair_length
 from raco_fast.dpo.data.pairs import ConciseRule
 from raco_fast.dpo.data.sources import DataSource, read_sources
 from raco_fast.dpo.data.tokenization import EncodedPair, encode_pairs, token_counter
 from raco_fast.dpo.losses.registry import check_soft
-from raco_fast.dpo.models import (
-    add_adapter,
-    decoder_layers,
-    fingerprint,
-    load_base_model,
-    load_tokenizer,
-    pick_device,
-)
+from raco_fast.dpo.models import decoder_layers, pick_device
+from raco_fast.dpo.policy import KeepBase, Policy, load_base_model, load_tokenizer, make_policy
+from raco_fast.dpo.run.base_folder import keep_base
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.divergence import names_of_not_finite
 from raco_fast.dpo.run.template_date import keep_date, with_date
 from raco_fast.dpo.run.together import by_first, together
-from raco_fast.dpo.sharded import shard
+from raco_fast.dpo.sharded import device_of, shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,8 +40,7 @@ class RunInputs:
     Args:
         pad_id: of the padding, which is masked: any id will do for a tokenizer without one.
         training, held_out: the pairs to learn from and to evaluate on (none without `eval_data`).
-        model: the policy, its adapter fresh.
-        model_hash: `raco_fast.dpo.models.fingerprint` of the policy without an adapter.
+        policy: the model before training, and how its reference is computed.
         prints_date: whether the chat template writes the date into the pairs.
     """
 
@@ -52,16 +48,28 @@ class RunInputs:
     pad_id: int
     training: list[EncodedPair]
     held_out: list[EncodedPair]
-    model: nn.Module
-    model_hash: str
+    policy: Policy
     prints_date: bool = False
 
+    @property
+    def model(self) -> nn.Module:
+        """The policy's model."""
+        return self.policy.model
 
-def load_inputs(config: TrainConfig, device: torch.device | None = None) -> RunInputs:
+    def check_causal(self) -> None:
+        """Run the model on a pair; ValueError if it cannot, or sees the tokens to be predicted."""
+        probe = torch.tensor(self.training[0].prompt_ids + self.training[0].a_ids)
+        check_causal(self.model, probe.to(device_of(self.model)))
+
+
+def load_inputs(
+    config: TrainConfig, device: torch.device | None = None, keep_base: KeepBase | None = None
+) -> RunInputs:
     """Load what a config names and check that it fits together; seeds torch's generators.
 
     Args:
         device: where the model is put instead of its own place.
+        keep_base: as in `make_policy`.
     Raises:
         ValueError, FileNotFoundError: bad model path; unreadable files, bad rows (file and line
             named), an objective for which no training pair is labelled, soft labels for a loss that
@@ -87,20 +95,21 @@ def load_inputs(config: TrainConfig, device: torch.device | None = None) -> RunI
             f"that are or leave `keep_best` out"
         )
     base = load_base_model(config.model, device)
-    _check_pairs_fit(base, [*training, *held_out])
-    model_hash, model = fingerprint(base), add_adapter(base, config.model.lora)
-    _check_finite(config.model.name, model)
+    _check_can_be_cut(config, base)
+    _check_pairs_fit(base, [*training, *held_out], len(tokenizer))
     pad_id = tokenizer.pad_token_id
-    pad_id = pad_id if isinstance(pad_id, int) else 0
+    pad_id = pad_id if isinstance(pad_id, int) and pad_id < _known_tokens(base) else 0
+    policy = make_policy(base, config.model, keep_base)
+    _check_finite(config.model.name, policy.model)
     prints_date = printed or printed_too
-    return RunInputs(tokenizer, pad_id, training, held_out, model, model_hash, prints_date)
+    return RunInputs(tokenizer, pad_id, training, held_out, policy, prints_date)
 
 
 def load_on_all(config: TrainConfig, processes: Processes) -> RunInputs:
     """`load_inputs` on every process, the model sharded over them if the config says so.
 
     Raises:
-        ValueError, OSError: as `load_inputs`, on any process.
+        ValueError, OSError: as `load_inputs`, on any process; no causal language model.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -110,8 +119,9 @@ def load_on_all(config: TrainConfig, processes: Processes) -> RunInputs:
     sharded = parallel.kind == "fsdp2"
     # A model that is to be sharded may have room on no GPU.
     first = torch.device("cpu") if sharded else device
+    keep = partial(keep_base, config.folder, writes=processes.rank == 0)
     dated = with_date(config, processes)
-    inputs = together(processes, lambda: load_inputs(dated, first))
+    inputs = together(processes, lambda: load_inputs(dated, first, keep))
     if inputs.prints_date and (day := dated.tokens.date):
         logger.info("the chat template prints the date; it is %s in this run", day)
         by_first(processes, lambda: keep_date(config, day))
@@ -124,6 +134,7 @@ def load_on_all(config: TrainConfig, processes: Processes) -> RunInputs:
             cpu_offload=parallel.cpu_offload,
             reshard=parallel.reshard,
         )
+    inputs.check_causal()
     if processes.size > 1:
         # Until here all have drawn the same: an adapter's first values. Dropout is each one's own.
         torch.manual_seed(config.seed + processes.rank)
@@ -165,12 +176,20 @@ def _check_finite(name: str, model: nn.Module) -> None:
         )
 
 
-def _check_pairs_fit(model: PreTrainedModel, pairs: Sequence[EncodedPair]) -> None:
+def _check_pairs_fit(model: PreTrainedModel, pairs: Sequence[EncodedPair], tokens: int) -> None:
     """Raise ValueError if a pair is longer than the model can read or uses tokens it lacks.
 
-    Without this the embedding would fail with an index out of range, in the middle of the run.
+    Without this the embedding or the head would fail with an index out of range, in the middle of
+    the run. `tokens` are those of the tokenizer, of which the pairs may use the known ones only.
     """
-    known = model.get_input_embeddings().weight.shape[0]
+    known = _known_tokens(model)
+    if tokens > known:
+        logger.warning(
+            "`model.tokenizer` has %d tokens and the model knows %d: a text with one of the others "
+            "makes the model fail",
+            tokens,
+            known,
+        )
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for pair in pairs:
         length, largest = pair_length(pair), max(pair.prompt_ids + pair.a_ids + pair.b_ids)
@@ -182,5 +201,19 @@ def _check_pairs_fit(model: PreTrainedModel, pairs: Sequence[EncodedPair]) -> No
         if largest >= known:
             raise ValueError(
                 f"`model.tokenizer` must give token ids below the model's {known}, got {largest} "
-                f"for pair {pair.id!r}; use the tokenizer that belongs to the model"
+                f"of its {tokens} for pair {pair.id!r}; use the tokenizer that belongs to the model"
             )
+
+
+def _known_tokens(model: PreTrainedModel) -> int:
+    """The tokens that a model can both read and predict."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return min(int(end.weight.shape[0]) for end in ends if hasattr(end, "weight"))
+
+
+def _check_can_be_cut(config: TrainConfig, model: PreTrainedModel) -> None:
+    if config.parallel.kind == "fsdp2" and getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            f"`parallel.kind` 'fsdp2' cannot cut the quantized weights of {config.model.name!r}; "
+            f"use 'ddp', or the model that they were made from"
+        )

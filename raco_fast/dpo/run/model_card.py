@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 from raco_fast.dpo.data.saved_template import saved_template
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 from raco_fast.dpo.losses.registry import described
+from raco_fast.dpo.models import ModelOptions
+from raco_fast.dpo.policy import base_is_nowhere, trains_adapter
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.files import atomic_folder
+from raco_fast.dpo.saved_adapters import SavedAdapter
 from raco_fast.report import markdown_table, share_with_interval
 from raco_fast.solver.registry import check_rule, label_of
 from raco_fast.solver.rules.conflict_averse import CAGrad, CAGradClip
@@ -31,6 +35,7 @@ class TrainingSummary:
         skipped_steps: those with a gradient that was not finite.
         skipped_at_the_end: those of them after which no step was taken.
         labelled: objective name -> those of the training `pairs` that are labelled for it.
+        found: the adapter that `model.name` is, if it is one.
         evaluations: records of metrics.jsonl with `eval_` metrics, in order; may be empty.
     """
 
@@ -41,6 +46,7 @@ class TrainingSummary:
     labelled: Mapping[str, int]
     evaluations: Sequence[Mapping[str, Any]]
     skipped_at_the_end: int = 0
+    found: SavedAdapter | None = None
 
 
 def save_trained_model(
@@ -60,7 +66,9 @@ def save_trained_model(
     """
     folder = summary.config.folder / "model"
     with atomic_folder(folder) as partial:
-        model.save_pretrained(partial, state_dict=weights)  # type: ignore[operator]
+        # An adapter that is the reference stays where it was.
+        only = {"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}
+        model.save_pretrained(partial, state_dict=weights, **only)  # type: ignore[operator]
         tokenizer.chat_template = saved_template(tokenizer, summary.config.tokens)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(model_card(summary), encoding="utf-8")
@@ -71,11 +79,12 @@ def model_card(summary: TrainingSummary) -> str:
     """The card in the hub's format: a YAML header, then Markdown."""
     from huggingface_hub import ModelCardData
 
-    model = summary.config.model
-    on_this_machine = Path(model.name).expanduser().exists()
+    model, found = summary.config.model, summary.found
+    base = model.name if found is None else found.base
+    on_this_machine = Path(os.path.expanduser(base)).exists()
     header = ModelCardData(
-        library_name="peft" if model.lora else "transformers",
-        base_model=None if on_this_machine else model.name,  # the hub takes hub names only
+        library_name="peft" if trains_adapter(model, found) else "transformers",
+        base_model=None if on_this_machine else base,  # the hub takes hub names only
         tags=["raco-fast", "dpo", "multi-objective", "preference-alignment"],
     )
     return f"---\n{header.to_yaml()}\n---\n\n{_body(summary)}"
@@ -83,7 +92,6 @@ def model_card(summary: TrainingSummary) -> str:
 
 def _body(summary: TrainingSummary) -> str:
     config = summary.config
-    how = "LoRA adapter" if config.model.lora else "full fine-tuning"
     objectives = [
         [name, f"{config.weights[name]:g}", str(summary.labelled[name]), _loss_text(loss)]
         for name, loss in config.objective_losses.items()
@@ -102,7 +110,8 @@ def _body(summary: TrainingSummary) -> str:
     paper = " (RACO, arXiv:2602.02495)" if isinstance(rule, CAGradClip) else ""
     parts = [
         f"# {Path(config.model.name).stem} aligned with raco-fast",
-        f"`{config.model.name}` trained by multi-objective DPO ({how}) on preference pairs. "
+        f"`{config.model.name}` trained by multi-objective DPO "
+        f"({_how(config.model, summary.found)}) on preference pairs. "
         f"Gradients of the objectives were combined by `{label_of(rule)}`"
         + (f" with c = {config.c}" if isinstance(rule, CAGrad | CAGradClip) else "")
         + f"{paper}.",
@@ -116,6 +125,21 @@ def _body(summary: TrainingSummary) -> str:
         table = result_table(config, summary.evaluations)
         parts.append("## Results on the held-out pairs\n\n" + table)
     return "\n\n".join(parts) + "\n"
+
+
+def _how(model: ModelOptions, found: SavedAdapter | None) -> str:
+    """What was trained, from where, and against which reference."""
+    what = "LoRA adapter" if model.lora else "full fine-tuning"
+    if found is not None:
+        of_base = f"adapter on `{found.base}`"
+        what = {
+            "continue": f"{found.kind} {of_base}, trained on; reference: {model.reference}",
+            "merge": f"{what}, after the {of_base} was merged into it",
+            "reference": f"{what} on `{found.base}`; reference: the {of_base}",
+        }[model.adapter]
+    if base_is_nowhere(model, found):
+        what += "; its base is in the folder `base` beside this one"
+    return what
 
 
 def _loss_text(loss: PreferenceLoss) -> str:

@@ -9,7 +9,8 @@ Of several processes each scores its share, and the first reads and writes the c
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ from raco_fast.dpo.scoring import ReferenceLogps, adapter_off, pair_logps
 from raco_fast.dpo.sharded import free_gathered
 
 logger = logging.getLogger(__name__)
+
+AsReference = Callable[[nn.Module], AbstractContextManager[None]]
 
 
 def data_hash(pairs: Sequence[EncodedPair], *, with_labels: bool = True) -> str:
@@ -51,16 +54,19 @@ def reference_logps(
     batch_pairs: int,
     chunk_tokens: int,
     tail: float = 1.0,
+    as_reference: AsReference = adapter_off,
 ) -> ReferenceLogps:
     """Reference log-probabilities of `pairs`, from the cache or computed and cached.
 
     Args:
-        model: the model before training; of a PEFT model, the adapter is switched off.
+        model: the model before training.
         pairs: encoded pairs with unique ids, of which `batch_pairs` are scored at once.
-        model_hash: `raco_fast.dpo.models.fingerprint` of the model.
+        model_hash: `raco_fast.dpo.models.fingerprint` of what the reference computes.
         cache_dir: created where missing.
         pad_id, chunk_tokens: as in `collate` and `sequence_logps`.
         tail: weight of the tokens past the shorter response's end, as in `pair_logps`.
+        as_reference: gives a context in which the model computes what the reference does; a fresh
+            adapter is off there.
     Raises:
         ValueError: one of them is not finite.
         OSError: the cache cannot be written.
@@ -75,7 +81,8 @@ def reference_logps(
         found = by_first(processes, lambda: load_file(file)["logps"])
         values = processes.sum(torch.zeros(len(pairs), 2) if found is None else found)
     else:
-        reference = compute_reference(model, pairs, pad_id, batch_pairs, chunk_tokens, tail)
+        of_batches = (pad_id, batch_pairs, chunk_tokens, tail)
+        reference = compute_reference(model, pairs, *of_batches, as_reference)
         values = torch.tensor([reference.by_id[pair.id] for pair in pairs], dtype=torch.float32)
         wrong = [p.id for p, ok in zip(pairs, values.isfinite().all(dim=1), strict=True) if not ok]
         if wrong:
@@ -103,6 +110,7 @@ def compute_reference(
     batch_pairs: int,
     chunk_tokens: int = 256,
     tail: float = 1.0,
+    as_reference: AsReference = adapter_off,
     quiet: bool = False,
 ) -> ReferenceLogps:
     """Reference log-probabilities of `pairs`, not cached; arguments as in `reference_logps`.
@@ -113,13 +121,13 @@ def compute_reference(
     rank, size = processes.rank, processes.size
     values = torch.full((len(pairs), 2), -torch.inf)
     progress = tqdm(total=len(pairs), desc="reference", unit="pair", disable=quiet or rank > 0)
-    with evaluating(model), adapter_off(model), progress:
+    with evaluating(model), as_reference(model), progress:
         for group in micro_batches(pairs, batch_pairs, rank, size):
             batch = collate(group, pad_id)
             logps = pair_logps(model, batch, chunk_tokens, [tail])
             values[[place[id] for id in batch.ids]] = logps.view(2, -1).T.cpu()
             progress.update(min(size * len(group), len(pairs) - progress.n))
-        # With the adapter still off: what is freed forgets that the adapter was switched on.
+        # Inside: what is freed forgets that another adapter, or none, is about to be switched on.
         free_gathered(model)
     # A pair that two processes have scored, one to fill its last batch, keeps one of the values.
     both = processes.largest(values).tolist()

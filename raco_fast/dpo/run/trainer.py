@@ -200,7 +200,7 @@ class Trainer:
         if held_out is None or state.evaluation is not None or not due:
             return True
         with memory_named("an evaluation", to_run_a_model(self.config)):
-            if state.step == 0:
+            if state.step == 0 and self.inputs.policy.starts_at_reference:
                 result = held_out.evaluate_reference()
             elif (found := held_out.evaluate(self.model, lambda: interrupt.requested)) is None:
                 return False
@@ -228,7 +228,8 @@ class Trainer:
         size = self.config.pairs_per_micro_batch
         longest = micro_batches(pairs, size, processes.rank, processes.size)[0]
         batch = collate(longest, self.inputs.pad_id)
-        check_first_scores(self.model, batch, self.references, self.config.chunk_tokens, processes)
+        references = self.references if self.inputs.policy.starts_at_reference else None
+        check_first_scores(self.model, batch, references, self.config.chunk_tokens, processes)
 
     def _finish(self, weights: dict[str, Tensor] | None) -> dict[str, Any]:
         """Save the model and its card; returns the last evaluation."""
@@ -293,7 +294,7 @@ class Trainer:
         schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
         warmup = round(config.warmup_ratio * self.total_steps)
         scheduler: LRScheduler = get_scheduler(schedule, optimizer, warmup, self.total_steps)
-        content = {"data": data_hash(self.pairs), "model": self.inputs.model_hash}
+        content = {"data": data_hash(self.pairs), "model": self.inputs.policy.model_hash}
         run = {"settings": identity(config), **content}
         return TrainingState(self.model, optimizer, scheduler, run, processes=self.processes)
 
@@ -317,6 +318,7 @@ class Trainer:
             pairs=len(self.pairs),
             labelled=labelled_counts(self.pairs, self.config.objectives),
             evaluations=[r for r in records if any(name.startswith("eval_") for name in r)],
+            found=self.inputs.policy.found,
         )
 
     def _references(self, pairs: list[EncodedPair]) -> dict[float, ReferenceLogps]:
@@ -327,12 +329,13 @@ class Trainer:
                 tail: reference_logps(
                     self.model,
                     pairs,
-                    model_hash=self.inputs.model_hash,
+                    model_hash=self.inputs.policy.reference_hash,
                     pad_id=self.inputs.pad_id,
                     cache_dir=Path(config.cache_dir),
                     batch_pairs=2 * config.pairs_per_micro_batch,
                     chunk_tokens=config.chunk_tokens,
                     tail=tail,
+                    as_reference=self.inputs.policy.as_reference,
                 )
                 for tail in tail_weights(self.losses)
             }

@@ -26,12 +26,20 @@ def verify_run(config: TrainConfig) -> Verification:
             the model, for a reason that the message gives.
     """
     inputs, losses = load_inputs(config), config.objective_losses
+    inputs.check_causal()
     model, pad_id = inputs.model, inputs.pad_id
     pairs = _labelled_for_all(inputs.training, config.objectives, config.pairs_per_micro_batch)
     batch = collate(pairs, pad_id)
     references = {
         tail: compute_reference(
-            model, pairs, pad_id, len(pairs), config.chunk_tokens, tail, quiet=True
+            model,
+            pairs,
+            pad_id,
+            len(pairs),
+            config.chunk_tokens,
+            tail,
+            inputs.policy.as_reference,
+            quiet=True,
         )
         for tail in tail_weights(losses)
     }

@@ -51,7 +51,9 @@ def words(text):
     return len(text.split())
 
 
-@pytest.mark.parametrize("container", ["jsonl", "no newline at the end", "gzip", "list", "bom"])
+@pytest.mark.parametrize(
+    "container", ["jsonl", "no newline at the end", "gzip", "list", "list and empty lines", "bom"]
+)
 def test_containers_hold_the_same_pairs(write, container):
     rows = [make_row("x", a="über"), make_row("y", helpful=-1)]
     text = lines(*rows)
@@ -61,6 +63,7 @@ def test_containers_hold_the_same_pairs(write, container):
         "gzip": gzip.compress(text.encode()),
         "list": json.dumps(rows, indent=1) + "\n",
         "bom": "\ufeff" + text,
+        "list and empty lines": json.dumps(rows) + "\n\n \n",
     }[container]
     pairs = read_pairs(write(content), ["helpful"])
     expected = PreferencePair("x", [USER], "über", "no", {"helpful": 1})
@@ -119,7 +122,7 @@ def test_truncated_gzip_names_the_line(write):
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"`path` must be a data file, got '.*none\.jsonl'"):
         read_pairs(tmp_path / "none.jsonl", ["helpful"])
-    with pytest.raises(FileNotFoundError, match="does not exist or is no file"):
+    with pytest.raises(FileNotFoundError, match="which is a folder; name a file in it"):
         read_pairs(tmp_path, ["helpful"])
 
 
@@ -134,10 +137,10 @@ UNUSABLE = [
     (make_row(a="no", b=" no\n"), r"`responses` must differ, got two identical ones"),
     (make_row(a=""), r"`response a` must hold text, got an empty response"),
     (make_row(b=" \n"), r"`response b` must hold text, got an empty response"),
-    (make_row(prompt=[]), r"`prompt` must end with a user turn, got no turns"),
+    (make_row(prompt=[]), r"`prompt` must end with a user or tool turn, got no turns"),
     (
         make_row(prompt=[USER, {"role": "assistant", "content": "so"}]),
-        r"`prompt` must end with a user turn, got the role 'assistant' at its end",
+        r"`prompt` must end with a user or tool turn, got the role 'assistant' at its end",
     ),
     (
         make_row(prompt=[{"role": "user", "content": " "}]),

@@ -349,3 +349,38 @@ def test_torchrun_starts_the_command_and_passes_ctrl_c_on(runs, new_run):
     assert 0 < steps < 200
     subprocess.run([*command, run.file, "--resume", "--log_every=50"], check=True, timeout=300)
     assert [r["step"] for r in runs.steps(run)][-1] == 200
+
+
+@pytest.fixture
+def adapted(tmp_path, save_tiny):
+    """The settings of a model that is an adapter on the tiny one."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = save_tiny()
+    config = LoraConfig(r=3, target_modules=["q_proj", "up_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.2)
+    model.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "adapter")
+    return {"name": str(tmp_path / "adapter"), "device": "cpu"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("way", ["continue", "base", "merge", "reference"])
+def test_processes_go_on_with_an_adapter_as_one_does(runs, new_run, adapted, kind, way):
+    model = {
+        "continue": {},
+        "base": {"reference": "base"},
+        "merge": {"adapter": "merge", "lora": LORA},
+        "reference": {"adapter": "reference", "lora": LORA},
+    }[way]
+    model = adapted | model
+    one, many = (new_run(n, p, model) for n, p in (("one", {}), ("many", {"kind": kind})))
+    assert_done(one.end(1))
+    assert_done(many.end(2))
+    assert_close(runs, one, many)
+    assert (many.folder / "base").exists() == (way == "merge")

@@ -8,7 +8,8 @@ from torch import nn
 from raco_fast.dpo.data.batches import micro_batches
 from raco_fast.dpo.data.tokenization import EncodedPair, collate
 from raco_fast.dpo.losses.margin_losses import Sigmoid
-from raco_fast.dpo.models import LoraOptions, add_adapter
+from raco_fast.dpo.models import LoraOptions
+from raco_fast.dpo.policy import add_adapter
 from raco_fast.dpo.run import reference_cache
 from raco_fast.dpo.run.reference_cache import data_hash, reference_logps
 from raco_fast.dpo.scoring import adapter_off, pair_logps, score_pairs

@@ -8,9 +8,11 @@ characters, and two answers that begin alike would move the guess into the answe
 
 import re
 
-from raco_fast.dpo.data.formats.fields import Turn, as_text, as_turns, field
+from raco_fast.dpo.data.formats.fields import as_text, field
 from raco_fast.dpo.data.formats.format import Content
+from raco_fast.dpo.data.formats.turns import Turn, as_turns
 from raco_fast.dpo.data.rows import Row
+from raco_fast.dpo.data.values import show
 
 _HUMAN = "\n\nHuman:"
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -76,15 +78,15 @@ def split_sides(
     return prompt, _answer(row, name_a, a, prompt), _answer(row, name_b, b, prompt)
 
 
-def _answer(row: Row, name: str, turns: list[Turn], prompt: list[Turn]) -> str:
+def _answer(row: Row, name: str, turns: list[Turn], prompt: list[Turn]) -> Turn:
     """The one assistant turn that follows the prompt (which the turns may repeat)."""
     rest = turns[len(prompt) :] if turns[: len(prompt)] == prompt else turns
     if [turn["role"] for turn in rest] != ["assistant"]:
-        roles = ", ".join(turn["role"][:12] for turn in rest[:6]) or "nothing"
-        raise row.unusable(
+        roles = ", ".join(show(turn["role"]) for turn in rest[:6]) or "nothing"
+        raise row.error(
             name,
             "add one assistant turn to the prompt",
             f"{len(rest)} turns ({roles})",
             "keep one response a row, with the same turns before it on both sides",
         )
-    return rest[0]["content"]
+    return rest[0]

@@ -1,13 +1,13 @@
 """Strict reading of a row's fields; each error names the row, the field, the rule and the cure."""
 
+import json
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
-from raco_fast.dpo.data.rows import Row, is_number, shape, show
-
-Turn = dict[str, str]
-"""{"role": "system" | "user" | "assistant", "content": text}"""
+from raco_fast.dpo.data.rows import Row, RowError
+from raco_fast.dpo.data.strict_json import decode
+from raco_fast.dpo.data.values import is_number, shape, show
 
 
 def listed(names: Iterable[str], limit: int = 12) -> str:
@@ -20,7 +20,7 @@ def listed(names: Iterable[str], limit: int = 12) -> str:
 def field(row: Row, name: str) -> Any:
     """A field that every row of the format has."""
     if name not in row.data:
-        raise ValueError(
+        raise RowError(
             f"{row.where}: `{name}` must be present, got the fields {listed(row.data)}; "
             "every row of a file has the fields of its format"
         )
@@ -39,28 +39,52 @@ def as_text(row: Row, name: str, value: object) -> str:
     return value
 
 
-def as_turns(row: Row, name: str, value: object) -> list[Turn]:
-    """A value that has to be a list of turns; only role and content of each are kept."""
+def as_objects(row: Row, name: str, value: object) -> list[dict[str, Any]]:
+    """A value that has to be a list of objects; the list, or each of them, may be JSON in a text.
+
+    Tables with a column for it, as datasets of the Hugging Face hub are, have it as text: schemas
+    of several functions have no common type.
+    """
+    value = unpacked(row, name, value)
+    if value is None:
+        return []
     if not isinstance(value, list):
-        raise row.error(
-            name, "be a list of turns", shape(value), 'write [{"role": .., "content": ..}]'
-        )
-    turns = []
-    for k, turn in enumerate(value):
-        if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
-            found = listed(turn) if isinstance(turn, dict) else shape(turn)
-            raise row.error(f"{name}[{k}]", "have a role and a content", found, "add them")
-        turns.append({x: as_text(row, f"{name}[{k}].{x}", turn[x]) for x in ("role", "content")})
-    return turns
+        raise row.error(name, "be a list of objects", shape(value), "write a list, or its JSON")
+    objects = [unpacked(row, f"{name}[{k}]", item) for k, item in enumerate(value)]
+    for k, item in enumerate(objects):
+        if not isinstance(item, dict):
+            raise row.error(f"{name}[{k}]", "be an object", shape(item), "write an object")
+    return cast(list[dict[str, Any]], objects)
+
+
+def unpacked(row: Row, name: str, value: object) -> object:
+    """The value that a text spells as JSON; any other value as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        inner, fault = decode(value)
+    except json.JSONDecodeError as error:
+        found = f"{shape(value)} with an error at character {error.pos + 1} ({error.msg})"
+        rule = "be complete JSON where it is text"
+        raise row.error(name, rule, found, "write it again") from error
+    if fault is not None:
+        raise row.error(name, fault.rule, fault.found, fault.cure)
+    return inner
 
 
 def as_number(row: Row, name: str, value: object) -> float:
     """A rating or score: a finite number."""
-    if not is_number(value) or not math.isfinite(value):
+    number = as_float(value)
+    if not math.isfinite(number):
         raise row.error(
             name, "be a finite number for both responses", show(value), "write the rating"
         )
-    return float(value)
+    return number
+
+
+def as_float(value: object) -> float:
+    """A number as float64, NaN where it is none; whole numbers of a file are never too large."""
+    return float(value) if is_number(value) else math.nan
 
 
 def as_label(row: Row, name: str, value: object) -> int:

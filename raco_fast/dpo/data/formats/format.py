@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
+from typing import Any
 
-from raco_fast.dpo.data.formats.fields import Turn, listed
+from raco_fast.dpo.data.formats.fields import listed
+from raco_fast.dpo.data.formats.turns import Turn
 from raco_fast.dpo.data.rows import Row
 
-Content = tuple[list[Turn], str, str]
-"""Prompt turns, response a, response b."""
+Content = tuple[list[Turn], str | Turn, str | Turn]
+"""Prompt turns, response a, response b; a response is a text or an assistant turn."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Format:
             a format that carries no label field (response a is the preferred one).
         join: rows of the file -> rows of pairs.
         label_fields: row -> the names that a label can be asked for by, for messages.
+        is_label: (field name, value) -> whether the field is a label, of another run's objective if
+            not of this one's; other fields that nothing reads are reported as not used.
     """
 
     name: str
@@ -30,6 +34,7 @@ class Format:
     label: Callable[[Row, str], int | None] | None = None
     join: Callable[[Iterable[Row]], Iterator[Row]] = iter
     label_fields: Callable[[Row], Iterable[str]] = lambda row: row.data
+    is_label: Callable[[str, Any], bool] = lambda name, value: False
 
     def fields(self, row: Row) -> str:
         """The fields a label could be in, for messages."""

@@ -6,8 +6,10 @@ The label of an objective is the sign of the difference of its ratings.
 import re
 from collections.abc import Iterable, Iterator
 from itertools import groupby
+from typing import Any
 
-from raco_fast.dpo.data.formats.fields import as_number, as_text, field, text
+from raco_fast.dpo.data.formats.context import CONTEXT_FIELDS
+from raco_fast.dpo.data.formats.fields import as_number, as_text
 from raco_fast.dpo.data.formats.format import Content, Format
 from raco_fast.dpo.data.rows import Row
 
@@ -15,29 +17,30 @@ _RATINGS = {"helpfulness", "correctness", "coherence", "complexity", "verbosity"
 _TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
 
+def _shared(row: Row) -> dict[str, Any]:
+    """What two rows of a pair have in common."""
+    return {name: row.data[name] for name in ("prompt", *CONTEXT_FIELDS) if name in row.data}
+
+
 def _join(rows: Iterable[Row]) -> Iterator[Row]:
     """Join each run of rows with one prompt; a run of other than two is left for `_content`."""
-    for prompt, group in groupby(rows, key=lambda row: field(row, "prompt")):
+    for shared, group in groupby(rows, key=_shared):
         run = list(group)
-        responses = [field(row, "response") for row in run]
-        a, b = (
-            {k: v for k, v in row.data.items() if k not in ("prompt", "response")}
-            for row in (run[0], run[-1])
-        )
-        data = {"prompt": prompt, "responses": responses, "ratings_a": a, "ratings_b": b}
-        yield Row(run[0].where, run[0].number, data)
+        responses = [row.data.get("response") for row in run]
+        data = {"responses": responses, "ratings_a": run[0].data, "ratings_b": run[-1].data}
+        yield Row(run[0].where, run[0].number, shared | data, run[0].use)
 
 
 def _content(row: Row) -> Content:
     responses = row.data["responses"]
     if len(responses) != 2:
-        raise row.unusable(
+        raise row.error(
             "prompt",
             "be shared by exactly two consecutive rows",
             f"{len(responses)}",
             "which responses to compare is ambiguous: pair them before, or set on_bad to 'skip'",
         )
-    pieces = _TURN.split(text(row, "prompt"))
+    pieces = _TURN.split(as_text(row, "prompt", row.data.get("prompt")))
     roles = ["user", *(who.lower() for who in pieces[1::2])]
     prompt = [{"role": r, "content": c} for r, c in zip(roles, pieces[::2], strict=True)]
     return prompt, as_text(row, "response", responses[0]), as_text(row, "response", responses[1])
@@ -57,5 +60,6 @@ FORMAT = Format(
     _content,
     _label,
     _join,
-    label_fields=lambda row: row.data["ratings_a"],
+    label_fields=lambda row: row.data["ratings_a"].keys() - {"prompt", "response"},
+    is_label=lambda name, value: name in _RATINGS,
 )

@@ -5,7 +5,8 @@ better_response_id and safer_response_id, which objectives also know as helpful 
 from raco_fast.dpo.data.formats.conversation import prompt_turns
 from raco_fast.dpo.data.formats.fields import text
 from raco_fast.dpo.data.formats.format import Content, Format
-from raco_fast.dpo.data.rows import Row, show
+from raco_fast.dpo.data.rows import Row
+from raco_fast.dpo.data.values import show
 
 _FIELDS = {"helpful": "better_response_id", "harmless": "safer_response_id"}
 
@@ -32,4 +33,5 @@ FORMAT = Format(
     lambda names: {"response_0", "response_1"} <= names and bool(names & set(_FIELDS.values())),
     _content,
     _label,
+    is_label=lambda name, value: name in _FIELDS.values(),
 )

@@ -1,12 +1,14 @@
 """`raco`, our own: prompt (turns), response_a, response_b, preferences {objective: +1, -1, 0}."""
 
-from raco_fast.dpo.data.formats.fields import as_label, as_turns, field, text
+from raco_fast.dpo.data.formats.fields import as_label, field
 from raco_fast.dpo.data.formats.format import Content, Format
-from raco_fast.dpo.data.rows import Row, shape
+from raco_fast.dpo.data.formats.turns import as_answer, as_turns
+from raco_fast.dpo.data.rows import Row
+from raco_fast.dpo.data.values import shape
 
 
 def _content(row: Row) -> Content:
-    a, b = text(row, "response_a"), text(row, "response_b")
+    a, b = (as_answer(row, name, field(row, name)) for name in ("response_a", "response_b"))
     return as_turns(row, "prompt", field(row, "prompt")), a, b
 
 

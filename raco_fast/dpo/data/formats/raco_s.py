@@ -16,4 +16,5 @@ FORMAT = Format(
     lambda names: {"chosen", "rejected"} <= names and any(n.startswith("raco_s_") for n in names),
     chosen_rejected.FORMAT.content,
     _label,
+    is_label=lambda name, value: name.startswith("raco_s_"),
 )

@@ -2,7 +2,8 @@
 
 from raco_fast.dpo.data.formats.conversation import two_sides
 from raco_fast.dpo.data.formats.format import Format
-from raco_fast.dpo.data.rows import Row, show
+from raco_fast.dpo.data.rows import Row
+from raco_fast.dpo.data.values import show
 
 
 def _label(row: Row, objective: str) -> int | None:
@@ -24,4 +25,5 @@ FORMAT = Format(
     {"Summary_A", "Summary_B"}.issubset,
     lambda row: two_sides(row, "Summary_A", "Summary_B"),
     _label,
+    is_label=lambda name, value: value in ("A", "B"),
 )

@@ -6,7 +6,8 @@ The transcript with the higher score comes first, so the one objective's label i
 from raco_fast.dpo.data.formats.conversation import split_sides, transcript
 from raco_fast.dpo.data.formats.fields import as_number, as_text, field
 from raco_fast.dpo.data.formats.format import Content, Format
-from raco_fast.dpo.data.rows import Row, shape
+from raco_fast.dpo.data.rows import Row
+from raco_fast.dpo.data.values import shape
 
 
 def _content(row: Row) -> Content:
@@ -16,7 +17,7 @@ def _content(row: Row) -> Content:
             raise row.error(name, "be a list of two", shape(value), "give one entry a response")
     scores = [as_number(row, f"score[{k}]", score) for k, score in enumerate(row.data["score"])]
     if scores[0] == scores[1]:
-        raise row.unusable("score", "differ", "two equal scores", "remove the row: it is a tie")
+        raise row.error("score", "differ", "two equal scores", "remove the row: it is a tie")
     first = 0 if scores[0] > scores[1] else 1
     texts = [as_text(row, "text", row.data["text"][k]) for k in (first, 1 - first)]
     return split_sides(row, [("text", transcript(row, "text", text)) for text in texts])

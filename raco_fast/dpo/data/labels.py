@@ -1,0 +1,159 @@
+"""The labels of a row: which objectives its source labels, hard and soft labels, pair weights."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from raco_fast.dpo.data.formats.fields import as_float
+from raco_fast.dpo.data.formats.format import Format
+from raco_fast.dpo.data.rows import Row, RowError
+from raco_fast.dpo.data.values import is_number, shape, show
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """How the rows of one source are labelled.
+
+    Args:
+        names: objectives of the run.
+        declared: those the source is said to label; None: all of them.
+        columns: objective -> the field that labels it, where the names differ.
+        derived: the objective that needs no label, for it is derived from length; or None.
+        found: objectives that a row was labelled for by a field.
+    """
+
+    names: tuple[str, ...]
+    declared: tuple[str, ...] | None
+    columns: Mapping[str, str]
+    derived: str | None
+    found: set[str] = field(default_factory=set)
+
+    def column(self, objective: str) -> str:
+        """The field that labels an objective, with "-" before it where the sign is turned."""
+        return self.columns.get(objective, objective)
+
+    def of(self, row: Row, form: Format) -> dict[str, float]:
+        """The labels this row carries; an objective the source is not said to label is left out.
+
+        Raises:
+            RowError: a missing or unknown label.
+            ValueError: a source whose settings do not fit its format.
+        """
+        if form.label is None:
+            return self._of_preferred(row, form)
+        labels: dict[str, float] = {}
+        for name in self.declared or self.names:
+            column = self.column(name)
+            field = column.removeprefix("-")
+            hard, soft = form.label(row, field), soft_label(row, field)
+            if hard is not None and soft is not None:
+                raise row.error(
+                    f"preference_probabilities.{field}",
+                    "stand for an objective without a hard label",
+                    f"the label {hard} beside it",
+                    "remove one of the two",
+                )
+            label = soft if hard is None else hard
+            if label is not None:
+                labels[name] = -label if column.startswith("-") else label
+                self.found.add(name)
+            elif name != self.derived:
+                raise RowError(
+                    f"{row.where}: a row must label every objective of its source, got no field "
+                    f"for {name!r} ({form.name!r} format, fields {form.fields(row)}); write 0 "
+                    f"where a pair is not labelled, set `objective` to the ones this file labels, "
+                    f"or map the name with `columns`"
+                )
+        return labels
+
+    def _of_preferred(self, row: Row, form: Format) -> dict[str, float]:
+        """The one label of a format without label fields, whose response a is the preferred one."""
+        if self.columns:
+            raise ValueError(
+                f"{row.where}: `columns` must be empty for a {form.name!r} file, which has no "
+                f"label fields, got {dict(self.columns)}; use `objective`"
+            )
+        own = self.declared or tuple(n for n in self.names if n != self.derived)
+        if len(own) != 1:
+            raise ValueError(
+                f"{row.where}: `objective` must name the one objective that a {form.name!r} file "
+                f"labels, got {list(own)}; add e.g. `objective: {own[0] if own else self.names[0]}`"
+                " to the source"
+            )
+        soft = soft_label(row, own[0])
+        if soft is None and "preference_probabilities" in row.data:
+            raise row.error(
+                "preference_probabilities", f"hold {own[0]!r}", "another", "correct the name"
+            )
+        return {own[0]: soft or 1}
+
+    def unused_columns(self) -> dict[str, str]:
+        """Entries of `columns` that no row had the field of."""
+        return {name: column for name, column in self.columns.items() if name not in self.found}
+
+
+def soft_label(row: Row, column: str) -> float | None:
+    """Label from `preference_probabilities`, None where it has no such column.
+
+    A probability q that a is preferred is +q, or -(1 - q) where that is larger. So 0 remains free
+    to say "not labelled", and +0.5 says that neither is better.
+
+    Raises:
+        RowError: not an object, or not a number in [0, 1].
+    """
+    given = _optional(row, "preference_probabilities")
+    if given is None:
+        return None
+    if not isinstance(given, dict):
+        name, rule = "preference_probabilities", "map objectives to probabilities"
+        raise row.error(name, rule, shape(given), "write an object")
+    if column not in given:
+        return None
+    q = given[column]
+    if not is_number(q) or not 0 <= q <= 1:
+        raise row.error(
+            f"preference_probabilities.{column}",
+            "be in [0, 1]",
+            show(q),
+            "it is the probability that response a is preferred",
+        )
+    label = q if q >= 0.5 else q - 1
+    return int(label) if label in (-1, 1) else label
+
+
+def pair_weights(row: Row, columns: Mapping[str, str]) -> dict[str, float]:
+    """Objective -> weight of the pair, where that is not 1, from the field `pair_weights`.
+
+    Args:
+        row: the field is one number for all objectives, or an object.
+        columns: objective -> key in that object, of the objectives this row labels.
+    Raises:
+        RowError: an objective without a weight, or one that is not a positive number.
+    """
+    given = _optional(row, "pair_weights")
+    if given is None:
+        return {}
+    weights = {}
+    for name, column in columns.items():
+        value = given.get(column) if isinstance(given, dict) else given
+        weight = as_float(value)
+        if not 0 < weight < math.inf:
+            raise row.error(
+                f"pair_weights.{column}" if isinstance(given, dict) else "pair_weights",
+                "be a positive number, or one for every objective that the row labels",
+                show(value),
+                "write 1 for a plain pair, and label 0 to leave a pair out",
+            )
+        weights[name] = weight
+    return {name: weight for name, weight in weights.items() if weight != 1.0}
+
+
+def _optional(row: Row, name: str) -> Any:
+    """A field of a row that is a pair by itself; refused where two rows make one pair."""
+    sides = (row.data.get("ratings_a"), row.data.get("ratings_b"))
+    if any(isinstance(side, dict) and name in side for side in sides):
+        raise row.error(
+            name, "stand in a row that is a pair", "one response's", "use the 'raco' format"
+        )
+    return row.data.get(name)
