@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from raco_fast.settings.arguments import UsageError, settings_of
+from raco_fast.settings.typed import typed
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -28,18 +30,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     of the run is gone (a message on stderr says what and how to mend it), 130 stopped by Ctrl-C or
     SIGTERM.
     """
-    from jsonargparse import ArgumentError
-
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else None
-    if command in ("train", "verify") and len(arguments) > 1 and not arguments[1].startswith("-"):
-        arguments.insert(1, "--config")  # the config file may stand without its flag
     runs = {"train": _run_train, "verify": _run_verify, "demo": _run_demo}
     try:
-        parser = _parser(command)
-        values = parser.parse_args(arguments)
-        return runs[values.subcommand](parser, values)
-    except ArgumentError as error:
+        if {"-h", "--help"} & set(arguments):
+            _help(command if command in runs else None).print_help()
+            return 0
+        if command not in runs:
+            raise UsageError(f"the command must be one of {', '.join(runs)}, got {command!r}")
+        return runs[command](arguments[1:])
+    except UsageError as error:
         about = f"raco-fast {command}" if command in runs else "raco-fast"
         print(f"raco-fast: {error}\nsee {about} --help", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -51,52 +52,64 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _parser(command: str | None) -> ArgumentParser:
-    """The parser, with the options of `command` alone: reading the others' types takes seconds."""
-    from jsonargparse import ActionYesNo, ArgumentParser
+def _help(command: str | None) -> ArgumentParser:
+    """A parser that prints the options of `command`, from the docstrings of its settings.
 
-    about = "Align language models to several conflicting preferences."
-    parser = ArgumentParser(prog="raco-fast", description=about, exit_on_error=False)
-    commands = parser.add_subcommands(required=True)
-    train = ArgumentParser(
-        usage="raco-fast train config.yaml [--resume] [--lr 2e-5] [any setting of the file]",
-        description="Multi-objective DPO on preference pairs.",
-        exit_on_error=False,
-    )
-    resume = "go on from the newest checkpoint in output_dir"
-    train.add_argument("--resume", action=ActionYesNo, default=False, help=resume)
-    verify = ArgumentParser(
-        usage="raco-fast verify config.yaml [any setting of the file]",
-        description="Compare every gradient mode with autograd on the model and data of a run.",
-        exit_on_error=False,
-    )
-    for name, of_run in (("train", train), ("verify", verify)):
-        of_run.add_argument("--config", action="config", help="YAML file of settings")
-        if command == name:
-            from raco_fast.dpo.run.config import TrainConfig
+    It parses nothing: `raco_fast.settings` does, whose messages name the setting and the cure.
+    """
+    from jsonargparse import ArgumentParser
 
-            of_run.add_class_arguments(TrainConfig)
-    commands.add_subcommand("train", train, help="align a model on preference data")
-    commands.add_subcommand("verify", verify, help="are the gradients of this run exact?")
-    about = "A miniature of the paper's study; needs no download."
-    demo = ArgumentParser(description=about, exit_on_error=False)
-    demo.add_argument("--quick", action=ActionYesNo, default=False, help="a few seconds' version")
+    if command is None:
+        about = "Align language models to several conflicting preferences."
+        parser = ArgumentParser(prog="raco-fast", description=about)
+        commands = parser.add_subcommands(required=True)
+        for name, what in (
+            ("train", "align a model on preference data"),
+            ("verify", "are the gradients of this run exact?"),
+            ("demo", "compare the rules on an embedded toy task"),
+        ):
+            commands.add_subcommand(name, ArgumentParser(), help=what)
+        return parser
+    usage, about = {
+        "train": (
+            "raco-fast train config.yaml [--resume] [--lr 2e-5] [any setting of the file]",
+            "Multi-objective DPO on preference pairs.",
+        ),
+        "verify": (
+            "raco-fast verify config.yaml [any setting of the file]",
+            "Compare every gradient mode with autograd on the model and data of a run.",
+        ),
+        "demo": (
+            "raco-fast demo [--quick] [--config config.yaml] [any setting of the file]",
+            "A miniature of the paper's study; needs no download.",
+        ),
+    }[command]
+    parser = ArgumentParser(usage=usage, description=about)
+    parser.add_argument("--config", help="YAML file of settings")
+    if command == "train":
+        resume = "go on from the newest checkpoint in output_dir"
+        parser.add_argument("--resume", action="store_true", help=resume)
     if command == "demo":
         from raco_fast.demo.config import DemoConfig
 
-        demo.add_class_arguments(DemoConfig, skip={"quick"})
-    commands.add_subcommand("demo", demo, help="compare the rules on an embedded toy task")
+        parser.add_class_arguments(DemoConfig)
+    else:
+        from raco_fast.dpo.run.config import TrainConfig
+
+        parser.add_class_arguments(TrainConfig)
     return parser
 
 
-def _run_train(parser: ArgumentParser, values: Any) -> int:
+def _run_train(arguments: Sequence[str]) -> int:
+    from raco_fast.dpo.run import trainer
     from raco_fast.dpo.run.config import TrainConfig
-    from raco_fast.dpo.run.trainer import Interrupted, train
+    from raco_fast.dpo.run.trainer import Interrupted
 
     first = _speaks()
-    config = _config(TrainConfig, parser.instantiate(values).train)
+    settings, flags = settings_of(arguments, TrainConfig, ["resume"])
+    config: TrainConfig = typed(settings, TrainConfig)
     try:
-        results = train(config, resume=values.train.resume)
+        results = trainer.train(config, resume=flags["resume"])
     except Interrupted as stop:
         if first:
             print(f"raco-fast: {stop}", file=sys.stderr)
@@ -126,14 +139,15 @@ def _speaks() -> bool:
     return first
 
 
-def _run_verify(parser: ArgumentParser, values: Any) -> int:
+def _run_verify(arguments: Sequence[str]) -> int:
     from raco_fast.dpo.run.config import TrainConfig
     from raco_fast.dpo.run.verification import verify_run
     from raco_fast.engine.tap import NotExactError
 
     _refuse_many("verify")
+    config = typed(settings_of(arguments, TrainConfig)[0], TrainConfig)
     try:
-        found = verify_run(_config(TrainConfig, parser.instantiate(values).verify))
+        found = verify_run(config)
     except NotExactError as error:
         print(f"raco-fast: not exact: {error}", file=sys.stderr)
         return EXIT_NOT_EXACT
@@ -155,12 +169,12 @@ def _stopped_at_once(config: TrainConfig) -> str:
     return f"stopped; {found} is the last checkpoint. Run the same command with --resume to go on"
 
 
-def _run_demo(parser: ArgumentParser, values: Any) -> int:
+def _run_demo(arguments: Sequence[str]) -> int:
     from raco_fast.demo.config import DemoConfig
     from raco_fast.demo.study import run
 
     _refuse_many("demo")
-    run(_config(DemoConfig, parser.instantiate(values).demo))
+    run(typed(settings_of(arguments, DemoConfig)[0], DemoConfig))
     return 0
 
 
@@ -173,12 +187,6 @@ def _refuse_many(command: str) -> None:
             f"`{command}` runs in one process, but a launcher has started {launch.size}, which "
             f"would all do the same; start `raco-fast {command}` without torchrun"
         )
-
-
-def _config(config_class: Any, options: Any) -> Any:
-    """A configuration of the parsed options that are its fields."""
-    fields = dataclasses.fields(config_class)
-    return config_class(**{field.name: options[field.name] for field in fields})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import hashlib
 import zlib
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 from raco_fast.dpo.data.choices import check_choices
 from raco_fast.dpo.launch import launched
 from raco_fast.dpo.logps import unwrap
+from raco_fast.settings.paths import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -110,7 +110,7 @@ def _gpu_of(local_rank: int, device: str) -> str:
 
 def _source(name: str) -> tuple[str, dict[str, str]]:
     """`from_pretrained` arguments of a hub name, a folder or a GGUF file."""
-    path = Path(name).expanduser()
+    path = expanded(name, "model.name")
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ValueError(f"`model`: no GGUF file at {name!r}; check the path")

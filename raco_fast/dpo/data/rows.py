@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard, cast
 
+from raco_fast.settings.paths import expanded
+
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -70,7 +72,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         ValueError: no rows; an empty line; bad JSON; not an object; not UTF-8; a truncated or
             damaged gzip stream. Names file and line.
     """
-    file = Path(path)
+    file = expanded(path)
     if not file.is_file():
         raise FileNotFoundError(
             f"`path` must be a data file, got {str(path)!r}, which does not exist or is no file; "

@@ -28,7 +28,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.models import trainable
@@ -52,7 +52,7 @@ class TrainingState:
 
     model: nn.Module
     optimizer: ClippedCAGradAdamW
-    scheduler: LRScheduler
+    scheduler: LambdaLR
     run: dict[str, Any]
     step: int = 0
     processes: Processes = field(default_factory=Processes)

@@ -14,6 +14,7 @@ from raco_fast.dpo.losses.registry import described
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.files import atomic_folder
 from raco_fast.report import markdown_table, share_with_interval
+from raco_fast.settings.paths import expanded
 from raco_fast.solver.registry import check_rule, label_of
 from raco_fast.solver.rules.conflict_averse import CAGrad, CAGradClip
 
@@ -68,7 +69,7 @@ def model_card(summary: TrainingSummary) -> str:
     from huggingface_hub import ModelCardData
 
     model = summary.config.model
-    on_this_machine = Path(model.name).expanduser().exists()
+    on_this_machine = expanded(model.name, "model.name").exists()
     header = ModelCardData(
         library_name="peft" if model.lora else "transformers",
         base_model=None if on_this_machine else model.name,  # the hub takes hub names only

@@ -29,10 +29,13 @@ logger = logging.getLogger(__name__)
 
 
 def data_hash(pairs: Sequence[EncodedPair], *, with_labels: bool = True) -> str:
-    """Hash of the ids, token ids and labels of every pair, in order."""
+    """Hash of the token ids and labels of every pair, in order.
+
+    Without the ids, which a renamed file changes where its rows have none.
+    """
     digest = hashlib.sha256()
     for pair in pairs:
-        content: tuple[object, ...] = (pair.id, pair.prompt_ids, pair.a_ids, pair.b_ids)
+        content: tuple[object, ...] = (pair.prompt_ids, pair.a_ids, pair.b_ids)
         if with_labels:
             content += (sorted(pair.labels.items()),)
             content += (sorted(pair.pair_weights.items()),) if pair.pair_weights else ()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from raco_fast.distributed.processes import Processes
@@ -14,10 +14,17 @@ from raco_fast.dpo.data.batches import BatchSchedule, labelled_counts
 from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.models import pick_device, trainable
 from raco_fast.dpo.run.checkpoint import TrainingState, latest, read_state
-from raco_fast.dpo.run.config import TrainConfig, check_same_run, identity
+from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.evaluation import HeldOut
+from raco_fast.dpo.run.identity import check_same_content, check_same_run, compared, identity
 from raco_fast.dpo.run.inputs import load_on_all
 from raco_fast.dpo.run.interrupt import Interrupt
+from raco_fast.dpo.run.length import (
+    check_total,
+    follow_schedule,
+    odd_settings,
+    warm_up_steps,
+)
 from raco_fast.dpo.run.metrics_file import MetricsFile, read_records
 from raco_fast.dpo.run.model_card import TrainingSummary, save_trained_model
 from raco_fast.dpo.run.parallel import process_group
@@ -73,6 +80,12 @@ class Trainer:
         found = together(self.processes, lambda: _checkpoint_to_resume(config, resume))
         self.inputs = load_on_all(config, self.processes)
         self.model, self.pairs = self.inputs.model, self.inputs.training
+        self.batches = BatchSchedule(len(self.pairs), config.pairs_per_step, config.seed)
+        steps = config.epochs * self.batches.steps_per_epoch
+        self.total_steps = min(steps, config.max_steps or steps)
+        self._warm_up = warm_up_steps(config.warmup_ratio, self.total_steps)
+        for odd in odd_settings(config, len(self.pairs), self.total_steps):
+            logger.warning("%s", odd)
         if config.gradient_mode != "autograd":
             strict = config.gradient_mode != "auto"
             prepare(self.model, strict=strict, check_every=config.check_every)
@@ -83,12 +96,10 @@ class Trainer:
                 len(self.references),
             )
         self.held_out = self._held_out() if self.inputs.held_out else None
-        self.batches = BatchSchedule(len(self.pairs), config.pairs_per_step, config.seed)
-        steps = config.epochs * self.batches.steps_per_epoch
-        self.total_steps = min(steps, config.max_steps or steps)
         self.state = self._new_state()
         contents = {what: self.state.run[what] for what in ("data", "model")}
-        of_run = {**self.state.run["settings"], **contents, "checkpoint": found and found.name}
+        of_run = {**compared(self.state.run["settings"]), **contents}
+        of_run["checkpoint"] = found and found.name
         check_alike(self.processes, of_run)
         self._learn = PreferenceStep(
             self.model,
@@ -101,6 +112,7 @@ class Trainer:
             {"auto": "one_backward"}.get(config.gradient_mode, config.gradient_mode),
             self.processes,
         )
+        self._evaluate_now = False  # of a resumed run: what was evaluated is not what is asked for
         if found is not None:
             self._resume(found)
         # Of the first process alone: the others have no metrics to write.
@@ -116,8 +128,12 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the end, evaluate before and after, save the model and its card."""
         config = self.config
-        if self.held_out is not None and self.state.step == 0:
-            self._record(self.held_out.evaluate_reference())
+        # Of a resumed run too, for the model card: it may have other held-out pairs than before.
+        untrained = None if self.held_out is None else self.held_out.evaluate_reference()
+        if untrained is not None and self.state.step == 0:
+            self._record(untrained)
+        elif self.held_out is not None and self._evaluate_now:
+            self._record(self.held_out.evaluate(self.model))
         self.model.train()
         progress = tqdm(
             total=self.total_steps,
@@ -138,13 +154,15 @@ class Trainer:
                 if last or _due(self.state.step, config.save_every):
                     self.state.save(self._checkpoints)
         weights = whole_state_dict(self.model) if is_sharded(self.model) else None
-        return by_first(self.processes, lambda: self._finish(weights)) or {}
+        return by_first(self.processes, lambda: self._finish(weights, untrained)) or {}
 
-    def _finish(self, weights: dict[str, Tensor] | None) -> dict[str, Any]:
+    def _finish(
+        self, weights: dict[str, Tensor] | None, untrained: dict[str, float] | None
+    ) -> dict[str, Any]:
         """Save the model and its card; returns the last evaluation."""
         assert self.metrics is not None
         self.metrics.close()
-        summary = self._summary(self.metrics.path)
+        summary = self._summary(self.metrics.path, untrained)
         save_trained_model(self.model, self.inputs.tokenizer, summary, weights)
         return dict(summary.evaluations[-1]) if summary.evaluations else {}
 
@@ -205,31 +223,43 @@ class Trainer:
         optimizer = ClippedCAGradAdamW(trainable(self.model).values(), **config.optimizer_arguments)
         # What transformers calls "constant" ignores the warm-up.
         schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
-        warmup = round(config.warmup_ratio * self.total_steps)
-        scheduler: LRScheduler = get_scheduler(schedule, optimizer, warmup, self.total_steps)
-        content = {"data": data_hash(self.pairs), "model": self.inputs.model_hash}
-        run = {"settings": identity(config), **content}
+        scheduler: LambdaLR = get_scheduler(schedule, optimizer, self._warm_up, self.total_steps)
+        run = {
+            "settings": identity(config),
+            "data": data_hash(self.pairs),
+            "model": self.inputs.model_hash,
+            "held_out": data_hash(self.inputs.held_out),
+            "total_steps": self.total_steps,
+        }
         return TrainingState(self.model, optimizer, scheduler, run, processes=self.processes)
 
     def _resume(self, checkpoint: Path) -> None:
-        saved = together(self.processes, lambda: read_state(checkpoint)["run"])
+        state, own = together(self.processes, lambda: read_state(checkpoint)), self.state.run
+        saved = state["run"]
         for what in ("data", "model"):
-            if saved[what] != self.state.run[what]:
-                raise ValueError(
-                    f"checkpoint {checkpoint} was made with another {what}: the settings agree but "
-                    f"its content changed; restore it or choose another `output_dir`"
-                )
+            check_same_content(self.config, what, saved, own, checkpoint)
+        check_total(state["step"], saved.get("total_steps"), self.total_steps, checkpoint)
         self.state.load(checkpoint)
+        follow_schedule(self.state.scheduler)
+        own["settings"]["rounding"] = self.state.optimizer.rounding
+        changed = saved.get("held_out", own["held_out"]) != own["held_out"]
+        if changed:
+            logger.info(
+                "the held-out pairs are others than those of the checkpoint: the model is "
+                "evaluated on them now, and earlier evaluations in metrics.jsonl are of other pairs"
+            )
+        ends_here = self.state.step == self.total_steps != saved.get("total_steps")
+        self._evaluate_now = changed or ends_here
 
-    def _summary(self, metrics: Path) -> TrainingSummary:
-        records = read_records(metrics)
+    def _summary(self, metrics: Path, untrained: dict[str, float] | None) -> TrainingSummary:
+        records = [r for r in read_records(metrics) if any(n.startswith("eval_") for n in r)]
         return TrainingSummary(
             self.config,
             steps=self.state.step,
             skipped_steps=self.state.optimizer.skipped_steps,
             pairs=len(self.pairs),
             labelled=labelled_counts(self.pairs, self.config.objectives),
-            evaluations=[r for r in records if any(name.startswith("eval_") for name in r)],
+            evaluations=[] if untrained is None else [untrained, records[-1]],
         )
 
     def _references(self, pairs: list[EncodedPair]) -> dict[float, ReferenceLogps]:
@@ -241,7 +271,7 @@ class Trainer:
                 pairs,
                 model_hash=self.inputs.model_hash,
                 pad_id=self.inputs.pad_id,
-                cache_dir=Path(config.cache_dir),
+                cache_dir=config.cache_folder,
                 batch_pairs=2 * config.pairs_per_micro_batch,
                 chunk_tokens=config.chunk_tokens,
                 tail=tail,
