@@ -6,6 +6,7 @@ A checkpoint is a folder `checkpoints/step-<n>`:
     optimizer.pt        optimizer and learning-rate schedule
     rng.pt              random generators, of every process
     state.json          step (which is the position in the data) and run identity
+    checksums.json      size and CRC-32 of every other file
 
 The first process writes it. Of a sharded model no process holds all: each writes its part into
 `shards/`, which `raco_fast.dpo.run.shard_files` describes, and what is not cut is where it is
@@ -33,6 +34,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.models import trainable
 from raco_fast.dpo.run import shard_files
+from raco_fast.dpo.run.checksums import DamagedError, check_checksums, write_checksums
 from raco_fast.dpo.run.files import atomic_folder, reported
 from raco_fast.dpo.run.together import by_first, gathered, together
 from raco_fast.dpo.sharded import cut_like, device_of, is_sharded
@@ -99,6 +101,7 @@ class TrainingState:
             _torch_save({"processes": random}, partial / "rng.pt")
             state = {"step": self.step, "run": self.run}
             (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+            write_checksums(partial)
             whole.close()
 
         by_first(self.processes, write)
@@ -160,6 +163,23 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """`state.json` of a checkpoint: step and run identity."""
     state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     return state
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Compare a checkpoint with its checksums.
+
+    Raises:
+        ValueError: a file is missing or damaged; says which, and what else there is to go on from.
+    """
+    try:
+        check_checksums(checkpoint)
+    except DamagedError as error:
+        older = [each for each in _checkpoints(checkpoint.parent) if each < checkpoint]
+        cure = f"to go on from {older[-1]} instead" if older else "and start without --resume"
+        raise ValueError(
+            f"checkpoint {checkpoint} is damaged: {error}; restore the file, or remove the folder "
+            f"{cure}"
+        ) from error
 
 
 def latest(folder: Path) -> Path | None:

@@ -15,17 +15,29 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     A last line cut off by a crash or a full disk is left out.
 
     Raises:
-        ValueError: any other line is not JSON (file and line named).
+        ValueError: any other line is no record (file and line named).
     """
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
     records = []
     for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}:{number}: not a JSON record; remove the line") from error
+        if (record := _record(line)) is not None:
+            records.append(record)
+        elif number < len(lines):
+            raise ValueError(
+                f"{path}:{number}: a line must be a JSON record with a `step`, got another or a "
+                f"damaged one; remove the line"
+            )
     return records
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None if there is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, a number of thousands of digits
+        return None
+    known = isinstance(record, dict) and type(record.get("step")) is int
+    return record if known else None
 
 
 class MetricsFile:

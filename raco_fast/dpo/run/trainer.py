@@ -2,6 +2,7 @@
 
 import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.data.batches import BatchSchedule, labelled_counts
 from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.models import pick_device, trainable
-from raco_fast.dpo.run.checkpoint import TrainingState, latest, read_state
+from raco_fast.dpo.run.checkpoint import TrainingState, check_whole, latest, read_state
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.evaluation import HeldOut
 from raco_fast.dpo.run.identity import check_same_content, check_same_run, compared, identity
@@ -28,6 +29,7 @@ from raco_fast.dpo.run.length import (
 from raco_fast.dpo.run.metrics_file import MetricsFile, read_records
 from raco_fast.dpo.run.model_card import TrainingSummary, save_trained_model
 from raco_fast.dpo.run.parallel import process_group
+from raco_fast.dpo.run.places import check_room, check_writable
 from raco_fast.dpo.run.reference_cache import data_hash, reference_logps
 from raco_fast.dpo.run.step import PreferenceStep
 from raco_fast.dpo.run.together import by_first, check_alike, together
@@ -77,9 +79,14 @@ class Trainer:
         self.config, self.losses = config, config.objective_losses
         self.processes = Processes()
         self._checkpoints = config.folder / "checkpoints"
+        for folder, name in ((config.folder, "output_dir"), (config.cache_folder, "cache_dir")):
+            by_first(self.processes, partial(check_writable, folder, name))
         found = together(self.processes, lambda: _checkpoint_to_resume(config, resume))
         self.inputs = load_on_all(config, self.processes)
         self.model, self.pairs = self.inputs.model, self.inputs.training
+        rounding = config.optimizer_arguments["rounding"]
+        trained = trainable(self.model).values()
+        by_first(self.processes, lambda: check_room(config.folder, trained, rounding))
         self.batches = BatchSchedule(len(self.pairs), config.pairs_per_step, config.seed)
         steps = config.epochs * self.batches.steps_per_epoch
         self.total_steps = min(steps, config.max_steps or steps)
@@ -300,6 +307,7 @@ def _checkpoint_to_resume(config: TrainConfig, resume: bool) -> Path | None:
             "choose another `output_dir`"
         )
     if found is not None:
+        check_whole(found)
         check_same_run(config, read_state(found)["run"]["settings"], found)
     return found
 

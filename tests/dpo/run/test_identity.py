@@ -154,7 +154,7 @@ def test_settings_of_other_versions(make_config, tmp_path):
         (
             "data",
             {"tokens": {"max_length": 12}},
-            r"another data \(tokens.max_length: 1024 in the ch",
+            r"data \(tokens.max_length: 1024 in the che",
         ),
         ("data", {"data": [{"path": "x", "limit": 3}]}, r"data.limit: \[None\] in .*, \[3\] now"),
         ("model", {"model": {"name": "org/other"}}, r"with another model \(model.name: '"),
@@ -220,7 +220,7 @@ def test_a_finished_run_goes_on_with_more_epochs(runs, make_config):
 def test_fewer_steps_are_possible_as_long_as_they_are_not_done(runs, make_config, monkeypatch):
     stopped(runs, make_config, monkeypatch)
     with pytest.raises(
-        ValueError, match="must give at least the 4 steps that .*004 has done, got 3"
+        ValueError, match=r"must give at least the 4 steps that .*004 has done, got 3"
     ):
         Trainer(make_config(max_steps=3), resume=True)
     assert train(make_config(max_steps=4), resume=True)["step"] == 4
