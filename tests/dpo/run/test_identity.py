@@ -1,6 +1,7 @@
 """What may change where a run goes on from a checkpoint: every setting has its class."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -34,6 +35,13 @@ def test_every_setting_is_classified_and_nothing_else_is():
 
 def _in_group(key: str) -> bool:
     return any(key.startswith(f"{group}.") for group in GROUPS_OF_ONE_KIND)
+
+
+def test_the_page_has_every_setting_once():
+    page = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text()
+    table = page.partition("## What may change")[2].partition("## Damaged")[0]
+    named = re.findall(r"`([a-z_.]+)`", "".join(re.findall(r"^\|.*$", table, re.MULTILINE)))
+    assert sorted(named) == sorted(CHANGES)
 
 
 def test_what_is_unknown_may_not_change():
