@@ -47,8 +47,8 @@ def read_file(path: Path, name: str = "config") -> dict[str, Any]:
         ValueError: it is too large, no UTF-8, no YAML or JSON, no mapping or an empty one; or a
             name is given twice. Names the file and the line.
     """
-    if not path.is_file():
-        kind = "a folder" if path.is_dir() else "nothing" if not path.exists() else "no plain file"
+    if path.is_dir() or not path.exists():
+        kind = "a folder" if path.is_dir() else "nothing"
         raise FileNotFoundError(f"`{name}` must be a file, got {path}, which is {kind}; check it")
     with path.open("rb") as file:
         raw = file.read(MOST_BYTES + 1)

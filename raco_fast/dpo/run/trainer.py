@@ -82,6 +82,10 @@ class Trainer:
         for folder, name in ((config.folder, "output_dir"), (config.cache_folder, "cache_dir")):
             by_first(self.processes, partial(check_writable, folder, name))
         found = together(self.processes, lambda: _checkpoint_to_resume(config, resume))
+        if found is not None:
+            by_first(self.processes, partial(check_whole, found))
+            saved = together(self.processes, lambda: read_state(found)["run"]["settings"])
+            together(self.processes, lambda: check_same_run(config, saved, found))
         self.inputs = load_on_all(config, self.processes)
         self.model, self.pairs = self.inputs.model, self.inputs.training
         rounding = config.optimizer_arguments["rounding"]
@@ -306,9 +310,6 @@ def _checkpoint_to_resume(config: TrainConfig, resume: bool) -> Path | None:
             f"`output_dir` already holds a trained model, {output_dir / 'model'}; "
             "choose another `output_dir`"
         )
-    if found is not None:
-        check_whole(found)
-        check_same_run(config, read_state(found)["run"]["settings"], found)
     return found
 
 

@@ -12,6 +12,19 @@ def test_a_learning_rate_of_zero_is_refused(make_config, lr):
         make_config(lr=lr)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 0}, "`lora.r` must be at least 1, got 0"),
+        ({"alpha": 0}, "`lora.alpha` must be at least 1: with 0 nothing is learnt, got 0"),
+        ({"dropout": 1.0}, r"`lora.dropout` must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_an_adapter_that_cannot_learn_is_refused(make_config, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_config({"lora": options})
+
+
 def test_a_warm_up_that_is_all_of_the_run(make_config, caplog):
     assert [warm_up_steps(0.1, n) for n in (1, 4, 5, 15, 100)] == [0, 0, 0, 2, 10]
     with pytest.raises(ValueError, match=r"`warmup_ratio` must leave the only step .*, got 0.6"):
