@@ -128,7 +128,7 @@ def result_table(config: TrainConfig, evaluations: Sequence[Mapping[str, Any]]) 
     for name in config.objectives:
         pairs = int(last.get(f"eval_pairs/{name}", 0))
         if pairs:
-            before = first[f"eval_logps/accuracies/{name}"]
+            before = first.get(f"eval_logps/accuracies/{name}")
             after = last[f"eval_logps/accuracies/{name}"]
             reward = last[f"eval_rewards/accuracies/{name}"]
             cells = [share_with_interval(value, pairs) for value in (before, after, reward)]

@@ -91,8 +91,7 @@ def reference_logps(
                 f"{len(pairs)} pairs, the first {wrong[0]!r}; it would train on NaN: check its "
                 "weights and `model.dtype`"
             )
-        if by_first(processes, lambda: _write(file, values)):
-            by_first(processes, parts.remove)
+        by_first(processes, lambda: _write(file, values, parts))
     return ReferenceLogps(
         {pair.id: (a, b) for pair, (a, b) in zip(pairs, values.tolist(), strict=True)}
     )
@@ -113,8 +112,8 @@ def _read(file: Path, n: int) -> Tensor | None:
     return values
 
 
-def _write(file: Path, values: Tensor) -> bool:
-    """Cache the values; whether it worked. The run has them in memory and goes on either way."""
+def _write(file: Path, values: Tensor, parts: ReferenceParts) -> None:
+    """Cache the values, and remove the parts; without a cache the run goes on, from memory."""
     try:
         with atomic_file(file) as partial:
             save_checked(partial, {"logps": values})
@@ -123,8 +122,8 @@ def _write(file: Path, values: Tensor) -> bool:
             "reference log-probabilities are not cached, the next run computes them again: %s",
             error,
         )
-        return False
-    return True
+    else:
+        parts.remove()
 
 
 @torch.no_grad()
