@@ -16,7 +16,8 @@ Why this design:
   additions is about 1e4 long for 8e9 elements (relative error 1e-7, 4e-6 for log-normal scales).
   A running sum in bf16, the usual code, is off by percents.
 - Each thread holds VEC = 16 bytes of neighbouring elements of each gradient, as one row of a
-  [BLOCK / VEC, VEC] tile; `tl.sum(axis=1)` then stays inside the thread. One accumulator per pair
+  [BLOCK / VEC, VEC] tile (of misaligned tensors VEC = 2 elements, each a neighbour of the next
+  thread's); `tl.sum(axis=1)` then stays inside the thread. One accumulator per pair
   and thread is what keeps m = 8 (36 pairs) free of spills.
 - 16-byte loads through addresses from a table need two things, or bf16 is read 2 bytes at a time:
   `tl.multiple_of` on the pointer, and a mask bound that is a multiple of VEC. So the bound is
@@ -92,7 +93,11 @@ def gram_partials(
     PAIRS: tl.constexpr = M * (M + 1) // 2
     program = tl.program_id(0)
     column = tl.arange(0, VEC)
-    lane = tl.arange(0, BLOCK // VEC)[:, None] * VEC + column[None, :]
+    row = tl.arange(0, BLOCK // VEC)[:, None]
+    if ALIGN % 16 == 0:
+        lane = row * VEC + column[None, :]
+    else:  # a thread reads one element at a time: neighbours of those of the next thread
+        lane = row + column[None, :] * (BLOCK // VEC)
     # Per pair i <= j: sums [BLOCK / VEC] of the main loop, one a thread; a scalar for the tails.
     sums = ()
     tails = ()

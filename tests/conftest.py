@@ -186,13 +186,14 @@ def scores_by_head(model: nn.Module, batch: SimpleNamespace) -> Tensor:
 def scores_packed(model: nn.Module, batch: SimpleNamespace) -> Tensor:
     """[B] from one row of tokens without padding, each sequence blind to the others."""
     length = batch.mask.sum(1)
-    of_token = torch.repeat_interleave(torch.arange(len(length)), length)
+    of_token = torch.arange(len(length), device=length.device).repeat_interleave(length)
     place = batch.mask.nonzero()[:, 1]
     window = getattr(model.config, "sliding_window", None) or len(place)
     back = place[:, None] - place
     seen = (of_token[:, None] == of_token) & (back >= 0) & (back < window)
     ids, dtype = batch.ids[batch.mask], next(model.parameters()).dtype
-    blind = torch.zeros(1, 1, *seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    blind = torch.zeros(1, 1, *seen.shape, dtype=dtype, device=seen.device)
+    blind.masked_fill_(~seen, torch.finfo(dtype).min)
     with sequences(cu_seqlens=[0, *length.cumsum(0).tolist()]):
         out = model(
             input_ids=ids[None], position_ids=place[None], attention_mask=blind, use_cache=False
@@ -226,6 +227,7 @@ def make_losses(scores: Tensor, m: int = 3, *, without_pair: int | None = None) 
     for i in range(m):
         labels = torch.randint(-1, 2, (len(margins),), generator=generator)
         labels[i % len(labels)] = 1
+        labels = labels.to(margins.device)
         labelled = labels.abs().sum()
         if i == without_pair:
             loss = torch.tensor(0.25)

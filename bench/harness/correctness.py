@@ -28,24 +28,43 @@ RELIES_ON = {
 
 
 def files(device: str) -> list[Path]:
-    """All test files for a device: on CUDA also those of kernels that no suite times yet."""
+    """All test files for a device: on CUDA also those of what no suite times."""
     if device == "cpu":
         return _ON_CPU
-    return [*sorted(KERNEL_TESTS.glob("test_*.py")), TESTS / "kernels" / "test_cuda_graph.py"]
+    whole = sorted(TESTS.rglob("test_on_cuda.py"))
+    return [
+        *sorted(KERNEL_TESTS.glob("test_*.py")),
+        TESTS / "kernels" / "test_cuda_graph.py",
+        *whole,
+    ]
 
 
 def commands(tests: Sequence[Path]) -> dict[str, list[str]]:
     """Record name -> pytest command for each file.
 
-    A machine with nothing but pytest will do: without the plugins that the project's settings and
-    tests/conftest.py ask for. Warnings are no errors, since versions may not be the pinned ones.
+    For the kernels a machine with nothing but pytest will do: without the plugins that the
+    project's settings and tests/conftest.py ask for. Warnings are no errors, since versions may not
+    be the pinned ones.
     """
     settings = ["-c", str(ROOT / "pyproject.toml"), "-o", "filterwarnings="]
     settings += ["-o", "addopts=--import-mode=importlib --strict-markers"]
-    settings += [f"--confcutdir={KERNEL_TESTS}"]
     quiet = ["-v", "--tb=short", "--color=no", "-p", "no:cacheprovider", "-m", "not slow"]
     python = [sys.executable, "-m", "pytest", *settings, *quiet]
-    return {f"tests/{f.stem}": [*python, str(f)] for f in tests}
+    return {_name(f): [*python, *_conftests(f), str(f)] for f in tests}
+
+
+def _name(file: Path) -> str:
+    """Of its record: tests/test_gram, tests/engine/test_on_cuda."""
+    return f"tests/{file.parent.name}/{file.stem}" if _is_whole(file) else f"tests/{file.stem}"
+
+
+def _conftests(file: Path) -> list[str]:
+    return [] if _is_whole(file) else [f"--confcutdir={KERNEL_TESTS}"]
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file tests more than kernels, with what the project's own tests have."""
+    return file.stem == "test_on_cuda"
 
 
 def record(records: Records, name: str, done: Done) -> None:
@@ -65,7 +84,7 @@ def record(records: Records, name: str, done: Done) -> None:
 def obstacle(records: Sequence[Record], device: str, suite: str) -> str | None:
     """Why a suite must not be timed: a test that failed or has not been run; None if it may."""
     for file in RELIES_ON[device].get(suite, ()):
-        found = [r for r in records if r["name"] == f"tests/{file.stem}"]
+        found = [r for r in records if r["name"] == _name(file)]
         if not found:
             return f"not timed: {file.name} has not been run; run the part `tests` before"
         if found[-1]["failed"]:

@@ -8,7 +8,7 @@ same ids. All pairs have full length: padding, or the lack of it, is in no figur
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ import raco_fast
 from bench.harness.parameters import MODELS, SMALL
 from raco_fast.dpo.logps import sequence_logps
 
-SHAPES = {name: (MODELS | SMALL)[name] for name in ("SmolLM2-135M", *SMALL)}
+_NAMES = ("SmolLM2-135M", *SMALL, "Qwen3-0.6B", "Llama-3-8B")
+SHAPES = {name: (MODELS | SMALL)[name] for name in _NAMES}
 KINDS = ("lora", "full")
 DTYPES = ("float32", "bfloat16")
 
@@ -52,7 +53,14 @@ class Setting:
         return ["--m", *map(str, ms), *own]
 
 
-GPU = Setting(sequences=16, tokens=512, dtype="bfloat16", device="cuda")
+def of_kinds(setting: Setting) -> tuple[Setting, ...]:
+    """The setting with every kind of training."""
+    return tuple(replace(setting, kind=kind) for kind in KINDS)
+
+
+# Large enough that the device is busy: where a step of SmolLM2-135M is launched, it waits.
+GPU = Setting("full", "Qwen3-0.6B", 28, 16, 1024, "bfloat16", "cuda")
+GPU_KINDS = (replace(GPU, kind="lora", shape="Llama-3-8B", layers=32, tokens=512), GPU)
 TINY = Setting(shape="tiny", layers=1, sequences=4, tokens=12)
 
 
@@ -96,14 +104,15 @@ class Problem:
     ADAPTER_STD, CHUNK_TOKENS = 0.01, 1 << 30
 
     def __init__(self, setting: Setting, prepared: bool = False) -> None:
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import AutoModelForCausalLM, LlamaConfig
 
         torch.manual_seed(0)
         device, dtype = torch.device(setting.device), getattr(torch, setting.dtype)
         shape = SHAPES[setting.shape]
         config = LlamaConfig(**shape.config(), num_hidden_layers=setting.layers)
         self.setting = setting
-        self.model: nn.Module = LlamaForCausalLM(config).to(device, dtype)
+        with device:  # initialised where it is used: a CPU takes minutes for billions
+            self.model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if setting.kind == "lora":
             from peft import get_peft_model
 

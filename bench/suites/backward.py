@@ -9,13 +9,12 @@ differ, nothing is timed. Rivals take turns in one process; medians.
 import shlex
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import replace
 from time import perf_counter
 
 import torch
 
 from bench.harness import dpo_problem, optional
-from bench.harness.dpo_problem import GPU, KINDS, TINY, Problem, Setting
+from bench.harness.dpo_problem import GPU_KINDS, KINDS, TINY, Problem, Setting, of_kinds
 from bench.harness.records import Records
 from bench.harness.session import Session
 from bench.harness.timing import interleaved, shares
@@ -27,21 +26,22 @@ RIVALS = tuple(name for name in STEPS if name != "gram_first, step_in_backward")
 # Without our own mode "autograd", which does what "passes" does.
 _MOST = tuple(name for name in RIVALS if name != "autograd")
 _FEW = ("plain", "passes", "torchjd", "one_backward", "gram_first, keep_dy")
-# Sizes -> (setting, numbers of objectives, rivals). "cpu" is a part of "cpu-whole", whose model is
+_GRAM_FIRST = ("gram_first", "gram_first, keep_dy")
+# Sizes -> (settings, numbers of objectives, rivals). "cpu" is a part of "cpu-whole", whose model is
 # all of SmolLM2-135M and which takes about a quarter of an hour.
-SIZES: dict[str, tuple[Setting, tuple[int, ...], tuple[str, ...]]] = {
-    "gpu": (GPU, (2, 4, 8), _MOST),
-    "cpu-whole": (Setting(), (2, 4, 8), _MOST),
-    "cpu": (Setting(layers=3, tokens=32), (4,), _FEW),
-    "tiny": (TINY, (2,), _FEW),
+SIZES: dict[str, tuple[tuple[Setting, ...], tuple[int, ...], tuple[str, ...]]] = {
+    "gpu": (GPU_KINDS, (2, 4), ("plain", "passes", "one_backward", *_GRAM_FIRST)),
+    "cpu-whole": (of_kinds(Setting()), (2, 4, 8), _MOST),
+    "cpu": (of_kinds(Setting(layers=3, tokens=32)), (4,), _FEW),
+    "tiny": (of_kinds(TINY), (2,), _FEW),
 }
 # Relative, of any parameter's gradients; beyond it one backward pass computes something else.
 _TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}
 
 
 def run(session: Session) -> None:
-    setting, ms, rivals = SIZES[session.sizes]
-    todo = [(replace(setting, kind=kind), m) for kind in KINDS for m in ms]
+    settings, ms, rivals = SIZES[session.sizes]
+    todo = [(setting, m) for setting in settings for m in ms]
     for (of_kind, m), until in shares(todo, session.until):
         measure(session.records, of_kind, m, rivals, until)
 

@@ -15,6 +15,7 @@ def run(session: Session) -> None:
     cublas = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     for name, done in run_together({**tests, **checkers}, session.until, **cublas).items():
         (correctness if name in tests else sanitizer).record(session.records, name, done)
-        print(f"\n### {name}: status {done.code}, {done.seconds:.0f} s\n{done.output[-4000:]}")
+        shown = done.output[-4000 if done.code == 0 else -100_000 :]
+        print(f"\n### {name}: status {done.code}, {done.seconds:.0f} s\n{shown}")
     if device == "cuda" and not checkers:
         session.records.add("sanitizer", {}, failure="compute-sanitizer is not on PATH")

@@ -16,7 +16,6 @@ import json
 import shlex
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch
 
 import raco_fast
 from bench.harness import dpo_problem, jobs, optional
-from bench.harness.dpo_problem import GPU, KINDS, TINY, FreshProblem, Setting
+from bench.harness.dpo_problem import GPU_KINDS, TINY, FreshProblem, Setting, of_kinds
 from bench.harness.meter import Meter
 from bench.harness.session import Session
 from bench.harness.timing import Times, shares
@@ -38,15 +37,15 @@ WARMUP = 2
 
 # The change of plain DPO's loss over all steps; rivals compute the same in another order.
 _TOLERANCE = {"float32": 0.01, "bfloat16": 0.1}
-# Sizes -> (setting, numbers of objectives, rules, steps that count of each process). A process
+# Sizes -> (settings, numbers of objectives, rules, steps that count of each process). A process
 # takes 5 to 10 s before it trains: on one core a round of "cpu" takes a minute, one of "cpu-whole"
 # ten.
 _BOTH = ("cagrad-clip", "linear")
-SIZES: dict[str, tuple[Setting, tuple[int, ...], tuple[str, ...], int]] = {
-    "gpu": (GPU, (2, 4), _BOTH, 10),
-    "cpu-whole": (Setting(), (2, 4), _BOTH, 3),
-    "cpu": (Setting(layers=4, sequences=4, tokens=32), (2,), _BOTH[:1], 3),
-    "tiny": (TINY, (2,), _BOTH, 2),
+SIZES: dict[str, tuple[tuple[Setting, ...], tuple[int, ...], tuple[str, ...], int]] = {
+    "gpu": (GPU_KINDS, (2, 4), _BOTH, 10),
+    "cpu-whole": (of_kinds(Setting()), (2, 4), _BOTH, 3),
+    "cpu": (of_kinds(Setting(layers=4, sequences=4, tokens=32)), (2,), _BOTH[:1], 3),
+    "tiny": (of_kinds(TINY), (2,), _BOTH, 2),
 }
 
 
@@ -98,12 +97,11 @@ class Measured:
 
 
 def run(session: Session) -> None:
-    setting, ms, rules, steps = SIZES[session.sizes]
+    settings, ms, rules, steps = SIZES[session.sizes]
     # The most telling first: a run may be cut short.
     todo = [("plain", 1), ("trl", 1), *((f"raco {rule}", m) for m in ms for rule in rules)]
     todo = [(name, m) for name, m in todo if name not in session.skip]
-    for kind, until in shares(KINDS, session.until):
-        setting = replace(setting, kind=kind)
+    for setting, until in shares(settings, session.until):
         found = [Measured(name, setting, m, steps) for name, m in todo]
         _rounds(found, until)
         unit = _unit(found)

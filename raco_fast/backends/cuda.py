@@ -223,7 +223,8 @@ def _advanced_rows(update: Update, coefficients: Tensor) -> Tensor:
     steps = list(update.steps)
     if update.options.capturable and steps[0].device == coefficients.device:
         # Not where the step is skipped, which only the device knows.
-        torch._foreach_add_(steps, coefficients.isfinite().all().to(steps[0].dtype))
+        taken = coefficients.isfinite().all().to(steps[0].dtype)
+        torch._foreach_add_(steps, [taken] * len(steps))  # with one tensor it waits for the device
         return hyper_rows(torch.stack(steps).reshape(-1), len(steps), update.options)
     counts = advance(steps)
     # All alike unless a parameter joined later; then Python computes the seven numbers faster.

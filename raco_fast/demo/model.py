@@ -113,7 +113,15 @@ def write_summaries(
     """
     turns = ([{"role": "user", "content": document.text}] for document in documents)
     prompts = tokenizer(
-        [_TEMPLATE.prompt(turn) for turn in turns],
+        [
+            tokenizer.apply_chat_template(
+                turn,
+                chat_template=_TEMPLATE.chat_template(),
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+            for turn in turns
+        ],
         padding=True,
         padding_side="left",  # all rows write their next token in the same column
         return_tensors="pt",

@@ -152,17 +152,17 @@ def laid_out(model: Any, how: str) -> nn.Module:
         how: "replicas" (as it is; "alone" and "pair": with a batch for each process or each two),
             a key of `DDP`, "fsdp2", "hsdp" (2 x W / 2), "tp", or "fsdp x tp" (W / 2 x 2).
     """
-    world = dist.get_world_size()
+    world, device = dist.get_world_size(), next(model.parameters()).device.type
     if how in DDP:
         return DistributedDataParallel(model, **DDP[how])
     if how == "fsdp2":
-        _shard(model, init_device_mesh("cpu", (world,)))
+        _shard(model, init_device_mesh(device, (world,)))
     elif how == "hsdp":
-        _shard(model, init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("copy", "shard")))
+        _shard(model, init_device_mesh(device, (2, world // 2), mesh_dim_names=("copy", "shard")))
     elif how == "tp":
-        _cut(model, init_device_mesh("cpu", (world,)))
+        _cut(model, init_device_mesh(device, (world,)))
     elif how == "fsdp x tp":
-        mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data", "tensor"))
+        mesh = init_device_mesh(device, (world // 2, 2), mesh_dim_names=("data", "tensor"))
         _cut(model, mesh["tensor"])
         _shard(model, mesh["data"])
     else:

@@ -16,20 +16,26 @@ class PreferencePair:
 
     Attributes:
         id: unique over all sources of a run.
-        prompt: turns {"role": "system" | "user" | "assistant", "content": str}, ending with user.
-        response_a: one answer, as text.
+        prompt: turns {"role": "system" | "user" | "assistant" | "tool", "content": str}, and
+            whatever else a turn holds for the chat template (tool_calls, reasoning_content ...).
+        response_a: one answer, as text; may be empty where `answer_a` holds tool_calls.
         response_b: the other.
         preferences: +1 a preferred, -1 b preferred, 0 tie or not labelled, for every objective;
             of a soft label the sign times the probability that it is right, at least 0.5.
         pair_weights: what the pair's loss is multiplied by, where that is not 1.
+        tools: JSON schemas of the functions on offer, for the chat template's `tools`.
+        answer_a, answer_b: further fields of the answer's turn (tool_calls, reasoning_content ...).
     """
 
     id: str
-    prompt: list[dict[str, str]]
+    prompt: list[dict[str, Any]]
     response_a: str
     response_b: str
     preferences: dict[str, float]
     pair_weights: dict[str, float] = field(default_factory=dict)
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    answer_a: dict[str, Any] = field(default_factory=dict)
+    answer_b: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

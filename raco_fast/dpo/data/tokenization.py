@@ -1,8 +1,13 @@
-"""Preference pairs as token ids: exact response boundary, one BOS, one EOS, lengths, padding.
+"""Preference pairs as token ids: the tokens of the whole conversation, one BOS, one EOS, lengths.
 
-Prompt and response are tokenized apart (TRL's convention), so the boundary between them is exact
-and both responses share the prompt's ids. `raco_fast.dpo.data.rendering` makes their texts.
+The conversation is rendered and tokenized once with each response (`raco_fast.dpo.data.rendering`
+makes the texts), so that the tokens are those which the model reads when it is used. A response
+tokenized by itself has other ones where the tokenizer begins a text with a space (SentencePiece),
+or merges across the boundary.
 
+- Boundary: the longest common prefix of both conversations and of the prompt with its generation
+  header, in tokens, is the prompt of both responses; the rest is theirs. A token that holds the end
+  of the prompt and the beginning of an answer thus belongs to the response.
 - End: a response ends with exactly one stop token, the one with which the chat template closes an
   answer (`<|im_end|>`, `<|eot_id|>`, `<end_of_turn>`, `</s>` ...); what the template writes after
   it (a newline, a second EOS) is left out. Where the template closes with no special token, and
@@ -17,19 +22,22 @@ and both responses share the prompt's ids. `raco_fast.dpo.data.rendering` makes 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from raco_fast.dpo.data.ends import token_ids
 from raco_fast.dpo.data.pairs import PreferencePair
-from raco_fast.dpo.data.rendering import TokenOptions, Writer, token_ids
+from raco_fast.dpo.data.rendering import TokenOptions, Writer, shared_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class EncodedPair:
 
     Attributes:
         id: the pair's id.
-        prompt_ids: ends right where the response begins; shared by both responses.
+        prompt_ids: ends where the responses begin; shared by both.
         a_ids: response a; ends with its one stop token unless it was truncated.
         b_ids: response b, likewise.
         labels, pair_weights: as `PreferencePair.preferences` and `pair_weights`.
@@ -64,6 +72,12 @@ class EncodeReport:
         dropped_identical: both responses became the same tokens (by truncation, most likely).
         prompts_truncated: among the kept.
         responses_truncated: among the kept; up to two a pair.
+        boundaries_moved: with a response behind them the prompt's last tokens are other ones.
+        header_differs: the template opens an answer for the model otherwise than it writes answers.
+        openings_trained: before an answer's text the template writes what its header does not have.
+        responses_rewritten: the template changed the text; up to two a pair.
+        not_rendered: what pairs hold besides their texts and the template does not write -> pairs.
+        prints_date: whether the template writes the date (`TokenOptions.date`) into a pair.
     """
 
     pairs: int = 0
@@ -73,6 +87,41 @@ class EncodeReport:
     dropped_identical: int = 0
     prompts_truncated: int = 0
     responses_truncated: int = 0
+    boundaries_moved: int = 0
+    header_differs: int = 0
+    openings_trained: int = 0
+    responses_rewritten: int = 0
+    not_rendered: dict[str, int] = field(default_factory=dict)
+    prints_date: bool = False
+
+    def warnings(self) -> list[str]:
+        """A sentence for all of one kind that is not lost or trained as one would expect."""
+        said = []
+        if self.not_rendered:
+            what = ", ".join(f"{name} of {n} pairs" for name, n in self.not_rendered.items())
+            said.append(
+                f"the chat template does not write all that pairs hold, so it is not trained: "
+                f"{what}; set `tokens.chat_template` to one that does, or remove it from the data"
+            )
+        if self.responses_rewritten:
+            said.append(
+                f"the chat template changed the text of {self.responses_rewritten} responses (it "
+                "may take thinking out of them); what it wrote is trained"
+            )
+        if self.header_differs:
+            said.append(
+                f"the chat template opens an answer for the model otherwise than it writes the "
+                f"answers of {self.header_differs} pairs (thinking, most likely); they are trained "
+                "as written, so the model is not trained on what it will continue. Set "
+                "`tokens.chat_template` to one whose header is what answers begin with"
+            )
+        if self.openings_trained:
+            said.append(
+                f"the chat template begins the answers of {self.openings_trained} pairs with text "
+                "that its generation header does not have; it is trained as a part of the "
+                "responses, as the model has to write it"
+            )
+        return said
 
 
 @dataclass(frozen=True)
@@ -118,28 +167,18 @@ def encode_pairs(
     Returns:
         The encoded pairs, in order, and the counts of what was dropped or truncated.
     Raises:
-        ValueError: the chat template rejects a conversation, ignores the system turn, or renders
-            an answer that does not continue its prompt; no EOS to end a response with; a special
-            token in a text; a pair too long with `overlength="error"`. Names the pair.
+        ValueError: the chat template rejects a conversation, ignores the system turn or the whole
+            of an answer, or renders an answer that does not continue its prompt; no EOS to end a
+            response with; a special token in a text; a pair too long with `overlength="error"`.
+            Names the pair.
     """
     options = options or TokenOptions()
     writer = Writer(tokenizer, options)
     clean = [pair for pair in pairs if writer.is_clean(pair)]
-    rendered = [writer.render(pair) for pair in clean]
-    ids = token_ids(tokenizer, [text for texts in rendered for text in texts])
-    counts: Counter[str] = Counter()
+    counts = writer.counts
     encoded = []
-    for k, pair in enumerate(clean):
-        prompt, a, b = ids[3 * k : 3 * k + 3]
-        whole = EncodedPair(
-            pair.id,
-            writer.begun(pair.id, prompt),
-            writer.ended(a),
-            writer.ended(b),
-            dict(pair.preferences),
-            dict(pair.pair_weights),
-        )
-        fitted = _fit(whole, options, writer.bos_id)
+    for whole in encode_whole(clean, writer):
+        fitted = _fit(whole, options, writer.ends.bos_id)
         if fitted is None:
             counts["dropped_overlength"] += 1
         elif fitted.a_ids == fitted.b_ids:
@@ -149,8 +188,15 @@ def encode_pairs(
             counts["prompts_truncated"] += fitted.prompt_ids != whole.prompt_ids
             counts["responses_truncated"] += fitted.a_ids != whole.a_ids
             counts["responses_truncated"] += fitted.b_ids != whole.b_ids
-    dropped = len(pairs) - len(clean)
-    return encoded, EncodeReport(len(pairs), len(encoded), dropped_special_text=dropped, **counts)
+    report = EncodeReport(
+        len(pairs),
+        len(encoded),
+        dropped_special_text=len(pairs) - len(clean),
+        not_rendered=dict(writer.not_rendered),
+        prints_date=writer.prints_date,
+        **counts,
+    )
+    return encoded, report
 
 
 def collate(pairs: Sequence[EncodedPair], pad_id: int) -> PairBatch:
@@ -196,6 +242,33 @@ def collate(pairs: Sequence[EncodedPair], pad_id: int) -> PairBatch:
             for n in names
             if any(n in p.pair_weights for p in pairs)
         },
+    )
+
+
+def encode_whole(pairs: Sequence[PreferencePair], writer: Writer) -> Iterator[EncodedPair]:
+    """Pairs as ids, of any length. In groups, as every prompt is held three times meanwhile."""
+    for group in (pairs[i : i + _AT_ONCE] for i in range(0, len(pairs), _AT_ONCE)):
+        texts = [text for pair in group for text in writer.render(pair)]
+        ids = token_ids(writer.tokenizer, texts)
+        for k, pair in enumerate(group):
+            yield _split(pair, ids[3 * k], ids[3 * k + 1], ids[3 * k + 2], writer)
+
+
+def _split(
+    pair: PreferencePair, prompt: list[int], a: list[int], b: list[int], writer: Writer
+) -> EncodedPair:
+    """The pair of the prompt's tokens, header included, and those of both whole conversations."""
+    n = len(prompt)
+    if not a[:n] == prompt == b[:n]:
+        n = shared_length(prompt, a, b)
+        writer.counts["boundaries_moved"] += 1
+    return EncodedPair(
+        pair.id,
+        writer.ends.begun(pair.id, prompt[:n]),
+        writer.ends.ended(a[n:]),
+        writer.ends.ended(b[n:]),
+        dict(pair.preferences),
+        dict(pair.pair_weights),
     )
 
 

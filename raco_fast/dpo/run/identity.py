@@ -37,7 +37,7 @@ CHANGES: dict[str, Change] = {
     **dict.fromkeys((f"data.{n}" for n in ("columns", "on_bad")), _C),
     **dict.fromkeys((f"tokens.{n}" for n in ("max_length", "max_prompt_length")), _C),
     **dict.fromkeys((f"tokens.{n}" for n in ("overlength", "keep", "special_text")), _C),
-    **dict.fromkeys(("tokens.chat_template", "tokens.plain", "concise"), _C),
+    **dict.fromkeys(("tokens.chat_template", "tokens.plain", "tokens.date", "concise"), _C),
     # Held-out pairs, where the model is computed, in what portions, and what is written when.
     **dict.fromkeys(("eval_data", "model.device", "model.gradient_checkpointing"), _F),
     **dict.fromkeys(("pairs_per_micro_batch", "chunk_tokens", "gradient_mode"), _F),

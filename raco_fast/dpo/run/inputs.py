@@ -26,7 +26,8 @@ from raco_fast.dpo.models import (
     pick_device,
 )
 from raco_fast.dpo.run.config import TrainConfig
-from raco_fast.dpo.run.together import together
+from raco_fast.dpo.run.template_date import keep_date, with_date
+from raco_fast.dpo.run.together import by_first, together
 from raco_fast.dpo.sharded import device_of, shard
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class RunInputs:
         training, held_out: the pairs to learn from and to evaluate on (none without `eval_data`).
         model: the policy, its adapter fresh.
         model_hash: `raco_fast.dpo.models.fingerprint` of the policy without an adapter.
+        prints_date: whether the chat template writes the date into the pairs.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -52,6 +54,7 @@ class RunInputs:
     held_out: list[EncodedPair]
     model: nn.Module
     model_hash: str
+    prints_date: bool = False
 
     def check_head(self) -> None:
         """Run the model on a pair; ValueError if it has a kind of head that is not known."""
@@ -71,8 +74,8 @@ def load_inputs(config: TrainConfig, device: torch.device | None = None) -> RunI
     """
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
-    training = _encoded(config, tokenizer, config.data, "data")
-    held_out = _encoded(config, tokenizer, config.eval_data, "eval_data")
+    training, printed = _encoded(config, tokenizer, config.data, "data")
+    held_out, printed_too = _encoded(config, tokenizer, config.eval_data, "eval_data")
     for name, loss in config.objective_losses.items():
         if any(abs(pair.labels[name]) not in (0, 1) for pair in (*training, *held_out)):
             check_soft(name, loss)
@@ -87,7 +90,8 @@ def load_inputs(config: TrainConfig, device: torch.device | None = None) -> RunI
     model_hash, model = fingerprint(base), add_adapter(base, config.model.lora)
     pad_id = tokenizer.pad_token_id
     pad_id = pad_id if isinstance(pad_id, int) else 0
-    return RunInputs(tokenizer, pad_id, training, held_out, model, model_hash)
+    prints_date = printed or printed_too
+    return RunInputs(tokenizer, pad_id, training, held_out, model, model_hash, prints_date)
 
 
 def load_on_all(config: TrainConfig, processes: Processes) -> RunInputs:
@@ -104,7 +108,11 @@ def load_on_all(config: TrainConfig, processes: Processes) -> RunInputs:
     sharded = parallel.kind == "fsdp2"
     # A model that is to be sharded may have room on no GPU.
     first = torch.device("cpu") if sharded else device
-    inputs = together(processes, lambda: load_inputs(config, first))
+    dated = with_date(config, processes)
+    inputs = together(processes, lambda: load_inputs(dated, first))
+    if inputs.prints_date and (day := dated.tokens.date):
+        logger.info("the chat template prints the date; it is %s in this run", day)
+        by_first(processes, lambda: keep_date(config, day))
     if sharded:
         shard(
             inputs.model,
@@ -126,20 +134,23 @@ def _encoded(
     tokenizer: PreTrainedTokenizerBase,
     sources: Sequence[DataSource],
     argument: str,
-) -> list[EncodedPair]:
+) -> tuple[list[EncodedPair], bool]:
+    """The pairs of some sources, and whether the chat template writes the date into them."""
     if not sources:
-        return []
+        return [], False
     concise = None
     if config.concise is not None:
         concise = ConciseRule(token_counter(tokenizer), config.concise)
     pairs = read_sources(sources, config.objectives, concise=concise)
     encoded, report = encode_pairs(tokenizer, pairs, config.tokens)
     logger.info("%s: %s", argument, report)
+    for sentence in report.warnings():
+        logger.warning("%s: %s", argument, sentence)
     if not encoded:
         raise ValueError(
             f"`{argument}` holds no usable pair ({report}); raise `tokens.max_length` or mend it"
         )
-    return encoded
+    return encoded, report.prints_date
 
 
 def _check_pairs_fit(model: PreTrainedModel, pairs: Sequence[EncodedPair]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from raco_fast.dpo.data.saved_template import saved_template
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 from raco_fast.dpo.losses.registry import described
 from raco_fast.dpo.run.config import TrainConfig
@@ -59,6 +60,7 @@ def save_trained_model(
     folder = summary.config.folder / "model"
     with atomic_folder(folder) as partial:
         model.save_pretrained(partial, state_dict=weights)  # type: ignore[operator]
+        tokenizer.chat_template = saved_template(tokenizer, summary.config.tokens)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(model_card(summary), encoding="utf-8")
     return folder

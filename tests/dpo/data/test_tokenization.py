@@ -116,7 +116,9 @@ def rendering(tokenizer, turns, response):
     return tokenizer.apply_chat_template(whole, tokenize=False)
 
 
-texts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=24).filter(str.strip)
+# Without "<" no special token is spelt, which hypothesis would find in the code.
+letters = st.characters(codec="utf-8", exclude_characters="<")
+texts = st.text(letters, min_size=1, max_size=24).filter(str.strip)
 
 
 @st.composite
@@ -305,19 +307,20 @@ def test_template_that_rejects_the_conversation():
         encode_pairs(tokenizer, [make_pair(twice)])
 
 
+def test_template_that_writes_no_turns():
+    tokenizer, _ = FAMILIES["qwen"]
+    with pytest.raises(
+        ValueError, match=r"`chat_template` must write the content .* name of a file"
+    ):
+        encode_pairs(tokenizer, [make_pair()], TokenOptions(chat_template="llama3.jinja"))
+
+
 def test_template_that_drops_the_system_turn():
     silent = LLAMA2.replace("{% else %}", "{% elif m.role == 'assistant' %}")
     system = [{"role": "system", "content": "Sys."}, {"role": "user", "content": "U"}]
     tokenizer = make_tokenizer(silent, bos="<s>")
     with pytest.raises(ValueError, match="must render the system turn"):
         encode_pairs(tokenizer, [make_pair(system)])
-
-
-def test_template_whose_header_is_not_how_answers_begin():
-    thinking = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-    tokenizer = make_tokenizer(thinking, special=("<|im_start|>", "<|im_end|>"))
-    with pytest.raises(ValueError, match=r"pair 'p': .*as a continuation of the prompt"):
-        encode_pairs(tokenizer, [make_pair()])
 
 
 def test_no_way_to_end_a_response():
@@ -331,7 +334,7 @@ def test_prompt_without_a_single_token():
     )
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
-    options = TokenOptions(plain=PlainTemplate(user="", header="", answer=""))
+    options = TokenOptions(plain=PlainTemplate(user="", header="", answer=" "))
     (pair,), _ = encode_pairs(tokenizer, [make_pair("a a", "yes", "no")], options)
     assert (pair.prompt_ids, pair.a_ids, pair.b_ids) == ([2, 2], [0, 3], [1, 3])
     with pytest.raises(ValueError, match="pair 'p': the prompt must give at least one token"):

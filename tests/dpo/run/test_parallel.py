@@ -5,7 +5,7 @@ import torch
 
 from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.run import checkpoint
-from raco_fast.dpo.run.config import check_same_run, identity
+from raco_fast.dpo.run.identity import check_same_run, identity
 from raco_fast.dpo.run.parallel import ParallelOptions, process_group
 from raco_fast.dpo.run.together import together
 

@@ -1,0 +1,106 @@
+"""Every way to m gradients on a CUDA device, against float64."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+import raco_fast
+from raco_fast import ObjectiveGradients, gram_first
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+KINDS = {"full": None, "lora": "lora"}
+
+
+@pytest.fixture
+def on_cuda(lm):
+    """A function that gives a model and a batch on the device."""
+
+    def make(family: str, dtype: torch.dtype, kind: str, attention: str = "eager"):
+        model = lm.build(family, dtype, KINDS[kind], attention).cuda()
+        batch = lm.batch()
+        for name, t in vars(batch).items():
+            setattr(batch, name, t.cuda())
+        return model, batch
+
+    return make
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_backward_pass_in_float32(lm, family, layout, kind, on_cuda):
+    model, batch = on_cuda(family, torch.float32, kind)
+    truth = lm.in_float64(model, lambda model: lm.losses(layout(model, batch)))
+    gradients = ObjectiveGradients(lm.trained(model).values(), lm.weights(3))
+    raco_fast.prepare(model, strict=True)
+    scores = layout(model, batch)
+    gradients.backward(lm.losses(scores), scores=scores)
+    assert max(lm.errors(lm.held(gradients, model), truth).values()) <= 2e-5
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_backward_pass_in_bfloat16_is_at_most_twice_as_far_off_as_torch(
+    lm, family, kind, attention, on_cuda
+):
+    model, batch = on_cuda(family, torch.bfloat16, kind, attention)
+    plain = lm.by_autograd(model, lm.losses(lm.by_head(model, batch)))
+    truth = lm.in_float64(model, lambda model: lm.losses(lm.by_head(model, batch)))
+    gradients = ObjectiveGradients(lm.trained(model).values(), lm.weights(3))
+    raco_fast.prepare(model, strict=True)
+    scores = lm.by_head(model, batch)
+    gradients.backward(lm.losses(scores), scores=scores)
+    ours, torchs = lm.errors(lm.held(gradients, model), truth), lm.errors(plain, truth)
+    for name, error in ours.items():
+        assert error <= 2 * torchs[name] + 1e-3, name
+
+
+@pytest.mark.parametrize("keep_dy", [False, True], ids=["two passes", "keep dy"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gram_first_in_float32(lm, family, kind, keep_dy, on_cuda):
+    model, batch = on_cuda(family, torch.float32, kind)
+
+    def losses(model) -> list[Tensor]:
+        return lm.losses(lm.by_head(model, batch))
+
+    truth = lm.in_float64(model, losses)
+    G = torch.cat([g.flatten(1) for g in truth.values()], 1)
+    gradients = ObjectiveGradients(lm.trained(model).values(), lm.weights(3))
+    raco_fast.prepare(model, strict=True)
+    scores = lm.by_head(model, batch)
+    solution = gram_first(gradients, lm.losses(scores), scores, c=0.5, keep_dy=keep_dy)
+    exact = (G @ G.T).cpu()
+    size = exact.diagonal().sqrt()
+    assert float(((solution.gram - exact).abs() / (size[:, None] * size)).max()) <= 1e-5
+    direction = torch.as_tensor(solution.coefficients).to(G) @ G
+    found = torch.cat([p.grad.flatten() for p in lm.trained(model).values()]).double()
+    assert float((found - direction).norm() / direction.norm()) <= 1e-4
+
+
+def test_the_kernel_of_layers_is_what_torch_computes(lm):
+    """A model wide enough for it, in bfloat16, one backward pass beside the plain products."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+    model = lm.build("llama", torch.bfloat16, head_dim=64, **sizes).cuda()
+    generator = torch.Generator().manual_seed(0)
+    batch = lm.batch(rows=16)
+    batch.ids = torch.randint(3, 61, (16, 64), generator=generator).cuda()
+    batch.mask = torch.ones_like(batch.ids, dtype=torch.bool)
+    batch.scored = batch.mask.clone()
+    batch.scored[:, :4] = False
+    plain = lm.by_autograd(model, lm.losses(lm.by_head(model, batch), 4))
+    truth = lm.in_float64(model, lambda model: lm.losses(lm.by_head(model, batch), 4))
+    torchs = lm.errors(plain, truth)
+    for forced in (None, "reference"):
+        gradients = ObjectiveGradients(lm.trained(model).values(), lm.weights(4))
+        with raco_fast.prepare(model, strict=True), warnings.catch_warnings():
+            warnings.simplefilter("error")  # the self-test's, which would put torch in its place
+            scores = lm.by_head(model, batch)
+            with nullcontext() if forced is None else raco_fast.backend(forced):
+                gradients.backward(lm.losses(scores, 4), scores=scores)
+        for parameter, error in lm.errors(lm.held(gradients, model), truth).items():
+            assert error <= 2 * torchs[parameter] + 1e-3, (forced, parameter)
+        model.zero_grad()
