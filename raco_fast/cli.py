@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -26,9 +27,9 @@ EXIT_INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the process's exit status.
 
-    0 done, 1 `verify` found that one backward pass is not exact, 2 bad input, or another process
-    of the run is gone (a message on stderr says what and how to mend it), 130 stopped by Ctrl-C or
-    SIGTERM.
+    0 done, 1 `verify` found that one backward pass is not exact, 2 bad input, a run that diverged,
+    or another process of the run is gone (a message on stderr says what and how to mend it), 130
+    stopped by Ctrl-C or SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else None
@@ -103,6 +104,7 @@ def _help(command: str | None) -> ArgumentParser:
 def _run_train(arguments: Sequence[str]) -> int:
     from raco_fast.dpo.run import trainer
     from raco_fast.dpo.run.config import TrainConfig
+    from raco_fast.dpo.run.divergence import DivergedError
     from raco_fast.dpo.run.trainer import Interrupted
 
     first = _speaks()
@@ -114,12 +116,16 @@ def _run_train(arguments: Sequence[str]) -> int:
         if first:
             print(f"raco-fast: {stop}", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except DivergedError as error:
+        if first:
+            print(f"raco-fast: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print(f"raco-fast: {_stopped_at_once(config)}", file=sys.stderr)
         return EXIT_INTERRUPTED
     for name, value in results.items():
         if name.startswith("eval_rewards/accuracies/"):
-            print(f"{name}  {value:.3f}")
+            print(f"{name}  {math.nan if value is None else value:.3f}")
     if first:
         print(f"saved {config.folder / 'model'}; metrics in {config.folder / 'metrics.jsonl'}")
     return 0

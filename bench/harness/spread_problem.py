@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from bench.harness.dpo_problem import PROMPT, Problem, Setting
-from raco_fast.dpo.logps import unwrap
+from raco_fast.dpo.decoders import unwrap
 
 WRAPPERS = ("replicas", "fsdp2")
 _TIMEOUT = timedelta(seconds=30)

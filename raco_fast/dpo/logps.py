@@ -3,25 +3,31 @@
 A causal LM's logits are [batch, length, vocab]: for 8 sequences of 1024 tokens and a vocabulary of
 128k, 4 GiB in fp32, several times that with its log-softmax and gradient. Only the positions whose
 next token belongs to the response are scored, so their hidden states are gathered into [N, d], and
-`raco_fast.engine.lm_head` runs the head on them in blocks.
+`raco_fast.engine.lm_head` runs the head on them in blocks. A model that is more than a decoder and
+a head (`raco_fast.dpo.decoders`) is asked for its own logits instead.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from raco_fast.dpo.sharded import as_forward, free_gathered
-from raco_fast.engine.lm_head import LogitShape, token_logps
+from raco_fast.backends.weight_grad import widened
+from raco_fast.dpo.decoders import hidden_states, is_in_parts, logit_shape, unwrap
+from raco_fast.dpo.sharded import as_forward
+from raco_fast.engine.lm_head import token_logps
 from raco_fast.engine.sequences import declared, sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Scored: TypeAlias = tuple[Tensor, Tensor]
+"""int64 [N] rows and columns of the scored tokens."""
 
 
 def sequence_logps(
@@ -62,41 +68,56 @@ def sequence_logps(
             "start the row with at least one prompt or BOS token"
         )
     of_tokens = completion_mask[rows, columns] if completion_mask.is_floating_point() else None
-    run = as_forward(model, _placed_logps)
-    placed: Tensor = run(input_ids, attention_mask, (rows, columns), of_tokens, chunk_tokens)
+    given = (input_ids, attention_mask, (rows, columns), of_tokens)
+    if is_in_parts(model, input_ids, attention_mask):
+        placed = as_forward(model, _placed_logps)(*given, chunk_tokens)
+    else:
+        placed = _logps_of_all_logits(model, *given)
     # Summed out here: what a loss asks of the scores then stops short of a sharded model, which
     # would gather its parameters for each of them.
-    return placed.sum(-1)
+    scores: Tensor = placed.sum(-1)
+    return scores
 
 
 def _placed_logps(
     model: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor,
-    scored: tuple[Tensor, Tensor],
+    scored: Scored,
     of_tokens: Tensor | None,
     chunk_tokens: int,
 ) -> Tensor:
     """float32 [B, T]: (weighted) log-probabilities of the `scored` (rows, columns), else 0."""
     causal_lm = unwrap(model)
-    hidden = causal_lm.get_decoder()(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-    ).last_hidden_state
+    hidden = hidden_states(causal_lm, input_ids, attention_mask)
     rows, columns = (index.to(hidden.device) for index in scored)
     with sequences(rows):  # which sequence each row of the head belongs to
         logps = _token_logps(
             causal_lm, hidden[rows, columns - 1], input_ids[rows, columns], chunk_tokens
         )
+    return _placed(logps, (rows, columns), of_tokens, input_ids)
+
+
+def _logps_of_all_logits(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    scored: Scored,
+    of_tokens: Tensor | None,
+) -> Tensor:
+    """The same from the model's own logits."""
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    rows, columns = (index.to(logits.device) for index in scored)
+    chosen = widened(logits[rows, columns - 1])
+    logps = -F.cross_entropy(chosen, input_ids[rows, columns], reduction="none")
+    return _placed(logps, (rows, columns), of_tokens, input_ids)
+
+
+def _placed(logps: Tensor, scored: Scored, of_tokens: Tensor | None, input_ids: Tensor) -> Tensor:
+    """[B, T] of [N]: placed, to be summed by row; a scattered add has no fixed order on a GPU."""
     if of_tokens is not None:
         logps = logps * of_tokens.to(logps)
-    # Placed, then summed by row: a scattered add would run in no fixed order on a GPU.
-    return logps.new_zeros(input_ids.shape).index_put((rows, columns), logps)
-
-
-def unwrap(model: Any) -> PreTrainedModel:
-    """The transformers model itself, with PEFT's wrapper taken off (its layers stay)."""
-    get_base_model = getattr(model, "get_base_model", None)
-    return model if get_base_model is None else get_base_model()
+    return logps.new_zeros(input_ids.shape).index_put(scored, logps)
 
 
 def _token_logps(
@@ -104,9 +125,10 @@ def _token_logps(
 ) -> Tensor:
     """float32 [N] log-probabilities of `targets` [N] after `hidden` [N, d]."""
     head = causal_lm.get_output_embeddings()
-    shape = _logit_shape(causal_lm.config)
-    # PEFT's `modules_to_save` wraps a trained head and passes its attributes on.
-    if isinstance(head, nn.Linear) or hasattr(head, "modules_to_save"):
+    shape = logit_shape(causal_lm.config)
+    # A subclass may compute something else, or hold its weight in fewer bits. PEFT's
+    # `modules_to_save` wraps a trained head and passes its attributes on.
+    if type(head).forward is nn.Linear.forward or hasattr(head, "modules_to_save"):
         max_logits = chunk_tokens * len(head.weight)
         return token_logps(
             hidden, head.weight, head.bias, targets, shape=shape, max_logits=max_logits
@@ -115,7 +137,7 @@ def _token_logps(
     def chunk(hidden: Tensor, targets: Tensor) -> Tensor:
         return -F.cross_entropy(shape(head(hidden).float()), targets, reduction="none")
 
-    # A head with an adapter inside has no weight of its own to cut, so its tokens are cut.
+    # Such a head, or one with an adapter inside, has no weight to cut, so its tokens are cut.
     index = declared()
     pieces = []
     for start in range(0, len(targets), chunk_tokens):
@@ -123,48 +145,3 @@ def _token_logps(
         with nullcontext() if index is None else sequences(index[rows]):
             pieces.append(checkpoint(chunk, hidden[rows], targets[rows], use_reentrant=False))
     return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
-
-
-def _logit_shape(config: Any) -> LogitShape:
-    """What an architecture does to the head's output before the softmax.
-
-    Gemma caps logits (`final_logit_softcapping`), Granite divides (`logits_scaling`), Cohere
-    multiplies (`logit_scale`). `check_head` refuses a model that does anything else.
-    """
-    config = config.get_text_config()
-    factor = (getattr(config, "logit_scale", None) or 1.0) / (
-        getattr(config, "logits_scaling", None) or 1.0
-    )
-    return LogitShape(factor, getattr(config, "final_logit_softcapping", None))
-
-
-@torch.no_grad()
-def check_head(model: nn.Module, input_ids: Tensor) -> None:
-    """Compare the chunked head with the model's own logits on one row.
-
-    Args:
-        model: as in `sequence_logps`.
-        input_ids: int64 [T] on its device, a sequence without padding; 64 tokens are used, for the
-            model's own logits come unchunked.
-    Raises:
-        ValueError: the two disagree: the architecture changes its logits in a way that is missing
-            in this file.
-    """
-    was_training = model.training
-    model.eval()
-    row = input_ids[None, :64]
-    every_token, scored = torch.ones_like(row), torch.ones_like(row)
-    scored[:, 0] = 0
-    ours = sequence_logps(model, row, every_token, scored)
-    all_logps = model(input_ids=row, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-    theirs = all_logps.gather(-1, row[0, 1:, None]).sum()
-    free_gathered(model)
-    model.train(was_training)
-    # Two summation orders at the model's own precision; a missing scale is off by far more.
-    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
-    if not torch.allclose(ours[0], theirs, rtol=tolerance, atol=tolerance):
-        raise ValueError(
-            f"`model` ({type(unwrap(model)).__name__}) transforms its logits in a way the chunked "
-            f"head does not know: log-probability {float(ours[0]):.4f} against the model's own "
-            f"{float(theirs):.4f}; add the transform to raco_fast/dpo/logps.py"
-        )

@@ -22,7 +22,8 @@ class PreferenceMetrics:
     loss is (also for SimPO, which does without a reference), so that losses can be compared.
 
     A margin of exactly zero (policy = reference, as at step 0) counts as half a correct ranking,
-    which is what tossing a coin would give. TRL counts it as wrong.
+    which is what tossing a coin would give. TRL counts it as wrong. A score that is not finite
+    ranks nothing: its pair makes the mean NaN.
     """
 
     def __init__(self, losses: Mapping[str, PreferenceLoss]) -> None:
@@ -88,8 +89,11 @@ def _statistics(pairs: RankedScores, scale: float) -> Tensor:
 
 
 def _ranked_right(margin: Tensor) -> Tensor:
-    """1 where the margin is positive, 0 where negative, one half at exactly zero."""
-    return (margin.sign() + 1) / 2
+    """1 where the margin is positive, 0 where negative, one half at exactly zero; else NaN.
+
+    The sign of NaN is 0: a model that has diverged would rank half of the pairs right.
+    """
+    return torch.where(margin.isfinite(), (margin.sign() + 1) / 2, torch.nan)
 
 
 def solution_metrics(solution: DualSolution, objectives: Sequence[str]) -> dict[str, float]:

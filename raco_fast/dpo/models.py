@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from raco_fast.dpo.data.choices import check_choices
+from raco_fast.dpo.decoders import decoder_of, unwrap
 from raco_fast.dpo.launch import launched
-from raco_fast.dpo.logps import unwrap
 from raco_fast.settings.paths import expanded
 
 if TYPE_CHECKING:
@@ -61,8 +61,9 @@ class ModelOptions:
         dtype: dtype of the weights.
         device: "auto" takes CUDA where there is one; of several processes, each its own GPU.
         gradient_checkpointing: recompute activations in the backward pass.
-        dropout: train with the model's own dropout; off by default, as in TRL, so that policy and
-            reference are compared without noise. An adapter's dropout is `lora.dropout`.
+        dropout: train with the model's own dropout, and whatever else it does in training alone.
+            By default it learns in the mode in which its reference is scored, so that the two are
+            compared without noise. An adapter's dropout is `lora.dropout`.
         lora: train an adapter; None trains every weight.
     """
 
@@ -171,21 +172,12 @@ def load_base_model(options: ModelOptions, device: torch.device | None = None) -
     if is_gguf and quantizer is not None:
         # The weights are dense now; left marked as GGUF they could not be saved or trained.
         quantizer.remove_quantization_config(model)
-    if not options.dropout:
-        switch_off_dropout(model)
+    # RWKV divides its weights in place whenever it is evaluated, and would save them so.
+    if getattr(model.config, "rescale_every", 0):
+        model.config.rescale_every = 0
     if options.gradient_checkpointing:
         enable_checkpointing(model)
     return model.to(device or pick_device(options.device))
-
-
-def switch_off_dropout(model: nn.Module) -> None:
-    """Set every dropout probability of a model to zero."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        # Attention layers keep theirs as a number and hand it to the attention function.
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
@@ -225,7 +217,9 @@ def add_adapter(model: PreTrainedModel, lora: LoraOptions | None) -> nn.Module:
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that a causal LM repeats, in order; none where they are not in a list."""
-    lists = [b for b in unwrap(model).get_decoder().children() if isinstance(b, nn.ModuleList)]
+    causal_lm = unwrap(model)
+    decoder = decoder_of(causal_lm) or causal_lm
+    lists = [block for block in decoder.children() if isinstance(block, nn.ModuleList)]
     return [layer for block in lists for layer in block]
 
 

@@ -38,23 +38,6 @@ def test_gradient_checkpointing_is_switched_on(tiny):
     assert not any(layer.gradient_checkpointing for layer in load(tiny).get_decoder().layers)
 
 
-def test_the_models_own_dropout_is_off_unless_asked_for(save_tiny):
-    folder = save_tiny(attention_dropout=0.4)
-    ids = torch.arange(12)[None]
-    outputs = {}
-    for dropout in (False, True):
-        model = load(folder, dropout=dropout).train()
-        outputs[dropout] = [model(ids).logits for _ in range(2)]
-    assert torch.equal(*outputs[False])
-    assert not torch.equal(*outputs[True])
-
-
-def test_dropout_modules_are_switched_off():
-    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.3))
-    models.switch_off_dropout(module)
-    assert module[1].p == 0.0
-
-
 def test_an_adapter_trains_its_own_weights_only(tiny):
     base = load(tiny)
     assert add_adapter(base, None) is base

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 VOCAB = 61
 DROP = object()  # an attribute that is not handed on
 
+NOISE = r".*(dropout|_pdrop|layerdrop|dropout_prob|jitter_noise|dropout_rate)"
 # Attribute names (regular expressions for the whole name) -> value; the first that fits counts.
 RULES: list[tuple[str, Any]] = [
     (r"pad_token_id", 0),
@@ -32,7 +33,7 @@ RULES: list[tuple[str, Any]] = [
     (r"(.*_)?vocab_size(_.*)?", VOCAB),
     # The library's 0.02 makes layers so small that errors hide.
     (r"initializer_range|init_std|embed_init_std|initializer_factor", 0.2),
-    (r".*(dropout|_pdrop|layerdrop|dropout_prob|jitter_noise|dropout_rate)", 0.0),
+    (NOISE, 0.0),
     (r"is_decoder", True),
     (r"ignore_keys_at_rope_validation", DROP),
     (r"(.*_)?max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length", 64),
@@ -199,13 +200,13 @@ def causal_lms() -> list[str]:
     return sorted(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def build(family: str) -> nn.Module:
-    """A tiny float32 model in training mode, no parameter of it special; without dropout."""
+def build(family: str, noise: float = 0.0, **changes: Any) -> nn.Module:
+    """A tiny float32 model in training mode, no parameter of it special; see `tiny`."""
     import transformers
 
     with quiet():
         torch.manual_seed(0)
-        config = tiny(family)
+        config = tiny(family, noise, **changes)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         model.float().train()
     with torch.no_grad():
@@ -215,12 +216,31 @@ def build(family: str) -> nn.Module:
     return model
 
 
-def tiny(family: str) -> Any:
-    """A family's configuration, shrunk."""
+def tiny(family: str, noise: float = 0.0, **changes: Any) -> Any:
+    """A family's configuration, shrunk.
+
+    Args:
+        noise: probability of everything that is called dropout or the like.
+        changes: attributes that this one has otherwise.
+    """
     from transformers import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[family]
-    return kind(**merged(shrunk(kind()), CHANGES.get(family, {})))
+    small = merged(shrunk(kind()), CHANGES.get(family, {}))
+    values = merged(small, changes)
+    return kind(**(noisy(values, noise) if noise else values))
+
+
+def noisy(values: dict[str, Any], noise: float) -> dict[str, Any]:
+    """Arguments of a configuration, with every probability of noise that they name."""
+
+    def changed(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return noisy(value, noise)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return noise if number and re.fullmatch(NOISE, name) else value
+
+    return {name: changed(name, value) for name, value in values.items()}
 
 
 def shrunk(config: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ A checkpoint is a folder `checkpoints/step-<n>`:
     model.safetensors   trained parameters (the adapter's alone with LoRA)
     optimizer.pt        optimizer and learning-rate schedule
     rng.pt              random generators, of every process
-    state.json          step (which is the position in the data) and run identity
+    state.json          step (which is the position in the data), skipped steps, run identity
     checksums.json      size and CRC-32 of every other file
 
 The first process writes it. Of a sharded model no process holds all: each writes its part into
@@ -48,8 +48,8 @@ class TrainingState:
     """What a checkpoint saves and restores in place.
 
     `run` identifies the run in plain JSON values, which must agree on load; `step` counts completed
-    optimizer steps, and is also the position in the data. All of `processes` save and load
-    together.
+    optimizer steps, and is also the position in the data; `skipped_in_a_row` are those up to here
+    that could not be taken. All of `processes` save and load together.
     """
 
     model: nn.Module
@@ -57,6 +57,7 @@ class TrainingState:
     scheduler: LambdaLR
     run: dict[str, Any]
     step: int = 0
+    skipped_in_a_row: int = 0
     processes: Processes = field(default_factory=Processes)
 
     def save(self, folder: Path) -> Path:
@@ -99,7 +100,8 @@ class TrainingState:
             content = {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
             _torch_save(content, partial / "optimizer.pt")
             _torch_save({"processes": random}, partial / "rng.pt")
-            state = {"step": self.step, "run": self.run}
+            counts = {"step": self.step, "skipped_in_a_row": self.skipped_in_a_row}
+            state = {**counts, "run": self.run}
             (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
             write_checksums(partial)
             whole.close()
@@ -139,7 +141,8 @@ class TrainingState:
             _cut_state(saved["optimizer"], list(parameters.values()))
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
-        self.step = read_state(checkpoint)["step"]
+        state = read_state(checkpoint)
+        self.step, self.skipped_in_a_row = state["step"], state.get("skipped_in_a_row", 0)
         self._restore_random(random["processes"])
 
     def _restore_random(self, saved: list[dict[str, Tensor | None]]) -> None:

@@ -51,6 +51,8 @@ class TrainConfig:
         warmup_ratio: share of the steps spent warming up linearly.
         epochs: passes over the data.
         max_steps: stop after so many optimizer steps; None runs all epochs.
+        max_skipped_steps: steps in a row that may be skipped because a loss or gradient is not
+            finite; at so many the run ends with an error. None never ends it.
         pairs_per_step: pairs in one optimizer step, of all processes together.
         pairs_per_micro_batch: pairs that a process holds in memory at once; divides a step into
             micro-batches.
@@ -92,6 +94,7 @@ class TrainConfig:
     warmup_ratio: float = 0.1
     epochs: int = 1
     max_steps: int | None = None
+    max_skipped_steps: int | None = 10
     pairs_per_step: int = 16
     pairs_per_micro_batch: int = 4
     chunk_tokens: int = 256
@@ -132,7 +135,14 @@ class TrainConfig:
                 f"{sorted(self.weights)}; add it there or leave `concise` out"
             )
         counts = ("epochs", "pairs_per_step", "pairs_per_micro_batch", "chunk_tokens", "log_every")
-        for name in (*counts, "max_steps", "eval_every", "save_every", "check_every"):
+        for name in (
+            *counts,
+            "max_steps",
+            "max_skipped_steps",
+            "eval_every",
+            "save_every",
+            "check_every",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}")

@@ -1,7 +1,9 @@
 """Held-out preference accuracy, margin and loss per objective."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +15,11 @@ from raco_fast.dpo.data.tokenization import EncodedPair, PairBatch, collate
 from raco_fast.dpo.losses.objective_losses import preference_losses
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 from raco_fast.dpo.metrics import PreferenceMetrics
+from raco_fast.dpo.modes import evaluating
 from raco_fast.dpo.scoring import ReferenceLogps, pair_logps, score_pairs
 from raco_fast.dpo.sharded import free_gathered
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,6 @@ class HeldOut:
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Preference metrics and losses of `model` without dropout, each name after `eval_`."""
-        was_training = model.training
-        model.eval()
 
         def score(batch: PairBatch) -> Tensor:
             # One tail weight at a time, as the reference was scored: larger matrix products round
@@ -49,9 +52,9 @@ class HeldOut:
             each = [pair_logps(model, batch, self.chunk_tokens, [t]) for t in self.references]
             return torch.cat(each)
 
-        result = self._evaluate(score)
-        free_gathered(model)
-        model.train(was_training)
+        with evaluating(model):
+            result = self._evaluate(score)
+            free_gathered(model)
         return result
 
     def evaluate_reference(self) -> dict[str, float]:
@@ -88,4 +91,11 @@ class HeldOut:
         own = torch.tensor([float(loss) for loss in losses.values()], dtype=torch.float64)
         totals = zip(losses, self.processes.sum(own).tolist(), strict=True)
         result |= {f"loss/{name}": total for name, total in totals if counts[name]}
+        wrong = [n for n in self.losses if not isfinite(result.get(f"rewards/margins/{n}", 0.0))]
+        if wrong:
+            logger.warning(
+                "held-out pairs of %s have scores that are not finite, so their accuracies, "
+                "margins and losses are NaN (null in metrics.jsonl)",
+                ", ".join(map(repr, wrong)),
+            )
         return {f"eval_{name}": value for name, value in result.items()}

@@ -43,6 +43,7 @@ CHANGES: dict[str, Change] = {
     **dict.fromkeys(("pairs_per_micro_batch", "chunk_tokens", "gradient_mode"), _F),
     **dict.fromkeys(("check_every", "eval_every", "save_every", "log_every"), _F),
     **dict.fromkeys(("output_dir", "cache_dir", "tensorboard", "parallel"), _F),
+    **dict.fromkeys(("max_skipped_steps",), _F),
     # They are compared in `losses`, where they are worked out.
     **dict.fromkeys(("loss", "loss_options"), _F),
     # More steps: the schedule is that of the new number. None: the checkpoint's rounding.

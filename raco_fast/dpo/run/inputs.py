@@ -15,7 +15,6 @@ from raco_fast.dpo.data.batches import pair_length
 from raco_fast.dpo.data.pairs import ConciseRule
 from raco_fast.dpo.data.sources import DataSource, read_sources
 from raco_fast.dpo.data.tokenization import EncodedPair, encode_pairs, token_counter
-from raco_fast.dpo.logps import check_head
 from raco_fast.dpo.losses.registry import check_soft
 from raco_fast.dpo.models import (
     add_adapter,
@@ -26,9 +25,10 @@ from raco_fast.dpo.models import (
     pick_device,
 )
 from raco_fast.dpo.run.config import TrainConfig
+from raco_fast.dpo.run.divergence import names_of_not_finite
 from raco_fast.dpo.run.template_date import keep_date, with_date
 from raco_fast.dpo.run.together import by_first, together
-from raco_fast.dpo.sharded import device_of, shard
+from raco_fast.dpo.sharded import shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,11 +56,6 @@ class RunInputs:
     model_hash: str
     prints_date: bool = False
 
-    def check_head(self) -> None:
-        """Run the model on a pair; ValueError if it has a kind of head that is not known."""
-        probe = torch.tensor(self.training[0].prompt_ids + self.training[0].a_ids)
-        check_head(self.model, probe.to(device_of(self.model)))
-
 
 def load_inputs(config: TrainConfig, device: torch.device | None = None) -> RunInputs:
     """Load what a config names and check that it fits together; seeds torch's generators.
@@ -70,7 +65,7 @@ def load_inputs(config: TrainConfig, device: torch.device | None = None) -> RunI
     Raises:
         ValueError, FileNotFoundError: bad model path; unreadable files, bad rows (file and line
             named), an objective for which no training pair is labelled, soft labels for a loss that
-            has no form for them; pairs that the model cannot read.
+            has no form for them; pairs that the model cannot read; weights that are not finite.
     """
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
@@ -88,6 +83,7 @@ def load_inputs(config: TrainConfig, device: torch.device | None = None) -> RunI
     base = load_base_model(config.model, device)
     _check_pairs_fit(base, [*training, *held_out])
     model_hash, model = fingerprint(base), add_adapter(base, config.model.lora)
+    _check_finite(config.model.name, model)
     pad_id = tokenizer.pad_token_id
     pad_id = pad_id if isinstance(pad_id, int) else 0
     prints_date = printed or printed_too
@@ -98,7 +94,7 @@ def load_on_all(config: TrainConfig, processes: Processes) -> RunInputs:
     """`load_inputs` on every process, the model sharded over them if the config says so.
 
     Raises:
-        ValueError, OSError: as `load_inputs`, on any process; an unknown kind of head.
+        ValueError, OSError: as `load_inputs`, on any process.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -122,7 +118,6 @@ def load_on_all(config: TrainConfig, processes: Processes) -> RunInputs:
             cpu_offload=parallel.cpu_offload,
             reshard=parallel.reshard,
         )
-    inputs.check_head()
     if processes.size > 1:
         # Until here all have drawn the same: an adapter's first values. Dropout is each one's own.
         torch.manual_seed(config.seed + processes.rank)
@@ -153,6 +148,17 @@ def _encoded(
     return encoded, report.prints_date
 
 
+def _check_finite(name: str, model: nn.Module) -> None:
+    """Raise ValueError, naming the first, if weights are not finite before any training."""
+    wrong = names_of_not_finite(model.named_parameters())
+    if wrong:
+        raise ValueError(
+            f"`model.name` must name a model with finite weights, got {name!r} with a NaN or an "
+            f"infinity in {len(wrong)} parameter(s), the first {wrong[0]!r}; it may have diverged "
+            f"in training, or be too large for `model.dtype`: take another checkpoint of it"
+        )
+
+
 def _check_pairs_fit(model: PreTrainedModel, pairs: Sequence[EncodedPair]) -> None:
     """Raise ValueError if a pair is longer than the model can read or uses tokens it lacks.
 
@@ -162,7 +168,7 @@ def _check_pairs_fit(model: PreTrainedModel, pairs: Sequence[EncodedPair]) -> No
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for pair in pairs:
         length, largest = pair_length(pair), max(pair.prompt_ids + pair.a_ids + pair.b_ids)
-        if limit is not None and length > limit:
+        if limit is not None and 0 < limit < length:  # XLNet says -1: no limit
             raise ValueError(
                 f"`tokens.max_length` must be at most the model's {limit} positions, got a pair of "
                 f"{length} tokens ({pair.id!r}); lower `tokens.max_length`"

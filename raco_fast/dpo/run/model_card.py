@@ -30,6 +30,7 @@ class TrainingSummary:
     Args:
         steps: optimizer steps, skipped ones included.
         skipped_steps: those with a gradient that was not finite.
+        skipped_at_the_end: those of them after which no step was taken.
         labelled: objective name -> those of the training `pairs` that are labelled for it.
         evaluations: records of metrics.jsonl with `eval_` metrics, in order; may be empty.
     """
@@ -40,6 +41,7 @@ class TrainingSummary:
     pairs: int
     labelled: Mapping[str, int]
     evaluations: Sequence[Mapping[str, Any]]
+    skipped_at_the_end: int = 0
 
 
 def save_trained_model(
@@ -93,6 +95,10 @@ def _body(summary: TrainingSummary) -> str:
             part = "all" if source.limit is None else f"the first {source.limit}"
             files.append(f"- {use}: `{source.path}` ({part} usable pairs)")
     skipped = f", {summary.skipped_steps} of them skipped" if summary.skipped_steps else ""
+    if summary.skipped_at_the_end:
+        skipped += (
+            f" (a loss or gradient was not finite), also the last {summary.skipped_at_the_end},"
+        )
     rule = check_rule(config.rule)
     paper = " (RACO, arXiv:2602.02495)" if isinstance(rule, CAGradClip) else ""
     parts = [

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.data.batches import micro_batches
 from raco_fast.dpo.data.tokenization import EncodedPair, collate
+from raco_fast.dpo.modes import evaluating
 from raco_fast.dpo.run.checksums import DamagedError, load_checked, save_checked
 from raco_fast.dpo.run.files import atomic_file
 from raco_fast.dpo.run.reference_parts import ReferenceParts
@@ -149,15 +150,11 @@ def compute_reference(
         earlier = by_first(processes, parts.load)
         values = processes.sum(torch.zeros_like(values) if earlier is None else earlier)
     known = (values > -torch.inf).all(dim=1)
-    was_training = model.training
-    model.eval()
+    of_each = [micro_batches(pairs, batch_pairs, r, size) for r in range(size)]
     progress = tqdm(total=len(pairs), desc="reference", unit="pair", disable=quiet or rank > 0)
-    with adapter_off(model), progress, _kept(parts):
+    with evaluating(model), adapter_off(model), progress, _kept(parts):
         # A sharded model runs on all processes or on none: they skip the same rounds.
-        rounds = zip(
-            *(micro_batches(pairs, batch_pairs, r, size) for r in range(size)), strict=True
-        )
-        for groups in rounds:
+        for groups in zip(*of_each, strict=True):
             group = groups[rank]
             if not all(known[place[pair.id]] for each in groups for pair in each):
                 batch = collate(group, pad_id)
@@ -169,7 +166,6 @@ def compute_reference(
             progress.update(min(size * len(group), len(pairs) - progress.n))
         # With the adapter still off: what is freed forgets that the adapter was switched on.
         free_gathered(model)
-    model.train(was_training)
     # A pair that two processes have scored, one to fill its last batch, keeps one of the values.
     both = processes.largest(values).tolist()
     return ReferenceLogps({pair.id: (a, b) for pair, (a, b) in zip(pairs, both, strict=True)})

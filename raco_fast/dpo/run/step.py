@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -25,29 +26,54 @@ class StepResult:
 
     Args:
         losses: objective -> mean loss over the step's labelled pairs, before the update; of
-            several processes, what this one's pairs add to it, times their number.
+            several processes, what this one's pairs add to it, times their number. An objective
+            without a labelled pair in the step has none.
+        objectives: all of them, in the order of `solution`.
         preference: statistics of the scores of this process's pairs, before the update.
-        solution: how the gradients were combined; not `finite` where the step was skipped.
+        solution: how the gradients were combined; not `finite` where the step was skipped, None
+            where nothing was labelled, so that there was no step to take.
         skipped_steps: steps skipped so far.
         tokens: tokens processed by all processes, padding not counted.
         processes: that have taken the step.
     """
 
     losses: dict[str, Tensor]
+    objectives: tuple[str, ...]
     preference: PreferenceMetrics
-    solution: DualSolution
+    solution: DualSolution | None
     skipped_steps: int
     tokens: int
     processes: Processes
 
-    def metrics(self) -> dict[str, float]:
-        """Everything under the names of docs/metrics.md; waits for the GPU and all processes."""
+    @property
+    def skipped(self) -> bool:
+        """Whether a loss or gradient was not finite, so that nothing was updated."""
+        return self.solution is not None and not self.solution.finite
+
+    def mean_losses(self) -> dict[str, float]:
+        """Objective -> mean loss; waits for the GPU and all processes."""
         own = torch.tensor([float(loss) for loss in self.losses.values()], dtype=torch.float64)
         means = (self.processes.sum(own) / self.processes.size).tolist()
+        return dict(zip(self.losses, means, strict=True))
+
+    def not_finite(self) -> list[str]:
+        """The objectives whose loss is not finite, or else whose gradient; waits as `mean_losses`.
+
+        In one backward pass a loss that is not finite takes the other objectives' gradients along.
+        """
+        of_losses = [n for n, loss in self.mean_losses().items() if not isfinite(loss)]
+        if of_losses or self.solution is None:
+            return of_losses
+        squares = zip(self.objectives, self.solution.gram.diagonal(), strict=True)
+        return [name for name, square in squares if not isfinite(square)]
+
+    def metrics(self) -> dict[str, float]:
+        """Everything under the names of docs/metrics.md; waits for the GPU and all processes."""
+        combined = self.solution and solution_metrics(self.solution, self.objectives)
         return {
-            **{f"loss/{name}": loss for name, loss in zip(self.losses, means, strict=True)},
+            **{f"loss/{name}": loss for name, loss in self.mean_losses().items()},
             **self.preference.result(self.processes),
-            **solution_metrics(self.solution, tuple(self.losses)),
+            **(combined or {}),
             "raco/skipped_steps": float(self.skipped_steps),
         }
 
@@ -80,9 +106,17 @@ class PreferenceStep:
     processes: Processes = field(default_factory=Processes)
 
     def __call__(self, pairs: Sequence[EncodedPair]) -> StepResult:
-        """Losses are means over the labelled pairs of the whole step, however it is cut."""
+        """Losses are means over the labelled pairs of the whole step, however it is cut.
+
+        Where no pair is labelled there is nothing to learn, and nothing is touched: a step along
+        zeros would still move the weights, by their decay and by AdamW's averages.
+        """
+        objectives = tuple(self.optimizer.weights)
+        counts = labelled_counts(pairs, objectives)
+        if not any(counts.values()):
+            untaken = PreferenceMetrics(self.losses), None, self.optimizer.skipped_steps, 0
+            return StepResult({}, objectives, *untaken, self.processes)
         rank, size = self.processes.rank, self.processes.size
-        counts = labelled_counts(pairs, tuple(self.optimizer.weights))
         # The optimizer takes the mean over the processes, which is then the mean over the step.
         divisors = {name: count / size for name, count in counts.items()}
         preference = PreferenceMetrics(self.losses)
@@ -105,8 +139,9 @@ class PreferenceStep:
         self.optimizer.zero_grad()
         solution, skipped = self.optimizer.solution, self.optimizer.skipped_steps
         assert solution is not None
-        tokens = token_count(pairs)
-        return StepResult(totals, preference, solution, skipped, tokens, self.processes)
+        taken = {name: totals[name] for name, count in counts.items() if count}
+        of_step = preference, solution, skipped, token_count(pairs)
+        return StepResult(taken, objectives, *of_step, self.processes)
 
     def _backward(self, losses: dict[str, Tensor], logps: Tensor) -> None:
         """Every objective's gradient.

@@ -2,6 +2,7 @@
 
 import logging
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from raco_fast.distributed.processes import Processes
-from raco_fast.dpo.data.batches import BatchSchedule, labelled_counts
-from raco_fast.dpo.data.tokenization import EncodedPair
+from raco_fast.dpo.data.batches import BatchSchedule, labelled_counts, micro_batches
+from raco_fast.dpo.data.tokenization import EncodedPair, collate
 from raco_fast.dpo.models import pick_device, trainable
+from raco_fast.dpo.modes import begin_training, has_dropout
 from raco_fast.dpo.run.checkpoint import TrainingState, check_whole, latest, read_state
 from raco_fast.dpo.run.config import TrainConfig
+from raco_fast.dpo.run.divergence import check_weights, ended_skipping, note_skipped
 from raco_fast.dpo.run.evaluation import HeldOut
+from raco_fast.dpo.run.first_step import check_first_scores
 from raco_fast.dpo.run.identity import check_same_content, check_same_run, compared, identity
 from raco_fast.dpo.run.inputs import load_on_all
 from raco_fast.dpo.run.interrupt import Interrupt
@@ -66,6 +70,8 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
         ValueError: bad configuration, data, model path, checkpoint or launcher.
         OSError: something could not be written; the last checkpoint is whole.
         OtherProcessError: another process has failed or is gone.
+        DivergedError: steps could not be taken, because a loss, a gradient or the weights are not
+            finite (`max_skipped_steps`, or at the end of the run).
         Interrupted: Ctrl-C or SIGTERM, on any process, after a checkpoint was written.
     """
     with process_group(config.parallel, pick_device(config.model.device)):
@@ -145,7 +151,9 @@ class Trainer:
             self._record(untrained)
         elif self.held_out is not None and self._evaluate_now:
             self._record(self.held_out.evaluate(self.model))
-        self.model.train()
+        begin_training(self.model, noise=config.model.dropout)
+        if self.state.step == 0:
+            self._check_first_scores()
         progress = tqdm(
             total=self.total_steps,
             initial=self.state.step,
@@ -161,11 +169,34 @@ class Trainer:
                     self._record(self.held_out.evaluate(self.model))
                 (stop,) = self.processes.agree(lambda: [interrupt.requested], 1)
                 if stop and not last:
-                    raise Interrupted(self.state.step, self.state.save(self._checkpoints))
-                if last or _due(self.state.step, config.save_every):
-                    self.state.save(self._checkpoints)
+                    raise Interrupted(self.state.step, self._save())
+                # Not amid skipped steps: the checkpoint before them is the better one.
+                due = _due(self.state.step, config.save_every) and not self.state.skipped_in_a_row
+                if last or due:
+                    self._save()
+        if self.state.skipped_in_a_row and not self.state.optimizer.state:
+            raise ended_skipping(self.state, None)
         weights = whole_state_dict(self.model) if is_sharded(self.model) else None
-        return by_first(self.processes, lambda: self._finish(weights, untrained)) or {}
+        result = by_first(self.processes, lambda: self._finish(weights, untrained)) or {}
+        if self.state.skipped_in_a_row:
+            raise ended_skipping(self.state, config.folder / "model")
+        return result
+
+    def _check_first_scores(self) -> None:
+        """See `check_first_scores`; with noise there is nothing to compare."""
+        processes = self.processes
+        if self.config.model.dropout or has_dropout(self.model):
+            return
+        pairs = [self.pairs[i] for i in self.batches.indices(0)]
+        size = self.config.pairs_per_micro_batch
+        longest = micro_batches(pairs, size, processes.rank, processes.size)[0]
+        batch = collate(longest, self.inputs.pad_id)
+        check_first_scores(self.model, batch, self.references, self.config.chunk_tokens, processes)
+
+    def _save(self) -> Path:
+        """Write a checkpoint, but not of weights that are destroyed."""
+        check_weights(self.state, self._checkpoints)
+        return self.state.save(self._checkpoints)
 
     def _finish(
         self, weights: dict[str, Tensor] | None, untrained: dict[str, float] | None
@@ -184,15 +215,11 @@ class Trainer:
         pairs = [self.pairs[i] for i in self.batches.indices(state.step)]
         lr = state.scheduler.get_last_lr()[0]
         result = self._learn(pairs)
-        state.scheduler.step()
+        with warnings.catch_warnings():
+            # What torch says where the first step has no labels, and so no optimizer.step().
+            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before")
+            state.scheduler.step()
         state.step += 1
-        if not result.solution.finite:
-            logger.warning(
-                "step %d: a loss or gradient is not finite; the step was skipped (%d so far), "
-                "weights and optimizer state are unchanged",
-                state.step,
-                result.skipped_steps,
-            )
         progress.update()
         if _due(state.step, config.log_every):
             seconds = time.perf_counter() - began
@@ -205,8 +232,9 @@ class Trainer:
                 "tokens_per_second": result.tokens / seconds,
             }
             self._write(record)
-            losses = {name: f"{record[f'loss/{name}']:.3f}" for name in config.objectives}
-            progress.set_postfix(losses)
+            taken = [name for name in config.objectives if f"loss/{name}" in record]
+            progress.set_postfix({name: f"{record[f'loss/{name}']:.3f}" for name in taken})
+        note_skipped(result, state, config.max_skipped_steps, self._checkpoints)
 
     def _record(self, evaluation: dict[str, float]) -> None:
         self._write({"step": self.state.step, **evaluation})
@@ -268,6 +296,7 @@ class Trainer:
             self.config,
             steps=self.state.step,
             skipped_steps=self.state.optimizer.skipped_steps,
+            skipped_at_the_end=self.state.skipped_in_a_row,
             pairs=len(self.pairs),
             labelled=labelled_counts(self.pairs, self.config.objectives),
             evaluations=[] if untrained is None else [untrained, records[-1]],

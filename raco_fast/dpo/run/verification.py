@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from raco_fast.dpo.data.tokenization import EncodedPair, collate
 from raco_fast.dpo.losses.objective_losses import preference_losses
 from raco_fast.dpo.models import trainable
+from raco_fast.dpo.modes import begin_training
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.inputs import load_inputs
 from raco_fast.dpo.run.reference_cache import compute_reference
@@ -25,7 +26,6 @@ def verify_run(config: TrainConfig) -> Verification:
             the model, for a reason that the message gives.
     """
     inputs, losses = load_inputs(config), config.objective_losses
-    inputs.check_head()
     model, pad_id = inputs.model, inputs.pad_id
     pairs = _labelled_for_all(inputs.training, config.objectives, config.pairs_per_micro_batch)
     batch = collate(pairs, pad_id)
@@ -49,7 +49,7 @@ def verify_run(config: TrainConfig) -> Verification:
     for p in trainable(model).values():
         if not p.any():
             nn.init.normal_(p, std=0.02)
-    model.train()
+    begin_training(model, noise=config.model.dropout)
     return verify(model, run, quiet=True)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import model_zoo
 import pytest
 import torch
 import yaml
@@ -160,6 +161,43 @@ def test_processes_learn_what_one_learns(runs, new_run, save_tiny, case):
     if changes.get("model") == {"tied": True}:
         changes = {"model": {"name": str(save_tiny(tie_word_embeddings=True))}}
     check_against_one(runs, new_run, processes, parallel, **changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_steps_without_labels_are_left_out_on_all_processes(runs, new_run, write_pairs, kind):
+    file = write_pairs("few.jsonl", 20, 5, {"sure": "yes", "kind": "never"})
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for k, row in enumerate(rows):
+        row["preferences"] = {"sure": int(k == 3), "kind": -int(k in (3, 4))}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data": [{"path": str(file)}], "pairs_per_step": 4, "epochs": 2}
+    check_against_one(runs, new_run, 2, {"kind": kind}, **changes)
+    learnt = [("loss/sure" in r, "loss/kind" in r) for r in runs.steps(new_run("many"))]
+    assert learnt.count((True, True)) == 2
+    assert learnt.count((False, False)) >= 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_run_that_diverges_ends_on_all_processes(new_run, kind):
+    run = new_run("wild", {"kind": kind}, lr=1e30, warmup_ratio=0.0, max_skipped_steps=2)
+    ended = run.end(2)
+    assert [process.status for process in ended] == [BAD_INPUT] * 2
+    assert "the last 2 steps were all skipped (`max_skipped_steps`)" in ended[0].printed
+    assert "there is no checkpoint to resume from" in ended[0].printed
+    assert not any("Traceback" in process.printed for process in ended)
+    assert not (run.folder / "model").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_scores_of_the_models_own_logits_on_several_processes(runs, new_run, tmp_path, tiny, kind):
+    with model_zoo.quiet():
+        model_zoo.build("modernbert-decoder", 0.3).save_pretrained(tmp_path / "own")
+    model = {"name": str(tmp_path / "own"), "tokenizer": str(tiny)}
+    changes = {"model": model, "gradient_mode": "autograd", "lr": 1e-3}
+    check_against_one(runs, new_run, 2, {"kind": kind}, **changes)
 
 
 LONG = {"epochs": 4}  # 20 steps: a signal reaches the run before its end

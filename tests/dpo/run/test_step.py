@@ -1,12 +1,13 @@
 """One step of preference training against a step written out in float64, pair by pair."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from raco_fast.dpo.data.batches import micro_batches
+from raco_fast.dpo.data.batches import micro_batches, unlabelled
 from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.losses.margin_losses import Sigmoid
 from raco_fast.dpo.run.step import PreferenceStep
@@ -81,3 +82,50 @@ def test_steps_are_adamw_on_the_weighted_losses_however_they_are_cut(make_model,
     assert result.tokens == sum(2 * len(p.prompt_ids) + len(p.a_ids) + len(p.b_ids) for p in pairs)
     for ours, theirs in zip(model.parameters(), truth.parameters(), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["one_backward", "autograd", "gram_first"])
+def test_a_step_without_labels_touches_nothing(make_model, mode):
+    """Steps along zeros would decay the weights and count in AdamW's averages."""
+    model, pairs = make_model(), make_pairs()
+    bare = [unlabelled(pair) for pair in pairs]
+    references = {1.0: ReferenceLogps({pair.id: (-3.0, -4.5) for pair in pairs})}
+    if mode != "autograd":
+        prepare(model, strict=True)
+    optimizer = ClippedCAGradAdamW(model.parameters(), weights=WEIGHTS, **ADAM)
+    losses = dict.fromkeys(WEIGHTS, Sigmoid(beta=BETA))
+    learn = PreferenceStep(model, optimizer, references, losses, 0, len(pairs), mode=mode)
+
+    def everything():
+        state = optimizer.state_dict()["state"]
+        return copy.deepcopy(
+            [[p.detach() for p in model.parameters()], state, torch.get_rng_state()]
+        )
+
+    for of_step in (bare, pairs, bare):
+        before = everything()
+        result = learn(of_step)
+        if of_step is pairs:
+            assert not torch.equal(everything()[0][0], before[0][0])
+            continue
+        torch.testing.assert_close(everything(), before, rtol=0, atol=0)
+        assert (result.solution, result.losses, result.tokens) == (None, {}, 0)
+        assert result.metrics() == {"raco/skipped_steps": 0.0}
+        assert not result.skipped
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_objective_without_a_label_in_the_step_has_no_loss_there(make_model):
+    """Its gradient is zero, which the others' losses say nothing of."""
+    model, pairs = make_model(), make_pairs()
+    only_x = [replace(pair, labels=pair.labels | {"y": 0}) for pair in pairs]
+    references = {1.0: ReferenceLogps({pair.id: (-3.0, -4.5) for pair in pairs})}
+    optimizer = ClippedCAGradAdamW(model.parameters(), weights=WEIGHTS, **ADAM)
+    losses = dict.fromkeys(WEIGHTS, Sigmoid(beta=BETA))
+    metrics = PreferenceStep(model, optimizer, references, losses, 0, 2, mode="autograd")(
+        only_x
+    ).metrics()
+    assert {"loss/x", "rewards/margins/x", "pairs/x"} <= set(metrics)
+    assert not {"loss/y", "rewards/margins/y", "pairs/y"} & set(metrics)
+    assert metrics["raco/grad_norm/y"] == 0.0 < metrics["raco/grad_norm/x"]
+    assert metrics["raco/coefficient/x"] == pytest.approx(WEIGHTS["x"])
