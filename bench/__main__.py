@@ -6,14 +6,14 @@ Records go to DIR/report.json as they are made; `python -m bench.records DIR` pr
 """
 
 from argparse import ArgumentParser
-from pathlib import Path
 
 from bench.harness.parts import add_options, run_parts
+from raco_fast.settings.paths import expanded
 
 
 def main() -> None:
     parser = ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the records")
+    parser.add_argument("--out", type=expanded, required=True, help="folder of the records")
     add_options(parser)
     run_parts(parser.parse_args())
 

@@ -20,6 +20,7 @@ ROOMS = [
     "_C",
     "kernels",
     "report",
+    "settings",
     "solver",
     "backends",
     "distributed",

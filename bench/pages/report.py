@@ -18,6 +18,7 @@ from bench.harness.machine import ROOT
 from bench.harness.parts import add_options, run_parts
 from bench.harness.records import FILE, Record, Records, latest
 from bench.pages import page, spread
+from raco_fast.settings.paths import expanded
 
 RESULTS = ROOT / "bench" / "results"
 DOCS = ROOT / "docs"
@@ -49,7 +50,7 @@ that wait for it:"""
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m bench.report", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--out", type=Path, help="folder of the records and the page")
+    what.add_argument("--out", type=expanded, help="folder of the records and the page")
     what.add_argument("--docs", action="store_true", help="write the pages from committed runs")
     parser.add_argument("--render", action="store_true", help="measure nothing")
     add_options(parser)

@@ -9,7 +9,6 @@ differ, nothing is timed. Rivals take turns in one process; medians.
 import shlex
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -20,6 +19,7 @@ from bench.harness.records import Records
 from bench.harness.session import Session
 from bench.harness.timing import interleaved, shares
 from bench.rivals.dpo_steps import STEPS, UNPREPARED, disagreement
+from raco_fast.settings.paths import expanded
 
 NAME = "backward"
 RIVALS = tuple(name for name in STEPS if name != "gram_first, step_in_backward")
@@ -78,7 +78,7 @@ def measure(
 
 def parser() -> ArgumentParser:
     found = dpo_problem.parser(NAME, __doc__, KINDS, ms=(1, 2, 4, 8))
-    found.add_argument("--out", type=Path, required=True, help="folder of report.json")
+    found.add_argument("--out", type=expanded, required=True, help="folder of report.json")
     found.add_argument("--rivals", nargs="+", default=RIVALS, choices=RIVALS)
     found.add_argument("--seconds", type=float, default=60.0, help="for each kind and m")
     return found

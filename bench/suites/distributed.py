@@ -20,7 +20,6 @@ import shlex
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -36,6 +35,7 @@ from bench.harness.timing import MAX_ROUNDS, MIN_ROUNDS, Call, Times, shares
 from bench.rivals.dpo_steps import STEPS, UNPREPARED
 from raco_fast import ClippedCAGradAdamW
 from raco_fast.distributed.processes import Processes
+from raco_fast.settings.paths import expanded
 
 NAME = "distributed"
 PLAIN, MODES = "plain", ("autograd", "one_backward", "gram_first")
@@ -223,7 +223,7 @@ def _in_turn(steps: dict[str, Call], device: torch.device, until: float) -> dict
 def parser() -> ArgumentParser:
     found = dpo_problem.parser(NAME, __doc__, ("full",), ms=(2, 4))
     found.set_defaults(shape="Llama-8M", layers=4, sequences=4)
-    found.add_argument("--out", type=Path, default=f"runs/{NAME}", help="folder of report.json")
+    found.add_argument("--out", type=expanded, default=f"runs/{NAME}", help="folder of report.json")
     found.add_argument("--seconds", type=float, default=600.0, help="at most, for all steps")
     found.add_argument("--processes", type=int, help="default: one for each GPU, 2 on a CPU")
     found.add_argument("--count", action="store_true", help=SUPPRESS)

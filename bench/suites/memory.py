@@ -11,7 +11,6 @@ import json
 import shlex
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Sequence
-from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -22,6 +21,7 @@ from bench.harness.meter import Meter
 from bench.harness.records import Records
 from bench.harness.session import Session
 from bench.rivals.dpo_steps import STEPS, UNPREPARED
+from raco_fast.settings.paths import expanded
 
 NAME = "memory"
 MODES = tuple(name for name in STEPS if name not in ("passes", "torchjd"))
@@ -72,7 +72,7 @@ def peak(name: str, setting: Setting, m: int) -> int:
 
 def parser() -> ArgumentParser:
     found = dpo_problem.parser(NAME, __doc__, ("full",), ms=(2, 4))
-    found.add_argument("--out", type=Path, default="runs/memory", help="folder of report.json")
+    found.add_argument("--out", type=expanded, default="runs/memory", help="folder of report.json")
     found.add_argument("--seconds", type=float, default=1800.0, help="at most, for all")
     found.add_argument("--one", choices=MODES, help=SUPPRESS)
     return found

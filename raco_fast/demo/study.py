@@ -25,6 +25,7 @@ from tqdm import tqdm
 from raco_fast.demo.config import DemoConfig
 from raco_fast.demo.jobs import Judged, WarmStart, align_job, warm_up_job
 from raco_fast.demo.report import write_reports
+from raco_fast.settings.paths import expanded
 
 
 def run(config: DemoConfig) -> Path:
@@ -41,7 +42,7 @@ def run(config: DemoConfig) -> Path:
         OSError: the folder cannot be written.
     """
     config = config.sized()
-    folder = Path(config.output_dir)
+    folder = expanded(config.output_dir, "output_dir")
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     workers = config.workers or min(4, os.cpu_count() or 1)

@@ -8,7 +8,6 @@ gradient.
 from __future__ import annotations
 
 import logging
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import torch
 
 from raco_fast.dpo.load_errors import LoadErrors
 from raco_fast.dpo.models import DTYPES, ModelOptions, enable_checkpointing
+from raco_fast.settings.paths import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ def source_of(name: str, argument: str = "model.name") -> tuple[str, dict[str, s
     Raises:
         ValueError: there is no such folder or file, or the package gguf is missing.
     """
-    path = Path(os.path.expanduser(name))  # Path's own fails where there is no such user
+    path = expanded(name, argument)
     try:
         there, folder = path.exists(), bool(name) and path.is_dir()
     except OSError:  # a name that is too long, or a folder that may not be looked into

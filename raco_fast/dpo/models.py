@@ -39,6 +39,15 @@ class LoraOptions:
     target_modules: str | list[str] = "all-linear"
     modules_to_save: list[str] | None = None
 
+    def __post_init__(self) -> None:
+        for name, holds, rule in (
+            ("r", self.r >= 1, "be at least 1"),
+            ("alpha", self.alpha >= 1, "be at least 1: with 0 nothing is learnt"),
+            ("dropout", 0 <= self.dropout < 1, "be in [0, 1)"),
+        ):
+            if not holds:
+                raise ValueError(f"`lora.{name}` must {rule}, got {getattr(self, name)}")
+
 
 @dataclass(frozen=True)
 class ModelOptions:

@@ -24,6 +24,7 @@ from raco_fast.gradients.reduced import Reduced
 from raco_fast.optim.adamw_part import asks_for_states, make_states, stepping, updates
 from raco_fast.optim.direction import Direction, refuse_scaled
 from raco_fast.optim.gram_first import gram_first
+from raco_fast.optim.lost_updates import LostUpdates
 from raco_fast.optim.settings import AdamWWithSettings, check_group
 from raco_fast.solver import on_device
 from raco_fast.solver.dual import solve_dual
@@ -67,7 +68,9 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         max_grad_norm: clip ‖G0‖ over all parameters, as `torch.nn.utils.clip_grad_norm_`.
         rounding: of bfloat16 parameters (others are not affected): "nearest", "stochastic" or
             "split" (an exact float32 weight, 2 bytes more); docs/backends.md compares them. A
-            parameter group may have its own.
+            parameter group may have its own. Where nearest drops most updates of 16-bit
+            parameters, a warning says so, once; it looks at steps 1, 2, 4, 8, ... that are not
+            captured, nor taken in a backward pass.
         seed: of stochastic rounding, together with the step count; any integer.
         process_group: the processes that train together, each on its own part of a batch: "world"
             (all, once torch.distributed is initialised), a process group, or None for this process
@@ -112,6 +115,7 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         self._skipped_on_host = 0
         self._on_device: DeviceStep | None = None
         self._direction: Direction | None = None
+        self._lost_updates = LostUpdates()
         super().__init__(
             params,
             lr,
@@ -333,7 +337,9 @@ class ClippedCAGradAdamW(AdamWWithSettings):
             return
         factor = clip_factor(float(solution.update_norm), self.max_grad_norm)
         coefficients = torch.as_tensor(solution.coefficients) * (factor / scale)
-        self._take(*reduced.along(coefficients))
+        groups, along = reduced.along(coefficients)
+        with self._lost_updates.watched(self.param_groups, groups, self.state, self.rounding):
+            self._take(groups, along)
 
     def _step_on_device(self, reduced: Reduced, device: torch.device) -> None:
         """The step of `capturable`: nothing waits, nothing is read back."""
@@ -368,7 +374,8 @@ class ClippedCAGradAdamW(AdamWWithSettings):
     def __getstate__(self) -> dict[str, Any]:
         of_steps = {"_solution": self.solution, "_skipped_on_host": self.skipped_steps}
         # A copy begins without gradients, wherever they are: on the device or in p.grad.
-        return {**super().__getstate__(), **of_steps, "_on_device": None, "_direction": None}
+        anew = {"_on_device": None, "_direction": None, "_lost_updates": LostUpdates()}
+        return {**super().__getstate__(), **of_steps, **anew}
 
     def __repr__(self) -> str:
         backends = []

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, cast
 from raco_fast.dpo.data.field_use import Fields, FieldUse
 from raco_fast.dpo.data.file_kinds import GZIP_MAGIC, check_kind
 from raco_fast.dpo.data.strict_json import Fault, decode, decode_at, skip_space
+from raco_fast.settings.paths import expanded
 
 _HEAD = 4096  # bytes that show what kind of file it is
 
@@ -61,7 +62,7 @@ def read_rows(path: str | Path) -> Iterator[Row | RowError]:
         ValueError: no rows; a file of another kind; a truncated or damaged gzip stream; a JSON list
             that cannot be read on. Names the file, and the line where there is one.
     """
-    file = Path(path)
+    file = expanded(path)
     _check_is_file(file)
     with _named(file):
         with file.open("rb") as raw:

@@ -31,7 +31,7 @@ def keep_base(output_dir: Path, model: PreTrainedModel, fingerprint: str, *, wri
     Raises:
         OSError: it could not be written whole.
     """
-    folder = (output_dir / "base").expanduser().absolute()
+    folder = (output_dir / "base").absolute()
     known = folder / _FINGERPRINT
     if writes and not (known.is_file() and known.read_text(encoding="utf-8") == fingerprint):
         with atomic_folder(folder) as partial:

@@ -7,6 +7,7 @@ A checkpoint is a folder `checkpoints/step-<n>`:
     rng.pt              random generators, of every process
     state.json          step (which is the position in the data), skipped steps, run identity,
                         evaluation
+    checksums.json      size and CRC-32 of every other file
 
 The first process writes it. Of a sharded model no process holds all: each writes its part into
 `shards/`, which `raco_fast.dpo.run.shard_files` describes, and what is not cut is where it is
@@ -29,11 +30,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.models import trainable
 from raco_fast.dpo.run import shard_files
+from raco_fast.dpo.run.checksums import DamagedError, check_checksums, write_checksums
 from raco_fast.dpo.run.files import atomic_folder, reported
 from raco_fast.dpo.run.together import by_first, gathered, together
 from raco_fast.dpo.sharded import cut_like, device_of, is_sharded
@@ -54,7 +56,7 @@ class TrainingState:
 
     model: nn.Module
     optimizer: ClippedCAGradAdamW
-    scheduler: LRScheduler
+    scheduler: LambdaLR
     run: dict[str, Any]
     step: int = 0
     skipped_in_a_row: int = 0
@@ -100,6 +102,7 @@ class TrainingState:
             counts = {"step": self.step, "skipped_in_a_row": self.skipped_in_a_row}
             state = {**counts, "run": self.run, "evaluation": self.evaluation}
             (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+            write_checksums(partial)
             whole.close()
 
         by_first(self.processes, write)
@@ -168,6 +171,23 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints under `folder`, from the oldest to the newest; each is whole."""
     return sorted(folder.glob("step-*")) if folder.is_dir() else []
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Compare a checkpoint with its checksums.
+
+    Raises:
+        ValueError: a file is missing or damaged; says which, and what else there is to go on from.
+    """
+    try:
+        check_checksums(checkpoint)
+    except DamagedError as error:
+        older = [each for each in checkpoints_in(checkpoint.parent) if each < checkpoint]
+        cure = f"to go on from {older[-1]} instead" if older else "and start without --resume"
+        raise ValueError(
+            f"checkpoint {checkpoint} is damaged: {error}; restore the file, or remove the folder "
+            f"{cure}"
+        ) from error
 
 
 def latest(folder: Path) -> Path | None:

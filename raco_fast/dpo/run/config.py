@@ -1,7 +1,5 @@
 """The configuration of a training run: one dataclass, one YAML file, one CLI."""
 
-import dataclasses
-import json
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,11 +11,12 @@ from raco_fast.dpo.data.choices import check_choices
 from raco_fast.dpo.data.rendering import TokenOptions
 from raco_fast.dpo.data.sources import DataSource
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
-from raco_fast.dpo.losses.registry import described, make_loss
+from raco_fast.dpo.losses.registry import make_loss
 from raco_fast.dpo.models import ModelOptions
 from raco_fast.dpo.run.parallel import ParallelOptions
 from raco_fast.engine.prepare import CHECK_EVERY
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
+from raco_fast.settings.paths import expanded
 from raco_fast.solver.registry import check_rule, spec_of
 
 
@@ -43,7 +42,11 @@ class TrainConfig:
         eps: AdamW's epsilon.
         weight_decay: decoupled weight decay.
         max_grad_norm: clip the norm of the combined gradient; None does not clip.
-        rounding: of bfloat16 weights: nearest, stochastic or split.
+        rounding: of trained bfloat16 weights: nearest, which drops most updates at the usual
+            learning rates; stochastic; split, which takes 2 bytes more a weight and is an exact
+            float32 weight. None: stochastic, which learnt as much as split and float32 weights
+            where it was measured (docs/backends.md) and takes no memory; of a resumed run, the
+            checkpoint's.
         schedule: learning-rate schedule after the warm-up.
         warmup_ratio: share of the steps spent warming up linearly.
         epochs: passes over the data.
@@ -93,7 +96,7 @@ class TrainConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
-    rounding: str = "nearest"
+    rounding: str | None = None
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = 0.1
     epochs: int = 1
@@ -122,6 +125,11 @@ class TrainConfig:
         object.__setattr__(self, "rule", spec_of(check_rule(self.rule)))  # as it is in YAML
         # The optimizer checks weights, c, lr and the like, here before a model is loaded.
         ClippedCAGradAdamW([torch.zeros(1)], **self.optimizer_arguments)
+        if not self.lr > 0:
+            raise ValueError(
+                f"`lr` must be positive, got {self.lr}: nothing would be learnt; the "
+                f"usual choice is 5e-6 for all weights, 1e-4 for an adapter"
+            )
         unknown = [name for name in self.losses if name not in self.weights]
         if unknown:
             raise ValueError(
@@ -189,7 +197,8 @@ class TrainConfig:
     def optimizer_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `ClippedCAGradAdamW`."""
         names = ("lr", "betas", "eps", "weight_decay", "weights", "c", "rule", "max_grad_norm")
-        return {name: getattr(self, name) for name in (*names, "rounding", "seed")}
+        given = {name: getattr(self, name) for name in (*names, "seed")}
+        return {**given, "rounding": self.rounding or "stochastic"}
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -206,45 +215,9 @@ class TrainConfig:
     @property
     def folder(self) -> Path:
         """`output_dir` as a path."""
-        return Path(self.output_dir)
+        return expanded(self.output_dir, "output_dir")
 
-
-# Settings that may change on `--resume`. What these two come to is compared in `losses`,
-_NOT_COMPARED = {"loss", "loss_options"}
-# and none of the others changes what is learnt, but by rounding.
-_NOT_COMPARED |= {
-    "max_skipped_steps",
-    "eval_data",
-    "eval_every",
-    "save_every",
-    "save_minutes",
-    "keep",
-    "keep_best",
-    "log_every",
-    "tensorboard",
-}
-_NOT_COMPARED |= {"output_dir", "cache_dir", "gradient_mode", "check_every", "parallel"}
-
-
-def identity(config: TrainConfig) -> dict[str, Any]:
-    """The settings that define a run, as plain JSON values."""
-    losses = {name: described(loss) for name, loss in config.objective_losses.items()}
-    given = {**dataclasses.asdict(config), "losses": losses}
-    settings: dict[str, Any] = json.loads(json.dumps(given))
-    del settings["tokens"]["date"]  # kept with the run; a hash of the pairs' tokens is compared
-    return {name: value for name, value in settings.items() if name not in _NOT_COMPARED}
-
-
-def check_same_run(config: TrainConfig, saved: dict[str, Any], checkpoint: Path) -> None:
-    """Raise ValueError, naming every differing setting, unless `saved` is this run's identity."""
-    current = identity(config)
-    differing = [
-        f"{name}: {saved.get(name)!r} in the checkpoint, {current.get(name)!r} now"
-        for name in sorted(current.keys() | saved.keys())
-        if saved.get(name) != current.get(name)
-    ]
-    if differing:
-        raise ValueError(
-            f"checkpoint {checkpoint} belongs to another configuration ({'; '.join(differing)}); "
-            "restore these settings or choose another `output_dir`"
-        )
+    @property
+    def cache_folder(self) -> Path:
+        """`cache_dir` as a path."""
+        return expanded(self.cache_dir, "cache_dir")

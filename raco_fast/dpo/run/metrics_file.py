@@ -117,14 +117,18 @@ def _records(path: Path, torn_after: int | None) -> list[dict[str, Any]]:
         elif torn is None:
             records.append(record)
         elif torn_after is None or record["step"] <= torn_after:
-            raise ValueError(f"{path}:{torn}: not a JSON record; remove the line")
+            raise ValueError(
+                f"{path}:{torn}: a line must be a JSON record with a `step`, got another or a "
+                f"damaged one; remove the line"
+            )
     return records
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None if there is none."""
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, a number of thousands of digits
         return None
-    whole = isinstance(record, dict) and isinstance(record.get("step"), int)
-    return record if whole else None
+    known = isinstance(record, dict) and type(record.get("step")) is int
+    return record if known else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.files import atomic_folder
 from raco_fast.dpo.saved_adapters import SavedAdapter
 from raco_fast.report import markdown_table, share_with_interval
+from raco_fast.settings.paths import expanded
 from raco_fast.solver.registry import check_rule, label_of
 from raco_fast.solver.rules.conflict_averse import CAGrad, CAGradClip
 
@@ -81,7 +81,7 @@ def model_card(summary: TrainingSummary) -> str:
 
     model, found = summary.config.model, summary.found
     base = model.name if found is None else found.base
-    on_this_machine = Path(os.path.expanduser(base)).exists()
+    on_this_machine = expanded(base, "model.name").exists()
     header = ModelCardData(
         library_name="peft" if trains_adapter(model, found) else "transformers",
         base_model=None if on_this_machine else base,  # the hub takes hub names only
@@ -159,7 +159,7 @@ def result_table(config: TrainConfig, evaluations: Sequence[Mapping[str, Any]]) 
     for name in config.objectives:
         pairs = int(last.get(f"eval_pairs/{name}", 0))
         if pairs:
-            before = first[f"eval_logps/accuracies/{name}"]
+            before = first.get(f"eval_logps/accuracies/{name}")
             after = last[f"eval_logps/accuracies/{name}"]
             reward = last[f"eval_rewards/accuracies/{name}"]
             cells = [share_with_interval(value, pairs) for value in (before, after, reward)]

@@ -51,9 +51,10 @@ class ParallelOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`parallel.{name}` must be at least 1, got {value}")
-        if not self.timeout_seconds > 0:
+        if not 0 < self.timeout_seconds <= 1e8:  # a timedelta cannot be any length
             raise ValueError(
-                f"`parallel.timeout_seconds` must be positive, got {self.timeout_seconds}"
+                f"`parallel.timeout_seconds` must be positive and at most 1e8, got "
+                f"{self.timeout_seconds}"
             )
         whole = ParallelOptions.__dataclass_fields__
         of_fsdp2 = ("shard", "replicate", "cpu_offload", "reshard")

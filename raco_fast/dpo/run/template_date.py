@@ -41,7 +41,7 @@ def keep_date(config: TrainConfig, day: str) -> None:
         OSError: it could not be written.
     """
     files = [config.folder / _NAME]
-    cached = Path(config.cache_dir) / _NAME
+    cached = config.cache_folder / _NAME
     if config.tokens.date is None and not cached.exists():
         files.append(cached)
     for file in files:
@@ -56,7 +56,7 @@ def _day(config: TrainConfig) -> str:
             f"`tokens.date` must be {of_run!r}, the day that the run in {config.folder} began "
             f"with, got {wanted!r}; leave it out, or choose another `output_dir`"
         )
-    return wanted or of_run or _read(Path(config.cache_dir) / _NAME) or date.today().isoformat()
+    return wanted or of_run or _read(config.cache_folder / _NAME) or date.today().isoformat()
 
 
 def _read(file: Path) -> str | None:

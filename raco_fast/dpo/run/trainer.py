@@ -4,11 +4,12 @@ import logging
 import time
 import warnings
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from raco_fast.distributed.processes import Processes
@@ -16,8 +17,8 @@ from raco_fast.dpo.data.batches import BatchSchedule, labelled_counts, micro_bat
 from raco_fast.dpo.data.tokenization import EncodedPair, collate
 from raco_fast.dpo.models import pick_device, trainable
 from raco_fast.dpo.modes import begin_training, has_dropout
-from raco_fast.dpo.run.checkpoint import TrainingState, latest, read_state
-from raco_fast.dpo.run.config import TrainConfig, check_same_run, identity
+from raco_fast.dpo.run.checkpoint import TrainingState
+from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.divergence import check_weights, ended_skipping, note_skipped
 from raco_fast.dpo.run.evaluation import HeldOut
 from raco_fast.dpo.run.failures import (
@@ -27,14 +28,18 @@ from raco_fast.dpo.run.failures import (
     what_is_left,
 )
 from raco_fast.dpo.run.first_step import check_first_scores
+from raco_fast.dpo.run.identity import compared, identity
 from raco_fast.dpo.run.inputs import load_on_all
 from raco_fast.dpo.run.interrupt import Interrupt
 from raco_fast.dpo.run.keeping import Best, Checkpoints, evaluated
+from raco_fast.dpo.run.length import odd_settings, warm_up_steps
 from raco_fast.dpo.run.lock import held
-from raco_fast.dpo.run.metrics_file import MetricsFile, read_records
+from raco_fast.dpo.run.metrics_file import MetricsFile, is_evaluation, read_records
 from raco_fast.dpo.run.model_card import TrainingSummary, save_trained_model
 from raco_fast.dpo.run.parallel import process_group
+from raco_fast.dpo.run.places import check_room, check_writable
 from raco_fast.dpo.run.reference_cache import data_hash, reference_logps
+from raco_fast.dpo.run.resuming import checkpoint_to_resume, go_on_from
 from raco_fast.dpo.run.step import PreferenceStep
 from raco_fast.dpo.run.together import by_first, check_alike, together
 from raco_fast.dpo.scoring import ReferenceLogps, tail_weights
@@ -92,10 +97,21 @@ class Trainer:
     def __init__(self, config: TrainConfig, resume: bool = False) -> None:
         self.config, self.losses = config, config.objective_losses
         self.processes = Processes()
-        found = together(self.processes, lambda: _checkpoint_to_resume(config, resume))
+        by_first(self.processes, partial(check_writable, config.cache_folder, "cache_dir"))
+        found = checkpoint_to_resume(config, resume, self.processes)
         with memory_named("loading the model", to_hold_a_model(config)):
             self.inputs = load_on_all(config, self.processes)
         self.model, self.pairs = self.inputs.model, self.inputs.training
+        rounding = config.optimizer_arguments["rounding"]
+        trained = trainable(self.model).values()
+        kept = config.keep + (config.keep_best is not None)
+        by_first(self.processes, lambda: check_room(config.folder, trained, rounding, kept))
+        self.batches = BatchSchedule(len(self.pairs), config.pairs_per_step, config.seed)
+        steps = config.epochs * self.batches.steps_per_epoch
+        self.total_steps = min(steps, config.max_steps or steps)
+        self._warm_up = warm_up_steps(config.warmup_ratio, self.total_steps)
+        for odd in odd_settings(config, len(self.pairs), self.total_steps):
+            logger.warning("%s", odd)
         if config.gradient_mode != "autograd":
             strict = config.gradient_mode != "auto"
             prepare(self.model, strict=strict, check_every=config.check_every)
@@ -106,13 +122,10 @@ class Trainer:
                 len(self.references),
             )
         self.held_out = self._held_out() if self.inputs.held_out else None
-        self._held_out_hash = data_hash(self.inputs.held_out)
-        self.batches = BatchSchedule(len(self.pairs), config.pairs_per_step, config.seed)
-        steps = config.epochs * self.batches.steps_per_epoch
-        self.total_steps = min(steps, config.max_steps or steps)
         self.state = self._new_state()
         contents = {what: self.state.run[what] for what in ("data", "model")}
-        of_run = {**self.state.run["settings"], **contents, "checkpoint": found and found.name}
+        of_run = {**compared(self.state.run["settings"]), **contents}
+        of_run["checkpoint"] = found and found.name
         check_alike(self.processes, of_run)
         self._learn = PreferenceStep(
             self.model,
@@ -127,10 +140,14 @@ class Trainer:
         )
         best = None
         if config.keep_best is not None:
-            best = Best(config.keep_best, self._held_out_hash)
+            best = Best(config.keep_best, self.state.run["held_out"])
         self.checkpoints = Checkpoints(config, self.state, best)
+        evaluated_before = self._evaluate_now = False
         if found is not None:
-            self._resume(found)
+            self._evaluate_now = go_on_from(found, self.state, config, self.total_steps)
+            evaluated_before = self.state.evaluation is not None
+            if self._evaluate_now:
+                self.state.evaluation = None  # of other pairs
             self.checkpoints.is_on_disk()
         # Of the first process alone: the others have no metrics to write.
         self.metrics = by_first(
@@ -138,7 +155,7 @@ class Trainer:
             lambda: MetricsFile(
                 config.folder / "metrics.jsonl",
                 resumed_at=None if found is None else self.state.step,
-                evaluated=self.state.evaluation is not None,
+                evaluated=evaluated_before,
                 tensorboard=config.tensorboard,
             ),
         )
@@ -161,7 +178,11 @@ class Trainer:
                 raise ended_skipping(self.state, None)
             with memory_named("saving the model", to_hold_a_model(self.config)):
                 weights = whole_state_dict(self.model) if is_sharded(self.model) else None
-                result = by_first(self.processes, lambda: self._finish(weights)) or {}
+                # Of a resumed run too: it may have other held-out pairs than before.
+                untrained = None
+                if self.held_out is not None and self.inputs.policy.starts_at_reference:
+                    untrained = self.held_out.evaluate_reference()
+                result = by_first(self.processes, lambda: self._finish(weights, untrained)) or {}
         if self.state.skipped_in_a_row:
             raise ended_skipping(self.state, self.config.folder / "model")
         return result
@@ -197,6 +218,7 @@ class Trainer:
         """
         state, held_out = self.state, self.held_out
         due = _due(state.step, self.config.eval_every) or state.step in (0, self.total_steps)
+        due |= self._evaluate_now
         if held_out is None or state.evaluation is not None or not due:
             return True
         with memory_named("an evaluation", to_run_a_model(self.config)):
@@ -207,7 +229,7 @@ class Trainer:
             else:
                 result = found
         self._write({"step": state.step, **result})
-        state.evaluation = evaluated(result, self._held_out_hash)
+        state.evaluation, self._evaluate_now = evaluated(result, state.run["held_out"]), False
         return True
 
     def _save(self) -> None:
@@ -231,12 +253,14 @@ class Trainer:
         references = self.references if self.inputs.policy.starts_at_reference else None
         check_first_scores(self.model, batch, references, self.config.chunk_tokens, processes)
 
-    def _finish(self, weights: dict[str, Tensor] | None) -> dict[str, Any]:
+    def _finish(
+        self, weights: dict[str, Tensor] | None, untrained: dict[str, float] | None
+    ) -> dict[str, Any]:
         """Save the model and its card; returns the last evaluation."""
         assert self.metrics is not None
         self.metrics.close()
         self.checkpoints.tell_best()
-        summary = self._summary(self.metrics.path)
+        summary = self._summary(self.metrics.path, untrained)
         save_trained_model(self.model, self.inputs.tokenizer, summary, weights)
         return dict(summary.evaluations[-1]) if summary.evaluations else {}
 
@@ -292,24 +316,19 @@ class Trainer:
         optimizer = ClippedCAGradAdamW(trainable(self.model).values(), **config.optimizer_arguments)
         # What transformers calls "constant" ignores the warm-up.
         schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
-        warmup = round(config.warmup_ratio * self.total_steps)
-        scheduler: LRScheduler = get_scheduler(schedule, optimizer, warmup, self.total_steps)
-        content = {"data": data_hash(self.pairs), "model": self.inputs.policy.model_hash}
-        run = {"settings": identity(config), **content}
+        scheduler: LambdaLR = get_scheduler(schedule, optimizer, self._warm_up, self.total_steps)
+        held_out = data_hash(self.inputs.held_out)
+        run = {
+            "settings": identity(config),
+            "data": data_hash(self.pairs),
+            "model": self.inputs.policy.model_hash,
+            "held_out": held_out,
+            "held_out_at_first": held_out,
+            "total_steps": self.total_steps,
+        }
         return TrainingState(self.model, optimizer, scheduler, run, processes=self.processes)
 
-    def _resume(self, checkpoint: Path) -> None:
-        saved = together(self.processes, lambda: read_state(checkpoint)["run"])
-        for what in ("data", "model"):
-            if saved[what] != self.state.run[what]:
-                raise ValueError(
-                    f"checkpoint {checkpoint} was made with another {what}: the settings agree but "
-                    f"its content changed; restore it or choose another `output_dir`"
-                )
-        self.state.load(checkpoint)
-
-    def _summary(self, metrics: Path) -> TrainingSummary:
-        records = read_records(metrics)
+    def _summary(self, metrics: Path, untrained: dict[str, float] | None) -> TrainingSummary:
         return TrainingSummary(
             self.config,
             steps=self.state.step,
@@ -317,9 +336,22 @@ class Trainer:
             skipped_at_the_end=self.state.skipped_in_a_row,
             pairs=len(self.pairs),
             labelled=labelled_counts(self.pairs, self.config.objectives),
-            evaluations=[r for r in records if any(name.startswith("eval_") for name in r)],
+            evaluations=self._first_and_last(metrics, untrained),
             found=self.inputs.policy.found,
         )
+
+    def _first_and_last(
+        self, metrics: Path, untrained: dict[str, float] | None
+    ) -> list[dict[str, Any]]:
+        """Two evaluations on the same held-out pairs; the first is empty where it is not known."""
+        records = [r for r in read_records(metrics) if is_evaluation(r)]
+        if self.held_out is None or not records:
+            return []
+        if untrained is None:  # what it began from has been evaluated then, or not at all
+            run = self.state.run
+            known = run["held_out_at_first"] == run["held_out"] and records[0]["step"] == 0
+            untrained = records[0] if known else {}
+        return [untrained, records[-1]]
 
     def _references(self, pairs: list[EncodedPair]) -> dict[float, ReferenceLogps]:
         """Tail weight -> reference log-probabilities, of every one that a loss has."""
@@ -331,7 +363,7 @@ class Trainer:
                     pairs,
                     model_hash=self.inputs.policy.reference_hash,
                     pad_id=self.inputs.pad_id,
-                    cache_dir=Path(config.cache_dir),
+                    cache_dir=config.cache_folder,
                     batch_pairs=2 * config.pairs_per_micro_batch,
                     chunk_tokens=config.chunk_tokens,
                     tail=tail,
@@ -339,30 +371,6 @@ class Trainer:
                 )
                 for tail in tail_weights(self.losses)
             }
-
-
-def _checkpoint_to_resume(config: TrainConfig, resume: bool) -> Path | None:
-    """The checkpoint to go on from; refuses to mix two runs in one folder."""
-    output_dir = config.folder
-    found = latest(output_dir / "checkpoints")
-    if resume and found is None:
-        raise ValueError(
-            f"`resume`: there is no checkpoint under {output_dir / 'checkpoints'}; "
-            "leave `--resume` out to start"
-        )
-    if not resume and found is not None:
-        raise ValueError(
-            f"`output_dir` already holds {found}; add --resume to go on from it, "
-            "or choose another `output_dir`"
-        )
-    if not resume and (output_dir / "model").exists():
-        raise ValueError(
-            f"`output_dir` already holds a trained model, {output_dir / 'model'}; "
-            "choose another `output_dir`"
-        )
-    if found is not None:
-        check_same_run(config, read_state(found)["run"]["settings"], found)
-    return found
 
 
 def _due(step: int, every: int | None) -> bool:

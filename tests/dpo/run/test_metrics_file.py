@@ -37,7 +37,7 @@ def test_a_new_run_starts_a_new_file(tmp_path):
 def test_a_broken_line_before_the_last_is_an_error(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"st\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl:2: not a JSON record; remove the line"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2: a line must be a JSON record"):
         read_records(path)
 
 

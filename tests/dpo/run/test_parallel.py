@@ -5,7 +5,7 @@ import torch
 
 from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.run import checkpoint
-from raco_fast.dpo.run.config import check_same_run, identity
+from raco_fast.dpo.run.identity import check_same_run, identity
 from raco_fast.dpo.run.parallel import ParallelOptions, process_group
 from raco_fast.dpo.run.together import together
 
@@ -19,7 +19,7 @@ LAUNCH = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
         ({"kind": "fsdp"}, r"`kind` must be one of \['ddp', 'fsdp2'\], got 'fsdp'"),
         ({"kind": "fsdp2", "shard": 0}, "`parallel.shard` must be at least 1, got 0"),
         ({"kind": "fsdp2", "replicate": -1}, "`parallel.replicate` must be at least 1, got -1"),
-        ({"timeout_seconds": 0.0}, "`parallel.timeout_seconds` must be positive, got 0.0"),
+        ({"timeout_seconds": 0.0}, "`parallel.timeout_seconds` must be positive and at most 1e8"),
         ({"shard": 2}, "`parallel.shard` is an option of `parallel.kind` 'fsdp2', got it with"),
         ({"reshard": False}, "`parallel.reshard` is an option of `parallel.kind` 'fsdp2'"),
     ],

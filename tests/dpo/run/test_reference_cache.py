@@ -1,4 +1,5 @@
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from raco_fast.dpo.data.tokenization import EncodedPair, collate
 from raco_fast.dpo.losses.margin_losses import Sigmoid
 from raco_fast.dpo.models import LoraOptions
 from raco_fast.dpo.policy import add_adapter
-from raco_fast.dpo.run import reference_cache
+from raco_fast.dpo.run import reference_cache, reference_parts
 from raco_fast.dpo.run.reference_cache import data_hash, reference_logps
 from raco_fast.dpo.scoring import adapter_off, pair_logps, score_pairs
 
@@ -131,3 +132,91 @@ def test_a_reference_that_is_not_finite_is_an_error_and_not_cached(make_model, t
     ):
         reference(model, make_pairs(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+class Stopped(Exception):  # noqa: N818
+    """In place of Ctrl-C."""
+
+
+def stop_after(monkeypatch, batches: int) -> list[int]:
+    """Let the model score so many batches in all, then stop; returns the sizes of those scored."""
+    scored: list[int] = []
+
+    def logps(model, batch, *args):
+        if len(scored) == batches:
+            raise Stopped
+        scored.append(len(batch.ids))
+        return pair_logps(model, batch, *args)
+
+    monkeypatch.setattr(reference_cache, "pair_logps", logps)
+    return scored
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_an_interrupted_pass_goes_on_where_it_was(
+    make_model, tmp_path, monkeypatch, damaged, caplog
+):
+    model, pairs = make_model(), make_pairs(11)
+    whole = reference(model, pairs, tmp_path / "whole").by_id
+    scored = stop_after(monkeypatch, 2)
+    with pytest.raises(Stopped):
+        reference(model, pairs, tmp_path / "cut")
+    assert scored == [4, 4]
+    (part,) = (tmp_path / "cut").glob("*.parts/part-*.safetensors")
+    if damaged:
+        part.write_bytes(part.read_bytes()[:-3])
+    scored = stop_after(monkeypatch, 99)
+    assert reference(model, pairs, tmp_path / "cut").by_id == whole  # to the last bit
+    assert scored == ([4, 4, 3] if damaged else [3])
+    assert ("a part of the reference pass is scored again" in caplog.text) == damaged
+    (left,) = (tmp_path / "cut").iterdir()
+    assert left.suffix == ".safetensors"
+
+
+def test_parts_are_written_now_and_then_not_only_at_the_end(make_model, tmp_path, monkeypatch):
+    """What kills a process leaves it no time."""
+    monkeypatch.setattr(reference_parts, "EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(reference_cache, "_kept", lambda parts: nullcontext())
+    stop_after(monkeypatch, 2)
+    with pytest.raises(Stopped):
+        reference(make_model(), make_pairs(11), tmp_path)
+    scored = stop_after(monkeypatch, 99)
+    reference(make_model(), make_pairs(11), tmp_path)
+    assert scored == [3]
+
+
+def test_parts_of_other_batches_are_taken_over_where_a_batch_is_whole(
+    make_model, tmp_path, monkeypatch
+):
+    stop_after(monkeypatch, 2)
+    with pytest.raises(Stopped):
+        reference(make_model(), make_pairs(11), tmp_path)
+    scored = stop_after(monkeypatch, 99)
+    ours = reference(make_model(), make_pairs(11), tmp_path, batch_pairs=3).by_id
+    assert scored == [3, 2]  # of batches of 3, 3, 3, 2, the first two are known
+    whole = reference(make_model(), make_pairs(11), tmp_path / "whole").by_id
+    for id, values in whole.items():
+        assert ours[id] == pytest.approx(values, rel=1e-5)
+
+
+def test_a_cache_that_cannot_be_written_loses_nothing(make_model, tmp_path, monkeypatch, caplog):
+    """A file stands where the folder would be."""
+    place = tmp_path / "cache"
+    place.write_text("not a folder")
+    monkeypatch.setattr(reference_parts, "EVERY_SECONDS", 0.0)
+    model, pairs = make_model(), make_pairs()
+    assert reference(model, pairs, place).by_id == reference(model, pairs, tmp_path / "b").by_id
+    assert caplog.text.count("reference log-probabilities are not cached, the next run") == 1
+    assert caplog.text.count("an interruption of the reference pass will lose") == 1
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:50], lambda raw: raw[:-1] + b"\x01"])
+def test_a_damaged_cache_is_computed_again(make_model, tmp_path, computed, caplog, damage):
+    model, pairs = make_model(), make_pairs()
+    first = reference(model, pairs, tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    assert reference(model, pairs, tmp_path).by_id == first.by_id
+    assert "the reference cache cannot be used and is computed again" in caplog.text
+    assert reference(model, pairs, tmp_path).by_id == first.by_id
+    assert len(computed) == 2

@@ -11,7 +11,7 @@ from raco_fast.dpo.data.batches import labelled_counts
 from raco_fast.dpo.data.tokenization import collate
 from raco_fast.dpo.run import reference_cache
 from raco_fast.dpo.run import step as step_module
-from raco_fast.dpo.run.config import check_same_run, identity
+from raco_fast.dpo.run.identity import check_same_run, identity
 from raco_fast.dpo.run.trainer import Trainer, train
 from raco_fast.dpo.scoring import pair_logps
 from raco_fast.solver.rules.nash import Nash
