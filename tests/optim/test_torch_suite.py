@@ -106,6 +106,7 @@ def test_every_input_of_torch(device, kwargs, implementation):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.complex64])
 @pytest.mark.parametrize("kwargs", [c.kwargs for c in inputs(dtype=torch.float16)], ids=str)
+@pytest.mark.filterwarnings("ignore:rounding to nearest loses")
 def test_every_dtype(dtype, kwargs):
     p, q = (nn.Parameter(torch.linspace(-1, 2, 12).to(dtype)) for _ in range(2))
     ours, theirs = Ours([p], **kwargs), AdamW([q], **kwargs)

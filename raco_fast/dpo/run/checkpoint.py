@@ -141,8 +141,8 @@ class TrainingState:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
         state = read_state(checkpoint)
-        self.step, self.skipped_in_a_row = state["step"], state.get("skipped_in_a_row", 0)
-        self.evaluation = state.get("evaluation")
+        self.step, self.skipped_in_a_row = state["step"], state["skipped_in_a_row"]
+        self.evaluation = state["evaluation"]
         self._restore_random(random["processes"])
 
     def _restore_random(self, saved: list[dict[str, Tensor | None]]) -> None:

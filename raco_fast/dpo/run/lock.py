@@ -51,7 +51,7 @@ def _claim(folder: Path) -> int:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise OSError(
-            f"`output_dir` must be a folder that can be written to, got {folder} ({error}); check "
+            f"`output_dir` must be a folder that can be written, got {folder} ({error}); check "
             f"its rights or choose another one"
         ) from error
     with ExitStack() as unless_held:

@@ -97,7 +97,8 @@ class Trainer:
     def __init__(self, config: TrainConfig, resume: bool = False) -> None:
         self.config, self.losses = config, config.objective_losses
         self.processes = Processes()
-        by_first(self.processes, partial(check_writable, config.cache_folder, "cache_dir"))
+        for folder, name in ((config.folder, "output_dir"), (config.cache_folder, "cache_dir")):
+            by_first(self.processes, partial(check_writable, folder, name))
         found = checkpoint_to_resume(config, resume, self.processes)
         with memory_named("loading the model", to_hold_a_model(config)):
             self.inputs = load_on_all(config, self.processes)

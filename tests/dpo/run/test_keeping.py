@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import re
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +12,7 @@ import yaml
 from launched_runs import Started, assert_done
 
 from raco_fast.dpo.run import keeping
-from raco_fast.dpo.run.checkpoint import checkpoints_in, read_state
+from raco_fast.dpo.run.checkpoint import checkpoints_in
 from raco_fast.dpo.run.keeping import Best, evaluated
 from raco_fast.dpo.run.trainer import Interrupted, Trainer, train
 
@@ -136,25 +135,6 @@ def test_losses_on_other_pairs_and_of_other_objectives_are_not_compared(tmp_path
         now = evaluated({"eval_loss/a": loss}, "new")
         assert Best("a", "new").beaten(tmp_path, now) == better, loss
     assert not Best("a", "new").beaten(tmp_path, None)
-
-
-def test_a_checkpoint_from_before_evaluations_were_noted_is_resumed(
-    make_config, runs, monkeypatch, tmp_path
-):
-    changes = SHORT | {"max_steps": 4, "eval_every": 2, "save_every": 2, "keep": 2}
-    whole, cut = (make_config(output_dir=str(tmp_path / n), **changes) for n in ("whole", "cut"))
-    train(whole)
-    runs.interrupt_after(monkeypatch, 3)
-    with pytest.raises(Interrupted):
-        train(cut)
-    evaluated, newest = checkpoints_in(cut.folder / "checkpoints")
-    shutil.rmtree(newest)
-    state = read_state(evaluated)
-    assert state.pop("evaluation")["losses"].keys() == {"sure", "kind"}
-    (evaluated / "state.json").write_text(json.dumps(state))
-    runs.interrupt_after(monkeypatch, None)
-    train(cut, resume=True)
-    runs.assert_same_run(whole, cut)  # evaluated again, and recorded once
 
 
 @pytest.mark.parametrize(

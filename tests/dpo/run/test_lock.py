@@ -94,7 +94,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with (
-        pytest.raises(OSError, match=r"`output_dir` must be a folder that can be written to, got"),
+        pytest.raises(OSError, match=r"`output_dir` must be a folder that can be written, got"),
         held(tmp_path / "file" / "run", Processes()),
     ):
         pass

@@ -52,7 +52,7 @@ def test_what_a_power_cut_left_after_the_last_checkpoint_is_dropped(tmp_path):
     MetricsFile(path, resumed_at=3).write({"step": 4, "loss": 7.0})
     assert path.read_bytes() == lines + b'{"step": 4, "loss": 7.0}\n'
     path.write_bytes(lines + TORN + b'{"step": 3, "loss": 0.4}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl:4: not a JSON record; remove the line"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl:4: a line must be a JSON record"):
         MetricsFile(path, resumed_at=3)
 
 

@@ -85,29 +85,28 @@ def test_a_disk_without_room(tmp_path, monkeypatch, caplog):
         )
 
     free(3_000_000)
-    check_room(tmp_path, parameters(), "nearest")
+    check_room(tmp_path, parameters(), "nearest", kept=1)
     assert not caplog.text
     free(2_000_000)
-    check_room(tmp_path, parameters(), "nearest")
+    check_room(tmp_path, parameters(), "nearest", kept=1)
     assert "0.002 GB are free at" in caplog.text
-    assert (
-        "a checkpoint takes about 0.0012 GB; two of them and the trained model need 0.0028 GB"
-        in (caplog.text)
+    assert "a checkpoint takes about 0.0012 GB; 2 of them and the trained model need 0.0028 GB" in (
+        caplog.text
     )
     free(1_000_000)
     with pytest.raises(
         OSError, match=r"`output_dir` must have room .* 0.001 GB are free .* 0.0012"
     ):
-        check_room(tmp_path, parameters(), "nearest")
+        check_room(tmp_path, parameters(), "nearest", kept=1)
     # The folder has a checkpoint already, which goes when the next one is there.
     caplog.clear()
     free(2_000_000)
     (tmp_path / "checkpoints" / "step-1").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-1" / "model").write_bytes(b"0" * 1_200_000)
-    check_room(tmp_path, parameters(), "nearest")
+    check_room(tmp_path, parameters(), "nearest", kept=1)
     assert not caplog.text
     monkeypatch.setattr(places.shutil, "disk_usage", lambda _: SimpleNamespace(total=0, free=0))
-    check_room(tmp_path, parameters(), "nearest")  # it does not tell
+    check_room(tmp_path, parameters(), "nearest", kept=1)  # it does not tell
 
 
 def test_room_is_asked_for_before_the_reference_pass(make_config, monkeypatch):

@@ -37,7 +37,7 @@ def computed(monkeypatch):
     calls = []
     original = reference_cache.compute_reference
     monkeypatch.setattr(
-        reference_cache, "compute_reference", lambda *a: calls.append(1) or original(*a)
+        reference_cache, "compute_reference", lambda *a, **k: calls.append(1) or original(*a, **k)
     )
     return calls
 

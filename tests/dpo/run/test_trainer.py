@@ -284,7 +284,9 @@ def test_reference_logps_are_computed_once_for_a_model_a_data_set_and_a_template
     computed = []
     original = reference_cache.compute_reference
     monkeypatch.setattr(
-        reference_cache, "compute_reference", lambda *a: computed.append(1) or original(*a)
+        reference_cache,
+        "compute_reference",
+        lambda *a, **k: computed.append(1) or original(*a, **k),
     )
 
     def passes(name: str, *args, **changes) -> int:
