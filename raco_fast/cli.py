@@ -9,14 +9,13 @@ import logging
 import math
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from raco_fast.settings.arguments import UsageError, settings_of
-from raco_fast.settings.typed import typed
+from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser
+
+from raco_fast.settings.parsing import add_settings, made, new_parser, parsed
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
-
     from raco_fast.dpo.run.config import TrainConfig
 
 EXIT_NOT_EXACT = 1
@@ -33,15 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else None
+    if command in ("train", "verify") and len(arguments) > 1 and not arguments[1].startswith("-"):
+        arguments.insert(1, "--config")  # the config file may stand without its flag
     runs = {"train": _run_train, "verify": _run_verify, "demo": _run_demo}
     try:
-        if {"-h", "--help"} & set(arguments):
-            _help(command if command in runs else None).print_help()
-            return 0
-        if command not in runs:
-            raise UsageError(f"the command must be one of {', '.join(runs)}, got {command!r}")
-        return runs[command](arguments[1:])
-    except UsageError as error:
+        parser = _parser(command)
+        values = parsed(parser, arguments, _kind(command))
+        return runs[values.subcommand](parser, values)
+    except ArgumentError as error:
         about = f"raco-fast {command}" if command in runs else "raco-fast"
         print(f"raco-fast: {error}\nsee {about} --help", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -53,65 +51,55 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _help(command: str | None) -> ArgumentParser:
-    """A parser that prints the options of `command`, from the docstrings of its settings.
-
-    It parses nothing: `raco_fast.settings` does, whose messages name the setting and the cure.
-    """
-    from jsonargparse import ArgumentParser
-
-    if command is None:
-        about = "Align language models to several conflicting preferences."
-        parser = ArgumentParser(prog="raco-fast", description=about)
-        commands = parser.add_subcommands(required=True)
-        for name, what in (
-            ("train", "align a model on preference data"),
-            ("verify", "are the gradients of this run exact?"),
-            ("demo", "compare the rules on an embedded toy task"),
-        ):
-            commands.add_subcommand(name, ArgumentParser(), help=what)
-        return parser
-    usage, about = {
-        "train": (
-            "raco-fast train config.yaml [--resume] [--lr 2e-5] [any setting of the file]",
-            "Multi-objective DPO on preference pairs.",
-        ),
-        "verify": (
-            "raco-fast verify config.yaml [any setting of the file]",
-            "Compare every gradient mode with autograd on the model and data of a run.",
-        ),
-        "demo": (
-            "raco-fast demo [--quick] [--config config.yaml] [any setting of the file]",
-            "A miniature of the paper's study; needs no download.",
-        ),
-    }[command]
-    parser = ArgumentParser(usage=usage, description=about)
-    parser.add_argument("--config", help="YAML file of settings")
-    if command == "train":
-        resume = "go on from the newest checkpoint in output_dir"
-        parser.add_argument("--resume", action="store_true", help=resume)
-    if command == "demo":
-        from raco_fast.demo.config import DemoConfig
-
-        parser.add_class_arguments(DemoConfig)
-    else:
-        from raco_fast.dpo.run.config import TrainConfig
-
-        parser.add_class_arguments(TrainConfig)
+def _parser(command: str | None) -> ArgumentParser:
+    """The parser, with the options of `command` alone: reading the others' types takes seconds."""
+    about = "Align language models to several conflicting preferences."
+    parser = new_parser(prog="raco-fast", description=about)
+    commands = parser.add_subcommands(required=True)
+    train = new_parser(
+        usage="raco-fast train config.yaml [--resume] [--lr 2e-5] [any setting of the file]",
+        description="Multi-objective DPO on preference pairs.",
+    )
+    resume = "go on from the newest checkpoint in output_dir"
+    train.add_argument("--resume", action=ActionYesNo, default=False, help=resume)
+    verify = new_parser(
+        usage="raco-fast verify config.yaml [any setting of the file]",
+        description="Compare every gradient mode with autograd on the model and data of a run.",
+    )
+    demo = new_parser(description="A miniature of the paper's study; needs no download.")
+    demo.add_argument("--quick", action=ActionYesNo, default=False, help="a few seconds' version")
+    kind = _kind(command)
+    for name, of_run in (("train", train), ("verify", verify), ("demo", demo)):
+        if command == name and kind is not None:
+            add_settings(of_run, kind, skip={"quick"})
+    commands.add_subcommand("train", train, help="align a model on preference data")
+    commands.add_subcommand("verify", verify, help="are the gradients of this run exact?")
+    commands.add_subcommand("demo", demo, help="compare the rules on an embedded toy task")
     return parser
 
 
-def _run_train(arguments: Sequence[str]) -> int:
-    from raco_fast.dpo.run import trainer
+def _kind(command: str | None) -> type | None:
+    """The dataclass of a command's settings."""
+    if command in ("train", "verify"):
+        from raco_fast.dpo.run.config import TrainConfig
+
+        return TrainConfig
+    if command == "demo":
+        from raco_fast.demo.config import DemoConfig
+
+        return DemoConfig
+    return None
+
+
+def _run_train(parser: ArgumentParser, values: Any) -> int:
     from raco_fast.dpo.run.config import TrainConfig
     from raco_fast.dpo.run.divergence import DivergedError
-    from raco_fast.dpo.run.trainer import Interrupted
+    from raco_fast.dpo.run.trainer import Interrupted, train
 
     first = _speaks()
-    settings, flags = settings_of(arguments, TrainConfig, ["resume"])
-    config: TrainConfig = typed(settings, TrainConfig)
+    config = made(parser, values, TrainConfig)
     try:
-        results = trainer.train(config, resume=flags["resume"])
+        results = train(config, resume=values.train.resume)
     except Interrupted as stop:
         if first:
             print(f"raco-fast: {stop}", file=sys.stderr)
@@ -145,15 +133,14 @@ def _speaks() -> bool:
     return first
 
 
-def _run_verify(arguments: Sequence[str]) -> int:
+def _run_verify(parser: ArgumentParser, values: Any) -> int:
     from raco_fast.dpo.run.config import TrainConfig
     from raco_fast.dpo.run.verification import verify_run
     from raco_fast.engine.tap import NotExactError
 
     _refuse_many("verify")
-    config = typed(settings_of(arguments, TrainConfig)[0], TrainConfig)
     try:
-        found = verify_run(config)
+        found = verify_run(made(parser, values, TrainConfig))
     except NotExactError as error:
         print(f"raco-fast: not exact: {error}", file=sys.stderr)
         return EXIT_NOT_EXACT
@@ -175,12 +162,12 @@ def _stopped_at_once(config: TrainConfig) -> str:
     return f"stopped; {found} is the last checkpoint. Run the same command with --resume to go on"
 
 
-def _run_demo(arguments: Sequence[str]) -> int:
+def _run_demo(parser: ArgumentParser, values: Any) -> int:
     from raco_fast.demo.config import DemoConfig
     from raco_fast.demo.study import run
 
     _refuse_many("demo")
-    run(typed(settings_of(arguments, DemoConfig)[0], DemoConfig))
+    run(made(parser, values, DemoConfig))
     return 0
 
 
