@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import signal
@@ -15,9 +14,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
+from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser
 
+from raco_fast.settings.parsing import add_settings, made, new_parser, parsed
+
+if TYPE_CHECKING:
     from raco_fast.dpo.run.config import TrainConfig
 
 EXIT_NOT_EXACT = 1
@@ -61,15 +62,13 @@ def _stopped_by_signals() -> Iterator[None]:
 
 
 def _run(arguments: list[str]) -> int:
-    from jsonargparse import ArgumentError
-
     command = arguments[0] if arguments else None
     if command in ("train", "verify") and len(arguments) > 1 and not arguments[1].startswith("-"):
         arguments.insert(1, "--config")  # the config file may stand without its flag
     runs = {"train": _run_train, "verify": _run_verify, "demo": _run_demo}
     try:
         parser = _parser(command)
-        values = parser.parse_args(arguments)
+        values = parsed(parser, arguments, _kind(command))
         return runs[values.subcommand](parser, values)
     except ArgumentError as error:
         about = f"raco-fast {command}" if command in runs else "raco-fast"
@@ -82,40 +81,42 @@ def _run(arguments: list[str]) -> int:
 
 def _parser(command: str | None) -> ArgumentParser:
     """The parser, with the options of `command` alone: reading the others' types takes seconds."""
-    from jsonargparse import ActionYesNo, ArgumentParser
-
     about = "Align language models to several conflicting preferences."
-    parser = ArgumentParser(prog="raco-fast", description=about, exit_on_error=False)
+    parser = new_parser(prog="raco-fast", description=about)
     commands = parser.add_subcommands(required=True)
-    train = ArgumentParser(
+    train = new_parser(
         usage="raco-fast train config.yaml [--resume] [--lr 2e-5] [any setting of the file]",
         description="Multi-objective DPO on preference pairs.",
-        exit_on_error=False,
     )
     resume = "go on from the newest checkpoint in output_dir"
     train.add_argument("--resume", action=ActionYesNo, default=False, help=resume)
-    verify = ArgumentParser(
+    verify = new_parser(
         usage="raco-fast verify config.yaml [any setting of the file]",
         description="Compare every gradient mode with autograd on the model and data of a run.",
-        exit_on_error=False,
     )
-    for name, of_run in (("train", train), ("verify", verify)):
-        of_run.add_argument("--config", action="config", help="YAML file of settings")
-        if command == name:
-            from raco_fast.dpo.run.config import TrainConfig
-
-            of_run.add_class_arguments(TrainConfig)
+    demo = new_parser(description="A miniature of the paper's study; needs no download.")
+    demo.add_argument("--quick", action=ActionYesNo, default=False, help="a few seconds' version")
+    kind = _kind(command)
+    for name, of_run in (("train", train), ("verify", verify), ("demo", demo)):
+        if command == name and kind is not None:
+            add_settings(of_run, kind, skip={"quick"})
     commands.add_subcommand("train", train, help="align a model on preference data")
     commands.add_subcommand("verify", verify, help="are the gradients of this run exact?")
-    about = "A miniature of the paper's study; needs no download."
-    demo = ArgumentParser(description=about, exit_on_error=False)
-    demo.add_argument("--quick", action=ActionYesNo, default=False, help="a few seconds' version")
+    commands.add_subcommand("demo", demo, help="compare the rules on an embedded toy task")
+    return parser
+
+
+def _kind(command: str | None) -> type | None:
+    """The dataclass of a command's settings."""
+    if command in ("train", "verify"):
+        from raco_fast.dpo.run.config import TrainConfig
+
+        return TrainConfig
     if command == "demo":
         from raco_fast.demo.config import DemoConfig
 
-        demo.add_class_arguments(DemoConfig, skip={"quick"})
-    commands.add_subcommand("demo", demo, help="compare the rules on an embedded toy task")
-    return parser
+        return DemoConfig
+    return None
 
 
 def _run_train(parser: ArgumentParser, values: Any) -> int:
@@ -124,7 +125,7 @@ def _run_train(parser: ArgumentParser, values: Any) -> int:
     from raco_fast.dpo.run.trainer import Interrupted, train
 
     first = _speaks()
-    config = _config(TrainConfig, parser.instantiate(values).train)
+    config = made(parser, values, TrainConfig)
     try:
         results = train(config, resume=values.train.resume)
     except Interrupted as stop:
@@ -167,7 +168,7 @@ def _run_verify(parser: ArgumentParser, values: Any) -> int:
     from raco_fast.engine.tap import NotExactError
 
     _refuse_many("verify")
-    config = _config(TrainConfig, parser.instantiate(values).verify)
+    config = made(parser, values, TrainConfig)
     try:
         with memory_named("the comparison", to_run_a_model(config)):
             found = verify_run(config)
@@ -197,7 +198,7 @@ def _run_demo(parser: ArgumentParser, values: Any) -> int:
     from raco_fast.demo.study import run
 
     _refuse_many("demo")
-    run(_config(DemoConfig, parser.instantiate(values).demo))
+    run(made(parser, values, DemoConfig))
     return 0
 
 

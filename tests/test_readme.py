@@ -33,15 +33,16 @@ def test_every_other_example_runs(code: str) -> None:
 
 
 def test_the_config_example_is_a_config(tmp_path: Path) -> None:
+    from raco_fast import cli
     from raco_fast.dpo.run.config import TrainConfig
-    from raco_fast.settings.arguments import settings_of
-    from raco_fast.settings.typed import typed
+    from raco_fast.settings.parsing import made
 
     (config,) = blocks("yaml")
     file = tmp_path / "config.yaml"
     file.write_text(config)
-    settings, _ = settings_of([str(file), "--lr", "2e-5"], TrainConfig)
-    assert typed(settings, TrainConfig).lr == 2e-5
+    parser = cli._parser("train")
+    values = parser.parse_args(["train", "--config", str(file), "--lr", "2e-5"])
+    assert made(parser, values, TrainConfig).lr == 2e-5
 
 
 def tracked_files() -> list[str]:

@@ -14,7 +14,7 @@ from raco_fast.dpo.data.rendering import TokenOptions
 from raco_fast.dpo.losses.registry import described
 from raco_fast.dpo.models import ModelOptions
 from raco_fast.dpo.run.config import TrainConfig
-from raco_fast.settings.typed import fields_of, members_of, shown
+from raco_fast.settings.plain import fields_of, members_of, shown
 
 logger = logging.getLogger(__name__)
 

@@ -86,12 +86,8 @@ def test_a_setting_on_the_command_line_overrides_the_file(config_file, settings,
         ({"lrr": 1e-3}, [], "lrr"),
         ({}, ["--lrr", "1e-3"], "--lrr"),
         ({"model": {"name": "x", "dtyp": "fp32"}}, [], "dtyp"),
-        ({}, ["--lr", "fast"], "`lr` must be a number, got 'fast'"),
-        (
-            {},
-            ["--lr"],
-            "--lr must have a value after it, got none; add one\nsee raco-fast train --",
-        ),
+        ({}, ["--lr", "fast"], "see raco-fast train --help"),
+        ({}, ["--lr"], "argument --lr: expected one argument"),
         ({"epochs": 1.5}, [], "epochs"),
         ({"weights": {"sure": 0.7, "kind": 0.7}}, [], "`weights` must sum to 1"),
         ({"weights": {"sure": 1.2, "kind": -0.2}}, [], "`weights` must"),
@@ -136,7 +132,7 @@ def test_the_module_runs_as_the_command_does():
 
 
 def test_help_reads_no_models_library():
-    code = "import sys; from raco_fast import cli; cli._help(None).format_help(); "
+    code = "import sys; from raco_fast import cli; cli._parser(None).format_help(); "
     code += "print([m for m in ('transformers', 'peft', 'raco_fast.dpo') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
@@ -144,7 +140,9 @@ def test_help_reads_no_models_library():
 
 @pytest.mark.parametrize("command", [None, "train", "verify", "demo"])
 def test_help_lists_the_options(capfd, command):
-    assert cli.main([command, "--help"] if command else ["--help"]) == 0
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"] if command else ["--help"])
+    assert stop.value.code == 0
     out = capfd.readouterr().out
     for text in {
         None: ("train", "verify", "demo"),
