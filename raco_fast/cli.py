@@ -213,11 +213,5 @@ def _refuse_many(command: str) -> None:
         )
 
 
-def _config(config_class: Any, options: Any) -> Any:
-    """A configuration of the parsed options that are its fields."""
-    fields = dataclasses.fields(config_class)
-    return config_class(**{field.name: options[field.name] for field in fields})
-
-
 if __name__ == "__main__":
     sys.exit(main())
