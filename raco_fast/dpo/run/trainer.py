@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from raco_fast.distributed.processes import Processes
-from raco_fast.dpo.data.batches import BatchSchedule, labelled_counts, micro_batches
+from raco_fast.dpo.data.batches import BatchSchedule, micro_batches
 from raco_fast.dpo.data.tokenization import EncodedPair, collate
 from raco_fast.dpo.models import pick_device, trainable
 from raco_fast.dpo.modes import begin_training, has_dropout
@@ -34,11 +34,11 @@ from raco_fast.dpo.run.interrupt import Interrupt
 from raco_fast.dpo.run.keeping import Best, Checkpoints, evaluated
 from raco_fast.dpo.run.length import odd_settings, warm_up_steps
 from raco_fast.dpo.run.lock import held
-from raco_fast.dpo.run.metrics_file import MetricsFile, is_evaluation, read_records
-from raco_fast.dpo.run.model_card import TrainingSummary, save_trained_model
+from raco_fast.dpo.run.metrics_file import MetricsFile
 from raco_fast.dpo.run.parallel import process_group
 from raco_fast.dpo.run.places import check_room, check_writable
 from raco_fast.dpo.run.reference_cache import data_hash, reference_logps
+from raco_fast.dpo.run.result import save_result
 from raco_fast.dpo.run.resuming import checkpoint_to_resume, go_on_from
 from raco_fast.dpo.run.step import PreferenceStep
 from raco_fast.dpo.run.together import by_first, check_alike, together
@@ -257,13 +257,11 @@ class Trainer:
     def _finish(
         self, weights: dict[str, Tensor] | None, untrained: dict[str, float] | None
     ) -> dict[str, Any]:
-        """Save the model and its card; returns the last evaluation."""
         assert self.metrics is not None
         self.metrics.close()
         self.checkpoints.tell_best()
-        summary = self._summary(self.metrics.path, untrained)
-        save_trained_model(self.model, self.inputs.tokenizer, summary, weights)
-        return dict(summary.evaluations[-1]) if summary.evaluations else {}
+        of_run = (self.config, self.inputs, self.state)
+        return save_result(*of_run, weights, untrained, self.metrics.path)
 
     def _step(self, progress: "tqdm[Any]") -> None:
         """One optimizer step over the pairs of this step, in micro-batches."""
@@ -328,31 +326,6 @@ class Trainer:
             "total_steps": self.total_steps,
         }
         return TrainingState(self.model, optimizer, scheduler, run, processes=self.processes)
-
-    def _summary(self, metrics: Path, untrained: dict[str, float] | None) -> TrainingSummary:
-        return TrainingSummary(
-            self.config,
-            steps=self.state.step,
-            skipped_steps=self.state.optimizer.skipped_steps,
-            skipped_at_the_end=self.state.skipped_in_a_row,
-            pairs=len(self.pairs),
-            labelled=labelled_counts(self.pairs, self.config.objectives),
-            evaluations=self._first_and_last(metrics, untrained),
-            found=self.inputs.policy.found,
-        )
-
-    def _first_and_last(
-        self, metrics: Path, untrained: dict[str, float] | None
-    ) -> list[dict[str, Any]]:
-        """Two evaluations on the same held-out pairs; the first is empty where it is not known."""
-        records = [r for r in read_records(metrics) if is_evaluation(r)]
-        if self.held_out is None or not records:
-            return []
-        if untrained is None:  # what it began from has been evaluated then, or not at all
-            run = self.state.run
-            known = run["held_out_at_first"] == run["held_out"] and records[0]["step"] == 0
-            untrained = records[0] if known else {}
-        return [untrained, records[-1]]
 
     def _references(self, pairs: list[EncodedPair]) -> dict[float, ReferenceLogps]:
         """Tail weight -> reference log-probabilities, of every one that a loss has."""
