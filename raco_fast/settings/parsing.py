@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, get_args
 
-from jsonargparse import (
-    ActionConfigFile,  # type: ignore[attr-defined] # its __all__ is computed
+from jsonargparse import (  # type: ignore[attr-defined] # its __all__ is computed
+    ActionConfigFile,
     ArgumentError,
     ArgumentParser,
     set_loader,

@@ -193,7 +193,9 @@ REST = [True, 3, -1, 1e400, "x", "9" * 400, [], {}, [[]], {"a": 1}, {"config": "
 
 
 @pytest.mark.parametrize(
-    "value", [*QUICK, *(pytest.param(v, marks=pytest.mark.slow) for v in REST)], ids=lambda v: repr(v)[:24]
+    "value",
+    [*QUICK, *(pytest.param(v, marks=pytest.mark.slow) for v in REST)],
+    ids=lambda v: repr(v)[:24],
 )
 def test_every_key_refuses_or_takes(capfd, file, value):
     for key in sorted(keys_of()):
