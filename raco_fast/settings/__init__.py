@@ -1,1 +1,1 @@
-"""Settings: from the text of a file or a command line to checked values; paths with `~`."""
+"""Settings: files and options, read by PyYAML and jsonargparse within limits; paths with `~`."""

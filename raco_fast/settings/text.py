@@ -59,7 +59,8 @@ class _Loader(yaml.SafeLoader):
         if tag not in (None, "!", f"{_TAG}str"):
             _refuse(f"values must have no tag, got {tag!r}; remove it", event)
         if len(self._open) > DEEPEST:
-            _refuse(f"values must be nested at most {DEEPEST} deep; flatten them", event, True)
+            rule = f"values must be nested at most {DEEPEST} deep, got more"
+            _refuse(f"{rule}; flatten them", event, True)
         self._open.append(event.anchor)
         node = super().compose_node(parent, index)
         self._open.pop()
@@ -122,7 +123,8 @@ def load(text: str, where: str = "text") -> Any:
     Args:
         where: the file, which messages begin with, the line added.
     Raises:
-        TextError, LimitError: what they say.
+        TextError: no YAML, more than one document, a tag, or a name given twice.
+        LimitError: beyond a limit, or `1:30`.
     """
     if text.startswith(("{", "[")):  # JSON may be indented by tabs, YAML not
         text = re.sub(r"(?m)^[ \t]+", lambda found: found[0].expandtabs(), text)

@@ -61,10 +61,13 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         (BOMB, r"x:\d: a config must hold at most 50000 values, got more; are aliases"),
         ("a: &a [*a]", r"x:1: `\*a` must stand after what it names; write it out"),
         ("a: *nobody", "x:1: text must be YAML, got found undefined alias 'nobody'"),
-        ("[" * 100000, r"x:?\d?: values must be nested at most 40 deep; flatten"),
-        ("- " * 3000 + "1", "nested at most 40 deep; flatten"),
-        ("{a: " * 3000, "nested at most 40 deep; flatten"),
-        (json.dumps([[]]).replace("[]", "[" * 60 + "]" * 60), "nested at most 40 deep; flatten"),
+        ("[" * 100000, r"x:?\d?: values must be nested at most 40 deep, got more; flatten"),
+        ("- " * 3000 + "1", "nested at most 40 deep, got more; flatten"),
+        ("{a: " * 3000, "nested at most 40 deep, got more; flatten"),
+        (
+            json.dumps([[]]).replace("[]", "[" * 60 + "]" * 60),
+            "nested at most 40 deep, got more; flatten",
+        ),
         ("a: " + "9" * 5000, r"x:1: numbers must have at most 250 digits, got 9{40}\.\.\."),
         (
             '{"a": ' + "9" * 5000 + "}",
