@@ -1,7 +1,6 @@
 """The command `raco-fast`: settings, exit statuses, messages, Ctrl-C and a full disk."""
 
 import json
-import logging
 import re
 import resource
 import signal
@@ -11,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 from torch import nn
 
 from raco_fast import cli
@@ -21,27 +19,6 @@ from raco_fast.dpo.run.interrupt import Interrupt
 from raco_fast.engine import layer_rules
 
 BAD_INPUT, INTERRUPTED = 2, 130
-
-
-@pytest.fixture(autouse=True)
-def quiet_logging():
-    """`main` sets up logging; the next test must not inherit it."""
-    root, own = logging.getLogger(), logging.getLogger("raco_fast")
-    before = (list(root.handlers), own.level)
-    yield
-    root.handlers[:], own.level = before
-
-
-@pytest.fixture
-def config_file(settings, tmp_path):
-    """A function that writes a YAML file of the settings, changed by its arguments."""
-
-    def write(**changes) -> str:
-        file = tmp_path / "config.yaml"
-        file.write_text(yaml.safe_dump(settings | changes))
-        return str(file)
-
-    return write
 
 
 def run_bad(capfd, *arguments: str) -> str:

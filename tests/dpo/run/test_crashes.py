@@ -13,7 +13,7 @@ from killed_runs import (
 
 
 @pytest.fixture
-def config_file(settings, tmp_path) -> Path:
+def settings_file(settings, tmp_path) -> Path:
     """Dropout on; a record, a checkpoint or an evaluation at every step, several kept."""
     changes = {"save_every": 2, "eval_every": 3, "keep": 2, "keep_best": "sure", "max_steps": 6}
     changes |= {"pairs_per_step": 4, "pairs_per_micro_batch": 2, "check_every": None}
@@ -27,15 +27,15 @@ def test_a_save_killed_before_any_of_its_calls_leaves_a_whole_checkpoint(tmp_pat
     assert calls > 30
 
 
-def test_a_run_killed_at_five_moments_ends_as_if_it_had_not_been(config_file, tmp_path):
-    given = (config_file, tmp_path, 5, 5, 0)
+def test_a_run_killed_at_five_moments_ends_as_if_it_had_not_been(settings_file, tmp_path):
+    given = (settings_file, tmp_path, 5, 5, 0)
     assert run_alone(killed_at_moments, *given, folder=tmp_path, timeout=240) >= 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 5))
-def test_runs_killed_at_a_hundred_moments_end_as_if_they_had_not_been(config_file, tmp_path, seed):
-    given = (config_file, tmp_path, 25, 2 if seed % 2 else 5, seed)
+def test_runs_killed_at_a_hundred_moments_end_as_if_they_had_not_been(settings_file, tmp_path, seed):
+    given = (settings_file, tmp_path, 25, 2 if seed % 2 else 5, seed)
     assert run_alone(killed_at_moments, *given, folder=tmp_path, timeout=900) >= 5
 
 
@@ -45,7 +45,7 @@ PARTS = 4
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 def test_a_run_killed_before_any_of_its_calls_ends_as_if_it_had_not_been(
-    config_file, tmp_path, part
+    settings_file, tmp_path, part
 ):
-    given = (config_file, tmp_path, part, PARTS)
+    given = (settings_file, tmp_path, part, PARTS)
     assert run_alone(killed_at_calls, *given, folder=tmp_path, timeout=900) > 15

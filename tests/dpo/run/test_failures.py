@@ -1,7 +1,6 @@
 """Memory that runs out and files that cannot be written, in the middle of a run."""
 
 import errno
-import logging
 import resource
 import shutil
 import signal
@@ -29,25 +28,10 @@ BAD_INPUT, INTERRUPTED = 2, 130
 CHANGES = {"save_every": 2, "max_steps": 5, "check_every": None, "pairs_per_micro_batch": 4}
 
 
-@pytest.fixture(autouse=True)
-def quiet_logging():
-    """`main` sets up logging; the next test must not inherit it."""
-    root, own = logging.getLogger(), logging.getLogger("raco_fast")
-    before = (list(root.handlers), own.level)
-    yield
-    root.handlers[:], own.level = before
-
-
 @pytest.fixture
-def train(settings, tmp_path):
+def train(train_into):
     """A function that runs the command into a folder of this name; its status."""
-
-    def run(name: str, *arguments: str) -> int:
-        file = tmp_path / "config.yaml"
-        file.write_text(yaml.safe_dump(settings | CHANGES))
-        return cli.main(["train", str(file), "--output_dir", str(tmp_path / name), *arguments])
-
-    return run
+    return partial(train_into, CHANGES)
 
 
 def torch_takes_too_much() -> None:

@@ -1,17 +1,15 @@
 """Ctrl-C, SIGTERM and SIGUSR1 in every phase of a run: what is said, what is kept, what follows."""
 
 import json
-import logging
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
-import yaml
 from killed_runs import run_alone
 from safetensors.torch import load_file
 
-from raco_fast import cli
 from raco_fast.dpo.run import checkpoint as checkpoint_module
 from raco_fast.dpo.run import evaluation as evaluation_module
 from raco_fast.dpo.run import inputs, model_card, reference_cache
@@ -24,25 +22,10 @@ CHANGES = {"pairs_per_step": 8, "eval_every": 2, "save_every": 3, "check_every":
 CHANGES |= {"max_steps": 4, "pairs_per_micro_batch": 4}
 
 
-@pytest.fixture(autouse=True)
-def quiet_logging():
-    """`main` sets up logging; the next test must not inherit it."""
-    root, own = logging.getLogger(), logging.getLogger("raco_fast")
-    before = (list(root.handlers), own.level)
-    yield
-    root.handlers[:], own.level = before
-
-
 @pytest.fixture
-def train(settings, tmp_path):
+def train(train_into):
     """A function that runs the command into a folder of this name; its status."""
-
-    def run(name: str, *arguments: str) -> int:
-        file = tmp_path / "config.yaml"
-        file.write_text(yaml.safe_dump(settings | CHANGES))
-        return cli.main(["train", str(file), "--output_dir", str(tmp_path / name), *arguments])
-
-    return run
+    return partial(train_into, CHANGES)
 
 
 def signal_at(monkeypatch, place, name: str, call: int, number: signal.Signals) -> None:
