@@ -34,7 +34,9 @@ def test_a_run_killed_at_five_moments_ends_as_if_it_had_not_been(settings_file, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 5))
-def test_runs_killed_at_a_hundred_moments_end_as_if_they_had_not_been(settings_file, tmp_path, seed):
+def test_runs_killed_at_a_hundred_moments_end_as_if_they_had_not_been(
+    settings_file, tmp_path, seed
+):
     given = (settings_file, tmp_path, 25, 2 if seed % 2 else 5, seed)
     assert run_alone(killed_at_moments, *given, folder=tmp_path, timeout=900) >= 5
 
