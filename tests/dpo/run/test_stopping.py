@@ -22,6 +22,14 @@ CHANGES = {"pairs_per_step": 8, "eval_every": 2, "save_every": 3, "check_every":
 CHANGES |= {"max_steps": 4, "pairs_per_micro_batch": 4}
 
 
+@pytest.fixture(autouse=True)
+def a_hangup_is_not_ignored():
+    """As it is where the tests were started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def train(train_into):
     """A function that runs the command into a folder of this name; its status."""
@@ -68,7 +76,6 @@ def test_before_the_first_step_nothing_is_saved_and_nothing_is_lost(
 
 
 def test_a_hangup_is_a_stop_unless_it_is_ignored():
-    before = signal.getsignal(signal.SIGHUP)
     with Interrupt() as interrupt:
         signal.raise_signal(signal.SIGHUP)
         assert interrupt.requested
@@ -76,7 +83,6 @@ def test_a_hangup_is_a_stop_unless_it_is_ignored():
     with Interrupt() as interrupt:
         signal.raise_signal(signal.SIGHUP)
         assert not interrupt.requested
-    signal.signal(signal.SIGHUP, before)
 
 
 def test_a_terminal_that_is_gone_ends_nothing(tmp_path):
@@ -91,6 +97,7 @@ def printed_after_a_hangup() -> int:
     os.close(master)
     with pytest.raises(OSError, match="Input/output error"):
         os.write(2, b"x")
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with Interrupt():
         signal.raise_signal(signal.SIGHUP)
         return os.write(1, b"x") + os.write(2, b"x")
