@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
+
+from raco_fast.dpo.run.files import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -23,20 +23,15 @@ def check_writable(folder: Path, name: str) -> None:
     Raises:
         OSError: that is not possible.
     """
-    probe = folder / f".write-test-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    probe = folder / ".write-test"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with probe.open("wb") as file:
-                file.write(b"\0" * 4096)  # a full disk takes the file's name, but not this
-                file.flush()
-                os.fsync(file.fileno())
-        finally:
-            probe.unlink(missing_ok=True)
+        with atomic_file(probe) as partial:
+            partial.write_bytes(b"\0" * 4096)  # a full disk takes the file's name, but not this
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(
-            f"`{name}` must be a folder that can be written, got {folder} ({error}); check its "
-            f"rights and the space left, or choose another"
+            f"`{name}` must be a folder that can be written, got {folder} "
+            f"({error.__cause__ or error}); check its rights and the space left, or choose another"
         ) from error
 
 

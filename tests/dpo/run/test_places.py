@@ -50,7 +50,7 @@ def test_a_disk_that_takes_no_byte_is_noticed(tmp_path, monkeypatch, number):
     def full(_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(places.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match=rf"got .*{os.strerror(number)}.*; check its rights"):
         check_writable(tmp_path / "a" / "b", "output_dir")
     assert not list((tmp_path / "a" / "b").iterdir())
