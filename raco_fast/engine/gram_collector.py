@@ -12,8 +12,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from raco_fast.engine.backward import arranged
 from raco_fast.engine.contributions import Use, cross
+from raco_fast.engine.gradient_collector import arranged
 from raco_fast.engine.sequences import Factored
 from raco_fast.engine.tap import Call
 
