@@ -14,6 +14,7 @@ from torch import Tensor
 
 # Bytes of t_g that exist at one time; small enough to be in a cache when they are folded.
 _BLOCK_BYTES = 8 << 20
+_HALVES = (torch.bfloat16, torch.float16)
 # Adding U_ig t_g moves memory where a GEMM computes: measured at about 5 multiply-adds a number.
 _FOLD_COST = 5
 
@@ -121,7 +122,10 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 def batched_product(a: Tensor, b: Tensor) -> Tensor:
     """a_k b_k for each k, in float32 or wider."""
-    return torch.bmm(a, b, torch.float32) if _is_half(a) else torch.bmm(a, b)
+    if a.dtype in _HALVES or b.dtype in _HALVES:
+        a, b = operand(a), operand(b)
+        return torch.bmm(a, b, torch.float32) if _is_half(a) else torch.bmm(a, b)
+    return torch.bmm(a, b)
 
 
 def widened(x: Tensor) -> Tensor:
@@ -139,4 +143,4 @@ def store(out: Tensor, value: Tensor, fresh: bool) -> None:
 
 
 def _is_half(x: Tensor) -> bool:
-    return x.dtype in (torch.bfloat16, torch.float16)
+    return x.dtype in _HALVES

@@ -208,7 +208,7 @@ def matrix_use(x: Tensor, dy: Tensor, segments: Segments) -> Use:
     # Rows in order already cost nothing but a call for each group.
     most = rows * (d_in + d_out) if segments.order is not None else _FEW
     if held <= most:
-        x, dy = segments.split(operand(x)), segments.split(operand(dy))
+        x, dy = segments.split(x), segments.split(dy)
         return EntryUse(batched_product(dy.transpose(1, 2), x), segments)
     if _THIN * min(d_in, d_out) <= max(d_in, d_out):
         return ThinUse(x, dy, segments)

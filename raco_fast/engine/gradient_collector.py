@@ -5,7 +5,7 @@ LoRA's matrices) a call costs more than its arithmetic: their t of every entry (
 are kept until there are enough of them, and then one product with U serves all.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -15,11 +15,10 @@ from raco_fast.engine.contributions import EntryUse
 from raco_fast.engine.sequences import Factored, Segments
 from raco_fast.engine.tap import EVERY_ROW, Call, plainly
 
-# Numbers of one t up to which it waits for others, and of all that wait. On a CPU they stay in a
-# cache; on a GPU, copies are cheap beside launches.
-_SMALL = {"cpu": 1 << 16}
-_TOGETHER = {"cpu": 1 << 21}
-_SMALL_ON_DEVICE, _TOGETHER_ON_DEVICE = 1 << 20, 1 << 24
+# Numbers of a t that waits for others, and of all that wait: on a CPU they stay in a cache, on a
+# GPU copies are cheap beside launches.
+_LIMITS = {"cpu": (1 << 16, 1 << 21)}
+_LIMITS_ON_DEVICE = (1 << 20, 1 << 24)
 # The gradients of parameters that waited lie side by side; each has to begin at an address that
 # kernels like.
 _ALIGNED = 16
@@ -38,7 +37,7 @@ class Into(Protocol):
         """([m, *shape] to add to, whether it is fresh memory to be overwritten)."""
 
     def add_products(self, params: Sequence[Tensor], U: Tensor, t: Tensor) -> None:
-        """Add U t, [m, entries] times [entries, Σ numel]: of whole parameters, side by side."""
+        """Add U t, [m, entries] times [entries, Σ numel]: of distinct parameters, side by side."""
 
     def filled(self, params: Iterable[Tensor]) -> None:
         """Note that one layer, or several, have added what they have for these parameters."""
@@ -65,38 +64,49 @@ class GradientCollector:
     def __init__(self, factored: Factored, into: Into, wanted: Iterable[Tensor]) -> None:
         self._factored, self._into = factored, into
         self._wanted = {id(p) for p in wanted}  # Tensor's own hash is Python code
+        self._plans: dict[Hashable, tuple[Segments, int, int]] = {}
         self._waiting: dict[tuple[int, torch.dtype], _Waiting] = {}
 
     def collect(self, call: Call) -> None:
         """Add what one layer has, or keep it for `finish`."""
-        segments, into = arranged(self._factored, call), self._into
-        small, together = _limits(call.dy)
+        segments, small, together = self._plan(call)
         out: dict[Tensor, tuple[Tensor, bool]] = {}
         for p, rows, use in call.uses(segments):
             if id(p) not in self._wanted:
                 continue
-            waits = rows is EVERY_ROW and type(use) is EntryUse and not into.at_once
-            if waits and use.t.numel() <= small and p.numel() % _ALIGNED == 0:
-                self._keep(p, use, together)
-                continue
+            if rows is EVERY_ROW and type(use) is EntryUse:
+                numbers = use.t.numel()
+                if 0 < numbers <= small and numbers % (_ALIGNED * segments.entries) == 0:
+                    self._keep(p, use, numbers, together)
+                    continue
             if p not in out:
-                out[p] = into.buffers(p)
+                out[p] = self._into.buffers(p)
             gradients, fresh = out[p]
             use.add_to(gradients[:, rows], self._factored.coefficients, fresh)
         if out:
-            into.filled(out)
+            self._into.filled(out)
 
-    def _keep(self, p: Tensor, use: EntryUse, together: int) -> None:
+    def _plan(self, call: Call) -> tuple[Segments, int, int]:
+        """(How rows belong to groups, numbers of a t that waits, of all that wait)."""
+        key = (call.entries, call.dy.device)
+        if key not in self._plans:
+            limits = _LIMITS.get(call.dy.device.type, _LIMITS_ON_DEVICE)
+            limits = (0, 0) if self._into.at_once else limits
+            self._plans[key] = (arranged(self._factored, call), *limits)
+        return self._plans[key]
+
+    def _keep(self, p: Tensor, use: EntryUse, numbers: int, together: int) -> None:
         # One thread of autograd's serves a device, and one device's rows have segments of their
         # own, so no two threads meet in one list.
         key = id(use.segments), p.dtype
         waiting = self._waiting.get(key)
         if waiting is None:
             waiting = self._waiting[key] = _Waiting(use.segments)
-        elif p in waiting:
+        elif id(p) in waiting.params or waiting.numbers + numbers > together:
             waiting.write(self._factored.coefficients, self._into)
-        if waiting.add(p, use.t) > together:
-            waiting.write(self._factored.coefficients, self._into)
+        waiting.params[id(p)] = p
+        waiting.ts.append(use.t.flatten(1))
+        waiting.numbers += numbers
 
     def finish(self) -> None:
         """Add what was kept; once, after the pass."""
@@ -109,35 +119,16 @@ class _Waiting:
 
     def __init__(self, segments: Segments) -> None:
         self._segments = segments
-        self._ids: set[int] = set()
-        self._params: list[Tensor] = []
-        self._ts: list[Tensor] = []
-        self._numbers = 0
-
-    def __contains__(self, p: Tensor) -> bool:
-        return id(p) in self._ids
-
-    def add(self, p: Tensor, t: Tensor) -> int:
-        """Keep one more; how many numbers there are now."""
-        self._ids.add(id(p))
-        self._params.append(p)
-        self._ts.append(t.flatten(1))
-        self._numbers += t.numel()
-        return self._numbers
+        self.params: dict[int, Tensor] = {}
+        self.ts: list[Tensor] = []
+        self.numbers = 0
 
     def write(self, U: Tensor, into: Into) -> None:
         """Hand all over."""
-        if self._params:
-            params, ts = self._params, self._ts
-            self._params, self._ts, self._numbers = [], [], 0
-            self._ids.clear()
+        if self.params:
+            params, ts = [*self.params.values()], self.ts
+            self.params, self.ts, self.numbers = {}, [], 0
             with plainly(ts[0].device.type):
                 t = ts[0] if len(ts) == 1 else torch.cat(ts, 1)
                 into.add_products(params, self._segments.spread(U, t), t)
             into.filled(params)
-
-
-def _limits(dy: Tensor) -> tuple[int, int]:
-    """(Numbers of a t that is small, of all that wait)."""
-    kind = dy.device.type
-    return _SMALL.get(kind, _SMALL_ON_DEVICE), _TOGETHER.get(kind, _TOGETHER_ON_DEVICE)

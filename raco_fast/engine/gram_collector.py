@@ -54,7 +54,10 @@ class GramCollector:
             if p in self._wanted:
                 self._add(p, use.gram())
                 used.add(p)
-        for p in used & self._shared:
+        shared = used & self._shared
+        if shared or (self._keep and used):
+            call.keep()
+        for p in shared:
             self._users[p].append(call)
         if self._keep and used:
             self._calls.append(call)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import Context, copy_context
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -50,6 +51,9 @@ class Call(Protocol):
 
     def rows(self, parameter: Tensor, segments: Segments) -> Rows:
         """What this call adds to some rows of one parameter's gradients."""
+
+    def keep(self) -> None:
+        """Before it is kept beyond the pass: hold nothing of the graph."""
 
 
 Collector: TypeAlias = Callable[[Call], None]
@@ -216,7 +220,7 @@ class _LayerCall:
     def __init__(self, node: Node, x: Tensor, dy: Tensor) -> None:
         self._site, self._module, self._parameters = node.site, node.module, node.parameters
         self.layer, self.entries, self.dy = node.layer, node.entries, dy
-        self._x = x.detach()  # a call that is kept must not keep the graph
+        self._x = x
 
     def uses(self, segments: Segments) -> list[tuple[Tensor, slice, Use]]:
         site, module = self._site, self._module
@@ -233,22 +237,28 @@ class _LayerCall:
     def rows(self, parameter: Tensor, segments: Segments) -> Rows:
         return next(use for p, _, use in self.uses(segments) if p is parameter)
 
+    def keep(self) -> None:
+        self._x = self._x.detach()
 
-Running: TypeAlias = tuple[Collector, Context]
+
+Running: TypeAlias = tuple[Collector, int, Context]
+"""A collector, and the thread and context that its pass was started in."""
 
 
 def hand_over(running: Running, call: Call) -> None:
     """Give a call to the collector of its pass."""
-    collector, context = running
+    collector, thread, context = running
+    if get_ident() == thread:
+        collector(call)
+        return
     # On a GPU autograd runs the backward pass in threads of its own; what is a context variable
     # (a forced backend) comes from the one that started it. A context serves one at a time.
     run = context.copy().run
     kind = call.dy.device.type
     if torch.is_grad_enabled() or torch.is_autocast_enabled(kind):
-        # Seldom: autograd switches the one off, and `plainly` around the pass the other.
         with plainly(kind):
             run(collector, call)
-    else:
+    else:  # as autograd has brought it along
         run(collector, call)
 
 
@@ -266,7 +276,7 @@ def collecting(collector: Collector, nodes: Sequence[Node]) -> Iterator[Running]
         raise RuntimeError(
             "a backward pass over several objectives is under way in this graph; wait for it"
         )
-    running = (collector, copy_context())
+    running = (collector, get_ident(), copy_context())
     for node in nodes:
         node.collector = running
     try:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 from raco_fast.gradients.buffer_pool import HostMemory, empty
 from raco_fast.gradients.objective_grad import ObjectiveGrad, stand_in_of
@@ -39,19 +40,18 @@ class Accumulation:
     def add_products(self, params: Sequence[Tensor], U: Tensor, t: Tensor) -> None:
         """See `engine.gradient_collector.Into`."""
         dtype, held = params[0].dtype, [self._held.get(p) for p in params]
-        present = [grad is not None and bool(grad.present) for grad in held]
-        sums = self._product(U, t, t.dtype if any(present) else dtype)
-        targets, added = [], []
-        parts = sums.split([p.numel() for p in params], 1)
-        for p, grad, is_present, part in zip(params, held, present, parts, strict=True):
-            of_p = part.view(len(U), *p.shape)
-            if is_present:
-                assert grad is not None
-                targets.append(grad.stacked(self._memory))
-                added.append(of_p)
+        adds = any(grad is not None and grad.present for grad in held)
+        sums = self._product(U, t, t.dtype if adds else dtype)
+        targets: list[Tensor] = []
+        added: list[Tensor] = []
+        parts = zip(*(_unflatten_dense_tensors(row, params) for row in sums), strict=True)
+        for p, grad, of_p in zip(params, held, parts, strict=True):
+            if grad is not None and grad.present:
+                targets += grad.stacked(self._memory).unbind()
+                added += of_p
             else:
                 self._held[p] = grad = ObjectiveGrad(p, self._names)
-                grad.buffers = list((of_p if of_p.dtype == dtype else of_p.to(dtype)).unbind())
+                grad.buffers = [part.to(dtype) for part in of_p] if adds else [*of_p]
         if targets and dtype == t.dtype:
             torch._foreach_add_(targets, added)
         elif targets:
