@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TOKENS_ON_CPU = 768
-"""Of a micro-batch, by default: products are at full speed, and masks [T, T] still small."""
+TOKENS_ON_CPU = 512
+"""Of a micro-batch, by default: products are at full speed, and attention over [T, T], of which a
+CPU leaves nothing out, is still small beside them."""
 
 _PROBED = 3
 
