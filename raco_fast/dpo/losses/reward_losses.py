@@ -63,7 +63,8 @@ class ApoZero(PreferenceLoss):
 
     @property
     def pair_function(self) -> Hashable:
-        return type(self), self.beta  # h(r) = s(beta r): the loss is 1 - (h(r_w) - h(r_l))
+        """h(r) = s(beta r)."""
+        return type(self), self.beta
 
     def __call__(self, pairs: RankedScores) -> Tensor:
         return (-self.beta * pairs.ratio_w).sigmoid() + (self.beta * pairs.ratio_l).sigmoid()

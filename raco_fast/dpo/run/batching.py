@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from raco_fast.distributed.processes import Processes
+from raco_fast.dpo.data.batches import pair_length
 from raco_fast.dpo.data.layout import Kind, Layout
 from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
@@ -23,10 +24,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TOKENS_ON_CPU = 768
-"""Of a micro-batch, by default: products are at full speed, and masks [T, T] still small."""
-
-_PROBED = 3
+TOKENS_ON_CPU = 512
+"""Of a micro-batch, by default: products are at full speed, and attention over [T, T], of which a
+CPU leaves nothing out, is still small beside them."""
 
 
 def layout_of(config: TrainConfig, inputs: RunInputs, processes: Processes) -> Layout:
@@ -35,31 +35,46 @@ def layout_of(config: TrainConfig, inputs: RunInputs, processes: Processes) -> L
     Raises:
         ValueError: `batching` names one that the losses do not allow or the model cannot be run on.
     """
-    losses, wanted = config.objective_losses, config.batching
-    pairs = [*inputs.training, *inputs.held_out]
-    if wanted == "padded":
-        return _sized("padded", config, inputs)
-    unshared = None if config.gradient_mode == "autograd" else why_not_shared(losses)
+    wanted = config.batching
+    unshared = None
+    if config.gradient_mode != "autograd":  # which is exact for any rows
+        unshared = why_not_shared(config.objective_losses)
     if wanted == "pairs" and unshared is not None:
         raise ValueError(
             f"`batching` 'pairs' is not for these losses: {unshared}; use 'packed' or 'auto'"
         )
-    kind: Kind = "packed" if wanted == "packed" or unshared is not None else "pairs"
-    layout = _sized(kind, config, inputs)
-    probed = sorted(pairs, key=lambda pair: (-layout.length(pair), pair.id))
-    few = [*probed[:1], *probed[-_PROBED + 1 :]] if len(probed) > _PROBED else probed
-    reason = processes.say(why_not_packed(inputs.model, few, layout, config.chunk_tokens))
-    if reason is None:
-        if wanted == "auto" and unshared is not None:
-            logger.info("`batching`: every response has its prompt to itself, as %s", unshared)
-        return layout
+    if wanted == "auto" and unshared is not None:
+        logger.info("`batching`: every response has its prompt to itself, as %s", unshared)
+    kinds: list[Kind] = ["packed"] if unshared else ["pairs", "packed"]
+    reasons = []
+    for kind in kinds if wanted == "auto" else [wanted]:
+        layout = _sized(kind, config, inputs)
+        reason = None if kind == "padded" else _why_not(layout, config, inputs, processes)
+        if reason is None:
+            return layout
+        reasons.append(reason)
     if wanted != "auto":
         raise ValueError(
             f"`batching` {wanted!r} cannot be used with `model.name` {config.model.name!r}: "
-            f"{reason}; use 'padded' or 'auto'"
+            f"{reasons[-1]}; use 'padded' or 'auto'"
         )
-    logger.warning("`model` cannot be run on packed rows, so batches are padded: %s", reason)
+    logger.warning("`model` cannot be run on packed rows, so batches are padded: %s", reasons[-1])
     return _sized("padded", config, inputs)
+
+
+def _why_not(
+    layout: Layout, config: TrainConfig, inputs: RunInputs, processes: Processes
+) -> str | None:
+    """Why the model cannot be run on such rows, by the longest pair of all data and two short ones.
+
+    A window that is longer than the longest pair changes nothing.
+    """
+    pairs = [*inputs.training, *inputs.held_out]
+    longest = max(pairs, key=lambda pair: (pair_length(pair), pair.id))
+    shortest = sorted(pairs, key=lambda pair: (pair_length(pair), pair.id))[:2]
+    few = {pair.id: pair for pair in (longest, *shortest)}
+    reason = why_not_packed(inputs.model, list(few.values()), layout, config.chunk_tokens)
+    return processes.say(reason)
 
 
 def why_not_shared(losses: Mapping[str, PreferenceLoss]) -> str | None:

@@ -62,7 +62,7 @@ class TrainConfig:
         pairs_per_micro_batch: pairs that a process holds in memory at once; divides a step into
             micro-batches.
         tokens_per_micro_batch: tokens of a packed micro-batch at most; a longer pair is alone. None
-            takes what `pairs_per_micro_batch` of the longest pairs have, on a CPU at most 768.
+            takes what `pairs_per_micro_batch` of the longest pairs have, on a CPU at most 512.
         chunk_tokens: full rows of logits whose memory the head may take at any time.
         gradient_mode: `one_backward` takes one backward pass for all objectives and fails where
             that is not exact for the model; `auto` does the same and falls back to `autograd`, one

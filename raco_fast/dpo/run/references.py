@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
 
 from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.data.batches import BatchSchedule
 from raco_fast.dpo.data.layout import Layout, Round
 from raco_fast.dpo.data.tokenization import EncodedPair
+from raco_fast.dpo.modes import evaluating
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.evaluation import HeldOut
 from raco_fast.dpo.run.failures import memory_named, to_run_a_model
 from raco_fast.dpo.run.inputs import RunInputs
 from raco_fast.dpo.run.reference_cache import reference_logps
-from raco_fast.dpo.scoring import ReferenceLogps, tail_weights
+from raco_fast.dpo.scoring import ReferenceLogps, pair_logps, tail_weights
+from raco_fast.dpo.sharded import free_gathered
 
 
 class References:
@@ -51,6 +56,30 @@ class References:
     def rounds_of(self, pairs: Sequence[EncodedPair]) -> list[Round]:
         """The micro-batches of a step's pairs."""
         return self.layout.rounds(pairs, self._processes.size)
+
+    @torch.no_grad()
+    def margin_noise(
+        self, pairs: Sequence[EncodedPair], known: Mapping[float, ReferenceLogps]
+    ) -> float:
+        """How far the reference's margins move where pairs lie in a later step's micro-batches.
+
+        Args:
+            pairs: of that step, of which one micro-batch is scored.
+            known: what `of_training` gave.
+        Returns:
+            Root mean square in nats, over all processes.
+        """
+        processes, model = self._processes, self._inputs.model
+        group = self.rounds_of(pairs)[0][processes.rank]
+        batch = self.layout.batch(group)
+        with evaluating(model), self._inputs.policy.as_reference(model):
+            again = pair_logps(model, batch, self._config.chunk_tokens, known).cpu()
+            free_gathered(model)
+        each = [logps for one in known.values() for logps in one.of(batch.ids, again.device)]
+        a, b = (again - torch.cat(each)).view(len(known), 2, -1).unbind(1)
+        sums = torch.stack([(a - b).square().sum(), torch.tensor(float(a.numel()))])
+        total, count = processes.sum(sums.double()).tolist()
+        return math.sqrt(total / count)
 
     def held_out(self) -> HeldOut:
         """The held-out pairs with their scores; without a graph twice as many fit at once."""

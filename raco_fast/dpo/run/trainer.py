@@ -125,6 +125,16 @@ class Trainer:
                 len(self.references),
             )
         self.held_out = references.held_out() if self.inputs.held_out else None
+        self._of_run: dict[str, float] = {}
+        if found is None and self.total_steps > self.batches.steps_per_epoch:
+            later = self._pairs_of(self.batches.steps_per_epoch)
+            noise = references.margin_noise(later, self.references)
+            self._of_run = {"reference/margin_noise": noise}
+            logger.info(
+                "in later epochs pairs lie beside others: their reference margins are then off by "
+                "%.1e nats",
+                noise,
+            )
         self.state = self._new_state()
         contents = {what: self.state.run[what] for what in ("data", "model")}
         of_run = {**compared(self.state.run["settings"]), **contents}
@@ -285,7 +295,9 @@ class Trainer:
                 **result.metrics(),
                 "seconds": seconds,
                 "tokens_per_second": result.tokens / seconds,
+                **self._of_run,
             }
+            self._of_run = {}
             self._write(record)
             taken = [name for name in config.objectives if f"loss/{name}" in record]
             progress.set_postfix({name: f"{record[f'loss/{name}']:.3f}" for name in taken})
