@@ -1,6 +1,7 @@
 """Scores of pairs, whole or with the tail of the longer response weighed, and their gradients."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,14 +66,9 @@ def reference_of(model, batch, tail: float) -> ReferenceLogps:
     return ReferenceLogps(dict(zip(batch.ids, zip(a, b, strict=True), strict=True)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", LOSSES)
-def test_one_backward_pass_is_exact_for_every_loss_beside_another(make_model, pairs, name, dtype):
-    """Every mode against autograd; the other objective has labels and weights of its own."""
-    losses = {"x": make_loss(name), "y": make_loss("sigmoid" if name != "sigmoid" else "nca")}
-    batch = batch_of("pairs" if why_not_shared(losses) is None else "packed", pairs)
+def check_every_mode(make_model, batch, losses, dtype) -> None:
+    """Against autograd, with a spot check in each; a second pass would be an error."""
     tails = tail_weights(losses)
-    assert len(tails) == (2 if name == "ld" else 1)
     model, before = make_model(1).to(dtype).train(), make_model(2).to(dtype).eval()
     references = {tail: reference_of(before, batch, tail) for tail in tails}
 
@@ -97,6 +93,30 @@ def test_one_backward_pass_is_exact_for_every_loss_beside_another(make_model, pa
             opt.backward(found_losses, scores=logps, mode=mode)
             opt.zero_grad()
     assert max(found.values()) < 1e-5  # Llama's norms work in float32 whatever the weights are
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", LOSSES)
+def test_one_backward_pass_is_exact_for_every_loss_beside_another(make_model, pairs, name, dtype):
+    """The other objective has labels and weights of its own."""
+    losses = {"x": make_loss(name), "y": make_loss("sigmoid" if name != "sigmoid" else "nca")}
+    assert len(tail_weights(losses)) == (2 if name == "ld" else 1)
+    kind = "pairs" if why_not_shared(losses) is None else "packed"
+    check_every_mode(make_model, batch_of(kind, pairs), losses, dtype)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in LOSSES if make_loss(name).pair_function is not None]
+)
+def test_losses_of_a_pair_take_one_pass_on_shared_rows(make_model, pairs, name):
+    loss = make_loss(name)
+    labels = [{"x": 1, "y": -1}, {"x": -1, "y": -1}, {"x": 1, "y": 0}, {"x": -1, "y": 1}]
+    if loss.soft:
+        labels[0]["y"], labels[1]["x"] = -0.75, 0.6
+    given = [replace(pair, labels=each) for pair, each in zip(pairs, labels, strict=True)]
+    losses = dict.fromkeys("xy", loss)
+    assert why_not_shared(losses) is None
+    check_every_mode(make_model, batch_of("pairs", given), losses, torch.float32)
 
 
 def test_ld_alone_costs_no_second_run(make_model, batch):
