@@ -48,6 +48,8 @@ def main() -> None:
     print("root mean square, nats".ljust(44), "a response   a margin   largest margin's")
     for (head, layout), scored in found.items():
         show(f"{head}, {layout}, against float32", scored - exact)
+    rounding = found["bfloat16 logits", "padded"] - found["float32 results", "padded"]
+    show("the rounding of logits alone", rounding)
     for head in ("bfloat16 logits", "float32 results"):
         show(f"{head}, padded against alone", found[head, "padded"] - found[head, "alone"])
 
