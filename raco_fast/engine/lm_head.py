@@ -23,8 +23,9 @@ from torch import Tensor
 from raco_fast.backends.weight_grad import blocks, operand, widened
 from raco_fast.distributed.fsdp2 import owner_of
 from raco_fast.engine.contributions import MatrixUse, Rows, Use, vector_use_of_arranged
+from raco_fast.engine.declaration import Declared, Entries, declared
 from raco_fast.engine.head_products import add_hidden_gradient, logits
-from raco_fast.engine.sequences import ALL_ROWS, Entries, Segments, declared
+from raco_fast.engine.sequences import ALL_ROWS, Segments
 from raco_fast.engine.tap import ANCHOR, Tapped, hand_over
 
 
@@ -102,7 +103,7 @@ class _Head:
     shape: LogitShape
     dtype: torch.dtype
     block: int
-    index: Tensor | None
+    index: Declared | None
 
     def blocks(self) -> Iterator[slice]:
         """Rows of W whose logits exist at one time."""

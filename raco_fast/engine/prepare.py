@@ -17,8 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from raco_fast.distributed.dtensor import is_dtensor
 from raco_fast.distributed.fsdp2 import owner_of, watch
+from raco_fast.engine.declaration import declared
 from raco_fast.engine.layer_rules import LayerRule, rule_for
-from raco_fast.engine.sequences import declared
 from raco_fast.engine.tap import (
     ANCHOR,
     Checks,

@@ -23,8 +23,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from raco_fast.distributed.fsdp2 import noted_name
 from raco_fast.engine.contributions import Rows, Use
+from raco_fast.engine.declaration import Declared, Entries
 from raco_fast.engine.layer_rules import LayerRule
-from raco_fast.engine.sequences import Entries, Segments
+from raco_fast.engine.sequences import Segments
 
 Node: TypeAlias = Any
 """A node of autograd's graph; a `Tapped` one has the attributes that `Tapped` lists."""
@@ -114,7 +115,7 @@ class Site:
     rule: LayerRule
     parameters: Mapping[str, Tensor]
     leaves: Mapping[str, Tensor]
-    index: Tensor | None
+    index: Declared | None
     checks: Checks
 
 
@@ -134,7 +135,7 @@ class Tapped(torch.autograd.Function):
         layer: str,
         parameters: tuple[Tensor, ...],
         leaves: tuple[Tensor, ...],
-        index: Tensor | None,
+        index: Declared | None,
         shape: torch.Size,
         look: Hashable,
         checks: Checks | None,

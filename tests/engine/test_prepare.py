@@ -21,8 +21,9 @@ from raco_fast import prepare
 from raco_fast.engine import layer_rules
 from raco_fast.engine.backward import gradient_collector, propagate, sensitivities
 from raco_fast.engine.contributions import vector_use
+from raco_fast.engine.declaration import sequences
 from raco_fast.engine.graph import ScoreGraph
-from raco_fast.engine.sequences import Factored, sequences
+from raco_fast.engine.sequences import Factored
 from raco_fast.engine.tap import ANCHOR, collecting
 from raco_fast.gradients.accumulation import Accumulation
 from raco_fast.gradients.buffer_pool import HostMemory
