@@ -148,14 +148,18 @@ class Factored:
         directions = torch.where(used, A / seeds, 0.0).T  # [B, m]
         for a, b in pairs:
             near = (directions[a] - directions[b]).abs() <= _PARALLEL_PAIR * directions[a].abs()
-            if used[a] and used[b] and bool(near.all()):
-                directions[b] = directions[a]
+            # What is not finite in one of the two is so in the gradient, whatever the other is.
+            finite = [torch.isfinite(directions[k]) for k in (a, b)]
+            if used[a] and used[b] and bool((near | ~(finite[0] & finite[1])).all()):
+                both = torch.where(finite[1], directions[a], directions[b])
+                directions[a] = directions[b] = both
         # Each sequence joins the first group with its direction, or founds one.
         group = torch.full((A.shape[1],), -1)
         found, groups = torch.empty_like(directions), 0
         for b in used.nonzero().flatten().tolist():
             direction = directions[b]
             near = (found[:groups] - direction).abs() <= _PARALLEL * direction.abs()
+            near |= ~(torch.isfinite(found[:groups]) | torch.isfinite(direction))
             parallel = near.all(1).nonzero().flatten().tolist()
             if not parallel:
                 found[groups] = direction
