@@ -81,7 +81,9 @@ def test_small_parameters_share_one_product(calls, monkeypatch):
     params = []
     add = Accumulation.add_products
     monkeypatch.setattr(
-        Accumulation, "add_products", lambda self, ps, U, t: (params.append(ps), add(self, ps, U, t))
+        Accumulation,
+        "add_products",
+        lambda self, ps, U, t: (params.append(ps), add(self, ps, U, t)),
     )
     into = Accumulation([], NAMES, HostMemory())
     collected(calls, into)
@@ -97,7 +99,9 @@ def test_rows_that_belong_together_are_not_mistaken(monkeypatch):
     monkeypatch.setattr(
         Segments,
         "_spread_over",
-        lambda self, U, inner, make=Segments._spread_over: made.append(inner) or make(self, U, inner),
+        lambda self, U, inner, make=Segments._spread_over: (
+            made.append(inner) or make(self, U, inner)
+        ),
     )
     segments, like = factored.segments(None, torch.device("cpu")), torch.zeros(1)
     U = factored.coefficients
