@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from raco_fast.distributed.dtensor import is_dtensor
 from raco_fast.distributed.fsdp2 import owner_of
-from raco_fast.engine.declaration import MisfitError, entries
+from raco_fast.engine.declaration import Entries, MisfitError, entries
 from raco_fast.engine.tap import ANCHOR, Checks, Node, Tapped, is_prepared, name_of, reason_for
 
 _PLAIN, _LEAF, _TAPPED, _BATCH_NORM, _REENTRANT = range(5)
@@ -220,6 +220,7 @@ class ScoreGraph:
     def _place_rows(self) -> None:
         """Tell the rows of every layer apart."""
         misfits, n = [], len(self.scores)
+        known: dict[Hashable, Entries] = {}
         # How many tokens a sequence has, as most layers with rows [n, tokens, d] say: without it
         # rows [n * tokens, d] could be anything.
         tokens = [node for node in self.taps if len(node.shape) > 2 - node.broadcasts]
@@ -231,7 +232,10 @@ class ScoreGraph:
             if lookup is not None and math.prod(lookup[1]) > math.prod(shape):
                 self.lookups[node], shape = lookup, lookup[1]
             try:
-                node.entries = entries(node.layer, shape, node.index, n, length)
+                alike = tuple(shape), id(node.index)
+                if alike not in known:
+                    known[alike] = entries(node.layer, shape, node.index, n, length)
+                node.entries = known[alike]
             except MisfitError as misfit:
                 misfits.append((node, str(misfit)))
                 self.misfits.add(node.layer)

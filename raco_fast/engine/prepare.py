@@ -161,7 +161,7 @@ class _TapBehind:
         elif rule is None:
             obstacle = "was changed after it was prepared, to something without a rule"
         look = (type(module).__name__, module.training, *trained)
-        return Site(self.layer, tuple(trained), rule, look, obstacle, self.checks)
+        return Site(self.layer, tuple(trained), rule, look, obstacle)
 
 
 @cache
@@ -199,7 +199,7 @@ def _tapped(
     if obstacle is not None:
         remember_reason(leaves, f"layer {tap.layer!r} {obstacle}")
         return output
-    return tapped(site, module, leaves, declared(), output, x, ANCHOR)
+    return tapped((site, tap.checks, module, leaves, declared()), output, x, ANCHOR)
 
 
 def _only_argument(

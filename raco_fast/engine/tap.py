@@ -121,7 +121,6 @@ class Site:
     rule: LayerRule | None
     look: Hashable
     obstacle: str | None
-    checks: Checks
 
 
 class Tapped(torch.autograd.Function):
@@ -168,15 +167,13 @@ class Tap(Tapped):
     @staticmethod
     def forward(
         ctx: Node,
-        site: Site,
-        module: nn.Module,
-        leaves: tuple[Tensor, ...],
-        index: Declared | None,
+        of_call: tuple[Site, Checks, nn.Module, tuple[Tensor, ...], Declared | None],
         y: Tensor,
         x: Tensor,
         anchor: Tensor,
     ) -> Tensor:
         """y again."""
+        site, checks, module, leaves, index = of_call
         rows = x.is_floating_point()
         # Autocast has multiplied x in y's dtype; kept in its own it would take twice the memory.
         narrower = rows and y.element_size() < x.element_size()
@@ -184,7 +181,7 @@ class Tap(Tapped):
         ctx.site, ctx.module = site, module
         # As `Tapped.note`, whose call would cost more than what it does: there is a tap a layer.
         ctx.set_materialize_grads(False)
-        ctx.layer, ctx.checks, ctx.look = site.layer, site.checks, site.look
+        ctx.layer, ctx.checks, ctx.look = site.layer, checks, site.look
         ctx.leaves, ctx.parameters = leaves, owners_of(leaves)
         ctx.index, ctx.shape, ctx.broadcasts = index, x.shape, not rows
         ctx.entries = ctx.collector = None
@@ -197,7 +194,7 @@ class Tap(Tapped):
         """dY for the layer, whose own backward pass goes on from there."""
         if ctx.collector is not None and dy is not None:
             hand_over(ctx.collector, layer_call(ctx, ctx.saved_tensors[0], dy))
-        return None, None, None, None, dy, None, None
+        return None, dy, None, None
 
 
 # `Tap.apply`, less what it looks for in Python: transforms of torch.func, which are asked for here.
