@@ -68,9 +68,10 @@ def _placed_logps(
         logps = head_logps(causal_lm, hidden[rows.sources], rows.targets, chunk_tokens)
     if weights is not None:
         logps = logps * weights.to(logps)
-    # A scattered add has no fixed order on a GPU: placed, to be summed by row.
-    placed = logps.new_zeros(2 * rows.pairs * rows.longest).index_put((rows.place,), logps)
-    return placed.view(2 * rows.pairs, rows.longest)
+    # A scattered add has no fixed order on a GPU: placed, to be summed by row. Not a view, of which
+    # FSDP2 warns where a wrapped model returns one.
+    places = (rows.place // rows.longest, rows.place % rows.longest)
+    return logps.new_zeros(2 * rows.pairs, rows.longest).index_put(places, logps)
 
 
 def attention_masks(config: Any, rows: PackedRows, dtype: torch.dtype) -> Any:
