@@ -64,9 +64,7 @@ def learnt(kind: Kind, mode: str, sharded: bool) -> tuple[dict[str, Tensor], Ten
         Processes(),
     )
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "error"
-        )  # a fallback, or FSDP2 of a model that gives a view
+        warnings.simplefilter("error")  # a fallback, or FSDP2 of a model that gives a view
         for step in range(STEPS):
             result = learn(pairs_of(step))
     assert result.solution is not None

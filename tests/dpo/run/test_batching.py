@@ -62,16 +62,20 @@ def assert_close(a, b) -> None:
         torch.testing.assert_close(weight, b.weights[name], rtol=1e-5, atol=1e-5)
 
 
-def test_the_layout_changes_nothing_but_rounding(run):
+@pytest.mark.parametrize(
+    "ways", [("pairs", "packed"), pytest.param(tuple(WAYS), marks=pytest.mark.slow)], ids=len
+)
+def test_the_layout_changes_nothing_but_rounding(run, ways):
     padded = run(batching="padded")
     assert padded.kind == "padded"
-    for way, changes in WAYS.items():
-        other = run(**changes)
+    for way in ways:
+        other = run(**WAYS[way])
         assert other.kind == way.split(",")[0]
         assert_close(other, padded)
 
 
-@pytest.mark.parametrize("mode", ["gram_first", pytest.param("autograd", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["autograd", "gram_first"])
 def test_other_modes_on_packed_rows(run, mode):
     of_step = {"pairs_per_micro_batch": 8} if mode == "gram_first" else {}
     both = [run(batching=b, gradient_mode=mode, **of_step) for b in ("auto", "padded")]
@@ -79,6 +83,7 @@ def test_other_modes_on_packed_rows(run, mode):
     assert_close(*both)
 
 
+@pytest.mark.slow
 def test_losses_of_several_tails_on_packed_rows(run):
     losses = {"kind": {"name": "ld", "alpha": 0.3}}
     both = [run(batching=b, losses=losses) for b in ("auto", "padded")]
@@ -86,7 +91,7 @@ def test_losses_of_several_tails_on_packed_rows(run):
     assert_close(*both)
 
 
-QUICK = [("fp32", "full", "auto"), ("bf16", "full", "auto"), ("bf16", "lora", "auto")]
+QUICK = [("fp32", "full", "auto"), ("bf16", "lora", "auto")]
 
 
 @pytest.mark.parametrize(
@@ -176,6 +181,7 @@ def test_pair_rows_are_refused_to_losses_that_see_no_pair(make_config):
         Trainer(config)
 
 
+@pytest.mark.slow
 def test_each_objective_by_a_pass_of_its_own_shares_rows_whatever_its_loss(run):
     """Autograd's own gradients need no direction in common."""
     both = [
