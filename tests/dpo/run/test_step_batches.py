@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from raco_fast.dpo.data.tokenization import EncodedPair, collate
+from raco_fast.dpo.data.collation import collate, pack
+from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.run.step_batches import StepBatches, pinned
 
 CPU = torch.device("cpu")
@@ -29,11 +30,11 @@ def make(step: int, fails_at: int = -1, failure: object = None) -> list[object]:
             raise failure
     time.sleep(0.05 * (step % 2 == 0))
     pairs = pairs_of(step)
-    return [collate(pairs[:3], 0), collate(pairs[3:], 0)]
+    return [collate(pairs[:3], 0), pack(pairs[3:], share=True)]
 
 
 def described(batches) -> list[str]:
-    return [f"{torch.equal(b.input_ids, b.input_ids)} {b}" for b in batches]
+    return [repr(batch) for batch in batches]
 
 
 @pytest.mark.parametrize("workers", [None, 1, 2])
@@ -145,5 +146,5 @@ def test_every_tensor_is_pinned(monkeypatch):
 def test_batches_for_a_gpu_are_pinned(workers):
     with StepBatches(make, range(3), torch.device("cuda"), workers) as batches:
         for step, of_step in enumerate(batches):
-            assert all(b.input_ids.is_pinned() and b.labels["x"].is_pinned() for b in of_step)
+            assert all(b.rows.input_ids.is_pinned() and b.labels["x"].is_pinned() for b in of_step)
             assert described(of_step) == described(make(step))
