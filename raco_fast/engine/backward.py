@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from raco_fast.backends.transfer import sent
 from raco_fast.engine.graph import ScoreGraph
 from raco_fast.engine.sequences import Factored, Segments
 from raco_fast.engine.tap import (
@@ -98,7 +99,10 @@ def propagate(
     """
     with _freed_graphs_named("scores"):
         torch.autograd.backward(
-            [scores], [seeds.to(scores)], retain_graph=retain_graph, inputs=inputs
+            [scores],
+            [sent(seeds.to(scores.dtype), scores.device)],
+            retain_graph=retain_graph,
+            inputs=inputs,
         )
 
 

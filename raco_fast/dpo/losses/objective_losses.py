@@ -16,6 +16,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from raco_fast.backends.transfer import sent
 from raco_fast.dpo.losses.margin_losses import Sigmoid
 from raco_fast.dpo.losses.pair_scores import PairScores, RankedScores
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
@@ -82,7 +83,7 @@ def preference_losses(
                 f"{tuple(rows.shape)}, got {tuple(each.shape)}; leave the mean out of it"
             )
         if weight is not None:
-            each = each * weight[rows].to(each)
+            each = each * sent(weight[rows], each.device).to(each.dtype)
         result[name] = each.sum() / (rows.numel() if counts is None else counts[name])
     return result
 
@@ -97,5 +98,5 @@ def _of_pairs(name: str, loss: PreferenceLoss, pairs: RankedScores, q: Tensor) -
             f"got sizes from {float(q.min()):g} to {float(q.max()):g}"
         )
     check_soft(name, loss)
-    q = q.to(pairs.logps_w)
+    q = sent(q, pairs.logps_w.device).to(pairs.logps_w.dtype)
     return q * loss(pairs) + (1 - q) * loss(pairs.swapped())
