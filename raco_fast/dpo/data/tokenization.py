@@ -101,7 +101,12 @@ def encode_pairs(
     reports = []
     bar = tqdm(total=len(pairs), desc="tokenize", unit="pair", disable=not progress, delay=1.0)
     with bar, closing(mapped(encode, groups, min(workers, len(groups)))) as found:
+        # A list takes 8 bytes a number, and 28 more where each is an object of its own.
+        known: dict[int, int] = {}
         for of_group, report in found:
+            for pair in of_group:
+                for ids in (pair.prompt_ids, pair.a_ids, pair.b_ids):
+                    ids[:] = map(known.setdefault, ids, ids)
             encoded += of_group
             reports.append(report)
             bar.update(report.pairs)

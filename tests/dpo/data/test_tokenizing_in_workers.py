@@ -53,7 +53,12 @@ def test_the_same_tokens_and_counts(monkeypatch):
     alone = encode_pairs(tokenizer, pairs, options)
     shown = io.StringIO()
     monkeypatch.setattr(sys, "stderr", shown)
-    assert encode_pairs(tokenizer, pairs, options, workers=2, progress=True) == alone
+    by_workers = encode_pairs(tokenizer, pairs, options, workers=2, progress=True)
+    assert by_workers == alone
+    known = {}  # one object a number, in the memory of which all are held
+    for pair in by_workers[0]:
+        assert all(known.setdefault(id, id) is id for id in [*pair.prompt_ids, *pair.a_ids])
+    assert max(known) > 256  # Python itself keeps one of each below
     encoded, report = alone
     assert (report.pairs, report.kept) == (70, len(encoded))
     assert (report.dropped_special_text, report.prints_date) == (14, True)

@@ -31,3 +31,12 @@ def test_the_config_decides(make_config, tiny, monkeypatch, given, asked):
 def test_fewer_than_none_are_refused(make_config):
     with pytest.raises(ValueError, match="`workers` must be a number of processes, at least 0, go"):
         make_config(workers=-1)
+
+
+@pytest.mark.slow  # a start of processes for each file
+def test_a_run_has_the_same_pairs(make_config, tiny):
+    alone, helped = (
+        load_inputs(make_config({"name": str(tiny)}, workers=workers)) for workers in (0, 2)
+    )
+    assert alone.training == helped.training
+    assert alone.held_out == helped.held_out != []
