@@ -236,6 +236,9 @@ class _HeadCall:
         leaf = next(p for p in self._parameters if owner_of(p) is parameter)
         return _HeadRows(self._arranged(segments), leaf)
 
+    def keep(self) -> None:
+        """Nothing of the graph is held."""
+
     def _arranged(self, segments: Segments) -> _Backward:
         columns = (self._total[:, None], self._head.targets[:, None], self.dy)
         rows = (segments.arranged(x).flatten() for x in columns)
