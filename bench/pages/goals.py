@@ -16,8 +16,8 @@ class Goal:
         name: of the records, suite/contestant.
         device: "cpu" or "cuda".
         limit: of the figure; a lower one where `at_least`.
-        figure: "ratio", "1/ratio" (ours over a rival whose ratio is in units of ours), "share",
-            "p50" or "wall".
+        figure: a key of the record, or "1/ratio" (ours over a rival whose ratio is in units of
+            ours).
         params: what the record's params must contain.
         elements: the least number of parameters that counts.
     """
@@ -59,6 +59,30 @@ def _memory(mode: str, limit: float, device: str) -> Goal:
     return Goal(claim, f"memory/{mode}", device, limit, params={"layers": 30})
 
 
+def _pairs(figure: str, claim: str, limit: float, device: str, m: int = 2, **params: Any) -> Goal:
+    """Of whole training steps on pair rows."""
+    return Goal(claim, "train/raco pairs", device, limit, figure, {"m": m, **params})
+
+
+def _training(device: str) -> tuple[Goal, ...]:
+    whole = "{data}, {kind}, m = {m}: a step on pair rows in at most {limit} of TRL's"
+    over = "m = {m}: a step on pair rows in at most {limit} of "
+    hh = {"data": "hh_rlhf"}
+    return (
+        _pairs("ratio_to_trl", f"{whole} time", 0.45, device, kind="lora", **hh),
+        _pairs("memory_to_trl", f"{whole} peak memory", 0.7, device, kind="lora", **hh),
+        _pairs("ratio_to_trl", f"{whole} time", 0.5, device, kind="full", **hh),
+        _pairs("over_token_ratio", over + "(P+A+B)/(2P+A+B) packed sequences' time", 1.1, device),
+        _pairs("over_few", over + "that with m = 2", 1.1, device, m=8),
+        _pairs(
+            "reference_to_padded",
+            "{data}: a reference pass on pair rows in at most {limit} of padded rows' time",
+            *(0.6, device),
+            **hh,
+        ),
+    )
+
+
 GOALS = (
     *(Goal(*_SOLVE, limit, "p50", {"m": m}) for m, limit in _SOLVE_US.items()),
     Goal(_PAPER, "step/paper", "cpu", 2.0, "ratio", _FLOAT32, _50M, at_least=True),
@@ -72,6 +96,7 @@ GOALS = (
     *(_backward("lora", m, limit, "cuda") for m, limit in ((2, 1.05), (8, 1.15))),
     *(_backward("full", m, limit, "cuda") for m, limit in ((2, 1.15), (4, 1.35))),
     *(_backward("full", m, 1.25, "cuda", "gram_first, keep_dy") for m in (2, 4, 8)),
+    *(goal for device in ("cpu", "cuda") for goal in _training(device)),
     *(_memory("gram_first", 1.02, device) for device in ("cpu", "cuda")),
     *(_memory("gram_first, step_in_backward", 0.85, device) for device in ("cpu", "cuda")),
 )
@@ -91,7 +116,8 @@ class Verdict:
             return None
         if self.goal.figure == "1/ratio":
             return 1 / self.record["ratio"]
-        return self.record[self.goal.figure]
+        figure: float | None = self.record.get(self.goal.figure)
+        return figure
 
     @property
     def met(self) -> bool | None:
