@@ -97,6 +97,24 @@ def load_tokenizer_of(name: str, argument: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _set_attention(name: str, model: PreTrainedModel, attention: str | None) -> None:
+    if attention is None:
+        return
+    try:
+        model.set_attn_implementation(attention)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"`model.attention` must be one that {name!r} and this machine have, got "
+            f"{attention!r}: {str(error).splitlines()[0]}; leave it out, or use 'sdpa' or 'eager'"
+        ) from error
+    used = model.config._attn_implementation
+    if used != attention:  # transformers says so in its log, and goes on with another
+        raise ValueError(
+            f"`model.attention` must be one that {name!r} has, got {attention!r}, for which "
+            f"transformers takes {used!r}; leave it out"
+        )
+
+
 def load_causal_lm(
     name: str,
     options: ModelOptions,
@@ -134,6 +152,7 @@ def load_causal_lm(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
     _check_complete(name, argument, model, found)
+    _set_attention(name, model, options.attention)
     quantizer = getattr(model, "hf_quantizer", None)
     if of_file and quantizer is not None:
         # The weights are dense now; left marked as GGUF they could not be saved or trained.

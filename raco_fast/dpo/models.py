@@ -65,6 +65,8 @@ class ModelOptions:
         base: the model below the adapter, where that is not what its adapter_config.json names.
         dtype: dtype of the weights.
         device: "auto" takes CUDA where there is one; of several processes, each its own GPU.
+        attention: how transformers computes it, such as flex_attention, which on a GPU leaves out
+            what packed rows do not see, or flash_attention_2; None: the model's own choice.
         gradient_checkpointing: recompute activations in the backward pass.
         dropout: train with the model's own dropout, and whatever else it does in training alone.
             By default it learns in the mode in which its reference is scored, so that the two are
@@ -79,6 +81,7 @@ class ModelOptions:
     base: str | None = None
     dtype: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
+    attention: str | None = None
     gradient_checkpointing: bool = False
     dropout: bool = False
     lora: LoraOptions | None = None
