@@ -116,11 +116,14 @@ def only(options: Namespace, of: type[S]) -> tuple[S, int]:
     return chosen(options, of)[0], options.m[0]
 
 
-def model_of(setting: ModelSetting, adapter_std: float = 0.0) -> nn.Module:
+def model_of(
+    setting: ModelSetting, adapter_std: float = 0.0, attention: str | None = None
+) -> nn.Module:
     """A model with random weights, always the same.
 
     Args:
         adapter_std: deviation of the adapter's B; a fresh one has a B of zeros.
+        attention: how transformers computes it; None is its choice.
     """
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -129,7 +132,9 @@ def model_of(setting: ModelSetting, adapter_std: float = 0.0) -> nn.Module:
     config = LlamaConfig(**shape.config(), num_hidden_layers=setting.layers)
     dtype = getattr(torch, setting.dtype)
     with torch.device(setting.device):  # initialised where it is used: a CPU takes minutes
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention
+        )
     if setting.kind == "lora":
         from peft import get_peft_model
 

@@ -7,13 +7,13 @@ step; how a step is cut into micro-batches is the contestant's own affair.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bench.harness import lengths
 from bench.harness.dpo_problem import BETA, SHAPES, ModelSetting, labels, model_of
+from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.logps import sequence_logps
 
 JUDGED = 4
@@ -33,38 +33,34 @@ class PairsSetting(ModelSetting):
     device: str = "cpu"
 
 
-class Pair(NamedTuple):
-    """Token ids."""
-
-    prompt: list[int]
-    a: list[int]
-    b: list[int]
-
-
 class PairsProblem:
     """A model where a run begins (its adapter is fresh) and the pairs of a step, with labels.
 
+    Args:
+        attention: how transformers computes it; None is its choice.
+
     Attributes:
         lengths: of the pairs.
+        pairs: their `id` is their number in the step.
         labels: as `labels` gives them, of which objective 0 is what plain DPO trains on.
     """
 
-    def __init__(self, setting: PairsSetting) -> None:
+    def __init__(self, setting: PairsSetting, attention: str | None = None) -> None:
         self.setting = setting
-        self.model: nn.Module = model_of(setting)
+        self.model: nn.Module = model_of(setting, attention=attention)
         self.stop = SHAPES[setting.shape].vocabulary - 1
         self.lengths = lengths.sample(setting.data, setting.pairs)
-        self.pairs = [self._pair(x) for x in self.lengths]
+        self.pairs = [self._pair(k, x) for k, x in enumerate(self.lengths)]
         self.labels = labels(setting.pairs)
 
-    def _pair(self, x: lengths.Lengths) -> Pair:
+    def _pair(self, k: int, x: lengths.Lengths) -> EncodedPair:
         """Random ids; responses begin with different tokens: they share their prompt, no more."""
         ids = torch.randint(0, self.stop, (x.once,)).tolist()
         prompt, answers = ids[: x.prompt], ids[x.prompt :]
         a, b = answers[: x.a - 1], answers[x.a : -1]
         if a and b and a[0] == b[0]:
             b[0] = (a[0] + 1) % self.stop
-        return Pair(prompt, [*a, self.stop], [*b, self.stop])
+        return EncodedPair(str(k), prompt, [*a, self.stop], [*b, self.stop], {})
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -106,11 +102,11 @@ class Judge:
     def _margins(self) -> Tensor:
         return torch.cat([self._margin(pair) for pair in self._problem.pairs[:JUDGED]])
 
-    def _margin(self, pair: Pair) -> Tensor:
+    def _margin(self, pair: EncodedPair) -> Tensor:
         model, device = self._problem.model, self._problem.setting.device
         scores = []
-        for response in (pair.a, pair.b):
-            ids = torch.tensor([pair.prompt + response], device=device)
-            scored = torch.arange(ids.shape[1])[None] >= len(pair.prompt)
+        for response in (pair.a_ids, pair.b_ids):
+            ids = torch.tensor([pair.prompt_ids + response], device=device)
+            scored = torch.arange(ids.shape[1])[None] >= len(pair.prompt_ids)
             scores.append(sequence_logps(model, ids, torch.ones_like(ids), scored))
         return (scores[0] - scores[1]).cpu()

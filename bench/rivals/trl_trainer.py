@@ -102,8 +102,12 @@ def _dataset(problem: PairsProblem, order: Sequence[int]) -> Dataset:
     pairs = [problem.pairs[k] for k in order]
     return Dataset.from_list(
         [
-            {"prompt": text(p.prompt), "chosen": " " + text(p.a), "rejected": " " + text(p.b)}
-            for p in pairs
+            {
+                "prompt": text(pair.prompt_ids),
+                "chosen": " " + text(pair.a_ids),
+                "rejected": " " + text(pair.b_ids),
+            }
+            for pair in pairs
         ]
     )
 

@@ -15,10 +15,11 @@ from bench.harness.pairs_problem import PairsProblem, PairsSetting
 from bench.harness.session import Session
 from bench.harness.timing import Call, interleaved, shares
 from bench.rivals import pair_steps
-from bench.rivals.pair_ways import WAYS
+from bench.rivals.pair_ways import attention, parts
+from raco_fast.dpo.data.layout import Kind
 
 NAME = "ratios"
-_CALLS = ("packed", "pairs")
+_WAYS: tuple[Kind, ...] = ("packed", "pairs")
 _M = 2
 _RATIOS = ("0.25", "0.5", "1", "2", "4", "8", "16")
 # Sizes -> (setting, tokens of a sequence, ratios, tokens of a micro-batch).
@@ -38,9 +39,9 @@ def run(session: Session) -> None:
     command = f"python -m bench tests {NAME} --sizes {session.sizes} --out runs/{NAME}"
     for ratio, until in shares(ratios, session.until):
         of_ratio = replace(setting, data=f"ratio-{ratio}-{tokens}")
-        problem = PairsProblem(of_ratio)
+        problem = PairsProblem(of_ratio, attention("pairs", setting.device))
         raco_fast.prepare(problem.model, strict=True, check_every=None)
-        calls = {way: _step(problem, way, at_once) for way in _CALLS}
+        calls: dict[str, Call] = {way: _step(problem, way, at_once) for way in _WAYS}
         times = interleaved(calls, session.device, until)
         unit = times["packed"].quantiles()[1]
         for way, taken in times.items():
@@ -55,7 +56,7 @@ def run(session: Session) -> None:
             )
 
 
-def _step(problem: PairsProblem, way: str, at_once: int) -> Call:
-    parts = WAYS[way](problem, at_once)
-    start = pair_steps.reference(problem, parts)
-    return pair_steps.ours(problem, parts, start, _M, "cagrad-clip")
+def _step(problem: PairsProblem, way: Kind, at_once: int) -> Call:
+    of_way = parts(problem, way, at_once)
+    start = pair_steps.reference(problem, of_way)
+    return pair_steps.ours(problem, of_way, start, _M, "cagrad-clip")

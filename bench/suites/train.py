@@ -29,15 +29,15 @@ from typing import Any
 import torch
 
 import raco_fast
-from bench.harness import dpo_problem, jobs, lengths, optional
+from bench.harness import dpo_problem, flops, jobs, lengths, optional
 from bench.harness.dpo_problem import of_kinds
-from bench.harness.flops import of_step
 from bench.harness.meter import Meter
 from bench.harness.pairs_problem import Judge, PairsProblem, PairsSetting
 from bench.harness.session import Session
 from bench.harness.timing import Times, shares
 from bench.rivals import pair_steps
-from bench.rivals.pair_ways import WAYS, by_length
+from bench.rivals.pair_ways import WAYS, Part, attention, parts
+from raco_fast.dpo.data.layout import Kind
 
 NAME = "train"
 WARMUP = 1
@@ -172,7 +172,8 @@ class Measured:
     @property
     def reference(self) -> float:
         """Seconds of a pair's reference pass, the median."""
-        return median(said["reference_seconds"] for said in self.said) / self.cell.setting.pairs
+        of_step = median(float(said["reference_seconds"]) for said in self.said)
+        return of_step / self.cell.setting.pairs
 
     @property
     def learnt(self) -> float:
@@ -242,7 +243,7 @@ def record(one: Measured, found: Sequence[Measured], matmul: float | None) -> di
     counts = lengths.sample(setting.data, setting.pairs)
     trl, plain = _of(found, TRL, 1), _of(found, PLAIN, 1)
     unit, seconds = trl or plain, one.seconds
-    flops = of_step(setting, counts, shared=one.contestant == PAIRS) / setting.pairs
+    needed = flops.of_step(setting, counts, shared=one.contestant == PAIRS) / setting.pairs
     values = {
         **times.summary(),
         "per": "pair",
@@ -256,8 +257,8 @@ def record(one: Measured, found: Sequence[Measured], matmul: float | None) -> di
         "tokens_per_second": sum(x.once for x in counts) / setting.pairs / seconds,
         "tokens_per_second_twice": sum(x.twice for x in counts) / setting.pairs / seconds,
         "computed_tokens": one.said[-1]["tokens"] / setting.pairs,
-        "flops_per_second": flops / seconds,
-        "of_matmul": matmul and flops / seconds / matmul,
+        "flops_per_second": needed / seconds,
+        "of_matmul": matmul and needed / seconds / matmul,
         "peak_bytes": max(said["peak_bytes"] for said in one.said),
         "model_bytes": one.said[-1]["model_bytes"],
         "losses": one.said[-1]["losses"],
@@ -302,20 +303,21 @@ def measure(
     if contestant.startswith(TRL):
         # Before memory is metered, or its code would count.
         from bench.rivals import trl_trainer
-    problem = PairsProblem(setting)
+    way: Kind = next((way for way in WAYS if contestant.endswith(way)), "padded")
+    problem = PairsProblem(setting, attention(way, setting.device))
+    of_step = parts(problem, way, at_once)
     meter, judge = Meter(torch.device(setting.device), WARMUP), Judge(problem)
     before, said = judge.loss(), {}
     if contestant.startswith(TRL):
-        parts = WAYS["padded"](problem, at_once)
-        order = by_length(problem.lengths) if contestant == TRL else [*range(setting.pairs)]
+        by_length = [k for part in of_step for k in part.pairs]
+        order = by_length if contestant == TRL else range(setting.pairs)
         trl_trainer.train(problem, order, at_once, WARMUP + steps, meter)
     else:
-        parts = WAYS[contestant.split()[1]](problem, at_once)
-        said = train(problem, contestant, parts, m, WARMUP + steps, meter)
+        said = train(problem, contestant, of_step, m, WARMUP + steps, meter)
     return {
         "seconds": meter.seconds,
         **said,
-        "tokens": sum(part.tokens for part in parts),
+        "tokens": sum(part.tokens for part in of_step),
         "peak_bytes": meter.peak(),
         "model_bytes": sum(p.numel() * p.element_size() for p in problem.model.parameters()),
         "losses": [before, judge.loss()],
@@ -325,7 +327,7 @@ def measure(
 def train(
     problem: PairsProblem,
     contestant: str,
-    parts: Sequence[Any],
+    of_step: Sequence[Part],
     m: int,
     steps: int,
     meter: Meter,
@@ -335,15 +337,15 @@ def train(
     if contestant != PLAIN:
         # A few steps would consist of spot checks; in a run they are 1 call of 128.
         raco_fast.prepare(problem.model, strict=True, check_every=None)
-    pair_steps.reference(problem, parts)
+    pair_steps.reference(problem, of_step)
     clock = Meter(torch.device(problem.setting.device), warmup=0)
     clock.begin()
-    start = pair_steps.reference(problem, parts)
+    start = pair_steps.reference(problem, of_step)
     clock.end()
     if contestant == PLAIN:
-        meter.run(pair_steps.plain(problem, parts, start), steps)
+        meter.run(pair_steps.plain(problem, of_step, start), steps)
     else:
-        meter.run(pair_steps.ours(problem, parts, start, m, rule), steps)
+        meter.run(pair_steps.ours(problem, of_step, start, m, rule), steps)
     return {"reference_seconds": clock.seconds[0]}
 
 

@@ -24,7 +24,7 @@ from bench.harness.records import Record, Records
 from bench.harness.session import Session
 from bench.rivals import pair_steps
 from bench.rivals.dpo_steps import ADAMW
-from bench.rivals.pair_ways import WAYS, bins
+from bench.rivals.pair_ways import WAYS, parts
 from bench.suites import ratios, train
 
 CPU = torch.device("cpu")
@@ -214,10 +214,10 @@ def test_ours_takes_the_steps_of_the_mean_loss(
     for problem in (ours, truth):
         problem.model.double()
     before = {name: p.detach().clone() for name, p in truth.trained.items()}
-    parts = WAYS[way](ours, SIZE[way])
-    assert len(parts) > 1
-    train.train(ours, f"raco {way}", parts, 3, 3, meter.Meter(CPU, 1), rule="linear")
-    (whole,) = WAYS["padded"](truth, 4)
+    of_step = parts(ours, way, SIZE[way])
+    assert len(of_step) > 1
+    train.train(ours, f"raco {way}", of_step, 3, 3, meter.Meter(CPU, 1), rule="linear")
+    (whole,) = parts(truth, "padded", 4)
     (start,) = pair_steps.reference(truth, [whole])
     optimizer = torch.optim.AdamW(truth.trained.values(), **ADAMW)
     for _ in range(3):
@@ -235,24 +235,23 @@ def test_every_pair_is_scored_once_and_as_the_judge_scores_it(
     way: str, ragged: PairsSetting
 ) -> None:
     problem = PairsProblem(ragged)
-    parts = WAYS[way](problem, SIZE[way])
-    assert sorted(k for part in parts for k in part.pairs) == [0, 1, 2, 3]
+    of_step = parts(problem, way, SIZE[way])
+    assert sorted(k for part in of_step for k in part.pairs) == [0, 1, 2, 3]
     margins = torch.empty(4)
-    for part, of_part in zip(parts, pair_steps.reference(problem, parts), strict=True):
+    for part, of_part in zip(of_step, pair_steps.reference(problem, of_step), strict=True):
         margins[part.pairs] = of_part
     torch.testing.assert_close(margins, Judge(problem)._start, rtol=1e-4, atol=1e-4)
     rows = {"padded": 2 * (3 * 16 + 9), "packed": 22 + 12 + 32 + 14, "pairs": 17 + 10 + 20 + 11}
-    assert sum(part.tokens for part in parts) == rows[way]
-
-
-def test_bins_hold_what_fits() -> None:
-    assert bins([3, 9, 4, 5, 30], 12) == [[4], [1, 0], [3, 2]]
+    assert sum(part.tokens for part in of_step) == rows[way]
 
 
 def test_pairs_end_alike() -> None:
     problem = PairsProblem(tiny())
-    assert [len(x) for x in problem.pairs[0]] == [8, 4, 4]
-    assert {ids[-1] for pair in problem.pairs for ids in (pair.a, pair.b)} == {89}
+    assert problem.lengths[0] == (8, 4, 4)
+    for pair, of_pair in zip(problem.pairs, problem.lengths, strict=True):
+        assert (len(pair.prompt_ids), len(pair.a_ids), len(pair.b_ids)) == of_pair
+        assert pair.a_ids[0] != pair.b_ids[0]
+        assert pair.a_ids[-1] == pair.b_ids[-1] == 89
     assert problem.labels[:2].tolist() == [[1, 1, 1, 1], [1, -1, 1, -1]]
 
 
