@@ -9,9 +9,8 @@ around a step, and its step writes a line of metrics to a file, which would be t
 alone. TRL and plain torch train on one objective, the first of our m.
 
 All learn from the same pairs, those of one step, whose lengths are those of data
-(harness/lengths.py), and each cuts them into micro-batches of its own size: every round tries
-another size until all were, and then the fastest again. `rounds` are steps at that size, the
-figures are its own.
+(harness/lengths.py), and each cuts them into micro-batches of its own size: of those that it tries
+in the first round, the fastest is used from then on, and the figures are of that one.
 
 TRL has to learn what plain torch learns on the same pairs, and packed rows what padded ones do, or
 their times do not count.
@@ -21,7 +20,6 @@ import json
 import shlex
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -30,91 +28,34 @@ import torch
 
 import raco_fast
 from bench.harness import dpo_problem, flops, jobs, lengths, optional
-from bench.harness.dpo_problem import of_kinds
 from bench.harness.meter import Meter
 from bench.harness.pairs_problem import Judge, PairsProblem, PairsSetting
 from bench.harness.session import Session
-from bench.harness.timing import Times, shares
+from bench.harness.timing import Times
+from bench.harness.training_cells import (
+    CONTESTANTS,
+    FEW,
+    MANY,
+    PACKED,
+    PADDED,
+    PAIRS,
+    PLAIN,
+    SIZES,
+    TRL,
+    TRL_AS_IT_COMES,
+    Cell,
+    way_of,
+)
 from bench.rivals import pair_steps
-from bench.rivals.pair_ways import WAYS, Part, attention, parts
-from raco_fast.dpo.data.layout import Kind
+from bench.rivals.pair_ways import Part, attention, parts
 
 NAME = "train"
 WARMUP = 1
 """Steps that do not count: the first has new memory."""
-TRL, TRL_AS_IT_COMES, PLAIN = "trl", "trl, as it comes", "plain padded"
-PADDED, PACKED, PAIRS = (f"raco {way}" for way in WAYS)
-CONTESTANTS = (TRL, TRL_AS_IT_COMES, PLAIN, PADDED, PACKED, PAIRS)
 # Names in committed records -> what they are called now.
 FORMER = {"plain": PLAIN, "raco cagrad-clip": PADDED}
-FEW, MANY = 2, 8
 _TOLERANCE = {"float32": 0.01, "bfloat16": 0.1}
 """Of the change of plain DPO's loss over all steps; rivals compute the same in another order."""
-
-# (contestant, number of objectives), the most telling first: a run may be cut short.
-_SHORT = ((TRL, 1), (PAIRS, FEW), (PACKED, FEW), (PLAIN, 1))
-_ALL = (*_SHORT, (PADDED, FEW), (PAIRS, MANY), (TRL_AS_IT_COMES, 1))
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What is measured on one setting.
-
-    Args:
-        pairs_at_once: sizes of a padded micro-batch, in pairs; TRL's own default is 8.
-        tokens_at_once: sizes of a packed one, in tokens.
-        steps: that count, of each process.
-    """
-
-    setting: PairsSetting
-    contestants: Sequence[tuple[str, int]]
-    pairs_at_once: tuple[int, ...]
-    tokens_at_once: tuple[int, ...]
-    rounds: int = 2
-    steps: int = 2
-
-    def sizes(self, contestant: str) -> tuple[int, ...]:
-        """What it may try, the likely best first."""
-        if contestant == TRL_AS_IT_COMES:
-            return (min(8, self.setting.pairs),)
-        return self.tokens_at_once if contestant in (PACKED, PAIRS) else self.pairs_at_once
-
-
-def _cells(settings: Sequence[PairsSetting], *plan: Any, **options: int) -> tuple[Cell, ...]:
-    return tuple(Cell(setting, *plan, **options) for setting in settings)
-
-
-_OTHERS = ("nlg_ratings", "qa_feedback", "tldr-like", "ultrafeedback-like")
-_GPU = PairsSetting("full", "Qwen3-0.6B", 28, "hh_rlhf", 64, "bfloat16", "cuda")
-_GPUS = (replace(_GPU, kind="lora", shape="Llama-3-8B", layers=32, pairs=32), _GPU)
-_TINY = PairsSetting(shape="tiny", layers=1, data="ratio-2-12", pairs=4)
-# On one idle core a process takes 5 to 10 s before it trains.
-SIZES: dict[str, tuple[Cell, ...]] = {
-    "gpu": (
-        *_cells(_GPUS, _ALL, (8, 16, 4), (8192, 16384), rounds=3, steps=10),
-        *_cells(
-            [replace(s, data=data) for data in _OTHERS[2:] for s in _GPUS],
-            *(_SHORT, (8, 4), (8192, 16384)),
-            rounds=2,
-            steps=5,
-        ),
-    ),
-    "cpu-whole": (
-        *_cells(of_kinds(PairsSetting(data="hh_rlhf", pairs=8)), _ALL, (1, 2), (512, 1024)),
-        *_cells(
-            of_kinds(PairsSetting(data="tldr-like", pairs=4, layers=10)),
-            *(_SHORT, (1,), (512,)),
-            rounds=1,
-        ),
-    ),
-    "cpu": _cells(
-        of_kinds(PairsSetting(data="tldr-like", pairs=4, layers=4)), _SHORT, (1,), (512,)
-    ),
-    "tiny": (
-        Cell(_TINY, _ALL, (2, 4), (96, 48), rounds=3),
-        Cell(replace(_TINY, kind="full"), _ALL[:5], (2,), (96,), rounds=1),
-    ),
-}
 
 
 class Measured:
@@ -127,16 +68,15 @@ class Measured:
         self._said: dict[int, list[dict[str, Any]]] = {}
 
     def take_turn(self, until: float) -> None:
-        """Run its process once more, unless it failed before."""
+        """Run its process with each size, or once more with the best, unless it failed before."""
         if self.failure is not None:
             return
-        untried = [size for size in self.cell.sizes(self.contestant) if size not in self._said]
-        size = untried[0] if untried else self.best
-        said = jobs.measured(self.command(size), until)
-        if "failure" not in said:
-            self._said.setdefault(size, []).append(said)
-        elif said["failure"] != jobs.LEFT_OUT or not self._said:
-            self.failure = said["failure"]
+        for size in [self.best] if self._said else self.cell.sizes(self.contestant):
+            said = jobs.measured(self.command(size), until)
+            if "failure" not in said:
+                self._said.setdefault(size, []).append(said)
+            elif said["failure"] != jobs.LEFT_OUT or not self._said:
+                self.failure = said["failure"]
 
     def command(self, size: int) -> list[str]:
         """The arguments of `python` that measure it once."""
@@ -187,14 +127,14 @@ class Measured:
 
 
 def run(session: Session) -> None:
-    for cell, until in shares(SIZES[session.sizes], session.until):
+    for cell in SIZES[session.sizes]:
         reason = lengths.obstacle(cell.setting.data)
         if reason is not None:
             session.records.add(f"{NAME}/{PAIRS}", cell.setting.params(FEW), failure=reason)
             continue
         todo = [one for one in cell.contestants if one[0] not in session.skip]
         found = [Measured(*one, cell) for one in todo]
-        _rounds(found, cell.rounds, until)
+        _rounds(found, cell.rounds, session.until)
         _check_learnt(found)
         peak = session.records.matmul_rate()
         for one in found:
@@ -303,7 +243,7 @@ def measure(
     if contestant.startswith(TRL):
         # Before memory is metered, or its code would count.
         from bench.rivals import trl_trainer
-    way: Kind = next((way for way in WAYS if contestant.endswith(way)), "padded")
+    way = way_of(contestant)
     problem = PairsProblem(setting, attention(way, setting.device))
     of_step = parts(problem, way, at_once)
     meter, judge = Meter(torch.device(setting.device), WARMUP), Judge(problem)

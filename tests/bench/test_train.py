@@ -90,17 +90,18 @@ def test_contestants_take_turns_and_try_their_sizes(without_trl: Any) -> None:
     records, ran = without_trl
     cell, short = train.SIZES["tiny"]
     own = [one for one in cell.contestants if not one[0].startswith("trl")]
-    rounds = [ran[k : k + len(own)] for k in range(0, len(own) * cell.rounds, len(own))]
-    assert [[one[:2] for one in of_round] for of_round in rounds] == [own] * cell.rounds
-    assert len(ran) == len(own) * cell.rounds + len(short.contestants) - 1
+    first = [(*one, size) for one in own for size in cell.sizes(one[0])]
+    assert ran[: len(first)] == first
     found = by_name(records, "lora")
     assert found.keys() == {*cell.contestants}
-    for k, one in enumerate(own):
-        r, tried = found[one], [of_round[k][2] for of_round in rounds]
-        assert tuple(tried[:2]) == cell.sizes(one[0])
-        assert tried[2] == r["at_once"]  # the faster one again
-        assert r["rounds"] == cell.steps * r["processes"] == cell.steps * tried.count(r["at_once"])
-        assert f"--at_once {r['at_once']} " in r["reproduce"]
+    again = [(*one, found[one]["at_once"]) for one in own]  # the faster size
+    assert ran[len(first) :][: len(own)] == again
+    rest = [(*one, size) for one in short.contestants[1:] for size in short.sizes(one[0])]
+    assert ran[len(first) + len(own) :] == rest
+    for one in own:
+        assert found[one]["processes"] == 2
+        assert found[one]["rounds"] == 2 * cell.steps
+        assert f"--at_once {found[one]['at_once']} " in found[one]["reproduce"]
 
 
 def test_what_a_record_says(without_trl: Any) -> None:
@@ -155,7 +156,8 @@ def test_who_learns_something_else_has_no_time(
 
     monkeypatch.setitem(optional.NEEDED, "trl", ())
     monkeypatch.setattr(train, "measure", stand_in)
-    once = tuple(replace(cell, rounds=1) for cell in train.SIZES["tiny"])
+    sizes = {"padded": (2,), "packed": (96,), "pairs": (96,)}
+    once = tuple(replace(x, rounds=1, at_once=sizes) for x in train.SIZES["tiny"])
     monkeypatch.setitem(train.SIZES, "tiny", once)
     in_this_process(monkeypatch)
     records = run(tmp_path)
