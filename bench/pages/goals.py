@@ -1,6 +1,6 @@
 """What the figures are meant to reach, as data, and the verdicts on them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,28 +59,22 @@ def _memory(mode: str, limit: float, device: str) -> Goal:
     return Goal(claim, f"memory/{mode}", device, limit, params={"layers": 30})
 
 
-def _pairs(figure: str, claim: str, limit: float, device: str, m: int = 2, **params: Any) -> Goal:
-    """Of whole training steps on pair rows."""
-    return Goal(claim, "train/raco pairs", device, limit, figure, {"m": m, **params})
-
-
-def _training(device: str) -> tuple[Goal, ...]:
-    whole = "{data}, {kind}, m = {m}: a step on pair rows in at most {limit} of TRL's"
-    over = "m = {m}: a step on pair rows in at most {limit} of "
+def _training(device: str) -> Iterator[Goal]:
+    """Of whole training steps on pair rows, m = 2 but for one."""
+    trl = "{data}, {kind}, m = {m}: a step on pair rows in at most {limit} of TRL's "
+    over = "m = {m}: a step on pair rows in at most {limit} times "
+    once = "{data}: a reference pass on pair rows in at most {limit} of padded rows' time"
     hh = {"data": "hh_rlhf"}
-    return (
-        _pairs("ratio_to_trl", f"{whole} time", 0.45, device, kind="lora", **hh),
-        _pairs("memory_to_trl", f"{whole} peak memory", 0.7, device, kind="lora", **hh),
-        _pairs("ratio_to_trl", f"{whole} time", 0.5, device, kind="full", **hh),
-        _pairs("over_token_ratio", over + "(P+A+B)/(2P+A+B) packed sequences' time", 1.1, device),
-        _pairs("over_few", over + "that with m = 2", 1.1, device, m=8),
-        _pairs(
-            "reference_to_padded",
-            "{data}: a reference pass on pair rows in at most {limit} of padded rows' time",
-            *(0.6, device),
-            **hh,
-        ),
+    goals: tuple[tuple[str, str, float, Mapping[str, Any]], ...] = (
+        (trl + "time", "ratio_to_trl", 0.45, {"kind": "lora", **hh}),
+        (trl + "peak memory", "memory_to_trl", 0.7, {"kind": "lora", **hh}),
+        (trl + "time", "ratio_to_trl", 0.5, {"kind": "full", **hh}),
+        (over + "(P+A+B)/(2P+A+B) of packed sequences", "over_token_ratio", 1.1, {}),
+        (over + "that with m = 2", "over_few", 1.1, {"m": 8}),
+        (once, "reference_to_padded", 0.6, hh),
     )
+    for claim, figure, limit, params in goals:
+        yield Goal(claim, "train/raco pairs", device, limit, figure, {"m": 2, **params})
 
 
 GOALS = (
