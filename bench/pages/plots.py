@@ -95,17 +95,19 @@ def _against_ratio(records: Sequence[Record], file: Path) -> Path | None:
     if swept:
         x, y = [r["prompt_ratio"] for r in swept], [r["ratio"] for r in swept]
         axis.plot(x, y, marker="o", markersize=3, label="pair rows, sequences of one length")
+    names = list(dict.fromkeys(r["params"]["data"] for r in of_data))
     for r in of_data:
-        place = r["prompt_ratio"], r["over_packed"]
-        axis.plot(*place, marker="s", markersize=4, color="tab:orange", linestyle="")
-        name = f" {r['params']['data']}, {r['params']['kind']}"
-        axis.annotate(name, place, fontsize=6, va="center")
+        data, kind = r["params"]["data"], r["params"]["kind"]
+        place, color = (r["prompt_ratio"], r["over_packed"]), f"C{1 + names.index(data)}"
+        fill = {"color": color} if kind == "full" else {"mec": color, "mfc": "white"}
+        shape = {"marker": "s", "markersize": 5, "linestyle": ""}
+        axis.plot(*place, **shape, **fill, label=f"{data}, {kind}")
     axis.set_xscale("log")
     axis.set_ylim(bottom=0.4)
     axis.set_xlabel("tokens of the prompt over those of a completion")
     axis.set_ylabel("time of a pair, packed = 1")
     axis.set_title("What a shared prompt saves")
-    axis.legend(fontsize=6)
+    axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _saved(figure, file)
 
 
