@@ -64,6 +64,8 @@ def _training(device: str) -> Iterator[Goal]:
     trl = "{data}, {kind}, m = {m}: a step on pair rows in at most {limit} of TRL's "
     over = "m = {m}: a step on pair rows in at most {limit} times "
     once = "{data}: a reference pass on pair rows in at most {limit} of padded rows' time"
+    # With fewer layers the head, which takes every scored token, has a larger share.
+    whole = {"m": 2, **({"layers": 30} if device == "cpu" else {})}
     hh = {"data": "hh_rlhf"}
     goals: tuple[tuple[str, str, float, Mapping[str, Any]], ...] = (
         (trl + "time", "ratio_to_trl", 0.45, {"kind": "lora", **hh}),
@@ -74,7 +76,7 @@ def _training(device: str) -> Iterator[Goal]:
         (once, "reference_to_padded", 0.6, hh),
     )
     for claim, figure, limit, params in goals:
-        yield Goal(claim, "train/raco pairs", device, limit, figure, {"m": 2, **params})
+        yield Goal(claim, "train/raco pairs", device, limit, figure, {**whole, **params})
 
 
 GOALS = (

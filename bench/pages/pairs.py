@@ -17,7 +17,7 @@ _FIGURES: dict[str, Callable[[Any], str]] = {
 # Key of a record -> what it is over what.
 _OVER = {
     "over_packed": "`raco pairs` over `raco packed`",
-    "over_token_ratio": "the same over its bound",
+    "over_token_ratio": "the same over the tokens left",
     "over_few": "m = 8 over m = 2",
     "reference_to_padded": "reference pass over `raco padded`",
     "memory_to_trl": "peak memory over `trl`",
@@ -50,8 +50,10 @@ def _overs(cases: dict[str, dict[str, Record]]) -> str:
     for case, of_case in cases.items():
         known = next(iter(of_case.values()))
         lengths = [f"{known['prompt_ratio']:.2f}", f"{known['token_ratio']:.2f}"]
+        lengths.append(f"{known['flops_ratio']:.2f}")
         rows.append([case, *lengths, *(_over(of_case, key) for key in _OVER)])
-    titles = ["case", "prompt over completion", "(P+A+B)/(2P+A+B), the bound", *_OVER.values()]
+    left = ["(P+A+B)/(2P+A+B), the tokens left", "operations left"]
+    titles = ["case", "prompt over completion", *left, *_OVER.values()]
     return markdown_table(titles, rows)
 
 

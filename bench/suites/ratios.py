@@ -29,7 +29,7 @@ SIZES: dict[str, tuple[PairsSetting, int, Sequence[str], int]] = {
         *(512, _RATIOS, 8192),
     ),
     "cpu": (PairsSetting(layers=4, pairs=2), 128, ("0.5", "2", "8"), 512),
-    "cpu-whole": (PairsSetting(layers=4, pairs=4), 256, _RATIOS[::2], 1024),
+    "cpu-whole": (PairsSetting(pairs=1), 256, _RATIOS[::2], 512),
     "tiny": (PairsSetting(shape="tiny", layers=1, pairs=2), 12, ("1", "5"), 48),
 }
 

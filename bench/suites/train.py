@@ -204,6 +204,7 @@ def record(one: Measured, found: Sequence[Measured], matmul: float | None) -> di
         "losses": one.said[-1]["losses"],
         "prompt_ratio": lengths.prompt_ratio(counts),
         "token_ratio": lengths.token_ratio(counts),
+        "flops_ratio": flops.of_step(setting, counts, True) / flops.of_step(setting, counts, False),
         **_over_others(one, found, lengths.token_ratio(counts)),
     }
     return {**values, "reproduce": shlex.join(["python", *one.command(one.best)])}

@@ -142,8 +142,14 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
 
 def trained(contestant: str, m: int, p50: float, **values: Any) -> Record:
     """A record of the suite `train`, per pair."""
-    setting = {"kind": "lora", "layers": 3, "data": "hh_rlhf", "pairs": 6, "dtype": "float32"}
-    counts = {"prompt_ratio": 2.0, "token_ratio": 2 / 3, "at_once": 512, "of_matmul": None}
+    setting = {"kind": "lora", "layers": 30, "data": "hh_rlhf", "pairs": 6, "dtype": "float32"}
+    counts = {
+        "prompt_ratio": 2.0,
+        "token_ratio": 2 / 3,
+        "flops_ratio": 0.7,
+        "at_once": 512,
+        "of_matmul": None,
+    }
     speed = {"tokens_per_second": 100.0, "tokens_per_second_twice": 150.0}
     memory = {"peak_bytes": 3 << 20, "model_bytes": 1 << 20}
     known = {
@@ -177,9 +183,9 @@ def test_training_on_pairs_has_tables_of_its_own() -> None:
     assert "### Whole training steps on pairs of real lengths (`train`)" in text
     assert "| case | `trl` | `raco pairs, m = 2` | `raco pairs, m = 8` |" in text
     shown = "1.2 s (0.40, 100 tokens/s once, 150 twice, 512 at once, 4 MiB)"
-    assert "| hh_rlhf, lora, 3 layers, 6 pairs, float32 | 3 s (1.00, " in text
+    assert "| hh_rlhf, lora, 30 layers, 6 pairs, float32 | 3 s (1.00, " in text
     assert shown in text
-    assert "| 2.00 | 0.67 | 0.72 | 1.08 | 1.17 | - | 0.80 |" in text
+    assert "| 2.00 | 0.67 | 0.70 | 0.72 | 1.08 | 1.17 | - | 0.80 |" in text
     assert "### Whole training steps (`train`)" not in text
 
 
