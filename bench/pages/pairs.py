@@ -26,7 +26,8 @@ _NOTE = """\
 Seconds of a pair; in brackets: as a multiple of `trl` (of `plain padded` where TRL is missing or
 learnt something else), tokens per second with the prompt of a pair counted once and twice, the size
 of a micro-batch at which the contestant was fastest (pairs where it pads, tokens where it packs),
-and the peak of memory, the model included."""
+and the peak of memory, the model included. On a CPU TRL 1.16 runs the head on every position, on a
+GPU on the completions alone; `plain padded` is plain torch with the head on these alone."""
 
 
 def section(records: Sequence[Record]) -> str:
