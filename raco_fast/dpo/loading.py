@@ -97,6 +97,21 @@ def load_tokenizer_of(name: str, argument: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def config_of(name: str, argument: str, revision: str | None) -> PreTrainedConfig:
+    """The config of the model called `name`, without its weights; arguments as below.
+
+    Raises:
+        ValueError: there is no such model, or its config cannot be read.
+    """
+    import transformers
+
+    source, of_file = source_of(name, argument)
+    with LoadErrors(argument, name, _CURE):
+        return transformers.AutoConfig.from_pretrained(
+            source, revision=revision or "main", **of_file
+        )
+
+
 def _set_attention(name: str, model: PreTrainedModel, attention: str | None) -> None:
     if attention is None:
         return
@@ -136,6 +151,7 @@ def load_causal_lm(
     """
     import transformers
 
+    assert options.dtype != "auto", "it is settled before a model is loaded"
     source, of_file = source_of(name, argument)
     arguments: dict[str, Any] = {"dtype": DTYPES[options.dtype], **of_file}
     if of_file:
@@ -143,8 +159,7 @@ def load_causal_lm(
             arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
         arguments["revision"] = revision or "main"
-        with LoadErrors(argument, name, _CURE):
-            config = transformers.AutoConfig.from_pretrained(source, revision=revision or "main")
+        config = config_of(name, argument, revision)
         _check_kind(name, argument, config)
         _check_quantized(name, argument, config, changed_by)
     with LoadErrors(argument, name, _CURE):

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from raco_fast.backends.weight_grad import widened
 from raco_fast.dpo.decoders import hidden_states, is_in_parts, logit_shape, unwrap
+from raco_fast.dpo.given_logits import unrounded
 from raco_fast.dpo.sharded import as_forward
 from raco_fast.engine.declaration import declared, sequences
 from raco_fast.engine.lm_head import token_logps
@@ -113,7 +113,7 @@ def _logps_of_all_logits(
     """The same from the model's own logits."""
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
     rows, columns = (index.to(logits.device) for index in scored)
-    chosen = widened(logits[rows, columns - 1])
+    chosen = unrounded(unwrap(model), logits[rows, columns - 1])
     logps = -F.cross_entropy(chosen, input_ids[rows, columns], reduction="none")
     return _placed(logps, (rows, columns), of_tokens, input_ids)
 
@@ -140,7 +140,8 @@ def head_logps(
         )
 
     def chunk(hidden: Tensor, targets: Tensor) -> Tensor:
-        return -F.cross_entropy(shape(head(hidden).float()), targets, reduction="none")
+        logits = shape(unrounded(head, head(hidden)))
+        return -F.cross_entropy(logits, targets, reduction="none")
 
     # Such a head, or one with an adapter inside, has no weight to cut, so its tokens are cut.
     of_rows = declared()

@@ -248,7 +248,7 @@ class ScoreGraph:
         self._refuse(misfits[0][1])
 
     def _note_layer(self, node: Node) -> None:
-        fact = ("layer", node.layer, node.look)
+        fact = ("layer", node.layer, node.look, _name_of_own(node))
         if fact not in self._known and _reaches_out(node):
             self._refuse(
                 f"layer {node.layer!r} depends on more than its first argument and its parameters, "
@@ -294,6 +294,14 @@ def _edges(node: Node) -> Sequence[tuple[Node, int]]:
     """Where a node leads on to; a layer, to where its input comes from."""
     edges: Sequence[tuple[Node, int]] = node.next_functions
     return edges[_below(node) : _below(node) + 1] if _role(node) == _TAPPED else edges
+
+
+def _name_of_own(tap: Node) -> str | None:
+    """What the layer behind a tap ends in; None: the function is itself the layer."""
+    if _below(tap) == 0:
+        return None
+    own: Node = tap.next_functions[0][0]
+    return type(own).__name__
 
 
 def _reaches_out(tap: Node) -> bool:

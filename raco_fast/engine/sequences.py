@@ -35,13 +35,15 @@ class Segments:
 
     `entries`: how many leading entries the layer's tensors have; `order`: those to take, in this
     order (None: all, as they lie); `offsets`: [groups + 1], where each group begins among them;
-    `outer`: how often the entries are repeated by dimensions before theirs (heads before tokens).
+    `outer`: how often the entries are repeated by dimensions before theirs (heads before tokens);
+    `order_on_host`: `order` on the CPU, so that nobody has to wait for a device to send it back.
     """
 
     entries: int
     order: Tensor | None
     offsets: tuple[int, ...]
     outer: int = 1
+    order_on_host: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -50,6 +52,8 @@ class Segments:
 
     def split(self, x: Tensor) -> Tensor:
         """[entries, inner, d] of x [..., d], whose entries hold `inner` rows each, as they lie."""
+        if self.outer == 1 and x.ndim == 3 and x.shape[0] == self.entries:
+            return x
         if not x.numel():
             return x.new_zeros(self.entries, 0, x.shape[-1])
         return x.reshape(self.outer, self.entries, -1, x.shape[-1]).transpose(0, 1).flatten(1, 2)
@@ -67,20 +71,28 @@ class Segments:
             torch.sum(arranged[start:stop], 0, out=total)
         return found
 
-    def spread(self, U: Tensor) -> Tensor:
-        """[m, entries] of U [m, groups] on the CPU: of each entry, 0 where it has no group."""
-        of_taken = U.index_select(1, self._of_taken)
-        if self._order_on_host is None:
-            return of_taken
-        return U.new_zeros(len(U), self.entries).index_copy_(1, self._order_on_host, of_taken)
+    def spread(self, U: Tensor, like: Tensor, inner: int = 1) -> Tensor:
+        """[m, entries * inner] of U [m, groups] on the CPU: of each row, 0 where it has no group.
+
+        In the dtype and on the device of `like`; made and sent once a pass, not for every layer.
+        """
+        key = (id(U), like.dtype, like.device, inner)
+        if key not in self._spread:
+            # U is kept beside the result, so that its id cannot be given to another.
+            self._spread[key] = (U, self._spread_over(U, inner).to(like))
+        return self._spread[key][1]
+
+    def _spread_over(self, U: Tensor, inner: int) -> Tensor:
+        of_entries = U.index_select(1, self.of_rows(1, torch.device("cpu")))
+        if self.order is not None:
+            order = self.order.cpu() if self.order_on_host is None else self.order_on_host
+            everywhere = U.new_zeros(len(U), self.entries)
+            of_entries = everywhere.index_copy_(1, order, of_entries)
+        return of_entries.repeat_interleave(inner, dim=1)
 
     @cached_property
-    def _of_taken(self) -> Tensor:
-        return self.of_rows(1, torch.device("cpu"))
-
-    @cached_property
-    def _order_on_host(self) -> Tensor | None:
-        return None if self.order is None else self.order.cpu()
+    def _spread(self) -> dict[tuple[int, torch.dtype, torch.device, int], tuple[Tensor, Tensor]]:
+        return {}
 
     def restored(self, rows: Tensor, like: Tensor) -> Tensor:
         """`arranged` undone: rows [taken, inner, d] in the places of `like`, zeros elsewhere."""
@@ -136,14 +148,18 @@ class Factored:
         directions = torch.where(used, A / seeds, 0.0).T  # [B, m]
         for a, b in pairs:
             near = (directions[a] - directions[b]).abs() <= _PARALLEL_PAIR * directions[a].abs()
-            if used[a] and used[b] and bool(near.all()):
-                directions[b] = directions[a]
+            # What is not finite in one of the two is so in the gradient, whatever the other is.
+            finite = [torch.isfinite(directions[k]) for k in (a, b)]
+            if used[a] and used[b] and bool((near | ~(finite[0] & finite[1])).all()):
+                both = torch.where(finite[1], directions[a], directions[b])
+                directions[a] = directions[b] = both
         # Each sequence joins the first group with its direction, or founds one.
         group = torch.full((A.shape[1],), -1)
         found, groups = torch.empty_like(directions), 0
         for b in used.nonzero().flatten().tolist():
             direction = directions[b]
             near = (found[:groups] - direction).abs() <= _PARALLEL * direction.abs()
+            near |= ~(torch.isfinite(found[:groups]) | torch.isfinite(direction))
             parallel = near.all(1).nonzero().flatten().tolist()
             if not parallel:
                 found[groups] = direction
@@ -187,4 +203,6 @@ class Factored:
         sizes = torch.bincount(group[taken], minlength=self.coefficients.shape[1])
         offsets = (0, *torch.cumsum(sizes, 0).tolist())
         as_they_lie = torch.equal(order, torch.arange(len(group)))
-        return Segments(len(group), None if as_they_lie else order.to(device), offsets, outer)
+        if as_they_lie:
+            return Segments(len(group), None, offsets, outer)
+        return Segments(len(group), order.to(device), offsets, outer, order)

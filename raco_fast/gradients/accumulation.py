@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
-from raco_fast.gradients.buffer_pool import HostMemory
+from raco_fast.gradients.buffer_pool import HostMemory, empty
 from raco_fast.gradients.objective_grad import ObjectiveGrad, stand_in_of
 
 
@@ -18,6 +20,8 @@ class Accumulation:
         RuntimeError: p.grad was filled outside of any objective, or belongs to other ones.
     """
 
+    at_once = False
+
     def __init__(
         self, params: Sequence[Tensor], names: tuple[str, ...], memory: HostMemory
     ) -> None:
@@ -26,12 +30,39 @@ class Accumulation:
         self.is_fresh = not any(held is not None and held.present for held in self._held.values())
 
     def buffers(self, p: Tensor) -> tuple[Tensor, bool]:
-        """See `engine.backward.Into`."""
+        """See `engine.gradient_collector.Into`."""
         held = self._held.get(p)
         if held is not None and held.present:
             return held.stacked(self._memory), False
         self._held[p] = held = ObjectiveGrad(p, self._names)
         return held.allocate(self._memory), True
+
+    def add_products(self, params: Sequence[Tensor], U: Tensor, t: Tensor) -> None:
+        """See `engine.gradient_collector.Into`."""
+        dtype, held = params[0].dtype, [self._held.get(p) for p in params]
+        adds = any(grad is not None and grad.present for grad in held)
+        sums = self._product(U, t, t.dtype if adds else dtype)
+        targets: list[Tensor] = []
+        added: list[Tensor] = []
+        parts = zip(*(_unflatten_dense_tensors(row, params) for row in sums), strict=True)
+        for p, grad, of_p in zip(params, held, parts, strict=True):
+            if grad is not None and grad.present:
+                targets += grad.stacked(self._memory).unbind()
+                added += of_p
+            else:
+                self._held[p] = grad = ObjectiveGrad(p, self._names)
+                grad.buffers = [part.to(dtype) for part in of_p] if adds else [*of_p]
+        if targets and dtype == t.dtype:
+            torch._foreach_add_(targets, added)
+        elif targets:
+            # Added before rounding: the sum is rounded once, as autograd's accumulation does.
+            torch._foreach_add_(added, targets)
+            torch._foreach_copy_(targets, added)
+
+    def _product(self, U: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """U t, rounded once, on memory that is kept from step to step."""
+        out = empty((len(U), t.shape[1]), dtype, t.device, self._memory)
+        return torch.mm(U, t, out=out) if dtype == t.dtype else out.copy_(U @ t)
 
     def filled(self, params: Iterable[Tensor]) -> None:
         """Nothing is to be done with a layer's gradients."""

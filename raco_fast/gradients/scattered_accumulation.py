@@ -28,6 +28,8 @@ class ScatteredAccumulation:
         RuntimeError: as `Accumulation`.
     """
 
+    at_once = True
+
     def __init__(
         self,
         graph: ScoreGraph,
@@ -44,8 +46,12 @@ class ScatteredAccumulation:
         self._scatter = Scatter(len(names), graph.uses, graph.leaves, self._take, processes)
 
     def buffers(self, p: Tensor) -> tuple[Tensor, bool]:
-        """See `engine.backward.Into`."""
+        """See `engine.gradient_collector.Into`."""
         return (self._scatter if is_dtensor(p) else self._plain).buffers(p)
+
+    def add_products(self, params: Sequence[Tensor], U: Tensor, t: Tensor) -> None:
+        """See `engine.gradient_collector.Into`."""
+        raise AssertionError("layers are sent one by one")
 
     def filled(self, params: Iterable[Tensor]) -> None:
         """Send what is complete."""

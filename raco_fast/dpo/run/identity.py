@@ -92,8 +92,11 @@ def check_same_run(config: TrainConfig, saved: Mapping[str, Any], checkpoint: Pa
     """Raise ValueError, naming every differing setting, unless `config` may go on from `saved`.
 
     Args:
-        saved: `identity` of the run that wrote the checkpoint.
+        saved: `identity` of the run that wrote the checkpoint, whose dtype `auto` stands for.
     """
+    if config.model.dtype == "auto":
+        model = dataclasses.replace(config.model, dtype=saved["model"]["dtype"])
+        config = dataclasses.replace(config, model=model)
     never = list(_differences(config, saved, Change.NEVER))
     if config.rounding is not None and saved.get("rounding") != config.rounding:
         never.append(_difference("rounding", saved.get("rounding"), config.rounding))

@@ -43,6 +43,7 @@ from raco_fast.dpo.run.result import save_result
 from raco_fast.dpo.run.resuming import checkpoint_to_resume, go_on_from
 from raco_fast.dpo.run.step import PreferenceStep
 from raco_fast.dpo.run.together import by_first, check_alike, together
+from raco_fast.dpo.run.weight_dtype import with_dtype
 from raco_fast.dpo.sharded import is_sharded, whole_state_dict
 from raco_fast.engine.prepare import prepare
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
@@ -95,11 +96,12 @@ class Trainer:
     """One run. `Trainer(config).run()` is `train(config)`, once `output_dir` is held by it."""
 
     def __init__(self, config: TrainConfig, resume: bool = False) -> None:
-        self.config, self.losses = config, config.objective_losses
+        self.losses = config.objective_losses
         self.processes = Processes()
         for folder, name in ((config.folder, "output_dir"), (config.cache_folder, "cache_dir")):
             by_first(self.processes, partial(check_writable, folder, name))
         found = checkpoint_to_resume(config, resume, self.processes)
+        self.config = config = with_dtype(config, self.processes, found)
         with memory_named("loading the model", to_hold_a_model(config)):
             self.inputs = load_on_all(config, self.processes)
         self.model, self.pairs = self.inputs.model, self.inputs.training

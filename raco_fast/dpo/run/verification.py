@@ -15,6 +15,7 @@ from raco_fast.dpo.run.batching import layout_of
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.inputs import load_inputs
 from raco_fast.dpo.run.reference_cache import compute_reference
+from raco_fast.dpo.run.weight_dtype import with_dtype
 from raco_fast.dpo.scoring import pair_logps, score_pairs, tail_weights
 from raco_fast.verification import Verification, verify
 
@@ -29,6 +30,7 @@ def verify_run(config: TrainConfig) -> Verification:
         ValueError: bad configuration, data or model path; or one backward pass is not exact for
             the model, for a reason that the message gives.
     """
+    config = with_dtype(config, Processes(), keep=False)
     inputs, losses = load_inputs(config), config.objective_losses
     inputs.check_causal()
     model = inputs.model
