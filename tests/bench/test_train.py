@@ -142,7 +142,7 @@ def test_what_is_over_what(without_trl: Any) -> None:
     assert few["reference_to_padded"] == few["reference_seconds"] / padded
 
 
-@pytest.mark.parametrize("wrong", ["trl", "raco pairs"])
+@pytest.mark.parametrize("wrong", ["trl", pytest.param("raco pairs", marks=pytest.mark.slow)])
 def test_who_learns_something_else_has_no_time(
     wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
