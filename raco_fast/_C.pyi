@@ -20,7 +20,7 @@ def describe(
 def advance(
     steps: list[Tensor], types: tuple[type, ...], exchange: object
 ) -> NDArray[np.float64] | None: ...
-def gram(
+def products(
     grads: NDArray[np.int64],
     lengths: NDArray[np.int64],
     dtypes: NDArray[np.uint8],

@@ -11,16 +11,6 @@ namespace {
 
 // Below this many elements a thread costs more than it saves.
 constexpr std::int64_t kPerThread = 1 << 17;
-// Chunks are dealt out in at most this many spans, which bounds the memory for partial sums.
-constexpr std::int64_t kSpans = 1024;
-
-// Neighbouring spans are summed by different threads at the same time: no two of them may share a
-// cache line, nor a pair of lines that the processor fetches together.
-constexpr std::int64_t kPerLine = 16;
-struct alignas(kPerLine * sizeof(double)) Line {
-  double sums[kPerLine];
-};
-
 struct Chunk {
   std::int64_t column, start, count;
 };
@@ -34,27 +24,21 @@ class Plan {
         chunks_.push_back({k, start, std::min<std::int64_t>(kChunk, grads.length[k] - start)});
       elements_ += grads.length[k];
     }
-    const auto count = static_cast<std::int64_t>(chunks_.size());
-    per_span_ = std::max<std::int64_t>(1, (count + kSpans - 1) / kSpans);
-    spans_ = (count + per_span_ - 1) / per_span_;
   }
 
-  std::int64_t spans() const { return spans_; }
+  const std::vector<Chunk>& chunks() const { return chunks_; }
 
-  template <class Body>  // body(span, chunk)
+  template <class Body>  // body(number of the chunk, chunk)
   void run(int threads, const Body& body) const {
     const auto useful = static_cast<int>(std::min<std::int64_t>(elements_ / kPerThread + 1, threads));
-    const auto count = static_cast<std::int64_t>(chunks_.size());
-    parallel_for(spans_, useful, [&](std::int64_t span) {
-      const std::int64_t end = std::min(count, (span + 1) * per_span_);
-      for (std::int64_t c = span * per_span_; c < end; ++c)
-        body(span, chunks_[static_cast<std::size_t>(c)]);
+    parallel_for(static_cast<std::int64_t>(chunks_.size()), useful, [&](std::int64_t number) {
+      body(number, chunks_[static_cast<std::size_t>(number)]);
     });
   }
 
  private:
   std::vector<Chunk> chunks_;
-  std::int64_t elements_ = 0, per_span_ = 1, spans_ = 0;
+  std::int64_t elements_ = 0;
 };
 
 std::int64_t size_of(Dtype dtype) {
@@ -129,23 +113,30 @@ const std::vector<const Target*>& targets() {
   return found;
 }
 
-void gram(const Lists& grads, const Execution& how, double* M) {
+void products(const Lists& grads, const Execution& how, double* out) {
   const Plan plan(grads);
   const int m = grads.m;
-  const std::int64_t lines = (static_cast<std::int64_t>(m) * m * kLanes + kPerLine - 1) / kPerLine;
-  std::vector<Line> sums(static_cast<std::size_t>(plan.spans() * lines), Line{});
-  double* const first = reinterpret_cast<double*>(sums.data());
-  const auto of_span = [&](std::int64_t span) { return first + span * lines * kPerLine; };
-  plan.run(how.threads, [&](std::int64_t span, const Chunk& chunk) {
-    how.target->gram(present(grads, chunk, nullptr), m, chunk.count, of_span(span));
+  const std::size_t pairs = static_cast<std::size_t>(m) * m;
+  std::vector<double> of_chunks(plan.chunks().size() * pairs);
+  plan.run(how.threads, [&](std::int64_t number, const Chunk& chunk) {
+    alignas(64) double lanes[kMaxLists * kMaxLists * kLanes];
+    std::fill_n(lanes, pairs * kLanes, 0.0);
+    how.target->gram(present(grads, chunk, nullptr), m, chunk.count, lanes);
+    double* const sums = of_chunks.data() + static_cast<std::size_t>(number) * pairs;
+    for (std::size_t pair = 0; pair < pairs; ++pair)
+      for (int l = 0; l < kLanes; ++l) sums[pair] += lanes[pair * kLanes + l];
   });
-  for (int i = 0; i < m; ++i) {
-    for (int j = i; j < m; ++j) {
-      double total = 0.0;
-      for (std::int64_t span = 0; span < plan.spans(); ++span)
-        for (int l = 0; l < kLanes; ++l) total += of_span(span)[(i * m + j) * kLanes + l];
-      M[i * m + j] = M[j * m + i] = total;
-    }
+  std::fill_n(out, static_cast<std::size_t>(grads.n) * pairs, 0.0);
+  const double* sums = of_chunks.data();
+  for (const Chunk& chunk : plan.chunks()) {
+    double* const of_column = out + static_cast<std::size_t>(chunk.column) * pairs;
+    for (std::size_t pair = 0; pair < pairs; ++pair) of_column[pair] += sums[pair];
+    sums += pairs;
+  }
+  for (std::int64_t k = 0; k < grads.n; ++k) {
+    double* const M = out + static_cast<std::size_t>(k) * pairs;
+    for (int i = 0; i < m; ++i)
+      for (int j = i + 1; j < m; ++j) M[j * m + i] = M[i * m + j];
   }
 }
 

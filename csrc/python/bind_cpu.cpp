@@ -82,17 +82,17 @@ void check_places(const Array<std::int64_t>& places, std::int64_t n) {
           "places must be [n, 4] for stochastic rounding, else [0, 4]");
 }
 
-py::array_t<double> gram(const Addresses& grads, const Addresses& lengths, const Dtypes& dtypes,
-                         int threads, int target) {
+py::array_t<double> products(const Addresses& grads, const Addresses& lengths,
+                             const Dtypes& dtypes, int threads, int target) {
   const raco::Lists table = lists(grads, lengths, dtypes);
   const raco::Execution how = execution(threads, target);
-  py::array_t<double> M({table.m, table.m});
-  double* out = M.mutable_data();
+  py::array_t<double> found({table.n, std::int64_t{table.m}, std::int64_t{table.m}});
+  double* out = found.mutable_data();
   {
     py::gil_scoped_release release;
-    raco::gram(table, how, out);
+    raco::products(table, how, out);
   }
-  return M;
+  return found;
 }
 
 void combine(const Addresses& grads, const Addresses& lengths, const Dtypes& dtypes,
@@ -152,9 +152,9 @@ void bind_cpu(py::module_& module) {
   py::list names;
   for (const raco::Target* target : raco::targets()) names.append(target->name);
   module.attr("CPU_TARGETS") = py::tuple(names);
-  module.def("gram", &gram, py::arg("grads"), py::arg("lengths"), py::arg("dtypes"),
+  module.def("products", &products, py::arg("grads"), py::arg("lengths"), py::arg("dtypes"),
              py::arg("threads"), py::arg("target") = 0,
-             "grads [m, n] addresses, lengths [n], dtypes [n] -> M [m, m]; csrc/cpu/cpu_kernels.hpp.");
+             "grads [m, n] addresses, lengths [n], dtypes [n] -> [n, m, m]; csrc/cpu/cpu_kernels.hpp.");
   module.def("combine", &combine, py::arg("grads"), py::arg("lengths"), py::arg("dtypes"),
              py::arg("alpha"), py::arg("out"), py::arg("out_dtypes"), py::arg("threads"),
              py::arg("target") = 0, "Writes G0 to `out`; csrc/cpu/cpu_kernels.hpp.");

@@ -53,6 +53,11 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def allows(name: str) -> bool:
+    """Whether what a backend has computed may be used here: no other one is forced."""
+    return _forced.get() in (None, name)
+
+
 def chosen(call: Call) -> Backend:
     """The backend that runs a call.
 

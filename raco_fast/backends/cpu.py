@@ -16,6 +16,7 @@ from torch.autograd.graph import increment_version
 
 from raco_fast import _C
 from raco_fast.backends.plan import advance
+from raco_fast.backends.summed import summed
 from raco_fast.backends.types import AdamWOptions, Built, Call, Gradients, Update
 from raco_fast.backends.weight_grad import weight_grad as weight_grad
 from raco_fast.kernels.tables import is_dense
@@ -56,8 +57,13 @@ def obstacle(call: Call, forced: bool) -> str | None:
 
 def gram(grads: Gradients, built: Built) -> Tensor:
     """Gram matrix of m per-objective gradients."""
+    return summed(products(grads, built))
+
+
+def products(grads: Gradients, built: Built) -> Tensor:
+    """Inner products of each tensor's m gradients, the same bits whatever the other tensors are."""
     found = _recalled(built, grads, [])
-    return torch.from_numpy(_C.gram(*found.grads, torch.get_num_threads()))
+    return torch.from_numpy(_C.products(*found.grads, torch.get_num_threads()))
 
 
 def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> None:

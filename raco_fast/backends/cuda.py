@@ -84,6 +84,13 @@ def gram(grads: Gradients, built: Built) -> Tensor:
     return kernels.gram(grads, device, tables=tables)
 
 
+def products(grads: Gradients, built: Built) -> Tensor:
+    """Inner products [n, m, m] of each tensor's m <= 32 gradients: a launch for each tensor."""
+    m = len(grads)
+    of_each = [gram([[g] for g in column], {}).cpu() for column in zip(*grads, strict=True)]
+    return torch.stack(of_each) if of_each else torch.zeros(0, m, m, dtype=torch.float64)
+
+
 def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> None:
     """Write G0 = Σ α_i g_i; ValueError for an output that overlaps or has gaps."""
     from raco_fast.kernels.combine import combine as launch

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from raco_fast.gradients.buffer_pool import HostMemory
 from raco_fast.gradients.objective_grad import ObjectiveGrad, stand_in_of
+from raco_fast.gradients.products import ProductsOfPass
 
 
 class Accumulation:
@@ -14,14 +15,19 @@ class Accumulation:
     Args:
         params: those whose p.grad may hold gradients already; fresh buffers are made for others.
         memory: for buffers on the CPU.
+        products: takes those of the gradients as they are completed; None: a step takes them.
     Raises:
         RuntimeError: p.grad was filled outside of any objective, or belongs to other ones.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], names: tuple[str, ...], memory: HostMemory
+        self,
+        params: Sequence[Tensor],
+        names: tuple[str, ...],
+        memory: HostMemory,
+        products: ProductsOfPass | None = None,
     ) -> None:
-        self._names, self._memory = names, memory
+        self._names, self._memory, self._products = names, memory, products
         self._held = {p: stand_in_of(p, names) for p in params}
         self.is_fresh = not any(held is not None and held.present for held in self._held.values())
 
@@ -29,15 +35,23 @@ class Accumulation:
         """See `engine.backward.Into`."""
         held = self._held.get(p)
         if held is not None and held.present:
+            held.products = None
             return held.stacked(self._memory), False
         self._held[p] = held = ObjectiveGrad(p, self._names)
         return held.allocate(self._memory), True
 
     def filled(self, params: Iterable[Tensor]) -> None:
-        """Nothing is to be done with a layer's gradients."""
+        """See `engine.backward.Into`."""
+        if self._products is not None:
+            for p in params:
+                held = self._held[p]
+                assert held is not None, "filled before it had buffers"
+                self._products.filled(p, held)
 
     def finish(self) -> None:
-        """Nor at the end of a pass."""
+        """See `engine.backward.Into`."""
+        if self._products is not None:
+            self._products.finish()
 
     def gradients(self) -> dict[Tensor, Tensor]:
         """Parameter -> [m, *shape], of those that were touched."""

@@ -8,7 +8,7 @@ finds and unscales all m buffers, and code that reads p.grad as if there were on
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, compress
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from raco_fast.distributed.dtensor import any_dtensor, local
 from raco_fast.distributed.processes import Processes
 from raco_fast.gradients.buffer_pool import HostMemory
 from raco_fast.gradients.norm_clip import plain
+
+if TYPE_CHECKING:
+    from raco_fast.gradients.products import Products
 
 _aten = torch.ops.aten
 _UNSCALE = _aten._amp_foreach_non_finite_check_and_unscale_.default
@@ -35,14 +38,17 @@ class ObjectiveGrad(torch.Tensor):
 
     A tensor of p's shape, dtype and device without storage; `buffers` are the m real gradients
     (None: that objective did not touch p). Where `unreduced` is not None they are this process's
-    own, and are to be averaged over those processes when a step is taken. Zeroing, GradScaler's
-    unscaling and the conversions of a module (`model.to`, ...) reach every buffer; any other
-    operation raises RuntimeError.
+    own, and are to be averaged over those processes when a step is taken. `products` are those of
+    the buffers where a pass has taken them, and only as long as nobody else has `escaped` buffers,
+    whose writes torch need not count. Zeroing, GradScaler's unscaling and the conversions of a
+    module (`model.to`, ...) reach every buffer; any other operation raises RuntimeError.
     """
 
     objectives: tuple[str, ...]  # not `names`: torch 2.11's named tensors own that attribute
     buffers: list[Tensor | None]
     unreduced: Processes | None
+    products: "Products | None"
+    escaped: bool
 
     # Attribute reads (shape, device, is_sparse) need no override and stay fast.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -55,7 +61,8 @@ class ObjectiveGrad(torch.Tensor):
         )
         grad.objectives = objectives
         grad.buffers = [None] * len(objectives)
-        grad.unreduced = None
+        grad.unreduced = grad.products = None
+        grad.escaped = False
         return grad
 
     @property
@@ -71,10 +78,11 @@ class ObjectiveGrad(torch.Tensor):
                 f"be one gradient, got a {type(converted).__name__}; set p.grad itself"
             )
         torch.Tensor.data.__set__(self, converted)  # type: ignore[attr-defined]
-        self.buffers = converted.buffers
+        self.buffers, self.products = converted.buffers, None
 
     def share_memory_(self) -> "ObjectiveGrad":
-        """As torch's, for every buffer."""
+        """As torch's, for every buffer, to which other processes may write from now on."""
+        self.escape()
         for buffer in self.present:
             buffer.share_memory_()  # type: ignore[no-untyped-call]
         return self
@@ -84,6 +92,10 @@ class ObjectiveGrad(torch.Tensor):
         """The buffers of the objectives that touched p."""
         return [g for g in self.buffers if g is not None]
 
+    def escape(self) -> None:
+        """Note that somebody else has the buffers, and may write to them in ways nobody counts."""
+        self.products, self.escaped = None, True
+
     def allocate(self, host_memory: HostMemory) -> Tensor:
         """Fresh memory [m, *shape] for all objectives, whose slices become the buffers."""
         shape = (len(self.objectives), *self.shape)
@@ -91,7 +103,7 @@ class ObjectiveGrad(torch.Tensor):
             memory = host_memory.empty(shape, self.dtype)
         else:
             memory = torch.empty(shape, dtype=self.dtype, device=self.device)
-        self.buffers = list(memory.unbind())
+        self.buffers, self.products, self.escaped = list(memory.unbind()), None, False
         return memory
 
     def stacked(self, host_memory: HostMemory) -> Tensor:
@@ -116,11 +128,16 @@ class ObjectiveGrad(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        # Below autograd, and unscaling anywhere, nothing counts that a buffer was written.
         if func is _aten.zero_.default:
+            args[0].products = None
             for buffer in args[0].present:
                 buffer.zero_()
             return args[0]
         if func in _IN_PLACE_ON_LISTS:
+            for g in args[0]:
+                if isinstance(g, ObjectiveGrad):
+                    g.products = None
             nested = [g.present if isinstance(g, ObjectiveGrad) else [g] for g in args[0]]
             flat = [buffer for buffers in nested for buffer in buffers]
             if flat:
