@@ -86,6 +86,29 @@ void* residual(const AdamW& adamw, const Chunk& chunk) {
   return reinterpret_cast<char*>(adamw.residual[chunk.column]) + 2 * chunk.start;
 }
 
+// out[column] += the products of every chunk of a column, in the order of the chunks, whoever forms
+// them: of_chunk(chunk, lanes) adds kLanes sums of each pair i <= j to m x m x kLanes zeros.
+template <class OfChunk>
+void add_products(const Plan& plan, int m, int threads, double* out, const OfChunk& of_chunk) {
+  const std::size_t pairs = static_cast<std::size_t>(m) * m;
+  std::vector<double> of_chunks(plan.chunks().size() * pairs);
+  plan.run(threads, [&](std::int64_t number, const Chunk& chunk) {
+    alignas(64) double lanes[kMaxLists * kMaxLists * kLanes];
+    std::fill_n(lanes, pairs * kLanes, 0.0);
+    of_chunk(chunk, lanes);
+    double* const sums = of_chunks.data() + static_cast<std::size_t>(number) * pairs;
+    for (std::size_t pair = 0; pair < pairs; ++pair)
+      for (int l = 0; l < kLanes; ++l) sums[pair] += lanes[pair * kLanes + l];
+  });
+  const double* sums = of_chunks.data();
+  for (const Chunk& chunk : plan.chunks()) {
+    double* const M = out + static_cast<std::size_t>(chunk.column) * pairs;
+    for (int i = 0; i < m; ++i)
+      for (int j = i; j < m; ++j) M[j * m + i] = M[i * m + j] += sums[i * m + j];
+    sums += pairs;
+  }
+}
+
 bool runs_here(const Target& target) {
 #if defined(RACO_X86_TARGETS)
   __builtin_cpu_init();
@@ -114,30 +137,31 @@ const std::vector<const Target*>& targets() {
 }
 
 void products(const Lists& grads, const Execution& how, double* out) {
-  const Plan plan(grads);
-  const int m = grads.m;
-  const std::size_t pairs = static_cast<std::size_t>(m) * m;
-  std::vector<double> of_chunks(plan.chunks().size() * pairs);
-  plan.run(how.threads, [&](std::int64_t number, const Chunk& chunk) {
-    alignas(64) double lanes[kMaxLists * kMaxLists * kLanes];
-    std::fill_n(lanes, pairs * kLanes, 0.0);
-    how.target->gram(present(grads, chunk, nullptr), m, chunk.count, lanes);
-    double* const sums = of_chunks.data() + static_cast<std::size_t>(number) * pairs;
-    for (std::size_t pair = 0; pair < pairs; ++pair)
-      for (int l = 0; l < kLanes; ++l) sums[pair] += lanes[pair * kLanes + l];
+  std::fill_n(out, grads.n * grads.m * grads.m, 0.0);
+  add_products(Plan(grads), grads.m, how.threads, out, [&](const Chunk& chunk, double* lanes) {
+    how.target->gram(present(grads, chunk, nullptr), grads.m, chunk.count, lanes);
   });
-  std::fill_n(out, static_cast<std::size_t>(grads.n) * pairs, 0.0);
-  const double* sums = of_chunks.data();
-  for (const Chunk& chunk : plan.chunks()) {
-    double* const of_column = out + static_cast<std::size_t>(chunk.column) * pairs;
-    for (std::size_t pair = 0; pair < pairs; ++pair) of_column[pair] += sums[pair];
-    sums += pairs;
-  }
-  for (std::int64_t k = 0; k < grads.n; ++k) {
-    double* const M = out + static_cast<std::size_t>(k) * pairs;
-    for (int i = 0; i < m; ++i)
-      for (int j = i + 1; j < m; ++j) M[j * m + i] = M[i * m + j];
-  }
+}
+
+void fold(const Groups& layer, const Execution& how, double* sums) {
+  const bool wide = layer.dtype == Dtype::float64;
+  const std::int64_t width = wide ? sizeof(double) : sizeof(float);
+  const std::vector<double> U(layer.U, layer.U + layer.m * layer.groups);
+  const std::vector<float> narrow(U.begin(), U.end());
+  const auto of_chunk = [&](const Chunk& chunk, double* lanes) {
+    Fold part;
+    part.m = layer.m, part.groups = layer.groups;
+    part.t = static_cast<const char*>(layer.t) + chunk.start * width, part.pitch = layer.n;
+    part.U = wide ? static_cast<const void*>(U.data()) : narrow.data();
+    for (int i = 0; i < layer.m; ++i)
+      part.out[i] = reinterpret_cast<char*>(layer.out[i]) + chunk.start * size_of(layer.dtype);
+    part.dtype = layer.dtype, part.fresh = layer.fresh;
+    how.target->fold(part, chunk.count, lanes);
+  };
+  const auto dtype = static_cast<std::uint8_t>(layer.dtype);
+  const Plan plan(Lists{layer.m, 1, layer.out, &layer.n, &dtype});
+  if (sums != nullptr) return add_products(plan, layer.m, how.threads, sums, of_chunk);
+  plan.run(how.threads, [&](std::int64_t, const Chunk& chunk) { of_chunk(chunk, nullptr); });
 }
 
 void combine(const Lists& grads, const double* alpha, const Tensors& out, const Execution& how) {

@@ -53,9 +53,9 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def allows(name: str) -> bool:
-    """Whether what a backend has computed may be used here: no other one is forced."""
-    return _forced.get() in (None, name)
+def forced() -> str | None:
+    """The name of the backend that is forced here, if one is."""
+    return _forced.get()
 
 
 def chosen(call: Call) -> Backend:
@@ -64,14 +64,14 @@ def chosen(call: Call) -> Backend:
     Raises:
         RuntimeError: a forced backend cannot run it.
     """
-    forced, obstacle = _forced.get(), None
+    name, obstacle = forced(), None
     for candidate in BACKENDS:
-        if forced in (None, candidate.name):
-            obstacle = _obstacle(candidate, call, forced is not None)
+        if name in (None, candidate.name):
+            obstacle = _obstacle(candidate, call, name is not None)
             if obstacle is None:
                 return candidate
     raise RuntimeError(
-        f"backend {forced!r} cannot run this {call.operation}: {obstacle}; do not force a backend, "
+        f"backend {name!r} cannot run this {call.operation}: {obstacle}; do not force a backend, "
         f"or use backend('reference')"
     )
 

@@ -151,7 +151,13 @@ def _has_rows(place: Place, count: int) -> bool:
 
 
 def weight_grad(
-    x: Tensor, dy: Tensor, bounds: Sequence[int], U: Tensor | None, out: Tensor, fresh: bool
+    x: Tensor,
+    dy: Tensor,
+    bounds: Sequence[int],
+    U: Tensor | None,
+    out: Tensor,
+    fresh: bool,
+    products: bool = False,
 ) -> None:
     """Write or add the m weight gradients of a layer; for one objective that is a plain product.
 
@@ -164,6 +170,7 @@ def weight_grad(
     from raco_fast.kernels.weight_grad import weight_grad as launch
 
     launch(x.contiguous(), dy.contiguous(), bounds, U.float(), out.unbind(), accumulate=not fresh)
+    increment_version([out])
 
 
 def is_on_device(t: Tensor) -> bool:

@@ -37,20 +37,20 @@ def gram(grads: Gradients, plan: Plan | None = None) -> Tensor:
     return gram_beside(grads, [], plan)[0]
 
 
-def products(grads: Gradients, plan: Plan | None = None) -> tuple[Tensor, str]:
+def products(grads: Gradients, plan: Plan | None = None) -> Tensor:
     """The inner products of each tensor's m gradients, of which `gram` is the sum.
 
     Args:
         grads: as for `gram`.
         plan: the caller's, if it has one.
     Returns:
-        ([n, m, m] float64 on the CPU, the name of the backend). Those of a tensor are the same
-        bits whatever other tensors the call has.
+        [n, m, m] float64 on the CPU. Those of a tensor are the same bits whatever other tensors
+        the call has.
     Raises:
         ValueError, TypeError: as for `gram`.
     """
     backend, built = planned(Call("products", len(grads), (), grads), plan)
-    return backend.products(grads, built), backend.name
+    return backend.products(grads, built)
 
 
 def gram_beside(
@@ -91,7 +91,7 @@ def gram_where_it_is(
     taken = [of_tensor is None for of_tensor in known]
     anew: Iterator[Tensor] = iter(())
     if any(taken):
-        anew = iter(products([list(compress(one, taken)) for one in grads], plan)[0])
+        anew = iter(products([list(compress(one, taken)) for one in grads], plan))
     of_each = [next(anew) if of_tensor is None else of_tensor for of_tensor in known]
     return within_cauchy_schwarz(summed(torch.stack(of_each)))
 
@@ -140,8 +140,14 @@ def combine_adamw(update: Update, coefficients: Tensor, plan: Plan | None = None
 
 
 def weight_grad(
-    x: Tensor, dy: Tensor, bounds: Sequence[int], U: Tensor | None, out: Tensor, fresh: bool
-) -> None:
+    x: Tensor,
+    dy: Tensor,
+    bounds: Sequence[int],
+    U: Tensor | None,
+    out: Tensor,
+    fresh: bool,
+    products: bool = False,
+) -> Tensor | None:
     """Write or add the m weight gradients G_i = Σ_g U_ig dY_gᵀ X_g of one layer.
 
     Products and sums are float32 (float64 for float64); a gradient is rounded once.
@@ -152,12 +158,15 @@ def weight_grad(
         bounds: groups + 1 offsets: group g is the rows bounds[g]:bounds[g + 1].
         U: [m, groups], best on the CPU; None stands for one group with coefficient 1.
         out: [m, d_out, d_in], of any floating dtype; overwritten where `fresh`, else added to.
+        products: whether inner products of what `out` holds then are of use.
+    Returns:
+        They, as `products` gives them: [m, m], where the backend has them on the way; else None.
     Raises:
         ValueError: shapes that do not fit together.
     """
     check_rows(x, dy, bounds, U, out)
     call = Call("weight_grad", len(out), [[out]], [[x], [dy]], bounds=bounds)
-    chosen(call).weight_grad(x, dy, bounds, U, out, fresh)
+    return chosen(call).weight_grad(x, dy, bounds, U, out, fresh, products)
 
 
 def within_cauchy_schwarz(M: Tensor) -> Tensor:

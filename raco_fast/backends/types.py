@@ -156,5 +156,11 @@ class Backend(Protocol):
         U: Tensor | None,
         out: Tensor,
         fresh: bool,
-    ) -> None:
-        """Write or add the m weight gradients of a layer."""
+        products: bool = False,
+    ) -> Tensor | None:
+        """Write or add the m weight gradients of a layer.
+
+        Returns:
+            With `products`, those of `out` as `products` gives them, or None where they are not to
+            be had on the way.
+        """

@@ -8,13 +8,14 @@ gradients from the rows of its input and dY. That is exact as long as sequences 
 the model and every trained parameter belongs to a layer with a rule; `exactness.py` sees to it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from raco_fast.engine.contributions import MatrixUse
 from raco_fast.engine.graph import ScoreGraph
 from raco_fast.engine.sequences import Factored, Segments
 from raco_fast.engine.tap import (
@@ -36,8 +37,16 @@ class Into(Protocol):
     def buffers(self, p: Tensor) -> tuple[Tensor, bool]:
         """([m, *shape] to add to, whether it is fresh memory to be overwritten)."""
 
-    def filled(self, params: Iterable[Tensor]) -> None:
-        """Note that a layer has added what it has for these parameters."""
+    def wants_products(self, p: Tensor) -> bool:
+        """Whether inner products of p's m gradients are of use once a layer has added to them."""
+
+    def filled(self, params: Mapping[Tensor, Tensor | None]) -> None:
+        """Note that a layer has added what it has for these parameters.
+
+        Args:
+            params: with the inner products [m, m] of what their buffers hold now, None where they
+                are not known.
+        """
 
     def finish(self) -> None:
         """Note that the pass is over."""
@@ -160,13 +169,19 @@ def gradient_collector(factored: Factored, into: Into, wanted: Iterable[Tensor])
 
     def collect(call: Call) -> None:
         out: dict[Tensor, tuple[Tensor, bool]] = {}
+        products: dict[Tensor, Tensor | None] = {}
         for p, rows, use in call.uses(arranged(factored, call)):
             if p in trained:
                 if p not in out:
                     out[p] = into.buffers(p)
                 gradients, fresh = out[p]
-                use.add_to(gradients[:, rows], factored.coefficients, fresh)
-        into.filled(out)
+                target, products[p] = gradients[:, rows], None
+                whole = target.shape == gradients.shape
+                if whole and isinstance(use, MatrixUse) and into.wants_products(p):
+                    products[p] = use.add_to(target, factored.coefficients, fresh, products=True)
+                else:
+                    use.add_to(target, factored.coefficients, fresh)
+        into.filled(products)
 
     return collect
 

@@ -49,7 +49,7 @@ class Rows(Protocol):
 class Use(Rows, Protocol):
     """One use of one parameter; see the module's docstring."""
 
-    def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
+    def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> object:
         """out [m, *shape of the parameter] += Σ_g U_ig t_g; = where `fresh`.
 
         Args:
@@ -84,8 +84,11 @@ class MatrixUse(Use):
         """[rows, d_out] as plain products read it."""
         return operand(self._dy)
 
-    def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
-        ops.weight_grad(self._x, self._dy, self.bounds, U, out, fresh)
+    def add_to(
+        self, out: Tensor, U: Tensor | None, fresh: bool, products: bool = False
+    ) -> Tensor | None:
+        """As `Use.add_to`; returns the `products` of `out` where `ops.weight_grad` has them."""
+        return ops.weight_grad(self._x, self._dy, self.bounds, U, out, fresh, products)
 
     def gram(self) -> Tensor:
         """From token pairs where that is the smaller product ("ghost"), else from blocks of t_g."""

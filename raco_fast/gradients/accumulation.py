@@ -1,6 +1,6 @@
 """`Accumulation`: what a pass over all objectives adds the m gradients of its batch to."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -40,13 +40,17 @@ class Accumulation:
         self._held[p] = held = ObjectiveGrad(p, self._names)
         return held.allocate(self._memory), True
 
-    def filled(self, params: Iterable[Tensor]) -> None:
+    def wants_products(self, p: Tensor) -> bool:
+        """See `engine.backward.Into`."""
+        return self._products is not None and self._products.completed_by_next(p)
+
+    def filled(self, params: Mapping[Tensor, Tensor | None]) -> None:
         """See `engine.backward.Into`."""
         if self._products is not None:
-            for p in params:
+            for p, values in params.items():
                 held = self._held[p]
                 assert held is not None, "filled before it had buffers"
-                self._products.filled(p, held)
+                self._products.filled(p, held, values)
 
     def finish(self) -> None:
         """See `engine.backward.Into`."""

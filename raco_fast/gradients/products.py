@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from raco_fast.backends import ops
-from raco_fast.backends.choose import allows
+from raco_fast.backends.choose import forced
 from raco_fast.backends.plan import Plan
 from raco_fast.distributed.dtensor import local
 from raco_fast.gradients.objective_grad import ObjectiveGrad
 
-# Bytes of gradients whose products are taken together: few enough to be in a cache still, and
-# enough for a call (20 us) not to count.
+# Bytes of gradients whose products are taken together, where they have to be read for them: enough
+# for a call (20 us) not to count, and few enough to be in a cache still if it is a large one.
 _TOGETHER = 2 << 20
 
 
@@ -35,22 +35,28 @@ class Products(NamedTuple):
 
     Attributes:
         values: [m, m] float64 on the CPU.
-        backend: the name of the one that took them.
+        backend: which one was forced when they were taken.
         buffers: the m gradients.
         marks: their addresses and versions.
     """
 
     values: Tensor
-    backend: str
-    buffers: tuple[Tensor | None, ...]
+    backend: str | None
+    buffers: tuple[Tensor, ...]
     marks: tuple[tuple[int, int, int], ...]
+
+    @classmethod
+    def of(cls, held: ObjectiveGrad, values: Tensor) -> "Products":
+        """Those of what the buffers hold now."""
+        buffers = tuple(held.present)
+        return cls(values, forced(), buffers, tuple(map(_mark, buffers)))
 
     def are_of(self, gradients: Sequence[Tensor | None]) -> bool:
         """Whether these are the same gradients, and nobody has written to them since."""
         for g, of_before, mark in zip(gradients, self.buffers, self.marks, strict=True):
-            if g is not of_before or g is None or _mark(g) != mark:
+            if g is not of_before or _mark(g) != mark:
                 return False
-        return allows(self.backend)
+        return self.backend == forced()
 
 
 def _mark(g: Tensor) -> tuple[int, int, int]:
@@ -72,15 +78,22 @@ class ProductsOfPass:
         self._waiting: list[ObjectiveGrad] = []
         self._bytes = 0
 
-    def filled(self, p: Tensor, held: ObjectiveGrad) -> None:
-        """Note that one layer has added what it has for p."""
+    def completed_by_next(self, p: Tensor) -> bool:
+        """Whether the next layer that adds to p's gradients completes them."""
+        return self._left[p] == 1
+
+    def filled(self, p: Tensor, held: ObjectiveGrad, values: Tensor | None) -> None:
+        """Note that one layer has added what it has for p; `values`: the products, if known."""
         self._left[p] -= 1
         if self._left[p] == 0:
-            self.complete(held)
+            self.complete(held, values)
 
-    def complete(self, held: ObjectiveGrad) -> None:
-        """Take the products of gradients that are complete, now or soon."""
+    def complete(self, held: ObjectiveGrad, values: Tensor | None = None) -> None:
+        """Keep the products of gradients that are complete; those not known are taken soon."""
         if held.escaped or held.device.type != "cpu" or len(held.present) < len(held.buffers):
+            return
+        if values is not None:
+            held.products = Products.of(held, values)
             return
         self._waiting.append(held)
         self._bytes += sum(local(g).nbytes for g in held.present)
@@ -94,10 +107,8 @@ class ProductsOfPass:
             return
         columns = zip(*(held.buffers for held in self._waiting), strict=True)
         lists = [[None if g is None else local(g) for g in one] for one in columns]
-        values, backend = ops.products(lists, self._plan)
-        for held, of_one in zip(self._waiting, values, strict=True):
-            marks = tuple(_mark(g) for g in held.present)
-            held.products = Products(of_one, backend, tuple(held.buffers), marks)
+        for held, values in zip(self._waiting, ops.products(lists, self._plan), strict=True):
+            held.products = Products.of(held, values)
         self._waiting.clear()
         self._bytes = 0
 

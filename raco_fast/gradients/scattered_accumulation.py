@@ -50,6 +50,10 @@ class ScatteredAccumulation:
         """See `engine.backward.Into`."""
         return (self._scatter if is_dtensor(p) else self._plain).buffers(p)
 
+    def wants_products(self, p: Tensor) -> bool:
+        """Those of a shard, which arrives later."""
+        return False
+
     def filled(self, params: Iterable[Tensor]) -> None:
         """Send what is complete."""
         self._scatter.filled(p for p in params if is_dtensor(p))

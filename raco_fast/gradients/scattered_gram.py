@@ -37,6 +37,10 @@ class ScatteredGram:
         self.buffers = self._scatter.buffers
         self.finish = self._scatter.finish
 
+    def wants_products(self, p: Tensor) -> bool:
+        """Those of the sums over processes, which arrive later."""
+        return False
+
     def filled(self, params: Iterable[Tensor]) -> None:
         """See `engine.backward.Into`."""
         self._scatter.filled(params)
