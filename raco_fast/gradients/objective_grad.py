@@ -135,9 +135,11 @@ class ObjectiveGrad(torch.Tensor):
                 buffer.zero_()
             return args[0]
         if func in _IN_PLACE_ON_LISTS:
-            for g in args[0]:
-                if isinstance(g, ObjectiveGrad):
-                    g.products = None
+            # GradScaler looks for overflows with a factor of 1.
+            if func is not _UNSCALE or not args[2].is_cpu or float(args[2]) != 1.0:
+                for g in args[0]:
+                    if isinstance(g, ObjectiveGrad):
+                        g.products = None
             nested = [g.present if isinstance(g, ObjectiveGrad) else [g] for g in args[0]]
             flat = [buffer for buffers in nested for buffer in buffers]
             if flat:
