@@ -6,7 +6,7 @@ from torch import Tensor
 
 from raco_fast.gradients.buffer_pool import HostMemory
 from raco_fast.gradients.objective_grad import ObjectiveGrad, stand_in_of
-from raco_fast.gradients.products import ProductsOfPass
+from raco_fast.gradients.products_of_pass import ProductsOfPass
 
 
 class Accumulation:

@@ -8,7 +8,7 @@ finds and unscales all m buffers, and code that reads p.grad as if there were on
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, compress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,7 @@ from raco_fast.distributed.dtensor import any_dtensor, local
 from raco_fast.distributed.processes import Processes
 from raco_fast.gradients.buffer_pool import HostMemory
 from raco_fast.gradients.norm_clip import plain
-
-if TYPE_CHECKING:
-    from raco_fast.gradients.products import Products
+from raco_fast.gradients.products import Products
 
 _aten = torch.ops.aten
 _UNSCALE = _aten._amp_foreach_non_finite_check_and_unscale_.default
@@ -47,7 +45,7 @@ class ObjectiveGrad(torch.Tensor):
     objectives: tuple[str, ...]  # not `names`: torch 2.11's named tensors own that attribute
     buffers: list[Tensor | None]
     unreduced: Processes | None
-    products: "Products | None"
+    products: Products | None
     escaped: bool
 
     # Attribute reads (shape, device, is_sparse) need no override and stay fast.
@@ -237,6 +235,15 @@ def touched(params: Sequence[Tensor], names: tuple[str, ...]) -> Touched | None:
         held.append(p)
         columns.append(grad.buffers)
     return Touched(held, [list(one) for one in zip(*columns, strict=True)] or [[] for _ in names])
+
+
+def known_products(touched: Touched) -> list[Tensor | None]:
+    """The products [m, m] of each parameter's gradients where they were kept and still fit."""
+    found: list[Tensor | None] = []
+    for p, column in zip(touched.params, zip(*touched.grads, strict=True), strict=True):
+        kept = p.grad.products if type(p.grad) is ObjectiveGrad else None
+        found.append(kept.values if kept is not None and kept.are_of(column) else None)
+    return found
 
 
 def along_p_grad(params: Sequence[Tensor]) -> Touched:

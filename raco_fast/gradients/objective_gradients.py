@@ -22,7 +22,7 @@ from raco_fast.gradients.own_gradients import (
     mark_own,
     refuse_averaged,
 )
-from raco_fast.gradients.products import ProductsOfPass
+from raco_fast.gradients.products_of_pass import ProductsOfPass
 from raco_fast.gradients.scattered_accumulation import ScatteredAccumulation
 
 
@@ -167,7 +167,7 @@ class ObjectiveGradients(HeldGradients):
             clear_overflow(params)
             self._notice_cleared(params)
             backward_of_each(losses, self.trained(), self.names)
-            self._note_all_ran()
+            self.note_all_ran()
             return
         if self.processes.size > 1 and not self.sharded:
             clear_overflow(params)
@@ -185,7 +185,7 @@ class ObjectiveGradients(HeldGradients):
         if self._several:
             mark_own(self.trained(), self.names, self.processes)
 
-    def _note_all_ran(self) -> None:
+    def note_all_ran(self) -> None:
         """Every objective has had its backward pass, the one of `backward`."""
         if self._several:
             mark_own(self.trained(), self.names, self.processes)
@@ -221,7 +221,7 @@ class ObjectiveGradients(HeldGradients):
         if graph.retained:
             use_up(graph)
         into.store()
-        self._note_all_ran()
+        self.note_all_ran()
         return True
 
     def _accumulation(

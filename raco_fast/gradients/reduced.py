@@ -30,8 +30,7 @@ from raco_fast.distributed.dtensor import (
 )
 from raco_fast.distributed.processes import Processes
 from raco_fast.distributed.replicas import ReplicaSums
-from raco_fast.gradients.objective_grad import ObjectiveGrad, Touched, here, joined
-from raco_fast.gradients.products import known_products
+from raco_fast.gradients.objective_grad import ObjectiveGrad, Touched, here, joined, known_products
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -120,8 +119,8 @@ class Reduced:
             RuntimeError: replicas have other gradients, or processes other settings; on all.
         """
         if self._whole:
-            params, grads = joined(self.groups)
-            return ops.gram_beside(grads, numbers, self._plan, known_products(params, grads))
+            touched = joined(self.groups)
+            return ops.gram_beside(touched.grads, numbers, self._plan, known_products(touched))
         M = self._local_gram()
         upper = torch.triu_indices(*M.shape, device=M.device)
         code = _code(settings())
@@ -199,8 +198,7 @@ class Reduced:
 
     def _gram_of(self, touched: Touched) -> Tensor:
         """The Gram matrix of what lies here, where it is; products that were kept are not taken."""
-        known = known_products(*touched)
-        return ops.gram_where_it_is(here(touched).grads, self._plan, known)
+        return ops.gram_where_it_is(here(touched).grads, self._plan, known_products(touched))
 
     def _agreed(self) -> Tensor:
         """The Gram matrix of gradients that all processes have alike; on the CPU."""

@@ -12,7 +12,7 @@ from raco_fast.engine.graph import ScoreGraph
 from raco_fast.gradients.accumulation import Accumulation
 from raco_fast.gradients.buffer_pool import HostMemory
 from raco_fast.gradients.objective_grad import ObjectiveGrad, stand_in_of
-from raco_fast.gradients.products import ProductsOfPass
+from raco_fast.gradients.products_of_pass import ProductsOfPass
 
 
 class ScatteredAccumulation:

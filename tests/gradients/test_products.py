@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import raco_fast
 from raco_fast import ClippedCAGradAdamW
 from raco_fast.backends import cpu, ops
-from raco_fast.gradients import products
+from raco_fast.gradients import products_of_pass
 from raco_fast.gradients.pass_count import PassCount
 
 WEIGHTS = {"a": 0.5, "b": 0.3, "c": 0.2}
@@ -129,7 +129,7 @@ def loop(reads) -> Loop:
 @pytest.mark.parametrize("together", [1, 4000, 1 << 20])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_step_reads_nothing_for_its_gram(monkeypatch, reads, tied, together):
-    monkeypatch.setattr(products, "_TOGETHER", together)
+    monkeypatch.setattr(products_of_pass, "_TOGETHER", together)
     loop = Loop(reads, tied)
     for seed in range(2):
         loop.backward(seed)
