@@ -8,10 +8,10 @@ The method is RACO with CAGrad-Clip (arXiv 2602.02495). `ClippedCAGradAdamW` is 
 from importlib.metadata import version
 
 from raco_fast.backends.choose import backend
+from raco_fast.engine.declaration import sequences
 from raco_fast.engine.layer_rules import register_layer_rule
 from raco_fast.engine.layer_rules import register_rule as register_rule
 from raco_fast.engine.prepare import prepare
-from raco_fast.engine.sequences import sequences
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 from raco_fast.optim.combine import combine

@@ -12,7 +12,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-from raco_fast.engine.sequences import sequences
+from raco_fast.engine.declaration import sequences
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
 
 settings.register_profile("raco", deadline=None, derandomize=True, print_blob=True)

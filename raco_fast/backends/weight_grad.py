@@ -14,6 +14,7 @@ from torch import Tensor
 
 # Bytes of t_g that exist at one time; small enough to be in a cache when they are folded.
 _BLOCK_BYTES = 8 << 20
+_HALVES = (torch.bfloat16, torch.float16)
 # Adding U_ig t_g moves memory where a GEMM computes: measured at about 5 multiply-adds a number.
 _FOLD_COST = 5
 
@@ -73,6 +74,31 @@ def _add_rows(target: Tensor, x: Tensor, dy: Tensor, fresh: bool) -> None:
         target.addmm_(dy.T, x)
 
 
+def add_thin(x: Tensor, dy: Tensor, scales: Tensor, out: Tensor, fresh: bool) -> None:
+    """Write or add G_i = Σ_r scales_ir dY_r ⊗ X_r by one product for all objectives.
+
+    Args:
+        x, dy: [rows, d_in] and [rows, d_out], as `operand` gives them; the one with fewer columns
+            is written once for each objective.
+        scales: [m, rows], float32 or wider.
+        out: [m, d_out, d_in].
+    """
+    m, d_out, d_in = out.shape
+    thin, wide = (dy, x) if d_out <= d_in else (x, dy)
+    # Wide, for the rounding of a half-precision product.
+    scaled = (thin[:, None] * scales.T[:, :, None]).to(thin.dtype).flatten(1)
+    if thin is dy:
+        target = out.flatten(0, 1) if out.is_contiguous() else None
+        if target is None or target.dtype != dy.dtype or _is_half(dy):
+            store(out, product(scaled.T, wide).view_as(out), fresh)
+        elif fresh:
+            torch.mm(scaled.T, wide, out=target)
+        else:
+            target.addmm_(scaled.T, wide)
+    else:
+        store(out, product(wide.T, scaled).view(d_out, m, d_in).transpose(0, 1), fresh)
+
+
 def of_groups(x: Tensor, dy: Tensor, bounds: Sequence[int]) -> Tensor:
     """t_g of every group, [groups, columns of dy, d_in], of rows that `operand` gave."""
     groups = len(bounds) - 1
@@ -113,7 +139,10 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 def batched_product(a: Tensor, b: Tensor) -> Tensor:
     """a_k b_k for each k, in float32 or wider."""
-    return torch.bmm(a, b, torch.float32) if _is_half(a) else torch.bmm(a, b)
+    if a.dtype in _HALVES or b.dtype in _HALVES:
+        a, b = operand(a), operand(b)
+        return torch.bmm(a, b, torch.float32) if _is_half(a) else torch.bmm(a, b)
+    return torch.bmm(a, b)
 
 
 def widened(x: Tensor) -> Tensor:
@@ -131,4 +160,4 @@ def store(out: Tensor, value: Tensor, fresh: bool) -> None:
 
 
 def _is_half(x: Tensor) -> bool:
-    return x.dtype in (torch.bfloat16, torch.float16)
+    return x.dtype in _HALVES

@@ -7,6 +7,7 @@ wherever it is needed; only weights and reference log-probabilities travel betwe
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections.abc import Iterator, Mapping
@@ -30,7 +31,7 @@ from raco_fast.demo.model import (
     warm_up,
     write_summaries,
 )
-from raco_fast.dpo.data.batches import micro_batches
+from raco_fast.dpo.data.layout import Layout
 from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.losses.margin_losses import Sigmoid
 from raco_fast.dpo.run.reference_cache import compute_reference
@@ -100,7 +101,7 @@ def warm_up_job(config: DemoConfig, seed: int) -> WarmStart:
     losses = enumerate(warm_up(model, batches, config.warm_up_lr), start=1)
     steps = [{"step": step, "loss": loss} for step, loss in losses]
     pairs = [pair for batch in of_seed.preferences() for pair in batch]
-    reference = compute_reference(model, pairs, PAD, config.batch_size, quiet=True)
+    reference = compute_reference(model, pairs, of_seed.layout(config.batch_size))[1.0]
     state = {name: value.numpy() for name, value in model.state_dict().items()}
     return WarmStart(of_seed.judged(model, "start", None, steps), state, reference)
 
@@ -128,7 +129,8 @@ def align_job(config: DemoConfig, start: WarmStart, rule: RuleLike, weights: Wei
     schedule = LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / rise))
     losses = dict.fromkeys(OBJECTIVES, Sigmoid(beta=config.beta))
     references = {1.0: start.reference}
-    learn = PreferenceStep(model, optimizer, references, losses, PAD, config.batch_size)
+    layout = of_seed.layout(config.batch_size)
+    learn = PreferenceStep(model, optimizer, references, losses, layout)
     steps = []
     with prepare(model, strict=True):
         for number, pairs in enumerate(of_seed.preferences(), start=1):
@@ -148,6 +150,10 @@ class _Seed:
         """A fresh model."""
         return build_model(self.tokenizer, self.config.hidden_size, self.config.layers, self.seed)
 
+    def layout(self, pairs: int) -> Layout:
+        """Padded: for so small a model the mask of a packed row is more work than the padding."""
+        return Layout("padded", pairs, math.inf, PAD)
+
     def batches(self, purpose: str, steps: int, size: int) -> list[list[EncodedPair]]:
         """Fresh pairs for every step.
 
@@ -157,7 +163,8 @@ class _Seed:
         pairs = encode(self.tokenizer, draw_pairs(steps * size, rng))
         batches = []
         for start in range(0, len(pairs), 8 * size):
-            of_like_length = micro_batches(pairs[start : start + 8 * size], size)
+            some = pairs[start : start + 8 * size]
+            of_like_length = [group for (group,) in self.layout(size).rounds(some)]
             rng.shuffle(of_like_length)
             batches += of_like_length
         return batches

@@ -15,9 +15,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from raco_fast.demo.documents import FILLERS, VALUES, Document
+from raco_fast.dpo.data.collation import collate
 from raco_fast.dpo.data.pairs import PreferencePair
 from raco_fast.dpo.data.rendering import PlainTemplate, TokenOptions
-from raco_fast.dpo.data.tokenization import EncodedPair, collate, encode_pairs
+from raco_fast.dpo.data.tokenization import EncodedPair, encode_pairs
 from raco_fast.dpo.scoring import pair_logps
 
 _SPECIAL_TOKENS = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "sep", "eos", "unk")}
@@ -90,7 +91,8 @@ def warm_up(
     schedule = LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / 20, (steps - i) / (0.4 * steps)))
     for pairs in batches:
         batch = collate(pairs, PAD)
-        loss = -pair_logps(model, batch, chunk_tokens=1024).sum() / batch.completion_mask.sum()
+        tokens = batch.tokens_a.sum() + batch.tokens_b.sum()
+        loss = -pair_logps(model, batch, chunk_tokens=1024).sum() / tokens
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

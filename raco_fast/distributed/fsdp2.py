@@ -56,6 +56,11 @@ def owner_of(p: Tensor) -> Tensor:
     return known
 
 
+def owners_of(leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """`owner_of` of each."""
+    return tuple(map(owner_of, leaves)) if _sharded else leaves
+
+
 def _found(p: Tensor) -> Tensor | None:
     for module, names in _sharded.items():
         for name, owner in names.items():

@@ -97,6 +97,39 @@ def load_tokenizer_of(name: str, argument: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def config_of(name: str, argument: str, revision: str | None) -> PreTrainedConfig:
+    """The config of the model called `name`, without its weights; arguments as below.
+
+    Raises:
+        ValueError: there is no such model, or its config cannot be read.
+    """
+    import transformers
+
+    source, of_file = source_of(name, argument)
+    with LoadErrors(argument, name, _CURE):
+        return transformers.AutoConfig.from_pretrained(
+            source, revision=revision or "main", **of_file
+        )
+
+
+def _set_attention(name: str, model: PreTrainedModel, attention: str | None) -> None:
+    if attention is None:
+        return
+    try:
+        model.set_attn_implementation(attention)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"`model.attention` must be one that {name!r} and this machine have, got "
+            f"{attention!r}: {str(error).splitlines()[0]}; leave it out, or use 'sdpa' or 'eager'"
+        ) from error
+    used = model.config._attn_implementation
+    if used != attention:  # transformers says so in its log, and goes on with another
+        raise ValueError(
+            f"`model.attention` must be one that {name!r} has, got {attention!r}, for which "
+            f"transformers takes {used!r}; leave it out"
+        )
+
+
 def load_causal_lm(
     name: str,
     options: ModelOptions,
@@ -118,6 +151,7 @@ def load_causal_lm(
     """
     import transformers
 
+    assert options.dtype != "auto", "it is settled before a model is loaded"
     source, of_file = source_of(name, argument)
     arguments: dict[str, Any] = {"dtype": DTYPES[options.dtype], **of_file}
     if of_file:
@@ -125,8 +159,7 @@ def load_causal_lm(
             arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
         arguments["revision"] = revision or "main"
-        with LoadErrors(argument, name, _CURE):
-            config = transformers.AutoConfig.from_pretrained(source, revision=revision or "main")
+        config = config_of(name, argument, revision)
         _check_kind(name, argument, config)
         _check_quantized(name, argument, config, changed_by)
     with LoadErrors(argument, name, _CURE):
@@ -134,6 +167,7 @@ def load_causal_lm(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
     _check_complete(name, argument, model, found)
+    _set_attention(name, model, options.attention)
     quantizer = getattr(model, "hf_quantizer", None)
     if of_file and quantizer is not None:
         # The weights are dense now; left marked as GGUF they could not be saved or trained.

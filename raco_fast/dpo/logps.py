@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from raco_fast.backends.weight_grad import widened
 from raco_fast.dpo.decoders import hidden_states, is_in_parts, logit_shape, unwrap
+from raco_fast.dpo.given_logits import unrounded
 from raco_fast.dpo.sharded import as_forward
+from raco_fast.engine.declaration import declared, sequences
 from raco_fast.engine.lm_head import token_logps
-from raco_fast.engine.sequences import declared, sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,8 +53,7 @@ def sequence_logps(
         ValueError: a scored token in column 0, masks of another shape than `input_ids`, or
             `chunk_tokens` below 1.
     """
-    if chunk_tokens < 1:
-        raise ValueError(f"`chunk_tokens` must be at least 1, got {chunk_tokens}; 256 is usual")
+    check_chunk(chunk_tokens)
     if not input_ids.shape == attention_mask.shape == completion_mask.shape:
         raise ValueError(
             "`input_ids`, `attention_mask` and `completion_mask` must share one [B, T] shape, got "
@@ -79,6 +78,12 @@ def sequence_logps(
     return scores
 
 
+def check_chunk(chunk_tokens: int) -> None:
+    """Raise ValueError for a `chunk_tokens` below 1."""
+    if chunk_tokens < 1:
+        raise ValueError(f"`chunk_tokens` must be at least 1, got {chunk_tokens}; 256 is usual")
+
+
 def _placed_logps(
     model: nn.Module,
     input_ids: Tensor,
@@ -92,7 +97,7 @@ def _placed_logps(
     hidden = hidden_states(causal_lm, input_ids, attention_mask)
     rows, columns = (index.to(hidden.device) for index in scored)
     with sequences(rows):  # which sequence each row of the head belongs to
-        logps = _token_logps(
+        logps = head_logps(
             causal_lm, hidden[rows, columns - 1], input_ids[rows, columns], chunk_tokens
         )
     return _placed(logps, (rows, columns), of_tokens, input_ids)
@@ -108,7 +113,7 @@ def _logps_of_all_logits(
     """The same from the model's own logits."""
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
     rows, columns = (index.to(logits.device) for index in scored)
-    chosen = widened(logits[rows, columns - 1])
+    chosen = unrounded(unwrap(model), logits[rows, columns - 1])
     logps = -F.cross_entropy(chosen, input_ids[rows, columns], reduction="none")
     return _placed(logps, (rows, columns), of_tokens, input_ids)
 
@@ -120,7 +125,7 @@ def _placed(logps: Tensor, scored: Scored, of_tokens: Tensor | None, input_ids: 
     return logps.new_zeros(input_ids.shape).index_put(scored, logps)
 
 
-def _token_logps(
+def head_logps(
     causal_lm: PreTrainedModel, hidden: Tensor, targets: Tensor, chunk_tokens: int
 ) -> Tensor:
     """float32 [N] log-probabilities of `targets` [N] after `hidden` [N, d]."""
@@ -135,13 +140,14 @@ def _token_logps(
         )
 
     def chunk(hidden: Tensor, targets: Tensor) -> Tensor:
-        return -F.cross_entropy(shape(head(hidden).float()), targets, reduction="none")
+        logits = shape(unrounded(head, head(hidden)))
+        return -F.cross_entropy(logits, targets, reduction="none")
 
     # Such a head, or one with an adapter inside, has no weight to cut, so its tokens are cut.
-    index = declared()
+    of_rows = declared()
     pieces = []
     for start in range(0, len(targets), chunk_tokens):
         rows = slice(start, start + chunk_tokens)
-        with nullcontext() if index is None else sequences(index[rows]):
+        with nullcontext() if of_rows is None else sequences(of_rows.index[rows]):
             pieces.append(checkpoint(chunk, hidden[rows], targets[rows], use_reentrant=False))
     return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)

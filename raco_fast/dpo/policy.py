@@ -24,6 +24,7 @@ from torch import nn
 
 from raco_fast.dpo.load_errors import LoadErrors
 from raco_fast.dpo.loading import (
+    config_of,
     has_tokenizer,
     load_causal_lm,
     load_tokenizer_of,
@@ -43,7 +44,7 @@ from raco_fast.dpo.scoring import adapter_off
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _REFERENCE = "reference"  # the adapter of that name; the trained one is PEFT's "default"
 
@@ -87,6 +88,18 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     if found is None or has_tokenizer(found.source):
         return load_tokenizer_of(options.name, "model.name")
     return load_tokenizer_of(found.base, found.base_from)
+
+
+def load_config(options: ModelOptions) -> PreTrainedConfig:
+    """The config of the causal LM that `load_base_model` loads.
+
+    Raises:
+        ValueError: as `config_of` and `find_adapter`.
+    """
+    found = find_adapter(options)
+    if found is None:
+        return config_of(options.name, "model.name", None)
+    return config_of(found.base, found.base_from, found.revision)
 
 
 def load_base_model(options: ModelOptions, device: torch.device | None = None) -> PreTrainedModel:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from raco_fast.dpo.data.tokenization import PairBatch
+from raco_fast.dpo.data.collation import PaddedRows, PairBatch
 from raco_fast.dpo.logps import sequence_logps
 from raco_fast.dpo.losses.pair_scores import PairScores
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
+from raco_fast.dpo.packed import packed_logps
 from raco_fast.dpo.sharded import device_of
 
 
@@ -44,24 +45,34 @@ def pair_logps(
     Returns:
         float32 [k * 2B]: for each tail weight, responses a, then b.
     """
-    device = device_of(model)
-    masks = [_token_weights(batch, tail) for tail in tails]
-    copies = (len(masks), 1)
+    tails, rows = list(tails), batch.rows
+    if isinstance(rows, PaddedRows):
+        return _padded_logps(model, rows, batch, chunk_tokens, tails)
+    weights = None
+    if tails != [1.0]:
+        weights = torch.cat([torch.where(rows.past, tail, 1.0) for tail in tails])
+    return packed_logps(model, rows.repeated(len(tails)), chunk_tokens, weights)
+
+
+def _padded_logps(
+    model: nn.Module, rows: PaddedRows, batch: PairBatch, chunk_tokens: int, tails: list[float]
+) -> Tensor:
+    device, copies = device_of(model), (len(tails), 1)
+    shorter = torch.minimum(batch.tokens_a, batch.tokens_b).repeat(2)
+    masks = [_token_weights(rows.completion_mask, shorter, tail) for tail in tails]
     return sequence_logps(
         model,
-        batch.input_ids.to(device).repeat(copies),
-        batch.attention_mask.to(device).repeat(copies),
+        rows.input_ids.to(device).repeat(copies),
+        rows.attention_mask.to(device).repeat(copies),
         masks[0] if len(masks) == 1 else torch.cat([mask.float() for mask in masks]),
         chunk_tokens,
     )
 
 
-def _token_weights(batch: PairBatch, tail: float) -> Tensor:
+def _token_weights(mask: Tensor, shorter: Tensor, tail: float) -> Tensor:
     """The completion mask [2B, T], `tail` past the end of the pair's shorter response."""
-    mask = batch.completion_mask
     if tail == 1.0:
         return mask
-    shorter = torch.minimum(batch.tokens_a, batch.tokens_b).repeat(2)
     past = mask.cumsum(1) > shorter[:, None]
     return torch.where(past, tail, 1.0) * mask
 

@@ -8,19 +8,18 @@ gradients from the rows of its input and dY. That is exact as long as sequences 
 the model and every trained parameter belongs to a layer with a rule; `exactness.py` sees to it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from raco_fast.engine.contributions import MatrixUse
+from raco_fast.engine.gradient_collector import GradientCollector, Into
 from raco_fast.engine.graph import ScoreGraph
-from raco_fast.engine.sequences import Factored, Segments
+from raco_fast.engine.sequences import Factored
 from raco_fast.engine.tap import (
     ANCHOR,
-    Call,
     Collector,
     Node,
     Running,
@@ -29,27 +28,6 @@ from raco_fast.engine.tap import (
     layer_call,
     name_of,
 )
-
-
-class Into(Protocol):
-    """What the m gradients of a pass are added to."""
-
-    def buffers(self, p: Tensor) -> tuple[Tensor, bool]:
-        """([m, *shape] to add to, whether it is fresh memory to be overwritten)."""
-
-    def wants_products(self, p: Tensor) -> bool:
-        """Whether inner products of p's m gradients are of use once a layer has added to them."""
-
-    def filled(self, params: Mapping[Tensor, Tensor | None]) -> None:
-        """Note that a layer has added what it has for these parameters.
-
-        Args:
-            params: with the inner products [m, m] of what their buffers hold now, None where they
-                are not known.
-        """
-
-    def finish(self) -> None:
-        """Note that the pass is over."""
 
 
 def sensitivities(losses: Sequence[Tensor], scores: Tensor) -> Tensor:
@@ -163,35 +141,6 @@ def _freed_graphs_named(argument: str) -> Iterator[None]:
         ) from error
 
 
-def gradient_collector(factored: Factored, into: Into, wanted: Iterable[Tensor]) -> Collector:
-    """G_i += Σ_g U_ig t_g for the wanted parameters of every layer."""
-    trained = set(wanted)
-
-    def collect(call: Call) -> None:
-        out: dict[Tensor, tuple[Tensor, bool]] = {}
-        products: dict[Tensor, Tensor | None] = {}
-        for p, rows, use in call.uses(arranged(factored, call)):
-            if p in trained:
-                if p not in out:
-                    out[p] = into.buffers(p)
-                gradients, fresh = out[p]
-                target, products[p] = gradients[:, rows], None
-                whole = target.shape == gradients.shape
-                if whole and isinstance(use, MatrixUse) and into.wants_products(p):
-                    products[p] = use.add_to(target, factored.coefficients, fresh, products=True)
-                else:
-                    use.add_to(target, factored.coefficients, fresh)
-        into.filled(products)
-
-    return collect
-
-
-def arranged(factored: Factored, call: Call) -> Segments:
-    """How the rows of one layer belong to the groups of sequences."""
-    index, outer = call.entries
-    return factored.segments(index, call.dy.device, outer)
-
-
 class PastRulesError(RuntimeError):
     """A parameter got a gradient that no rule has seen; what was collected is wrong."""
 
@@ -235,6 +184,8 @@ def collect(
         for tap, (add, shape) in graph.lookups.items():
             hook = add.register_prehook(_of_every_sequence(running, tap, shape))
             stack.callback(hook.remove)
+        for kind in {graph.scores.device.type, *(p.device.type for p in graph.wanted)}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
         propagate(graph.scores, seeds, inputs=[ANCHOR], retain_graph=retain_graph)
 
 
@@ -261,8 +212,9 @@ def one_backward(
         into: what they are added to.
     """
     if factored.coefficients.shape[1]:
-        collector = gradient_collector(factored, into, graph.wanted)
-        collect(collector, graph, factored.seeds, retain_graph=retain_graph)
+        collector = GradientCollector(factored, into, graph.wanted)
+        collect(collector.collect, graph, factored.seeds, retain_graph=retain_graph)
+        collector.finish()
         into.finish()
         return
     # No score has a seed, and a pass would reach no layer. Autograd gives zeros then, which an

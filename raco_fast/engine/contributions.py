@@ -7,6 +7,7 @@ K_gh = ⟨t_g, t_h⟩ from which the Gram matrix follows as U K Uᵀ without any
     MatrixUse   t_g = dY_gᵀ X_g: every weight that multiplies (Linear, Conv1D, a block of a head)
     EntryUse    the same from the t of every entry, where that is small, and rows summed over the
                 group: biases, norm weights
+    ThinUse     a matrix with few rows or columns (LoRA's), from rows that lie in any order
     LookupUse   t_g = rows of dY added up by token id: embeddings
 
 Sums are float32 (float64 for float64) whatever the dtype of x and dY, so a bfloat16 gradient is
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from raco_fast.backends import ops
 from raco_fast.backends.weight_grad import (
+    add_thin,
     batched_product,
     blocks,
     of_groups,
@@ -35,6 +37,10 @@ from raco_fast.engine.sequences import Segments
 
 # Rows of a tied weight whose t_g exist at one time while its two uses are multiplied.
 _CROSS_ROWS = 1024
+# Numbers for which a call costs more than its arithmetic.
+_FEW = 1 << 18
+# How many times as long as its short side a matrix is that counts as thin.
+_THIN = 2
 # Products that are added in float32.
 _RUN = 1024
 
@@ -135,7 +141,7 @@ class EntryUse(Use):
         if U is None:
             store(out, self.segments.summed(self.t), fresh)
             return
-        U, t, target = self.segments.spread(U).to(self.t), self.t.flatten(1), out.flatten(1)
+        U, t, target = self.segments.spread(U, self.t), self.t.flatten(1), out.flatten(1)
         if fresh and out.dtype == t.dtype:
             torch.mm(U, t, out=target)
         else:
@@ -162,16 +168,54 @@ def vector_use_of_arranged(rows: Tensor, segments: Segments) -> EntryUse:
     return EntryUse(t, Segments(count, None, tuple(range(count + 1))))
 
 
+class ThinUse(Use):
+    """t_g = dY_gᵀ X_g where one of both has few columns: nothing wide is put in order.
+
+    Each row of the thin side is scaled by its m coefficients, and one product gives all gradients.
+
+    Args:
+        x, dy: [..., d_in] and [..., d_out], as the layer has them.
+    """
+
+    def __init__(self, x: Tensor, dy: Tensor, segments: Segments) -> None:
+        self._x, self._dy, self._segments = x, dy, segments
+
+    @cached_property
+    def _arranged(self) -> MatrixUse:
+        arranged = self._segments.arranged
+        return MatrixUse(arranged(self._x), arranged(self._dy), self._segments)
+
+    def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
+        d_out, d_in = out.shape[1:]
+        if U is None or len(U) * min(d_out, d_in) > max(d_out, d_in):
+            self._arranged.add_to(out, U, fresh)
+            return
+        x, dy = (operand(self._segments.split(rows)) for rows in (self._x, self._dy))
+        scales = self._segments.spread(U, widened(x[:0]), x.shape[1])
+        add_thin(x.flatten(0, 1), dy.flatten(0, 1), scales, out, fresh)
+
+    def gram(self) -> Tensor:
+        return self._arranged.gram()
+
+    def at(self, ids: Tensor) -> Tensor:
+        return self._arranged.at(ids)
+
+
 def matrix_use(x: Tensor, dy: Tensor, segments: Segments) -> Use:
     """t_g = dY_gᵀ X_g of a layer's x [..., d_in] and dy [..., d_out] as they lie.
 
     A thin matrix (LoRA's) costs less to form for every entry than its rows cost to put in order.
     """
-    rows, weight = x.numel() // max(1, x.shape[-1]), x.shape[-1] * dy.shape[-1]
-    if segments.order is None or segments.entries * weight > rows * (x.shape[-1] + dy.shape[-1]):
-        return MatrixUse(segments.arranged(x), segments.arranged(dy), segments)
-    x, dy = segments.split(operand(x)), segments.split(operand(dy))
-    return EntryUse(batched_product(dy.transpose(1, 2), x), segments)
+    d_in, d_out = x.shape[-1], dy.shape[-1]
+    rows, held = x.numel() // max(1, d_in), segments.entries * d_in * d_out
+    # Rows in order already cost nothing but a call for each group.
+    most = rows * (d_in + d_out) if segments.order is not None else _FEW
+    if held <= most:
+        x, dy = segments.split(x), segments.split(dy)
+        return EntryUse(batched_product(dy.transpose(1, 2), x), segments)
+    if _THIN * min(d_in, d_out) <= max(d_in, d_out):
+        return ThinUse(x, dy, segments)
+    return MatrixUse(segments.arranged(x), segments.arranged(dy), segments)
 
 
 class LookupUse(Use):

@@ -87,9 +87,10 @@ class Exactness:
             A = factored = None
             if obstacle is None:
                 A = sensitivities(list(losses.values()), scores)
-                factored = Factored.of(A)
+                factored, obstacle = _factored(A, graph.pairs())
             found = graph, obstacle, A, factored
-            return obstacle is not None, factored is not None and self._due(graph, factored)
+            due = obstacle is None and factored is not None and self._due(graph, factored)
+            return obstacle is not None, due
 
         wrong, due = self._processes.agree(decide, 2)
         graph, obstacle, A, factored = found
@@ -178,6 +179,18 @@ def _conditions(wanted: Sequence[Tensor], scattered: bool, hooks_run: bool) -> s
         if hooks and not hooks_run:
             return f"{name_of(p)} has a hook, which only autograd's gradients reach"
     return None
+
+
+def _factored(A: Tensor, pairs: list[tuple[int, int]]) -> tuple[Factored, str | None]:
+    """A = U · seeds, and why that will not do for sequences that share rows."""
+    factored = Factored.of(A, pairs)
+    apart = factored.apart(pairs)
+    if apart is None:
+        return factored, None
+    return factored, (
+        f"sequences {apart[0]} and {apart[1]} share rows, and the losses do not see the two as a "
+        f"pair, through one h(a) - h(b); give such losses rows of their own"
+    )
 
 
 def _depth_in_package() -> int:

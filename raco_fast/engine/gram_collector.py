@@ -12,8 +12,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from raco_fast.engine.backward import arranged
 from raco_fast.engine.contributions import Use, cross
+from raco_fast.engine.gradient_collector import arranged
 from raco_fast.engine.sequences import Factored
 from raco_fast.engine.tap import Call
 
@@ -54,7 +54,10 @@ class GramCollector:
             if p in self._wanted:
                 self._add(p, use.gram())
                 used.add(p)
-        for p in used & self._shared:
+        shared = used & self._shared
+        if shared or (self._keep and used):
+            call.keep()
+        for p in shared:
             self._users[p].append(call)
         if self._keep and used:
             self._calls.append(call)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from raco_fast.distributed.dtensor import is_dtensor
 from raco_fast.distributed.fsdp2 import owner_of
-from raco_fast.engine.sequences import MisfitError, entries
+from raco_fast.engine.declaration import MisfitError, entries
 from raco_fast.engine.tap import ANCHOR, Checks, Node, Tapped, is_prepared, name_of, reason_for
 
 _PLAIN, _LEAF, _TAPPED, _BATCH_NORM, _REENTRANT = range(5)
@@ -93,6 +93,11 @@ class ScoreGraph:
     def shared(self) -> set[Tensor]:
         """The parameters that several calls use: tied, or in a layer that is called again."""
         return {p for p, calls in self.uses.items() if calls > 1}
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """Sequences that share rows of some layer."""
+        found = {id(node.index): node.index for node in self.taps if node.index is not None}
+        return sorted({pair for declared in found.values() for pair in declared.pairs})
 
     def _refuse(self, obstacle: str) -> None:
         self.obstacle = self.obstacle or obstacle
@@ -227,7 +232,9 @@ class ScoreGraph:
             else:
                 index, outer = node.entries
                 flat = index is None and shape[0] != n
-                self.facts.add(("rows", node.layer, len(shape), index is None, outer > 1, flat))
+                alone = index is None or index.shared_with is None
+                fact = (len(shape), index is None, alone, outer > 1, flat)
+                self.facts.add(("rows", node.layer, *fact))
                 if node.layer in self.misfits:
                     self._refuse(
                         f"layer {node.layer!r} has had inputs whose rows could not be told apart, "
@@ -241,7 +248,7 @@ class ScoreGraph:
         self._refuse(misfits[0][1])
 
     def _note_layer(self, node: Node) -> None:
-        fact = ("layer", node.layer, node.look)
+        fact = ("layer", node.layer, node.look, _name_of_own(node))
         if fact not in self._known and _reaches_out(node):
             self._refuse(
                 f"layer {node.layer!r} depends on more than its first argument and its parameters, "
@@ -287,6 +294,14 @@ def _edges(node: Node) -> Sequence[tuple[Node, int]]:
     """Where a node leads on to; a layer, to where its input comes from."""
     edges: Sequence[tuple[Node, int]] = node.next_functions
     return edges[_below(node) : _below(node) + 1] if _role(node) == _TAPPED else edges
+
+
+def _name_of_own(tap: Node) -> str | None:
+    """What the layer behind a tap ends in; None: the function is itself the layer."""
+    if _below(tap) == 0:
+        return None
+    own: Node = tap.next_functions[0][0]
+    return type(own).__name__
 
 
 def _reaches_out(tap: Node) -> bool:

@@ -64,7 +64,8 @@ def _norm(module: Any, normed: Tensor, dy: Tensor, segments: Segments) -> dict[s
 
 
 def _bias(module: Any, dy: Tensor, segments: Segments) -> dict[str, Use]:
-    return {} if getattr(module, "bias", None) is None else {"bias": vector_use(dy, segments)}
+    own = module._parameters  # an attribute of a module is looked for in several places
+    return {} if own.get("bias") is None else {"bias": vector_use(dy, segments)}
 
 
 def _eps(module: Any, x: Tensor) -> float:

@@ -7,6 +7,10 @@ pass for the running log-sum-exp, and again in the backward pass. A block of W's
 whole gradient in one product over all tokens, rounded once, and each objective's share of it (or
 its part of the Gram matrix) while the block is there; cut by tokens instead, a gradient of the
 whole head would have to be kept for every objective, and a bfloat16 one be rounded in every chunk.
+
+Logits, log Σ exp and ∂L/∂z are float32 also where h and W are bfloat16: rounded to it, logits alone
+put more noise on a margin than the whole decoder does. On a GPU ∂L/∂z is rounded where a product
+reads it, beside operands that are bfloat16 themselves; sums over it are float32.
 """
 
 from collections.abc import Iterator
@@ -14,13 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from raco_fast.backends.weight_grad import blocks, widened
+from raco_fast.backends.weight_grad import blocks, operand, widened
 from raco_fast.distributed.fsdp2 import owner_of
 from raco_fast.engine.contributions import MatrixUse, Rows, Use, vector_use_of_arranged
-from raco_fast.engine.sequences import ALL_ROWS, Entries, Segments, declared
+from raco_fast.engine.declaration import Declared, Entries, declared
+from raco_fast.engine.head_products import add_hidden_gradient, logits
+from raco_fast.engine.sequences import ALL_ROWS, Segments
 from raco_fast.engine.tap import ANCHOR, Tapped, hand_over
 
 
@@ -41,7 +46,7 @@ class LogitShape:
         return t if self.cap is None else t.div_(self.cap).tanh_()
 
     def logits(self, t: Tensor) -> Tensor:
-        """z of what `squashed` gave."""
+        """z of what `squashed` gave; t itself without a cap."""
         return t if self.cap is None else t * self.cap
 
     def chained(self, dz: Tensor, t: Tensor) -> Tensor:
@@ -72,12 +77,12 @@ def token_logps(
         float32 [N] (float64 for float64), differentiable in hidden, weight and bias. With
         `raco_fast.sequences(index)` around the call, index[n] is the sequence of row n.
     """
-    block = _block_of(max_logits, len(targets), cuda=hidden.is_cuda)
-    head = _Head(weight, bias, targets, shape or LogitShape(), block, declared())
-    trained = [p for p in (weight, bias) if p is not None and p.requires_grad]
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         hidden = hidden.to(torch.get_autocast_dtype(kind))
+    block = _block_of(max_logits, len(targets), cuda=hidden.is_cuda)
+    head = _Head(weight, bias, targets, shape or LogitShape(), hidden.dtype, block, declared())
+    trained = [p for p in (weight, bias) if p is not None and p.requires_grad]
     logps: Tensor = _TokenLogps.apply(  # type: ignore[no-untyped-call]
         head, hidden, ANCHOR if torch.is_grad_enabled() and trained else None, *trained
     )
@@ -96,25 +101,30 @@ class _Head:
     bias: Tensor | None
     targets: Tensor
     shape: LogitShape
+    dtype: torch.dtype
     block: int
-    index: Tensor | None
+    index: Declared | None
 
     def blocks(self) -> Iterator[slice]:
         """Rows of W whose logits exist at one time."""
         return (slice(*ends) for ends in blocks(len(self.weight), self.block))
 
-    def squashed(self, hidden: Tensor, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """(those rows of W in hidden's dtype, `LogitShape.squashed` of y [N, rows])."""
-        weight = self.weight.detach()[rows].to(hidden.dtype)
-        bias = None if self.bias is None else self.bias.detach()[rows].to(hidden.dtype)
-        return weight, self.shape.squashed(widened(F.linear(hidden, weight, bias)))
+    def squashed(self, hidden: Tensor, rows: slice | Tensor) -> Tensor:
+        """`LogitShape.squashed` of y [N, rows]; hidden as `operand` gave it."""
+        bias = None if self.bias is None else self.bias.detach()[rows]
+        return self.shape.squashed(logits(hidden, self.weight.detach()[rows], bias, self.dtype))
+
+    def add_hidden_gradient(self, dx: Tensor, dy: Tensor, rows: slice) -> None:
+        """dx [N, d] += what ∂L/∂y [N, rows] gives."""
+        add_hidden_gradient(dx, dy, self.weight.detach()[rows], self.dtype)
 
     def log_sum_exp(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(log Σ exp z, z[target]) of every row, float64: rounded once, not in every block."""
         total = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float64)
         chosen = torch.zeros_like(total)
+        hidden = operand(hidden)
         for rows in self.blocks():
-            z = self.shape.logits(self.squashed(hidden, rows)[1])
+            z = self.shape.logits(self.squashed(hidden, rows))
             inside = (self.targets >= rows.start) & (self.targets < rows.stop)
             place = torch.where(inside, self.targets - rows.start, 0)[:, None]
             chosen += torch.where(inside, z.gather(1, place)[:, 0], 0.0)
@@ -126,7 +136,8 @@ class _Head:
 class _Backward:
     """∂L/∂y of the head's logits, block by block; all rows ordered by `segments`.
 
-    `hidden`: [entries, inner, d]; `total`, `targets`, `dlogps`: [entries * inner].
+    `hidden`: [entries, inner, d], as `operand` gave it; `total`, `targets`, `dlogps`:
+    [entries * inner].
     """
 
     head: _Head
@@ -143,10 +154,11 @@ class _Backward:
             return vector_use_of_arranged(by_entry, self.segments)
         return MatrixUse(self.hidden, by_entry, self.segments)
 
-    def at(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """(those rows of W, ∂L/∂y [entries * inner, rows]) in hidden's dtype."""
-        weight, t = self.head.squashed(self.hidden.flatten(0, 1), rows)
-        dz = (self.head.shape.logits(t) - self.total[:, None].to(t.dtype)).exp_().neg_()
+    def at(self, rows: slice | Tensor) -> Tensor:
+        """∂L/∂y [entries * inner, rows] in hidden's dtype."""
+        t = self.head.squashed(self.hidden.flatten(0, 1), rows)
+        z, total = self.head.shape.logits(t), self.total[:, None].to(t.dtype)
+        dz = z.sub_(total).exp_().neg_()  # where z is t, without a cap, t is not read again
         if isinstance(rows, slice):
             inside = (self.targets >= rows.start) & (self.targets < rows.stop)
             place = torch.where(inside, self.targets - rows.start, 0)
@@ -155,7 +167,7 @@ class _Backward:
             inside = rows[place] == self.targets
         dz.scatter_add_(1, place[:, None], inside.to(dz.dtype)[:, None])
         dy = self.head.shape.chained(dz.mul_(self.dlogps[:, None]), t)
-        return weight, dy.to(self.hidden.dtype)
+        return dy.to(self.hidden.dtype)
 
 
 class _TokenLogps(Tapped):
@@ -213,11 +225,8 @@ class _HeadCall:
         back = self._arranged(segments)
         dx = widened(back.hidden[:0]).new_zeros(back.hidden.shape)
         for rows in self._head.blocks():
-            weight, dy = back.at(rows)
-            if dx.dtype == dy.dtype:  # the sum over blocks is in dx's dtype
-                dx.flatten(0, 1).addmm_(dy, weight)
-            else:
-                dx.flatten(0, 1).add_(dy @ weight)
+            dy = back.at(rows)
+            self._head.add_hidden_gradient(dx.flatten(0, 1), dy, rows)
             for p in self._parameters:
                 yield owner_of(p), rows, back.use(p, dy)
         self._hidden_gradient = segments.restored(dx, self._hidden)
@@ -227,10 +236,14 @@ class _HeadCall:
         leaf = next(p for p in self._parameters if owner_of(p) is parameter)
         return _HeadRows(self._arranged(segments), leaf)
 
+    def keep(self) -> None:
+        """Nothing of the graph is held."""
+
     def _arranged(self, segments: Segments) -> _Backward:
         columns = (self._total[:, None], self._head.targets[:, None], self.dy)
         rows = (segments.arranged(x).flatten() for x in columns)
-        return _Backward(self._head, segments, segments.arranged(self._hidden), *rows)
+        hidden = operand(segments.arranged(self._hidden))
+        return _Backward(self._head, segments, hidden, *rows)
 
     def ordinary_gradients(self) -> tuple[Tensor | None, ...]:
         """Those of `hidden`, of the anchor (None) and of the parameters."""
@@ -259,7 +272,6 @@ class _HeadRows:
         parts = []
         for start, stop in blocks(len(ids), self.back.head.block):
             some = ids[start:stop]
-            _, dy = self.back.at(some)
-            use = self.back.use(self.parameter, dy)
+            use = self.back.use(self.parameter, self.back.at(some))
             parts.append(use.at(torch.arange(len(some), device=ids.device)))
         return torch.cat(parts, 1)

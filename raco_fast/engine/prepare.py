@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from raco_fast.distributed.dtensor import is_dtensor
-from raco_fast.distributed.fsdp2 import owner_of, watch
-from raco_fast.engine.layer_rules import LayerRule, rule_for
-from raco_fast.engine.sequences import declared
+from raco_fast.distributed.dtensor import any_dtensor
+from raco_fast.distributed.fsdp2 import watch
+from raco_fast.engine.declaration import declared
+from raco_fast.engine.layer_rules import rule_for
 from raco_fast.engine.tap import (
     ANCHOR,
     Checks,
     NotExactError,
     Site,
-    Tap,
     remember_names,
     remember_reason,
+    tapped,
 )
 
 CHECK_EVERY = 128
@@ -92,7 +92,8 @@ def prepare(
         if not trained or any(isinstance(h, _TapBehind) for h in module._forward_hooks.values()):
             continue
         tap = _TapBehind(name, checks)
-        if tap.rule(module) is None:
+        site = tap.site(module)
+        if site is None or site.rule is None:
             without_rule += [f"{name}.{n}".lstrip(".") for n in trained]
         else:
             found[module] = tap
@@ -116,7 +117,9 @@ class _TapBehind:
 
     def __init__(self, layer: str, checks: Checks) -> None:
         self.layer, self.checks = layer, checks
-        self._rules: dict[Hashable, LayerRule | None] = {}
+        self._sites: dict[Hashable, Site | None] = {}
+        self._state: list[Any] = []
+        self._site: Site | None = None
         self._uncompiled = _uncompiled()
 
     def __call__(
@@ -128,14 +131,36 @@ class _TapBehind:
         # A model is copied and pickled with its taps, but a rule may be a lambda.
         return _TapBehind, (self.layer, self.checks)
 
-    def rule(self, module: nn.Module) -> LayerRule | None:
-        """The rule for what the module is now, decided once for each thing it has been."""
-        kind = type(module)
-        replaced = "forward" in vars(module)
-        key = (kind, kind.forward, module.training, replaced, *module._parameters)
-        if key not in self._rules:
-            self._rules[key] = rule_for(module)
-        return self._rules[key]
+    def site(self, module: nn.Module) -> Site | None:
+        """What the module is now, decided once for each thing it has been; None: nothing trained.
+
+        Nothing of it holds the module or a parameter, which would live as long as the hook.
+        """
+        kind, state = type(module), []
+        for name, p in module._parameters.items():
+            if p is not None:
+                state += name, type(p), p.requires_grad
+        # "forward" among what is the module's own: it was replaced.
+        state += kind, kind.forward, module.training, "forward" in module.__dict__
+        if state != self._state:
+            self._state, key = state, tuple(state)
+            if key not in self._sites:
+                self._sites[key] = self._decide(module)
+            self._site = self._sites[key]
+        return self._site
+
+    def _decide(self, module: nn.Module) -> Site | None:
+        own = module._parameters.items()
+        trained = {name: p for name, p in own if p is not None and p.requires_grad}
+        if not trained:
+            return None
+        rule, obstacle = rule_for(module), None
+        if any_dtensor(trained.values()):
+            obstacle = "is tensor-parallel"
+        elif rule is None:
+            obstacle = "was changed after it was prepared, to something without a rule"
+        look = (type(module).__name__, module.training, *trained)
+        return Site(self.layer, tuple(trained), rule, look, obstacle, self.checks)
 
 
 @cache
@@ -159,32 +184,30 @@ def _tapped(
 ) -> Any:
     if not torch.is_grad_enabled():
         return output
-    own = module._parameters.items()
-    trained = {n: p for n, p in own if p is not None and p.requires_grad}
-    if not trained:
+    site = tap.site(module)
+    if site is None:
         return output
     obstacle, x = _only_argument(module, args, kwargs)
     if obstacle is None and not (isinstance(output, Tensor) and output.requires_grad):
         obstacle = "returned something else than one tensor with a gradient"
-    if obstacle is None and any(map(is_dtensor, trained.values())):
-        obstacle = "is tensor-parallel"
     if obstacle is None and next(iter(module._forward_hooks.values())) is not tap:
         obstacle = "has another hook that came before its tap"
-    rule = tap.rule(module) if obstacle is None else None
-    if rule is None:
-        obstacle = obstacle or "was changed after it was prepared, to something without a rule"
-        remember_reason(trained.values(), f"layer {tap.layer!r} {obstacle}")
+    own = module._parameters
+    leaves = tuple([own[name] for name in site.names])
+    obstacle = obstacle or site.obstacle
+    if obstacle is not None:
+        remember_reason(leaves, f"layer {tap.layer!r} {obstacle}")
         return output
-    owners = {n: owner_of(p) for n, p in trained.items()}
-    site = Site(tap.layer, module, rule, owners, trained, declared(), tap.checks)
-    return Tap.apply(site, output, x, ANCHOR)  # type: ignore[no-untyped-call]
+    return tapped(site, module, leaves, declared(), output, x, ANCHOR)
 
 
 def _only_argument(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[str | None, Any]:
     """(why a call with these arguments cannot be tapped, its argument)."""
-    if args and all(value is None for value in (*args[1:], *kwargs.values())):
+    if len(args) == 1 and not kwargs:
+        x = args[0]
+    elif args and all(value is None for value in (*args[1:], *kwargs.values())):
         x = args[0]
     else:
         given = [name for name, value in kwargs.items() if value is not None]

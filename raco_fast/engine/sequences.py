@@ -10,125 +10,23 @@ of one pair are parallel (one is minus the other), and so are pairs on which all
 The seeds also give the rows the magnitude of an ordinary backward pass, which float16 needs.
 """
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from raco_fast.engine.declaration import Declared
 
 # Columns are parallel if every entry agrees to this, relative to itself: a few float32 roundings,
 # as in IPO's division by the number of tokens. Relative to a column's largest entry, what an
 # objective with gradients of 1e-6 beside another's 1 has of its own would be lost.
 _PARALLEL = 5e-7
 
-_declared: ContextVar[Tensor | None] = ContextVar("raco_fast_sequences", default=None)
-
-
-@contextmanager
-def sequences(
-    index: Sequence[int] | Tensor | None = None, *, cu_seqlens: Sequence[int] | Tensor | None = None
-) -> Iterator[None]:
-    """Say which sequence the rows of a forward pass belong to, if row b is not sequence b.
-
-    Without it, entry b of a layer's leading dimension belongs to scores[b].
-
-    Args:
-        index: [n] sequence of each entry of the leading dimension, or, where several leading
-            dimensions hold the rows ([1, tokens] packed), of each row.
-        cu_seqlens: [S + 1] offsets of S sequences packed into one row of tokens, from 0, as
-            flash-attention's `cu_seqlens`; stands for the index of each token.
-    Raises:
-        ValueError: neither or both are given, offsets that do not grow from 0, a negative index.
-    """
-    if (index is None) == (cu_seqlens is None):
-        raise ValueError(
-            "`sequences` takes either `index` or `cu_seqlens`; give the sequence of each row, or "
-            "the offsets of packed sequences"
-        )
-    rows = _packed(cu_seqlens) if index is None else torch.as_tensor(index).reshape(-1).long()
-    rows = rows.cpu()  # once: every layer looks at it
-    if rows.numel() and int(rows.min()) < 0:
-        raise ValueError(
-            f"`index` must hold positions in `scores`, from 0, got {int(rows.min())}; number the "
-            f"sequences as the scores are ordered"
-        )
-    token = _declared.set(rows)
-    try:
-        yield
-    finally:
-        _declared.reset(token)
-
-
-def declared() -> Tensor | None:
-    """The index that `sequences` declares for the forward pass under way."""
-    return _declared.get()
-
-
-def _packed(cu_seqlens: Sequence[int] | Tensor | None) -> Tensor:
-    offsets = torch.as_tensor(cu_seqlens).reshape(-1).long()
-    lengths = offsets.diff()
-    if offsets.numel() < 2 or int(offsets[0]) != 0 or bool((lengths < 0).any()):
-        raise ValueError(
-            f"`cu_seqlens` must hold offsets that grow from 0 to the number of tokens, got "
-            f"{offsets.tolist()[:8]}; build it as [0, *cumulative lengths]"
-        )
-    return torch.repeat_interleave(torch.arange(len(lengths), device=offsets.device), lengths)
-
-
-Entries: TypeAlias = tuple[Tensor | None, int]
-"""(The sequence of each entry of a layer, None where entry b is sequence b; how often the entries
-are repeated by dimensions before theirs.)"""
-
-
-class MisfitError(ValueError):
-    """The rows of a layer cannot be told apart by sequence."""
-
-
-def entries(
-    layer: str, shape: Sequence[int], index: Tensor | None, n_scores: int, length: int | None = None
-) -> Entries:
-    """How the rows of a layer are told apart by sequence.
-
-    Args:
-        layer: its name, for messages.
-        shape: of its input.
-        index: what `sequences` declared for the call.
-        n_scores: how many sequences there are.
-        length: tokens of each sequence, as other layers have them: [n_scores * length, d] holds one
-            sequence after the other.
-    Raises:
-        MisfitError: the rows cannot be told apart by sequence.
-        ValueError: a declared sequence that has no score.
-    """
-    if index is None:
-        flat = length is not None and len(shape) == 2 and shape[0] == n_scores * length
-        if not flat and (not shape or shape[0] != n_scores):
-            raise MisfitError(
-                f"`scores` has {n_scores} sequences, but the input of layer {layer!r} has "
-                f"shape {tuple(shape)}, so its rows cannot be told apart; score the rows of one "
-                f"batch in their order, or declare them with `raco_fast.sequences` around the "
-                f"forward pass"
-            )
-        return None, 1
-    n = len(index)
-    leading = [math.prod(shape[:k]) for k in range(1, len(shape) + 1)]
-    behind = shape[2:-1] if shape[0] == 1 else ()  # tokens behind the heads: [1, heads, tokens, d]
-    if (n in leading) == (n in behind):
-        raise MisfitError(
-            f"`sequences` declared {n} rows, but the input of layer {layer!r} has shape "
-            f"{tuple(shape)}; give one index for each of its rows"
-        )
-    if n and int(index.max()) >= n_scores:
-        raise ValueError(
-            f"`sequences` declared sequence {int(index.max())}, but there are {n_scores} "
-            f"`scores`; number them from 0"
-        )
-    return index, 1 if n in leading else math.prod(shape[: 2 + behind.index(n)])
+# Within a pair the declaration says so, and only rounding has to be told from another direction:
+# over all losses of `raco_fast.dpo.losses` that are functions of a pair it is up to 2e-7.
+_PARALLEL_PAIR = 2e-6
 
 
 @dataclass(frozen=True)
@@ -137,13 +35,15 @@ class Segments:
 
     `entries`: how many leading entries the layer's tensors have; `order`: those to take, in this
     order (None: all, as they lie); `offsets`: [groups + 1], where each group begins among them;
-    `outer`: how often the entries are repeated by dimensions before theirs (heads before tokens).
+    `outer`: how often the entries are repeated by dimensions before theirs (heads before tokens);
+    `order_on_host`: `order` on the CPU, so that nobody has to wait for a device to send it back.
     """
 
     entries: int
     order: Tensor | None
     offsets: tuple[int, ...]
     outer: int = 1
+    order_on_host: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -152,6 +52,8 @@ class Segments:
 
     def split(self, x: Tensor) -> Tensor:
         """[entries, inner, d] of x [..., d], whose entries hold `inner` rows each, as they lie."""
+        if self.outer == 1 and x.ndim == 3 and x.shape[0] == self.entries:
+            return x
         if not x.numel():
             return x.new_zeros(self.entries, 0, x.shape[-1])
         return x.reshape(self.outer, self.entries, -1, x.shape[-1]).transpose(0, 1).flatten(1, 2)
@@ -169,20 +71,28 @@ class Segments:
             torch.sum(arranged[start:stop], 0, out=total)
         return found
 
-    def spread(self, U: Tensor) -> Tensor:
-        """[m, entries] of U [m, groups] on the CPU: of each entry, 0 where it has no group."""
-        of_taken = U.index_select(1, self._of_taken)
-        if self._order_on_host is None:
-            return of_taken
-        return U.new_zeros(len(U), self.entries).index_copy_(1, self._order_on_host, of_taken)
+    def spread(self, U: Tensor, like: Tensor, inner: int = 1) -> Tensor:
+        """[m, entries * inner] of U [m, groups] on the CPU: of each row, 0 where it has no group.
+
+        In the dtype and on the device of `like`; made and sent once a pass, not for every layer.
+        """
+        key = (id(U), like.dtype, like.device, inner)
+        if key not in self._spread:
+            # U is kept beside the result, so that its id cannot be given to another.
+            self._spread[key] = (U, self._spread_over(U, inner).to(like))
+        return self._spread[key][1]
+
+    def _spread_over(self, U: Tensor, inner: int) -> Tensor:
+        of_entries = U.index_select(1, self.of_rows(1, torch.device("cpu")))
+        if self.order is not None:
+            order = self.order.cpu() if self.order_on_host is None else self.order_on_host
+            everywhere = U.new_zeros(len(U), self.entries)
+            of_entries = everywhere.index_copy_(1, order, of_entries)
+        return of_entries.repeat_interleave(inner, dim=1)
 
     @cached_property
-    def _of_taken(self) -> Tensor:
-        return self.of_rows(1, torch.device("cpu"))
-
-    @cached_property
-    def _order_on_host(self) -> Tensor | None:
-        return None if self.order is None else self.order.cpu()
+    def _spread(self) -> dict[tuple[int, torch.dtype, torch.device, int], tuple[Tensor, Tensor]]:
+        return {}
 
     def restored(self, rows: Tensor, like: Tensor) -> Tensor:
         """`arranged` undone: rows [taken, inner, d] in the places of `like`, zeros elsewhere."""
@@ -213,28 +123,43 @@ class Factored:
     seeds: Tensor
     coefficients: Tensor
     group: Tensor
-    _arranged: dict[tuple[int | None, int, torch.device], tuple[Tensor | None, Segments]] = field(
+    _arranged: dict[tuple[int | None, int, torch.device], tuple[Declared | None, Segments]] = field(
         default_factory=dict
     )
 
     @classmethod
-    def of(cls, A: Tensor) -> "Factored":
-        """Factor A [m, B]; columns parallel to rounding share a group."""
+    def of(cls, A: Tensor, pairs: Iterable[tuple[int, int]] = ()) -> "Factored":
+        """Factor A [m, B]; columns parallel to rounding share a group.
+
+        Args:
+            pairs: sequences that share rows, and so have to share a group (`apart` tells whether
+                they do).
+        """
         A = A.detach().double().cpu()
         # Each column is seed * direction, its direction being 1 at its leading entry.
         magnitude = A.abs()
         # The first entry within a factor two of the largest: the same one for parallel columns.
         lead = (magnitude >= 0.5 * magnitude.amax(0)).int().argmax(0)
+        for a, b in pairs:
+            lead[b] = lead[a] if bool(magnitude[lead[a], a] > 0) else lead[b]
         seeds = A.gather(0, lead[None])[0]
         # A value that is not finite must reach every gradient: its sequence keeps a group.
         used = (seeds != 0) | ~torch.isfinite(A).all(0)
         directions = torch.where(used, A / seeds, 0.0).T  # [B, m]
+        for a, b in pairs:
+            near = (directions[a] - directions[b]).abs() <= _PARALLEL_PAIR * directions[a].abs()
+            # What is not finite in one of the two is so in the gradient, whatever the other is.
+            finite = [torch.isfinite(directions[k]) for k in (a, b)]
+            if used[a] and used[b] and bool((near | ~(finite[0] & finite[1])).all()):
+                both = torch.where(finite[1], directions[a], directions[b])
+                directions[a] = directions[b] = both
         # Each sequence joins the first group with its direction, or founds one.
         group = torch.full((A.shape[1],), -1)
         found, groups = torch.empty_like(directions), 0
         for b in used.nonzero().flatten().tolist():
             direction = directions[b]
             near = (found[:groups] - direction).abs() <= _PARALLEL * direction.abs()
+            near |= ~(torch.isfinite(found[:groups]) | torch.isfinite(direction))
             parallel = near.all(1).nonzero().flatten().tolist()
             if not parallel:
                 found[groups] = direction
@@ -252,19 +177,32 @@ class Factored:
             groups, group = groups.new_zeros(len(groups), 1), torch.zeros_like(group)
         return Factored(self.seeds, groups / size, group)
 
-    def segments(self, index: Tensor | None, device: torch.device, outer: int = 1) -> Segments:
-        """The rows of a layer whose entry k belongs to sequence index[k] (None: k)."""
+    def apart(self, pairs: Iterable[tuple[int, int]]) -> tuple[int, int] | None:
+        """Two sequences that share rows and not a direction; None where there are none.
+
+        Rows of a sequence without a seed carry the other's gradient alone.
+        """
+        groups = self.group.tolist()
+        return next(
+            ((a, b) for a, b in pairs if min(groups[a], groups[b]) >= 0 and groups[a] != groups[b]),
+            None,
+        )
+
+    def segments(self, index: Declared | None, device: torch.device, outer: int = 1) -> Segments:
+        """The rows of a layer whose entry k belongs to the sequences of row k (None: to k)."""
         key = (None if index is None else id(index), outer, device)
         if key not in self._arranged:
             # The index is kept beside the result, so that its id cannot be given to another.
             self._arranged[key] = (index, self._segments(index, device, outer))
         return self._arranged[key][1]
 
-    def _segments(self, index: Tensor | None, device: torch.device, outer: int) -> Segments:
-        group = self.group if index is None else self.group[index]
+    def _segments(self, index: Declared | None, device: torch.device, outer: int) -> Segments:
+        group = self.group if index is None else index.of_rows(self.group)
         taken = (group >= 0).nonzero().flatten()
         order = taken[torch.argsort(group[taken], stable=True)]
         sizes = torch.bincount(group[taken], minlength=self.coefficients.shape[1])
         offsets = (0, *torch.cumsum(sizes, 0).tolist())
         as_they_lie = torch.equal(order, torch.arange(len(group)))
-        return Segments(len(group), None if as_they_lie else order.to(device), offsets, outer)
+        if as_they_lie:
+            return Segments(len(group), None, offsets, outer)
+        return Segments(len(group), order.to(device), offsets, outer, order)

@@ -209,7 +209,7 @@ def _looking(seeded: Tensor, reached: list[str]) -> Collector:
 
     def collect(call: Call) -> None:
         index, outer = call.entries
-        has_seed = seeded if index is None else seeded[index]
+        has_seed = seeded if index is None else index.of_rows(seeded.int()).bool()
         others = (~has_seed).nonzero()[:, 0].to(call.dy.device)
         if bool((call.dy.reshape(outer, len(has_seed), -1).index_select(1, others) != 0).any()):
             reached.append(call.layer)

@@ -11,25 +11,28 @@ Collectors are set on the nodes of one graph, so passes over other graphs, also 
 are not affected.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import Context, copy_context
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from raco_fast.distributed.fsdp2 import noted_name
+from raco_fast.distributed.fsdp2 import noted_name, owners_of
 from raco_fast.engine.contributions import Rows, Use
+from raco_fast.engine.declaration import Declared, Entries
 from raco_fast.engine.layer_rules import LayerRule
-from raco_fast.engine.sequences import Entries, Segments
+from raco_fast.engine.sequences import Segments
 
 Node: TypeAlias = Any
 """A node of autograd's graph; a `Tapped` one has the attributes that `Tapped` lists."""
 
 ANCHOR = torch.zeros((), device="cpu", requires_grad=True)
+EVERY_ROW = slice(None)
 
 
 class Call(Protocol):
@@ -48,6 +51,9 @@ class Call(Protocol):
 
     def rows(self, parameter: Tensor, segments: Segments) -> Rows:
         """What this call adds to some rows of one parameter's gradients."""
+
+    def keep(self) -> None:
+        """Before it is kept beyond the pass: hold nothing of the graph."""
 
 
 Collector: TypeAlias = Callable[[Call], None]
@@ -104,17 +110,17 @@ class Checks:
 
 @dataclass(frozen=True)
 class Site:
-    """A call of a layer: its trained parameters, and how its rows were declared.
+    """What is the same at every call of a layer, as long as the layer stays as it is.
 
-    `leaves`: what the graph has in their place, other tensors where FSDP2 has gathered them.
+    `names`: of its trained parameters; `look`: what tells a layer that has changed from before;
+    `obstacle`: why its calls cannot be tapped, or None; then it has a `rule`.
     """
 
     layer: str
-    module: nn.Module
-    rule: LayerRule
-    parameters: Mapping[str, Tensor]
-    leaves: Mapping[str, Tensor]
-    index: Tensor | None
+    names: tuple[str, ...]
+    rule: LayerRule | None
+    look: Hashable
+    obstacle: str | None
     checks: Checks
 
 
@@ -134,7 +140,7 @@ class Tapped(torch.autograd.Function):
         layer: str,
         parameters: tuple[Tensor, ...],
         leaves: tuple[Tensor, ...],
-        index: Tensor | None,
+        index: Declared | None,
         shape: torch.Size,
         look: Hashable,
         checks: Checks | None,
@@ -160,28 +166,28 @@ class Tap(Tapped):
     BELOW = 1
 
     @staticmethod
-    def forward(ctx: Node, site: Site, y: Tensor, x: Tensor, anchor: Tensor) -> Tensor:
+    def forward(
+        ctx: Node,
+        site: Site,
+        module: nn.Module,
+        leaves: tuple[Tensor, ...],
+        index: Declared | None,
+        y: Tensor,
+        x: Tensor,
+        anchor: Tensor,
+    ) -> Tensor:
         """y again."""
+        rows = x.is_floating_point()
         # Autocast has multiplied x in y's dtype; kept in its own it would take twice the memory.
-        narrower = x.is_floating_point() and y.element_size() < x.element_size()
+        narrower = rows and y.element_size() < x.element_size()
         ctx.save_for_backward(x.to(y.dtype) if narrower else x)
-        ctx.site = site
-        Tapped.note(
-            ctx,
-            layer=site.layer,
-            parameters=tuple(site.parameters.values()),
-            leaves=tuple(site.leaves.values()),
-            index=site.index,
-            shape=x.shape,
-            look=(
-                type(site.module).__name__,
-                site.module.training,
-                type(y.grad_fn).__name__,
-                *site.parameters,
-            ),
-            checks=site.checks,
-            broadcasts=not x.is_floating_point(),
-        )
+        ctx.site, ctx.module = site, module
+        # As `Tapped.note`, whose call would cost more than what it does: there is a tap a layer.
+        ctx.set_materialize_grads(False)
+        ctx.layer, ctx.checks, ctx.look = site.layer, site.checks, site.look
+        ctx.leaves, ctx.parameters = leaves, owners_of(leaves)
+        ctx.index, ctx.shape, ctx.broadcasts = index, x.shape, not rows
+        ctx.entries = ctx.collector = None
         # Shares y's version counter, so a later in-place change is noticed where it would do harm;
         # y itself would be a view, on which in-place changes are forbidden.
         return y.detach()
@@ -191,43 +197,76 @@ class Tap(Tapped):
         """dY for the layer, whose own backward pass goes on from there."""
         if ctx.collector is not None and dy is not None:
             hand_over(ctx.collector, layer_call(ctx, ctx.saved_tensors[0], dy))
-        return None, dy, None, None
+        return None, None, None, None, dy, None, None
+
+
+# `Tap.apply`, less what it looks for in Python: transforms of torch.func, which are asked for here.
+_apply: Callable[..., Tensor] = super(torch.autograd.Function, Tap).apply  # type: ignore[misc]
+
+
+def tapped(*args: Any) -> Tensor:
+    """The output of `Tap.forward`, with a node of autograd's graph."""
+    return Tap.apply(*args) if torch._C._are_functorch_transforms_active() else _apply(*args)
 
 
 def layer_call(node: Node, x: Tensor, dy: Tensor) -> Call:
     """What the tap `node` hands over for the input x and the gradient dy of the output."""
-    return _LayerCall(node.site, node.entries, x, dy)
+    return _LayerCall(node, x, dy)
 
 
 class _LayerCall:
-    def __init__(self, site: Site, entries: Entries, x: Tensor, dy: Tensor) -> None:
-        self.layer, self.entries, self.dy = site.layer, entries, dy
-        self._site, self._x = site, x.detach()
+    __slots__ = ("_module", "_parameters", "_site", "_x", "dy", "entries", "layer")
+
+    def __init__(self, node: Node, x: Tensor, dy: Tensor) -> None:
+        self._site, self._module, self._parameters = node.site, node.module, node.parameters
+        self.layer, self.entries, self.dy = node.layer, node.entries, dy
+        self._x = x
 
     def uses(self, segments: Segments) -> list[tuple[Tensor, slice, Use]]:
-        site = self._site
-        by_name = site.rule(site.module, self._x, self.dy, segments)
-        if missing := [name for name in site.parameters if name not in by_name]:
+        site, module = self._site, self._module
+        assert site.rule is not None, "without a rule no call is tapped"
+        by_name = site.rule(module, self._x, self.dy, segments)
+        if missing := [name for name in site.names if name not in by_name]:
             raise ValueError(
-                f"the rule of layer {site.layer!r} ({type(site.module).__name__}) gives nothing "
+                f"the rule of layer {site.layer!r} ({type(module).__name__}) gives nothing "
                 f"for {missing}; return a use for each of its parameters, or freeze them"
             )
-        return [(p, slice(None), by_name[name]) for name, p in site.parameters.items()]
+        pairs = zip(site.names, self._parameters, strict=True)
+        return [(p, EVERY_ROW, by_name[name]) for name, p in pairs]
 
     def rows(self, parameter: Tensor, segments: Segments) -> Rows:
         return next(use for p, _, use in self.uses(segments) if p is parameter)
 
+    def keep(self) -> None:
+        self._x = self._x.detach()
 
-Running: TypeAlias = tuple[Collector, Context]
+
+Running: TypeAlias = tuple[Collector, int, Context]
+"""A collector, and the thread and context that its pass was started in."""
 
 
 def hand_over(running: Running, call: Call) -> None:
     """Give a call to the collector of its pass."""
-    collector, context = running
-    with torch.no_grad(), torch.autocast(call.dy.device.type, enabled=False):
-        # On a GPU autograd runs the backward pass in threads of its own; what is a context variable
-        # (a forced backend) comes from the one that started it. A context serves one at a time.
-        context.copy().run(collector, call)
+    collector, thread, context = running
+    if get_ident() == thread:
+        collector(call)
+        return
+    # On a GPU autograd runs the backward pass in threads of its own; what is a context variable
+    # (a forced backend) comes from the one that started it. A context serves one at a time.
+    run = context.copy().run
+    kind = call.dy.device.type
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(kind):
+        with plainly(kind):
+            run(collector, call)
+    else:  # as autograd has brought it along
+        run(collector, call)
+
+
+@contextmanager
+def plainly(kind: str) -> Iterator[None]:
+    """Neither autograd nor autocast takes part in what is computed on a kind of device."""
+    with torch.no_grad(), torch.autocast(kind, enabled=False):
+        yield
 
 
 @contextmanager
@@ -237,7 +276,7 @@ def collecting(collector: Collector, nodes: Sequence[Node]) -> Iterator[Running]
         raise RuntimeError(
             "a backward pass over several objectives is under way in this graph; wait for it"
         )
-    running = (collector, copy_context())
+    running = (collector, get_ident(), copy_context())
     for node in nodes:
         node.collector = running
     try:

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
-from raco_fast.gradients.buffer_pool import HostMemory
+from raco_fast.gradients.buffer_pool import HostMemory, empty
 from raco_fast.gradients.objective_grad import ObjectiveGrad, stand_in_of
 from raco_fast.gradients.products_of_pass import ProductsOfPass
 
@@ -20,6 +22,8 @@ class Accumulation:
         RuntimeError: p.grad was filled outside of any objective, or belongs to other ones.
     """
 
+    at_once = False
+
     def __init__(
         self,
         params: Sequence[Tensor],
@@ -32,7 +36,7 @@ class Accumulation:
         self.is_fresh = not any(held is not None and held.present for held in self._held.values())
 
     def buffers(self, p: Tensor) -> tuple[Tensor, bool]:
-        """See `engine.backward.Into`."""
+        """See `engine.gradient_collector.Into`."""
         held = self._held.get(p)
         if held is not None and held.present:
             held.products = None
@@ -40,12 +44,40 @@ class Accumulation:
         self._held[p] = held = ObjectiveGrad(p, self._names)
         return held.allocate(self._memory), True
 
-    def wants_products(self, p: Tensor) -> bool:
-        """See `engine.backward.Into`."""
+    def add_products(self, params: Sequence[Tensor], U: Tensor, t: Tensor) -> None:
+        """See `engine.gradient_collector.Into`."""
+        dtype, held = params[0].dtype, [self._held.get(p) for p in params]
+        adds = any(grad is not None and grad.present for grad in held)
+        sums = self._product(U, t, t.dtype if adds else dtype)
+        targets: list[Tensor] = []
+        added: list[Tensor] = []
+        parts = zip(*(_unflatten_dense_tensors(row, params) for row in sums), strict=True)
+        for p, grad, of_p in zip(params, held, parts, strict=True):
+            if grad is not None and grad.present:
+                grad.products = None
+                targets += grad.stacked(self._memory).unbind()
+                added += of_p
+            else:
+                self._held[p] = grad = ObjectiveGrad(p, self._names)
+                grad.buffers = [part.to(dtype) for part in of_p] if adds else [*of_p]
+        if targets and dtype == t.dtype:
+            torch._foreach_add_(targets, added)
+        elif targets:
+            # Added before rounding: the sum is rounded once, as autograd's accumulation does.
+            torch._foreach_add_(added, targets)
+            torch._foreach_copy_(targets, added)
+
+    def _product(self, U: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """U t, rounded once, on memory that is kept from step to step."""
+        out = empty((len(U), t.shape[1]), dtype, t.device, self._memory)
+        return torch.mm(U, t, out=out) if dtype == t.dtype else out.copy_(U @ t)
+
+    def wants_inner_products(self, p: Tensor) -> bool:
+        """See `engine.gradient_collector.Into`."""
         return self._products is not None and self._products.completed_by_next(p)
 
     def filled(self, params: Mapping[Tensor, Tensor | None]) -> None:
-        """See `engine.backward.Into`."""
+        """See `engine.gradient_collector.Into`."""
         if self._products is not None:
             for p, values in params.items():
                 held = self._held[p]
@@ -53,7 +85,7 @@ class Accumulation:
                 self._products.filled(p, held, values)
 
     def finish(self) -> None:
-        """See `engine.backward.Into`."""
+        """See `engine.gradient_collector.Into`."""
         if self._products is not None:
             self._products.finish()
 

@@ -44,3 +44,12 @@ class HostMemory:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HostMemory, ()
+
+
+def empty(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, memory: HostMemory
+) -> Tensor:
+    """Uninitialised memory, from `memory` on the CPU."""
+    if device.type == "cpu":
+        return memory.empty(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)

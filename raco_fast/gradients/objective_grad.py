@@ -15,7 +15,7 @@ from torch import Tensor
 
 from raco_fast.distributed.dtensor import any_dtensor, local
 from raco_fast.distributed.processes import Processes
-from raco_fast.gradients.buffer_pool import HostMemory
+from raco_fast.gradients.buffer_pool import HostMemory, empty
 from raco_fast.gradients.norm_clip import plain
 from raco_fast.gradients.products import Products
 
@@ -97,21 +97,14 @@ class ObjectiveGrad(torch.Tensor):
     def allocate(self, host_memory: HostMemory) -> Tensor:
         """Fresh memory [m, *shape] for all objectives, whose slices become the buffers."""
         shape = (len(self.objectives), *self.shape)
-        if self.device.type == "cpu":
-            memory = host_memory.empty(shape, self.dtype)
-        else:
-            memory = torch.empty(shape, dtype=self.dtype, device=self.device)
+        memory = empty(shape, self.dtype, self.device, host_memory)
         self.buffers, self.products, self.escaped = list(memory.unbind()), None, False
         return memory
 
     def stacked(self, host_memory: HostMemory) -> Tensor:
         """The buffers as one tensor [m, *shape]; missing ones become zeros."""
-        first = self.buffers[0]
-        memory = None if first is None else first._base
-        if memory is not None and memory.shape == (len(self.objectives), *self.shape):
-            places = [target.data_ptr() for target in memory]
-            if places == [None if g is None else g.data_ptr() for g in self.buffers]:
-                return memory
+        if (memory := in_one(self.buffers)) is not None:
+            return memory
         buffers = self.buffers
         memory = self.allocate(host_memory)
         for target, g in zip(memory, buffers, strict=True):
@@ -174,6 +167,26 @@ class ObjectiveGrad(torch.Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> "ObjectiveGrad":
         memo[id(self)] = copy = self._converted(torch.clone)
         return copy
+
+
+def in_one(buffers: Sequence[Tensor | None]) -> Tensor | None:
+    """[m, *shape] over m contiguous buffers that lie at equal distances in one block, else None."""
+    first = buffers[0]
+    if first is None or not first.is_contiguous():
+        return None
+    block, start = first.untyped_storage().data_ptr(), first.storage_offset()
+    starts = []
+    for g in buffers:
+        # Converted in place (`model.half()`, ...) they may have become unlike each other.
+        if g is None or g.dtype != first.dtype or not g.is_contiguous():
+            return None
+        if g.untyped_storage().data_ptr() != block:
+            return None
+        starts.append(g.storage_offset())
+    step = starts[1] - start if len(starts) > 1 else first.numel()
+    if step < first.numel() or starts != [start + k * step for k in range(len(starts))]:
+        return None
+    return first.as_strided((len(starts), *first.shape), (step, *first.stride()), start)
 
 
 class Touched(NamedTuple):

@@ -30,6 +30,8 @@ class ScatteredAccumulation:
         RuntimeError: as `Accumulation`.
     """
 
+    at_once = True
+
     def __init__(
         self,
         graph: ScoreGraph,
@@ -47,10 +49,14 @@ class ScatteredAccumulation:
         self._scatter = Scatter(len(names), graph.uses, graph.leaves, self._take, processes)
 
     def buffers(self, p: Tensor) -> tuple[Tensor, bool]:
-        """See `engine.backward.Into`."""
+        """See `engine.gradient_collector.Into`."""
         return (self._scatter if is_dtensor(p) else self._plain).buffers(p)
 
-    def wants_products(self, p: Tensor) -> bool:
+    def add_products(self, params: Sequence[Tensor], U: Tensor, t: Tensor) -> None:
+        """See `engine.gradient_collector.Into`."""
+        raise AssertionError("layers are sent one by one")
+
+    def wants_inner_products(self, p: Tensor) -> bool:
         """Those of a shard, which arrives later."""
         return False
 

@@ -1,6 +1,6 @@
 """`ScatteredGram`: the Gram matrix of averages over processes, without anybody's m gradients."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class ScatteredGram:
         look: also shown every (parameter, [m, *part]), as spot checks need it.
     """
 
+    at_once = True
+
     def __init__(
         self,
         graph: ScoreGraph,
@@ -37,12 +39,16 @@ class ScatteredGram:
         self.buffers = self._scatter.buffers
         self.finish = self._scatter.finish
 
-    def wants_products(self, p: Tensor) -> bool:
+    def add_products(self, params: Sequence[Tensor], U: Tensor, t: Tensor) -> None:
+        """See `engine.gradient_collector.Into`."""
+        raise AssertionError("layers are sent one by one")
+
+    def wants_inner_products(self, p: Tensor) -> bool:
         """Those of the sums over processes, which arrive later."""
         return False
 
     def filled(self, params: Iterable[Tensor]) -> None:
-        """See `engine.backward.Into`."""
+        """See `engine.gradient_collector.Into`."""
         self._scatter.filled(params)
 
     def gram(self) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 from raco_fast.distributed.dtensor import is_dtensor
 from raco_fast.distributed.processes import Processes
 from raco_fast.distributed.replicas import averages
-from raco_fast.engine.backward import collect, gradient_collector, propagate
+from raco_fast.engine.backward import collect, propagate
 from raco_fast.engine.exactness import Exactness, Pass
+from raco_fast.engine.gradient_collector import GradientCollector
 from raco_fast.engine.graph import ScoreGraph
 from raco_fast.engine.scattered_check import ScatteredCheck
 from raco_fast.gradients.scattered_gram import ScatteredGram
@@ -28,8 +29,8 @@ def gram_of(served: Pass, m: int, exactness: Exactness, processes: Processes) ->
     into = ScatteredGram(graph, m, processes, None if check is None else check.look)
 
     def run() -> str | None:
-        collector = gradient_collector(served.factored, into, graph.wanted)
-        collect(collector, graph, served.factored.seeds, retain_graph=True)
+        collector = GradientCollector(served.factored, into, graph.wanted)
+        collect(collector.collect, graph, served.factored.seeds, retain_graph=True)
         into.finish()
         return (
             None if check is None else check.mismatch([p for p in graph.uses if not is_dtensor(p)])

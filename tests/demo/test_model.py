@@ -1,5 +1,6 @@
 """The demo's tokenizer, model, warm-up and sampling."""
 
+import math
 import random
 
 import pytest
@@ -19,7 +20,7 @@ from raco_fast.demo.model import (
     warm_up,
     write_summaries,
 )
-from raco_fast.dpo.data.batches import micro_batches
+from raco_fast.dpo.data.layout import Layout
 from raco_fast.dpo.data.pairs import PreferencePair
 
 TOKENIZER = build_tokenizer()
@@ -69,7 +70,8 @@ def model() -> LlamaForCausalLM:
     """A small model after a short warm-up."""
     model = build_model(TOKENIZER, hidden_size=48, layers=2, seed=1)
     pairs = encode(TOKENIZER, draw_pairs(160, random.Random(1)))
-    losses = warm_up(model, micro_batches(pairs, 4), lr=3e-3)
+    rounds = Layout("padded", 4, math.inf, PAD).rounds(pairs)
+    losses = warm_up(model, [group for (group,) in rounds], lr=3e-3)
     assert len(losses) == 40
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
     return model

@@ -16,7 +16,8 @@ from raco_fast.demo.judges import OBJECTIVES
 from raco_fast.demo.model import PAD
 from raco_fast.demo.study import run
 from raco_fast.dpo.data.batches import pair_length
-from raco_fast.dpo.data.tokenization import EncodedPair, collate
+from raco_fast.dpo.data.collation import collate
+from raco_fast.dpo.data.tokenization import EncodedPair
 
 RULES = ("linear", "cagrad", "cagrad-clip", "mgda")
 PAIRS = ("coverage:brevity", "coverage:faithfulness", "brevity:faithfulness")
@@ -188,7 +189,7 @@ def test_batches_hold_every_pair_once_with_half_the_padding() -> None:
 
 def padding(batches: list[list[EncodedPair]]) -> float:
     """Share of the positions of all batches that is padding."""
-    masks = [collate(pairs, PAD).attention_mask for pairs in batches]
+    masks = [collate(pairs, PAD).rows.attention_mask for pairs in batches]
     return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
 

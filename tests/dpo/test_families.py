@@ -18,9 +18,10 @@ import torch
 from model_zoo_verdicts import widened
 from torch import nn
 
-from raco_fast.dpo.data.batches import labelled_counts, micro_batches
+from raco_fast.dpo.data.batches import labelled_counts
+from raco_fast.dpo.data.layout import Layout
 from raco_fast.dpo.data.pairs import PreferencePair
-from raco_fast.dpo.data.tokenization import collate, encode_pairs
+from raco_fast.dpo.data.tokenization import encode_pairs
 from raco_fast.dpo.losses.margin_losses import Sigmoid
 from raco_fast.dpo.losses.objective_losses import preference_losses
 from raco_fast.dpo.metrics import PreferenceMetrics
@@ -92,13 +93,14 @@ def ours(
     encoded, report = encode_pairs(tokenizer, pairs)
     assert report.kept == len(pairs)
     losses = {name: Sigmoid(beta=beta) for name, beta in BETAS.items()}
-    references = {1.0: compute_reference(reference, encoded, 0, 3, chunk_tokens=7, quiet=True)}
+    references = compute_reference(reference, encoded, Layout("padded", 3, math.inf, 0), 7)
     counts, metrics = labelled_counts(encoded, tuple(BETAS)), PreferenceMetrics(losses)
     scored: dict[str, tuple[float, float]] = {}
     totals = dict.fromkeys(losses, 0.0)
     policy.eval()
-    for group in micro_batches(encoded, 2):
-        batch = collate(group, 0)
+    layout = Layout("padded", 2, math.inf, 0)
+    for (group,) in layout.rounds(encoded):
+        batch = layout.batch(group)
         logps = pair_logps(policy, batch, 7)
         scores = score_pairs(logps, batch, references, losses)
         parts = preference_losses(scores, batch.labels, loss=losses, counts=counts)

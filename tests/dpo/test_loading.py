@@ -215,3 +215,14 @@ def test_a_tokenizer_without_files_is_named(copy):
     (folder / "tokenizer.json").write_text('{"version": 3}')
     with pytest.raises(ValueError, match=r"'.*copy-0' cannot be loaded: .*`model.tokenizer`"):
         load_tokenizer(ModelOptions(str(folder), device="cpu"))
+
+
+def test_the_attention_is_the_one_asked_for(tiny):
+    assert load(tiny, attention="eager").config._attn_implementation == "eager"
+    assert load(tiny).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("attention", ["no such", "flash_attention_2"])
+def test_an_attention_that_is_not_there_is_named(tiny, attention):
+    with pytest.raises(ValueError, match=rf"`model.attention` must be .*, got '{attention}'"):
+        load(tiny, attention=attention)

@@ -19,10 +19,12 @@ from torch.utils.checkpoint import checkpoint
 import raco_fast
 from raco_fast import prepare
 from raco_fast.engine import layer_rules
-from raco_fast.engine.backward import gradient_collector, propagate, sensitivities
+from raco_fast.engine.backward import propagate, sensitivities
+from raco_fast.engine.gradient_collector import GradientCollector
 from raco_fast.engine.contributions import vector_use
+from raco_fast.engine.declaration import sequences
 from raco_fast.engine.graph import ScoreGraph
-from raco_fast.engine.sequences import Factored, sequences
+from raco_fast.engine.sequences import Factored
 from raco_fast.engine.tap import ANCHOR, collecting
 from raco_fast.gradients.accumulation import Accumulation
 from raco_fast.gradients.buffer_pool import HostMemory
@@ -687,9 +689,10 @@ def test_threads_share_a_prepared_model():
                 graph = ScoreGraph(dict(zip("ab", losses, strict=True)), scores, params, (), set())
                 into = Accumulation([], ("a", "b"), HostMemory())
                 factored = Factored.of(sensitivities(losses, scores))
-                collector = gradient_collector(factored, into, params)
-                with collecting(collector, graph.taps):
+                collector = GradientCollector(factored, into, params)
+                with collecting(collector.collect, graph.taps):
                     propagate(scores, factored.seeds, inputs=[ANCHOR])
+                collector.finish()
                 made = into.gradients()
                 found = [[made[p][i] for p in params] for i in (0, 1)]
             for i in (0, 1):

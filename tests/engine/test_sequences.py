@@ -6,7 +6,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from raco_fast.engine.sequences import Factored, declared, sequences
+from raco_fast.engine.declaration import Declared, declared, sequences
+from raco_fast.engine.sequences import Factored
 
 CPU = torch.device("cpu")
 EPS32 = torch.finfo(torch.float32).eps
@@ -105,7 +106,7 @@ def test_segments_hold_every_row_of_a_group_once_and_in_order(A, seed):
     factored = Factored.of(A)
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(0, A.shape[1], (17,), generator=generator)
-    segments = factored.segments(index, CPU)
+    segments = factored.segments(Declared(index), CPU)
     x = torch.arange(17.0)[:, None] * torch.ones(1, 2)
     rows = segments.arranged(x)[:, 0, 0].long()
     group = factored.group[index]
@@ -144,20 +145,20 @@ def test_rows_that_lie_in_order_are_not_moved():
 def test_an_index_is_recognised_by_identity_for_as_long_as_the_factors_live():
     factored = Factored.of(torch.tensor([[1.0, 1.0], [1.0, 2.0]]))
     for order in ([0, 1, 1], [1, 0, 0], [0, 0, 1]):
-        index = torch.tensor(order)  # dropped at once: the next may get its address
-        expected = (factored.group[index] == 0).sum()
+        index = Declared(torch.tensor(order))  # dropped at once: the next may get its address
+        expected = (factored.group[index.index] == 0).sum()
         assert factored.segments(index, CPU).offsets == (0, expected, 3)
-    index = torch.tensor([0, 1])
+    index = Declared(torch.tensor([0, 1]))
     assert factored.segments(index, CPU) is factored.segments(index, CPU)
 
 
 def test_sequences_declares_inside_the_block_only():
     assert declared() is None
     with sequences([2, 0]):
-        assert declared().tolist() == [2, 0]
+        assert declared().index.tolist() == [2, 0]
         with sequences(cu_seqlens=torch.tensor([0, 2, 2, 5], dtype=torch.int32)):
-            assert declared().tolist() == [0, 0, 2, 2, 2]
-        assert declared().tolist() == [2, 0]
+            assert declared().index.tolist() == [0, 0, 2, 2, 2]
+        assert declared().index.tolist() == [2, 0]
     assert declared() is None
 
 

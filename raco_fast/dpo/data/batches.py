@@ -34,34 +34,6 @@ class BatchSchedule:
         return indices
 
 
-def micro_batches(
-    pairs: Sequence[EncodedPair], size: int, rank: int = 0, processes: int = 1
-) -> list[list[EncodedPair]]:
-    """Cut a step into micro-batches of like length, longest first, for one of several processes.
-
-    Like length saves padding; with the longest first, what does not fit in memory fails at once.
-    The pairs are dealt one by one in this order, there and back (0, 1, 1, 0, 0, ...): processes
-    carry as many pairs, but for one, and their sums of lengths differ by at most the longest's.
-
-    All processes have the same number of micro-batches, since sharded parameters are gathered in
-    every forward pass. One that would have an empty one runs the shortest pair without labels.
-
-    Args:
-        pairs: of the whole step; at least one.
-        size: pairs in a micro-batch of a process, at most.
-    """
-    by_length = sorted(pairs, key=lambda pair: (-pair_length(pair), pair.id))
-    rounds = [by_length[start : start + processes] for start in range(0, len(pairs), processes)]
-    own = []
-    for k, dealt in enumerate(rounds):
-        place = processes - 1 - rank if k % 2 else rank
-        own += dealt[place : place + 1]
-    batches = [own[start : start + size] for start in range(0, len(own), size)]
-    if len(batches) < math.ceil(len(rounds) / size):
-        batches.append([unlabelled(by_length[-1])])
-    return batches
-
-
 def unlabelled(pair: EncodedPair) -> EncodedPair:
     """The pair with a label for nobody: it adds zero to every loss and gradient."""
     return replace(pair, labels=dict.fromkeys(pair.labels, 0), pair_weights={})

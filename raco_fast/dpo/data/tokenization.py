@@ -26,9 +26,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from raco_fast.dpo.data.ends import token_ids
 from raco_fast.dpo.data.pairs import PreferencePair
 from raco_fast.dpo.data.rendering import TokenOptions, Writer, shared_length
@@ -124,30 +121,6 @@ class EncodeReport:
         return said
 
 
-@dataclass(frozen=True)
-class PairBatch:
-    """B pairs, right-padded to T tokens. Rows 0..B-1 hold response a, rows B..2B-1 response b.
-
-    Attributes:
-        input_ids: [2B, T] int64.
-        attention_mask: [2B, T] int64, 0 on padding.
-        completion_mask: [2B, T] bool, True on the tokens of the response, stop token included.
-        labels: objective -> [B] float32: 0, or the sign times the probability that it is right.
-        ids: the B pair ids.
-        tokens_a, tokens_b: [B] float32, tokens of each response.
-        pair_weights: objective -> [B] float32; of objectives with a weight other than 1.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    completion_mask: Tensor
-    labels: dict[str, Tensor]
-    ids: list[str]
-    tokens_a: Tensor
-    tokens_b: Tensor
-    pair_weights: dict[str, Tensor] = field(default_factory=dict)
-
-
 def token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
     """A function text -> number of tokens, without special tokens (for `ConciseRule`)."""
     return lambda text: len(token_ids(tokenizer, [text])[0])
@@ -197,52 +170,6 @@ def encode_pairs(
         **counts,
     )
     return encoded, report
-
-
-def collate(pairs: Sequence[EncodedPair], pad_id: int) -> PairBatch:
-    """Pad pairs to one batch.
-
-    Args:
-        pairs: B encoded pairs that label the same objectives.
-        pad_id: token id of the padding; masked, so any valid id serves (EOS is usual).
-    Raises:
-        ValueError: no pairs, or pairs that label different objectives.
-    """
-    if not pairs:
-        raise ValueError("`pairs` must hold at least one pair, got none; skip empty batches")
-    names = list(pairs[0].labels)
-    for pair in pairs:
-        if set(pair.labels) != set(names):
-            raise ValueError(
-                f"`pairs` must label the same objectives, got {sorted(pair.labels)} for "
-                f"{pair.id!r} and {sorted(names)} for {pairs[0].id!r}; label the rest 0"
-            )
-    rows = [(p.prompt_ids, p.a_ids) for p in pairs] + [(p.prompt_ids, p.b_ids) for p in pairs]
-    length = max(len(prompt) + len(response) for prompt, response in rows)
-    input_ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    completion_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-    for k, (prompt, response) in enumerate(rows):
-        end = len(prompt) + len(response)
-        input_ids[k, :end] = torch.tensor(prompt + response, dtype=torch.int64)
-        attention_mask[k, :end] = 1
-        completion_mask[k, len(prompt) : end] = True
-    tokens = completion_mask.sum(dim=1).to(torch.float32)
-    labels = {n: torch.tensor([p.labels[n] for p in pairs], dtype=torch.float32) for n in names}
-    return PairBatch(
-        input_ids,
-        attention_mask,
-        completion_mask,
-        labels,
-        [p.id for p in pairs],
-        tokens[: len(pairs)],
-        tokens[len(pairs) :],
-        {
-            n: torch.tensor([p.pair_weights.get(n, 1.0) for p in pairs])
-            for n in names
-            if any(n in p.pair_weights for p in pairs)
-        },
-    )
 
 
 def encode_whole(pairs: Sequence[PreferencePair], writer: Writer) -> Iterator[EncodedPair]:

@@ -4,7 +4,8 @@ h(r) = r is the reverse KL divergence, which is DPO's own (`sigmoid`).
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, fields
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +26,12 @@ class _FDivergence(PreferenceLoss):
     @abstractmethod
     def h(self, ratio: Tensor) -> Tensor:
         """f'(exp(ratio)), less a constant."""
+
+    @property
+    def pair_function(self) -> Hashable:
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        options.pop("beta")
+        return type(self), *options.items()
 
     def __call__(self, pairs: RankedScores) -> Tensor:
         return -F.logsigmoid(self.beta * (self.h(pairs.ratio_w) - self.h(pairs.ratio_l)))

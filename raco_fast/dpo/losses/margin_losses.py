@@ -1,13 +1,14 @@
 """Losses of the margin between two log-ratios to the reference."""
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from raco_fast.dpo.losses.pair_scores import RankedScores
-from raco_fast.dpo.losses.preference_loss import PreferenceLoss, beta, option
+from raco_fast.dpo.losses.preference_loss import MEAN, SUM, PreferenceLoss, beta, option
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class Sigmoid(PreferenceLoss):
         0.0, "be in [0, 0.5)", lambda v: 0 <= v < 0.5, "at 0.5 a label says nothing"
     )
 
+    @property
+    def pair_function(self) -> Hashable:
+        return SUM
+
     def __call__(self, pairs: RankedScores) -> Tensor:
         x, e = self.beta * pairs.margin, self.label_smoothing
         return -(1 - e) * F.logsigmoid(x) - e * F.logsigmoid(-x)
@@ -33,6 +38,10 @@ class Hinge(PreferenceLoss):
     """max(0, 1 - beta (r_w - r_l)): SLiC's hinge (arXiv:2305.10425) on DPO's margin."""
 
     beta: float = beta()
+
+    @property
+    def pair_function(self) -> Hashable:
+        return SUM
 
     def __call__(self, pairs: RankedScores) -> Tensor:
         return F.relu(1 - self.beta * pairs.margin)
@@ -48,6 +57,10 @@ class Ipo(PreferenceLoss):
     soft = True
     beta: float = beta()
 
+    @property
+    def pair_function(self) -> Hashable:
+        return MEAN
+
     def __call__(self, pairs: RankedScores) -> Tensor:
         return (pairs.mean_margin - 1 / (2 * self.beta)).square()
 
@@ -61,6 +74,10 @@ class SigmoidNorm(PreferenceLoss):
 
     soft = True
     beta: float = beta()
+
+    @property
+    def pair_function(self) -> Hashable:
+        return MEAN
 
     def __call__(self, pairs: RankedScores) -> Tensor:
         return -F.logsigmoid(self.beta * pairs.mean_margin)
@@ -94,6 +111,10 @@ class Robust(PreferenceLoss):
         0.1, "be in [0, 0.5)", lambda v: 0 <= v < 0.5, "it is the share of flipped labels"
     )
 
+    @property
+    def pair_function(self) -> Hashable:
+        return SUM
+
     def __call__(self, pairs: RankedScores) -> Tensor:
         x, e = self.beta * pairs.margin, self.label_smoothing
         return (-(1 - e) * F.logsigmoid(x) + e * F.logsigmoid(-x)) / (1 - 2 * e)
@@ -111,6 +132,10 @@ class Exo(PreferenceLoss):
         1e-3, "be in (0, 0.5)", lambda v: 0 < v < 0.5, "at 0 the divergence is infinite"
     )
 
+    @property
+    def pair_function(self) -> Hashable:
+        return SUM
+
     def __call__(self, pairs: RankedScores) -> Tensor:
         x, e = self.beta * pairs.margin, self.label_smoothing
         right = x.sigmoid() * (F.logsigmoid(x) - math.log1p(-e))
@@ -127,6 +152,10 @@ class Discopop(PreferenceLoss):
 
     beta: float = beta()
     tau: float = option(0.05, "be in (0, 1]", lambda v: 0 < v <= 1, "0.05 is the published value")
+
+    @property
+    def pair_function(self) -> Hashable:
+        return SUM
 
     def __call__(self, pairs: RankedScores) -> Tensor:
         x = self.beta * pairs.margin

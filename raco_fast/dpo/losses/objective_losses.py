@@ -97,5 +97,9 @@ def _of_pairs(name: str, loss: PreferenceLoss, pairs: RankedScores, q: Tensor) -
             f"got sizes from {float(q.min()):g} to {float(q.max()):g}"
         )
     check_soft(name, loss)
-    q = q.to(pairs.logps_w)
-    return q * loss(pairs) + (1 - q) * loss(pairs.swapped())
+    # The two signs cancel where the policy is as sure as the label. What float32 leaves of a and b
+    # then has two directions, where one h(a) - h(b) has one (`PreferenceLoss.pair_function`).
+    wide = pairs.widened()
+    q = q.to(wide.logps_w)
+    each = q * loss(wide) + (1 - q) * loss(wide.swapped())
+    return each.to(pairs.logps_w.dtype)

@@ -34,6 +34,12 @@ class RankedScores:
             self.tokens_w,
         )
 
+    def widened(self) -> "RankedScores":
+        """In float64, where the device has it."""
+        if self.logps_w.device.type == "mps":
+            return self
+        return RankedScores(*(getattr(self, field.name).double() for field in fields(self)))
+
     @property
     def ratio_w(self) -> Tensor:
         """r_w = log(policy / reference): the implicit reward divided by beta."""

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -22,6 +22,10 @@ def beta(default: float = 0.1) -> Any:
     return option(default, rule, lambda v: 0 < v < math.inf, f"{default:g} is a common value")
 
 
+SUM, MEAN = "log-probability", "log-probability per token"
+"""Values of `pair_function`: h(y) = log p(y), and h(y) = log p(y) / tokens(y)."""
+
+
 @dataclass(frozen=True)
 class PreferenceLoss(ABC):
     """A loss of ranked pairs; its fields are its options.
@@ -34,9 +38,20 @@ class PreferenceLoss(ABC):
             the margin at which that is smallest grows with q. False: soft labels are refused.
         tail_weight: factor of the log-probabilities, also the reference's, of those tokens that
             the longer response has past the length of the shorter one.
+        pair_function: declares that chosen and rejected may share their prompt's rows.
     """
 
     soft: ClassVar[bool] = False
+
+    @property
+    def pair_function(self) -> Hashable | None:
+        """The h of a loss that is a function of h(w) - h(l) for every pair; None for others.
+
+        Two responses whose losses all have one h are parallel in A = ∂L/∂scores, so that one
+        backward pass serves both on the rows of a shared prompt. Equal values stand for the same h,
+        up to a constant factor and a constant.
+        """
+        return None
 
     def __post_init__(self) -> None:
         """Hold every option against its rule; ValueError names both."""

@@ -1,6 +1,7 @@
 """Losses of log-probabilities per token, without a reference model."""
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raco_fast.dpo.losses.pair_scores import RankedScores
-from raco_fast.dpo.losses.preference_loss import PreferenceLoss, beta, option
+from raco_fast.dpo.losses.preference_loss import MEAN, PreferenceLoss, beta, option
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,10 @@ class Simpo(PreferenceLoss):
     soft = True
     beta: float = beta()
     gamma: float = option(0.5, "be finite", math.isfinite, "0.5 is common")
+
+    @property
+    def pair_function(self) -> Hashable:
+        return MEAN
 
     def __call__(self, pairs: RankedScores) -> Tensor:
         return -F.logsigmoid(self.beta * (pairs.mean_w - pairs.mean_l) - self.gamma)
@@ -37,6 +42,10 @@ class AmopoStatic(PreferenceLoss):
 
     soft = True
     beta: float = beta()
+
+    @property
+    def pair_function(self) -> Hashable:
+        return MEAN
 
     def __call__(self, pairs: RankedScores) -> Tensor:
         return -F.logsigmoid(self.beta * (pairs.mean_w - pairs.mean_l))

@@ -1,5 +1,6 @@
 """Losses that look at each response's implicit reward by itself, not at their difference alone."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -59,6 +60,11 @@ class ApoZero(PreferenceLoss):
     """
 
     beta: float = beta()
+
+    @property
+    def pair_function(self) -> Hashable:
+        """h(r) = s(beta r)."""
+        return type(self), self.beta
 
     def __call__(self, pairs: RankedScores) -> Tensor:
         return (-self.beta * pairs.ratio_w).sigmoid() + (self.beta * pairs.ratio_l).sigmoid()

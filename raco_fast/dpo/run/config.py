@@ -54,8 +54,15 @@ class TrainConfig:
         max_skipped_steps: steps in a row that may be skipped because a loss or gradient is not
             finite; at so many the run ends with an error. None never ends it.
         pairs_per_step: pairs in one optimizer step, of all processes together.
+        batching: how tokens lie in memory. `pairs` packs rows [prompt | a | b], every token once,
+            which is exact for losses that see a pair through one h(a) - h(b); `packed` gives every
+            response its prompt, without padding; `padded` pads to the longest. `auto` takes the
+            first that losses and model allow, and says so; a model whose tokens meet elsewhere than
+            in attention runs padded.
         pairs_per_micro_batch: pairs that a process holds in memory at once; divides a step into
             micro-batches.
+        tokens_per_micro_batch: tokens of a packed micro-batch at most; a longer pair is alone. None
+            takes what `pairs_per_micro_batch` of the longest pairs have, on a CPU at most 512.
         chunk_tokens: full rows of logits whose memory the head may take at any time.
         gradient_mode: `one_backward` takes one backward pass for all objectives and fails where
             that is not exact for the model; `auto` does the same and falls back to `autograd`, one
@@ -103,7 +110,9 @@ class TrainConfig:
     max_steps: int | None = None
     max_skipped_steps: int | None = 10
     pairs_per_step: int = 16
+    batching: Literal["auto", "pairs", "packed", "padded"] = "auto"
     pairs_per_micro_batch: int = 4
+    tokens_per_micro_batch: int | None = None
     chunk_tokens: int = 256
     gradient_mode: Literal["auto", "autograd", "one_backward", "gram_first"] = "auto"
     check_every: int | None = CHECK_EVERY
@@ -153,6 +162,7 @@ class TrainConfig:
             "save_every",
             "keep",
             "check_every",
+            "tokens_per_micro_batch",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -166,6 +176,12 @@ class TrainConfig:
                 f"between micro-batches are part of its Gram matrix), got {self.pairs_per_step} "
                 f"`pairs_per_step` in micro-batches of {self.pairs_per_micro_batch}; set both to "
                 f"the same number, or use 'one_backward'"
+            )
+        if self.gradient_mode == "gram_first" and self.tokens_per_micro_batch is not None:
+            raise ValueError(
+                f"`tokens_per_micro_batch` must be null with `gradient_mode` 'gram_first', which "
+                f"needs the whole step in one micro-batch, got {self.tokens_per_micro_batch}; "
+                f"leave it out, or use 'one_backward'"
             )
         if self.tensorboard and find_spec("tensorboard") is None:
             raise ValueError(

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from raco_fast.distributed.processes import Processes
-from raco_fast.dpo.data.batches import labelled_counts, micro_batches
-from raco_fast.dpo.data.tokenization import EncodedPair, PairBatch, collate
+from raco_fast.dpo.data.batches import labelled_counts
+from raco_fast.dpo.data.collation import PairBatch
+from raco_fast.dpo.data.layout import Layout, Round
+from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.losses.objective_losses import preference_losses
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 from raco_fast.dpo.metrics import PreferenceMetrics
@@ -27,18 +29,20 @@ class HeldOut:
     """A held-out set and how it is scored.
 
     Args:
-        pairs: encoded, of which `batch_pairs` are scored at once.
+        pairs: encoded.
+        rounds: the micro-batches that they are scored in, those of their reference.
+        layout: how a micro-batch lies in memory.
         references: tail weight -> their reference log-probabilities.
         losses: objective name -> its loss; reported as means over all labelled pairs.
-        pad_id, chunk_tokens: as in `collate` and `sequence_logps`.
+        chunk_tokens: as in `sequence_logps`.
         processes: those that the pairs are dealt to; each has to evaluate.
     """
 
     pairs: Sequence[EncodedPair]
+    rounds: Sequence[Round]
+    layout: Layout
     references: Mapping[float, ReferenceLogps]
     losses: Mapping[str, PreferenceLoss]
-    pad_id: int
-    batch_pairs: int
     chunk_tokens: int
     processes: Processes = field(default_factory=Processes)
 
@@ -54,10 +58,7 @@ class HeldOut:
         """
 
         def score(batch: PairBatch) -> Tensor:
-            # One tail weight at a time, as the reference was scored: larger matrix products round
-            # in another way, and rewards of an untrained policy would not be exactly zero.
-            each = [pair_logps(model, batch, self.chunk_tokens, [t]) for t in self.references]
-            return torch.cat(each)
+            return pair_logps(model, batch, self.chunk_tokens, self.references)
 
         with evaluating(model):
             result = self._evaluate(score, stopped)
@@ -84,13 +85,12 @@ class HeldOut:
         counts = labelled_counts(self.pairs, tuple(self.losses))
         metrics = PreferenceMetrics(self.losses)
         losses = {name: torch.zeros(()) for name in self.losses}
-        rank, size = self.processes.rank, self.processes.size
-        groups = micro_batches(self.pairs, self.batch_pairs, rank, size)
-        for group in tqdm(groups, desc="evaluate", leave=False, disable=rank > 0):
+        rank = self.processes.rank
+        for groups in tqdm(self.rounds, desc="evaluate", leave=False, disable=rank > 0):
             (stop,) = self.processes.agree(lambda: [stopped()], 1)
             if stop:
                 return None
-            batch = collate(group, self.pad_id)
+            batch = self.layout.batch(groups[rank])
             scores = score_pairs(score(batch), batch, self.references, self.losses)
             parts = preference_losses(
                 scores,

@@ -60,7 +60,7 @@ class _NamedMemoryError(MemoryError):
 
 def to_hold_a_model(config: "TrainConfig") -> str:
     """What takes less memory where a model is loaded."""
-    ways = ["set `model.dtype: bf16`"] if config.model.dtype == "fp32" else []
+    ways = ["set `model.dtype: bf16`"] if config.model.dtype != "bf16" else []
     ways += [] if config.model.lora else ["train an adapter (`model.lora`)"]
     ways += ["spread it over several GPUs (`parallel.kind: fsdp2`)", "use a larger machine"]
     return ", or ".join(ways)

@@ -39,8 +39,10 @@ CHANGES: dict[str, Change] = {
     **dict.fromkeys((f"tokens.{n}" for n in ("overlength", "keep", "special_text")), _C),
     **dict.fromkeys(("tokens.chat_template", "tokens.plain", "tokens.date", "concise"), _C),
     # Held-out pairs, where the model is computed, in what portions, and what is written when.
-    **dict.fromkeys(("eval_data", "model.device", "model.gradient_checkpointing"), _F),
-    **dict.fromkeys(("pairs_per_micro_batch", "chunk_tokens", "gradient_mode"), _F),
+    **dict.fromkeys(("eval_data", "model.device", "model.attention"), _F),
+    **dict.fromkeys(("model.gradient_checkpointing",), _F),
+    **dict.fromkeys(("batching", "pairs_per_micro_batch", "tokens_per_micro_batch"), _F),
+    **dict.fromkeys(("chunk_tokens", "gradient_mode"), _F),
     **dict.fromkeys(("check_every", "eval_every", "save_every", "log_every"), _F),
     **dict.fromkeys(("output_dir", "cache_dir", "tensorboard", "parallel"), _F),
     **dict.fromkeys(("max_skipped_steps", "save_minutes", "keep", "keep_best"), _F),
@@ -90,8 +92,11 @@ def check_same_run(config: TrainConfig, saved: Mapping[str, Any], checkpoint: Pa
     """Raise ValueError, naming every differing setting, unless `config` may go on from `saved`.
 
     Args:
-        saved: `identity` of the run that wrote the checkpoint.
+        saved: `identity` of the run that wrote the checkpoint, whose dtype `auto` stands for.
     """
+    if config.model.dtype == "auto":
+        model = dataclasses.replace(config.model, dtype=saved["model"]["dtype"])
+        config = dataclasses.replace(config, model=model)
     never = list(_differences(config, saved, Change.NEVER))
     if config.rounding is not None and saved.get("rounding") != config.rounding:
         never.append(_difference("rounding", saved.get("rounding"), config.rounding))

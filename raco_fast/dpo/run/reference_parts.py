@@ -26,15 +26,15 @@ EVERY_SECONDS = 60.0
 
 
 class ReferenceParts:
-    """The parts of the log-probabilities of `n` pairs, in a folder.
+    """The parts of the log-probabilities of all pairs, in a folder.
 
     Args:
-        folder: belongs to these pairs and this model alone.
-        n: the number of pairs.
+        folder: belongs to these pairs, this model and these micro-batches alone.
+        shape: (number of pairs, values of each).
     """
 
-    def __init__(self, folder: Path, n: int) -> None:
-        self._folder, self._n = folder, n
+    def __init__(self, folder: Path, shape: tuple[int, int]) -> None:
+        self._folder, (self._n, self._columns) = folder, shape
         self._file = folder / f"part-{uuid.uuid4().hex}.safetensors"
         self._indices: list[int] = []
         self._values: list[Tensor] = []
@@ -42,13 +42,13 @@ class ReferenceParts:
         self._broken = False
 
     def load(self) -> Tensor:
-        """What earlier runs have left: float32 [n, 2], -inf where there is nothing."""
-        values, parts = torch.full((self._n, 2), -torch.inf), 0
+        """What earlier runs have left: float32 of `shape`, -inf where there is nothing."""
+        values, parts = torch.full((self._n, self._columns), -torch.inf), 0
         for file in sorted(self._folder.glob("part-*.safetensors")):
             try:
                 found = load_checked(file)
                 indices, logps = found["indices"], found["logps"]
-                fits = indices.dim() == 1 and logps.shape == (indices.numel(), 2)
+                fits = indices.dim() == 1 and logps.shape == (indices.numel(), self._columns)
                 kinds = (indices.dtype, logps.dtype) == (torch.int64, torch.float32)
                 if not (fits and kinds and bool(((indices >= 0) & (indices < self._n)).all())):
                     raise DamagedError(f"{file} is of other pairs")
@@ -63,7 +63,7 @@ class ReferenceParts:
         return values
 
     def add(self, indices: list[int], values: Tensor) -> None:
-        """Take the values [k, 2] of k pairs; now and then, write all there are."""
+        """Take the values [k, columns] of k pairs; now and then, write all there are."""
         self._indices += indices
         self._values.append(values)
         if time.monotonic() - self._wrote_at >= EVERY_SECONDS:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from raco_fast.distributed.processes import Processes
-from raco_fast.dpo.data.batches import labelled_counts, micro_batches, token_count
-from raco_fast.dpo.data.tokenization import EncodedPair, collate
+from raco_fast.dpo.data.batches import labelled_counts, token_count
+from raco_fast.dpo.data.layout import Layout
+from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.losses.objective_losses import preference_losses
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 from raco_fast.dpo.metrics import PreferenceMetrics, solution_metrics
@@ -88,8 +89,7 @@ class PreferenceStep:
         references: log-probabilities under the reference of every pair that is to come, for each
             of `tail_weights(losses)`.
         losses: objective name -> loss.
-        pad_id: padding token.
-        pairs_per_micro_batch: pairs that a process holds in memory at once.
+        layout: of the micro-batches, what a process holds in memory at once.
         chunk_tokens: as in `sequence_logps`.
         mode: as in `ClippedCAGradAdamW.backward`.
         processes: those that the step's pairs are dealt to; each is called with all of them.
@@ -99,8 +99,7 @@ class PreferenceStep:
     optimizer: ClippedCAGradAdamW
     references: Mapping[float, ReferenceLogps]
     losses: Mapping[str, PreferenceLoss]
-    pad_id: int
-    pairs_per_micro_batch: int
+    layout: Layout
     chunk_tokens: int = 256
     mode: str = "one_backward"
     processes: Processes = field(default_factory=Processes)
@@ -121,8 +120,8 @@ class PreferenceStep:
         divisors = {name: count / size for name, count in counts.items()}
         preference = PreferenceMetrics(self.losses)
         totals = {name: torch.zeros(()) for name in counts}
-        for group in micro_batches(pairs, self.pairs_per_micro_batch, rank, size):
-            batch = collate(group, self.pad_id)
+        for groups in self.layout.rounds(pairs, size):
+            batch = self.layout.batch(groups[rank])
             logps = pair_logps(self.model, batch, self.chunk_tokens, self.references)
             scores = score_pairs(logps, batch, self.references, self.losses)
             losses = preference_losses(

@@ -13,14 +13,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from raco_fast.distributed.processes import Processes
-from raco_fast.dpo.data.batches import BatchSchedule, micro_batches
-from raco_fast.dpo.data.tokenization import EncodedPair, collate
+from raco_fast.dpo.data.batches import BatchSchedule
+from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.models import pick_device, trainable
 from raco_fast.dpo.modes import begin_training, has_dropout
+from raco_fast.dpo.run.batching import layout_of
 from raco_fast.dpo.run.checkpoint import TrainingState
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.divergence import check_weights, ended_skipping, note_skipped
-from raco_fast.dpo.run.evaluation import HeldOut
 from raco_fast.dpo.run.failures import (
     memory_named,
     to_hold_a_model,
@@ -37,12 +37,13 @@ from raco_fast.dpo.run.lock import held
 from raco_fast.dpo.run.metrics_file import MetricsFile
 from raco_fast.dpo.run.parallel import process_group
 from raco_fast.dpo.run.places import check_room, check_writable
-from raco_fast.dpo.run.reference_cache import data_hash, reference_logps
+from raco_fast.dpo.run.reference_cache import data_hash
+from raco_fast.dpo.run.references import References
 from raco_fast.dpo.run.result import save_result
 from raco_fast.dpo.run.resuming import checkpoint_to_resume, go_on_from
 from raco_fast.dpo.run.step import PreferenceStep
 from raco_fast.dpo.run.together import by_first, check_alike, together
-from raco_fast.dpo.scoring import ReferenceLogps, tail_weights
+from raco_fast.dpo.run.weight_dtype import with_dtype
 from raco_fast.dpo.sharded import is_sharded, whole_state_dict
 from raco_fast.engine.prepare import prepare
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
@@ -95,11 +96,12 @@ class Trainer:
     """One run. `Trainer(config).run()` is `train(config)`, once `output_dir` is held by it."""
 
     def __init__(self, config: TrainConfig, resume: bool = False) -> None:
-        self.config, self.losses = config, config.objective_losses
+        self.losses = config.objective_losses
         self.processes = Processes()
         for folder, name in ((config.folder, "output_dir"), (config.cache_folder, "cache_dir")):
             by_first(self.processes, partial(check_writable, folder, name))
         found = checkpoint_to_resume(config, resume, self.processes)
+        self.config = config = with_dtype(config, self.processes, found)
         with memory_named("loading the model", to_hold_a_model(config)):
             self.inputs = load_on_all(config, self.processes)
         self.model, self.pairs = self.inputs.model, self.inputs.training
@@ -116,13 +118,25 @@ class Trainer:
         if config.gradient_mode != "autograd":
             strict = config.gradient_mode != "auto"
             prepare(self.model, strict=strict, check_every=config.check_every)
-        self.references = self._references(self.pairs)
+        self.layout = layout_of(config, self.inputs, self.processes)
+        references = References(config, self.inputs, self.layout, self.processes)
+        self.references = references.of_training(self.batches, any_rounds=found is not None)
         if len(self.references) > 1:
             logger.info(
                 "the losses weigh tokens in %d ways, so every sequence is run as often in a step",
                 len(self.references),
             )
-        self.held_out = self._held_out() if self.inputs.held_out else None
+        self.held_out = references.held_out() if self.inputs.held_out else None
+        self._of_run: dict[str, float] = {}
+        if found is None and self.total_steps > self.batches.steps_per_epoch:
+            later = self._pairs_of(self.batches.steps_per_epoch)
+            noise = references.margin_noise(later, self.references)
+            self._of_run = {"reference/margin_noise": noise}
+            logger.info(
+                "in later epochs pairs lie beside others: their reference margins are then off by "
+                "%.1e nats",
+                noise,
+            )
         self.state = self._new_state()
         contents = {what: self.state.run[what] for what in ("data", "model")}
         of_run = {**compared(self.state.run["settings"]), **contents}
@@ -133,8 +147,7 @@ class Trainer:
             self.state.optimizer,
             self.references,
             self.losses,
-            self.inputs.pad_id,
-            config.pairs_per_micro_batch,
+            self.layout,
             config.chunk_tokens,
             {"auto": "one_backward"}.get(config.gradient_mode, config.gradient_mode),
             self.processes,
@@ -247,10 +260,8 @@ class Trainer:
         processes = self.processes
         if self.config.model.dropout or has_dropout(self.model):
             return
-        pairs = [self.pairs[i] for i in self.batches.indices(0)]
-        size = self.config.pairs_per_micro_batch
-        longest = micro_batches(pairs, size, processes.rank, processes.size)[0]
-        batch = collate(longest, self.inputs.pad_id)
+        longest = self.layout.rounds(self._pairs_of(0), processes.size)[0][processes.rank]
+        batch = self.layout.batch(longest)
         references = self.references if self.inputs.policy.starts_at_reference else None
         check_first_scores(self.model, batch, references, self.config.chunk_tokens, processes)
 
@@ -267,7 +278,7 @@ class Trainer:
         """One optimizer step over the pairs of this step, in micro-batches."""
         began = time.perf_counter()
         state, config = self.state, self.config
-        pairs = [self.pairs[i] for i in self.batches.indices(state.step)]
+        pairs = self._pairs_of(state.step)
         lr = state.scheduler.get_last_lr()[0]
         with memory_named(f"step {state.step + 1}", to_run_a_model(config)):
             result = self._learn(pairs)
@@ -286,7 +297,9 @@ class Trainer:
                 **result.metrics(),
                 "seconds": seconds,
                 "tokens_per_second": result.tokens / seconds,
+                **self._of_run,
             }
+            self._of_run = {}
             self._write(record)
             taken = [name for name in config.objectives if f"loss/{name}" in record]
             progress.set_postfix({name: f"{record[f'loss/{name}']:.3f}" for name in taken})
@@ -296,17 +309,8 @@ class Trainer:
         metrics = self.metrics
         together(self.processes, lambda: None if metrics is None else metrics.write(record))
 
-    def _held_out(self) -> HeldOut:
-        config, pairs = self.config, self.inputs.held_out
-        return HeldOut(
-            pairs,
-            self._references(pairs),
-            self.losses,
-            pad_id=self.inputs.pad_id,
-            batch_pairs=2 * config.pairs_per_micro_batch,
-            chunk_tokens=config.chunk_tokens,
-            processes=self.processes,
-        )
+    def _pairs_of(self, step: int) -> list[EncodedPair]:
+        return [self.pairs[i] for i in self.batches.indices(step)]
 
     def _new_state(self) -> TrainingState:
         from transformers import get_scheduler
@@ -326,25 +330,6 @@ class Trainer:
             "total_steps": self.total_steps,
         }
         return TrainingState(self.model, optimizer, scheduler, run, processes=self.processes)
-
-    def _references(self, pairs: list[EncodedPair]) -> dict[float, ReferenceLogps]:
-        """Tail weight -> reference log-probabilities, of every one that a loss has."""
-        config = self.config
-        with memory_named("the reference's pass over the data", to_run_a_model(config)):
-            return {
-                tail: reference_logps(
-                    self.model,
-                    pairs,
-                    model_hash=self.inputs.policy.reference_hash,
-                    pad_id=self.inputs.pad_id,
-                    cache_dir=config.cache_folder,
-                    batch_pairs=2 * config.pairs_per_micro_batch,
-                    chunk_tokens=config.chunk_tokens,
-                    tail=tail,
-                    as_reference=self.inputs.policy.as_reference,
-                )
-                for tail in tail_weights(self.losses)
-            }
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -1,16 +1,21 @@
 """`raco-fast verify`: every gradient mode against autograd, on the model and data of a run."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
-from raco_fast.dpo.data.tokenization import EncodedPair, collate
+from raco_fast.distributed.processes import Processes
+from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.losses.objective_losses import preference_losses
 from raco_fast.dpo.models import trainable
 from raco_fast.dpo.modes import begin_training
+from raco_fast.dpo.run.batching import layout_of
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.inputs import load_inputs
 from raco_fast.dpo.run.reference_cache import compute_reference
+from raco_fast.dpo.run.weight_dtype import with_dtype
 from raco_fast.dpo.scoring import pair_logps, score_pairs, tail_weights
 from raco_fast.verification import Verification, verify
 
@@ -25,24 +30,21 @@ def verify_run(config: TrainConfig) -> Verification:
         ValueError: bad configuration, data or model path; or one backward pass is not exact for
             the model, for a reason that the message gives.
     """
+    config = with_dtype(config, Processes(), keep=False)
     inputs, losses = load_inputs(config), config.objective_losses
     inputs.check_causal()
-    model, pad_id = inputs.model, inputs.pad_id
+    model = inputs.model
+    layout = replace(layout_of(config, inputs, Processes()), tokens=math.inf)
     pairs = _labelled_for_all(inputs.training, config.objectives, config.pairs_per_micro_batch)
-    batch = collate(pairs, pad_id)
-    references = {
-        tail: compute_reference(
-            model,
-            pairs,
-            pad_id,
-            len(pairs),
-            config.chunk_tokens,
-            tail,
-            inputs.policy.as_reference,
-            quiet=True,
-        )
-        for tail in tail_weights(losses)
-    }
+    batch = layout.batch(pairs)
+    references = compute_reference(
+        model,
+        pairs,
+        layout,
+        config.chunk_tokens,
+        tail_weights(losses),
+        inputs.policy.as_reference,
+    )
 
     def run(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
         logps = pair_logps(model, batch, config.chunk_tokens, references)

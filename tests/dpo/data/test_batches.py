@@ -1,17 +1,10 @@
-import math
 from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raco_fast.dpo.data.batches import (
-    BatchSchedule,
-    labelled_counts,
-    micro_batches,
-    pair_length,
-    token_count,
-)
+from raco_fast.dpo.data.batches import BatchSchedule, labelled_counts, token_count
 from raco_fast.dpo.data.tokenization import EncodedPair
 
 
@@ -42,50 +35,6 @@ def test_a_step_is_a_function_of_its_number_and_the_seed():
     ]
     assert schedule.indices(0) != BatchSchedule(20, 6, seed=4).indices(0)
     assert [schedule.epoch(k) for k in (0, 2, 4, 9)] == [0.0, 0.5, 1.0, 2.25]
-
-
-@given(st.lists(st.tuples(*[st.integers(1, 9)] * 3), min_size=1, max_size=30), st.integers(1, 8))
-def test_micro_batches_hold_like_lengths_longest_first(shapes, size):
-    pairs = [pair(k, *shape) for k, shape in enumerate(shapes)]
-    groups = micro_batches(pairs, size)
-    assert sorted(p.id for group in groups for p in group) == [p.id for p in pairs]
-    assert all(len(group) == size for group in groups[:-1])
-    lengths = [pair_length(p) for group in groups for p in group]
-    assert lengths == sorted(lengths, reverse=True)
-    assert lengths[0] == max(p + max(a, b) for p, a, b in shapes)
-    assert micro_batches(pairs[::-1], size) == groups
-
-
-@given(
-    st.lists(st.tuples(*[st.integers(1, 9)] * 3), min_size=1, max_size=40),
-    st.integers(1, 8),
-    st.integers(1, 6),
-)
-def test_processes_share_a_step_evenly(shapes, size, processes):
-    """Every pair once, as many micro-batches everywhere, about as many tokens."""
-    pairs = [pair(k, *shape, x=1) for k, shape in enumerate(shapes)]
-    shares = [micro_batches(pairs, size, rank, processes) for rank in range(processes)]
-    assert shares == [
-        micro_batches(pairs[::-1], size, rank, processes) for rank in range(processes)
-    ]
-    assert {len(share) for share in shares} == {math.ceil(len(pairs) / (processes * size))}
-    assert all(1 <= len(group) <= size for share in shares for group in share)
-    own = [[p for group in share for p in group if p.labels["x"]] for share in shares]
-    assert sorted(p.id for share in own for p in share) == [p.id for p in pairs]
-    filling = [p for share in shares for group in share for p in group if not p.labels["x"]]
-    assert len(filling) == sum(len(group) for share in shares for group in share) - len(pairs)
-    assert all(pair_length(p) == min(map(pair_length, pairs)) for p in filling)
-    lengths = [sum(map(pair_length, share)) for share in own]
-    assert max(lengths) - min(lengths) <= max(map(pair_length, pairs))
-    assert max(map(len, own)) - min(map(len, own)) <= 1
-
-
-def test_a_process_without_a_pair_runs_the_shortest_without_labels():
-    pairs = [pair(0, a=3, x=1), pair(1, a=9, x=-1)]
-    pairs[0].pair_weights["x"] = 2.0
-    assert micro_batches(pairs, 2, 0, 3) == [[pairs[1]]]
-    assert micro_batches(pairs, 2, 1, 3) == [[pairs[0]]]
-    assert micro_batches(pairs, 2, 2, 3) == [[pair(0, a=3, x=0)]]
 
 
 def test_token_count_is_of_both_sequences():

@@ -6,7 +6,6 @@ import pytest
 from pair_files import read_pairs
 
 from raco_fast.dpo.data.sources import DataSource, read_sources
-from raco_fast.dpo.data.tokenization import EncodedPair, collate
 
 PLAIN = {"prompt": [{"role": "user", "content": "why?"}], "response_a": "so", "response_b": "no"}
 
@@ -102,14 +101,3 @@ def test_a_row_of_one_response_has_no_probability_and_no_weight(tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="`pair_weights` must stand in a row that is a pair"):
         read_pairs(file, ["helpfulness"])
-
-
-def test_a_batch_holds_weights_where_some_pair_has_one():
-    pairs = [
-        EncodedPair("p", [1], [2], [3], {"x": 0.5, "y": 1}, {"y": 4.0}),
-        EncodedPair("q", [1], [2], [3], {"x": -0.75, "y": 0}),
-    ]
-    batch = collate(pairs, 0)
-    assert batch.labels["x"].tolist() == [0.5, -0.75]
-    assert {n: w.tolist() for n, w in batch.pair_weights.items()} == {"y": [4.0, 1.0]}
-    assert not collate(pairs[1:], 0).pair_weights

@@ -1,5 +1,4 @@
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -7,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from raco_fast.dpo.data.pairs import PreferencePair
 from raco_fast.dpo.data.rendering import PlainTemplate, TokenOptions
-from raco_fast.dpo.data.tokenization import EncodedPair, collate, encode_pairs, token_counter
+from raco_fast.dpo.data.tokenization import encode_pairs, token_counter
 
 CHATML = (
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\n"
@@ -361,43 +360,3 @@ def test_token_counter_counts_no_special_tokens():
     tokenizer, _ = FAMILIES["llama3"]
     text = "the answer"
     assert token_counter(tokenizer)(text) == len(tokenizer(text)["input_ids"]) - 1
-
-
-def make_batch(**options):
-    pairs = [
-        EncodedPair("x", [5, 6, 7], [8, 2], [9, 9, 9, 2], {"helpful": 1, "concise": 0}),
-        EncodedPair("y", [5], [8, 8, 2], [2], {"helpful": -1, "concise": 1}),
-    ]
-    return collate(pairs, 99, **options)
-
-
-def test_collate_layout():
-    batch = make_batch()
-    assert batch.input_ids.tolist() == [
-        [5, 6, 7, 8, 2, 99, 99],
-        [5, 8, 8, 2, 99, 99, 99],
-        [5, 6, 7, 9, 9, 9, 2],
-        [5, 2, 99, 99, 99, 99, 99],
-    ]
-    assert batch.attention_mask.tolist() == (batch.input_ids != 99).long().tolist()
-    completion = [[3, 4], [1, 2, 3], [3, 4, 5, 6], [1]]
-    assert [row.nonzero().flatten().tolist() for row in batch.completion_mask] == completion
-    assert (batch.tokens_a.tolist(), batch.tokens_b.tolist()) == ([2, 3], [4, 1])
-    assert {k: v.tolist() for k, v in batch.labels.items()} == {
-        "helpful": [1, -1],
-        "concise": [0, 1],
-    }
-    assert batch.ids == ["x", "y"]
-    dtypes = (batch.input_ids.dtype, batch.attention_mask.dtype, batch.completion_mask.dtype)
-    assert dtypes == (torch.int64, torch.int64, torch.bool)
-    assert batch.labels["helpful"].dtype == batch.tokens_a.dtype == torch.float32
-
-
-def test_collate_errors():
-    with pytest.raises(ValueError, match="`pairs` must hold at least one pair, got none"):
-        collate([], 0)
-    a, b = EncodedPair("x", [1], [2], [3], {"h": 1}), EncodedPair("y", [1], [2], [3], {"s": 1})
-    with pytest.raises(
-        ValueError, match=r"same objectives, got \['s'\] for 'y' and \['h'\] for 'x'"
-    ):
-        collate([a, b], 0)

@@ -113,19 +113,19 @@ def check_cache_damage(tmp_path: Path, seeds: range) -> None:
     values = torch.randn(6, 2)
     file, parts = tmp_path / "reference.safetensors", tmp_path / "parts"
     save_checked(file, {"logps": values})
-    assert torch.equal(_read(file, 6), values)
-    assert _read(file, 5) is None
+    assert torch.equal(_read(file, (6, 2)), values)
+    assert _read(file, (5, 2)) is None
     parts.mkdir()
     part = parts / "part-1.safetensors"
     save_checked(part, {"indices": torch.tensor([4, 1]), "logps": values[[4, 1]]})
-    known = ReferenceParts(parts, 6).load()
+    known = ReferenceParts(parts, (6, 2)).load()
     assert torch.equal(known[[1, 4]], values[[1, 4]])
     assert known.isinf().sum() == 8
     for seed in seeds:
         draw = random.Random(seed)
         for each, usable in (
-            (file, lambda: _read(file, 6)),
-            (part, lambda: ReferenceParts(parts, 6).load().clamp(min=-1e30)),
+            (file, lambda: _read(file, (6, 2))),
+            (part, lambda: ReferenceParts(parts, (6, 2)).load().clamp(min=-1e30)),
         ):
             raw = each.read_bytes()
             each.write_bytes(damaged(raw, draw))
@@ -164,9 +164,9 @@ def test_any_damaged_cache_counts_as_none(tmp_path):
 def test_whole_files_of_something_else_count_as_none(tmp_path, tensors, caplog):
     file = tmp_path / "part-1.safetensors"
     save_checked(file, tensors)
-    assert _read(file, 6) is None
+    assert _read(file, (6, 2)) is None
     assert "the reference cache cannot be used and is computed again" in caplog.text
-    assert ReferenceParts(tmp_path, 6).load().isinf().all()
+    assert ReferenceParts(tmp_path, (6, 2)).load().isinf().all()
 
 
 def test_a_file_without_a_checksum_is_not_taken(tmp_path):

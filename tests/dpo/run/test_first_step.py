@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from raco_fast.dpo.data.tokenization import collate
+from raco_fast.dpo.data.collation import collate
+from raco_fast.dpo.data.layout import Layout
 from raco_fast.dpo.decoders import unwrap
 from raco_fast.dpo.losses.objective_losses import preference_losses
 from raco_fast.dpo.modes import begin_training, evaluating
@@ -75,7 +76,8 @@ def test_the_first_loss_of_what_a_run_does_not_train_is_ln_2(make_config, tiny, 
     runner = Trainer(make_config({"name": str(tiny)}, eval_data=[]))
     with model_zoo.quiet():
         model = model_zoo.build(family, NOISE)
-        references = {1.0: compute_reference(model, runner.pairs, 0, 6, quiet=True)}
+        layout = Layout("padded", 6, math.inf, 0)
+        references = compute_reference(model, runner.pairs, layout)
         begin_training(model, noise=False)
         batch = collate(runner.pairs[:4], 0)
         scores = score_pairs(pair_logps(model, batch, 64), batch, references, runner.losses)

@@ -110,7 +110,7 @@ def test_a_disk_without_room(tmp_path, monkeypatch, caplog):
 
 
 def test_room_is_asked_for_before_the_reference_pass(make_config, monkeypatch):
-    monkeypatch.setattr(reference_cache, "compute_reference", lambda *_: pytest.fail("scored"))
+    monkeypatch.setattr(reference_cache, "_scored", lambda *_: pytest.fail("scored"))
     monkeypatch.setattr(places.shutil, "disk_usage", lambda _: SimpleNamespace(total=9, free=9))
     with pytest.raises(OSError, match="must have room for a checkpoint"):
         Trainer(make_config())

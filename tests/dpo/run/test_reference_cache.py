@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from raco_fast.dpo.data.batches import micro_batches
-from raco_fast.dpo.data.tokenization import EncodedPair, collate
+from raco_fast.dpo.data.collation import collate
+from raco_fast.dpo.data.layout import Layout
+from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.losses.margin_losses import Sigmoid
 from raco_fast.dpo.models import LoraOptions
 from raco_fast.dpo.policy import add_adapter
 from raco_fast.dpo.run import reference_cache, reference_parts
 from raco_fast.dpo.run.reference_cache import data_hash, reference_logps
-from raco_fast.dpo.scoring import adapter_off, pair_logps, score_pairs
+from raco_fast.dpo.scoring import ReferenceLogps, adapter_off, pair_logps, score_pairs
 
 
 def make_pairs(n: int = 9) -> list[EncodedPair]:
@@ -26,25 +27,36 @@ def make_pairs(n: int = 9) -> list[EncodedPair]:
     return [EncodedPair(f"p{k}", [1, *ids()], [*ids(), 2], [*ids(), 2], {"x": 1}) for k in range(n)]
 
 
-def reference(model, pairs, folder, **changes):
-    arguments = {"model_hash": "m", "pad_id": 0, "batch_pairs": 4, "chunk_tokens": 5}
-    return reference_logps(model, pairs, cache_dir=folder, **(arguments | changes))
+def padded(size: int) -> Layout:
+    return Layout("padded", size, math.inf, 0)
+
+
+def references(model, pairs, folder, layout=None, **changes) -> dict[float, ReferenceLogps]:
+    layout = layout or padded(4)
+    arguments = {"model_hash": "m", "chunk_tokens": 5} | changes
+    rounds = layout.rounds(pairs)
+    return reference_logps(model, pairs, rounds, layout, cache_dir=folder, **arguments)
+
+
+def reference(model, pairs, folder, layout=None, **changes) -> ReferenceLogps:
+    return references(model, pairs, folder, layout, **changes)[1.0]
 
 
 @pytest.fixture
 def computed(monkeypatch):
     """Counts the passes over the data that really ran a model."""
     calls = []
-    original = reference_cache.compute_reference
+    original = reference_cache._scored
     monkeypatch.setattr(
-        reference_cache, "compute_reference", lambda *a, **k: calls.append(1) or original(*a, **k)
+        reference_cache, "_scored", lambda *a, **k: calls.append(1) or original(*a, **k)
     )
     return calls
 
 
-def test_reference_logps_are_the_models_own_by_pair(make_model, tmp_path, computed):
+@pytest.mark.parametrize("kind", ["pairs", "packed", "padded"])
+def test_reference_logps_are_the_models_own_by_pair(make_model, tmp_path, computed, kind):
     model, pairs = make_model().train(), make_pairs()
-    ours = reference(model, pairs, tmp_path)
+    ours = reference(model, pairs, tmp_path, Layout(kind, 4, 40, 0))
     assert model.training
     model.eval()
     for pair in pairs:
@@ -73,10 +85,42 @@ def test_the_cache_is_used_again_for_the_same_model_and_tokens_only(make_model, 
     assert len(computed) == 3
     reference(model, pairs[:-1], tmp_path)
     assert len(computed) == 4
-    tails = [reference(model, pairs, tmp_path, tail=tail).by_id for tail in (0.25, 0.0, 0.25)]
+    tails = [references(model, pairs, tmp_path, tails=[t])[t].by_id for t in (0.25, 0.0, 0.25)]
     assert len(computed) == 6
     assert tails[0] == tails[2] != tails[1] != first.by_id
     assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_all_tail_weights_are_scored_in_one_pass(make_model, tmp_path, computed):
+    model, pairs = make_model(), make_pairs()
+    both = references(model, pairs, tmp_path, tails=[1.0, 0.25])
+    assert (list(both), len(computed)) == ([1.0, 0.25], 1)
+    for tail, ours in both.items():
+        alone = references(model, pairs, tmp_path / str(tail), tails=[tail])[tail]
+        for id, values in alone.by_id.items():
+            assert ours.by_id[id] == pytest.approx(values, rel=1e-5)
+    again = references(model, pairs, tmp_path, tails=[1.0, 0.25])
+    assert len(computed) == 3
+    assert {t: r.by_id for t, r in again.items()} == {t: r.by_id for t, r in both.items()}
+
+
+def test_other_micro_batches_are_scored_anew_unless_any_will_do(
+    make_model, tmp_path, computed, caplog
+):
+    """Their roundings are others: a policy that is scored in these would not cancel those."""
+    caplog.set_level("INFO")
+    model, pairs = make_model(), make_pairs()
+    first = reference(model, pairs, tmp_path)
+    assert reference(model, pairs, tmp_path, padded(3), any_rounds=True).by_id == first.by_id
+    assert len(computed) == 1
+    assert "were scored in other micro-batches than those now" in caplog.text
+    for id, values in reference(model, pairs, tmp_path, padded(3)).by_id.items():
+        assert values == pytest.approx(first.by_id[id], rel=1e-5)
+    assert reference(model, pairs, tmp_path, Layout("pairs", 4, 40, 0)).by_id != first.by_id
+    assert len(computed) == 3
+    caplog.clear()
+    assert reference(model, pairs, tmp_path, any_rounds=True).by_id == first.by_id
+    assert "were scored in other micro-batches" not in caplog.text  # there are its own
 
 
 def test_data_hash_knows_labels_unless_told_otherwise():
@@ -112,11 +156,14 @@ def test_the_adapter_is_off_in_the_reference_and_on_in_the_policy(make_model, tm
     torch.testing.assert_close(again.chunk(2)[0], scores.ref_logps_a, rtol=1e-5, atol=1e-5)
 
 
-def test_the_untrained_policy_scores_exactly_as_its_reference(make_model, tmp_path):
-    model, pairs = make_model().eval(), make_pairs()
-    ours = reference(model, pairs, tmp_path)
-    for group in micro_batches(pairs, 4):
-        batch = collate(group, 0)
+@pytest.mark.parametrize("kind", ["pairs", "packed", "padded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_untrained_policy_scores_exactly_as_its_reference(make_model, tmp_path, dtype, kind):
+    model, pairs = make_model().to(dtype).eval(), make_pairs()
+    layout = Layout(kind, 4, 40, 0)
+    ours = reference(model, pairs, tmp_path, layout)
+    for (group,) in layout.rounds(pairs):
+        batch = layout.batch(group)
         logps = pair_logps(model, batch, 5)
         scores = score_pairs(logps, batch, {1.0: ours}, {"x": Sigmoid()})["x"]
         assert torch.equal(scores.logps_a, scores.ref_logps_a)
@@ -185,18 +232,16 @@ def test_parts_are_written_now_and_then_not_only_at_the_end(make_model, tmp_path
     assert scored == [3]
 
 
-def test_parts_of_other_batches_are_taken_over_where_a_batch_is_whole(
-    make_model, tmp_path, monkeypatch
-):
+def test_parts_of_other_micro_batches_are_not_taken_over(make_model, tmp_path, monkeypatch):
+    """Their roundings are others."""
     stop_after(monkeypatch, 2)
     with pytest.raises(Stopped):
         reference(make_model(), make_pairs(11), tmp_path)
     scored = stop_after(monkeypatch, 99)
-    ours = reference(make_model(), make_pairs(11), tmp_path, batch_pairs=3).by_id
-    assert scored == [3, 2]  # of batches of 3, 3, 3, 2, the first two are known
-    whole = reference(make_model(), make_pairs(11), tmp_path / "whole").by_id
-    for id, values in whole.items():
-        assert ours[id] == pytest.approx(values, rel=1e-5)
+    ours = reference(make_model(), make_pairs(11), tmp_path, padded(3)).by_id
+    assert scored == [3, 3, 3, 2]
+    whole = reference(make_model(), make_pairs(11), tmp_path / "whole", padded(3)).by_id
+    assert ours == whole
 
 
 def test_a_cache_that_cannot_be_written_loses_nothing(make_model, tmp_path, monkeypatch, caplog):

@@ -1,13 +1,15 @@
 """One step of preference training against a step written out in float64, pair by pair."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from raco_fast.dpo.data.batches import micro_batches, unlabelled
+from raco_fast.dpo.data.batches import unlabelled
+from raco_fast.dpo.data.layout import Kind, Layout
 from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.losses.margin_losses import Sigmoid
 from raco_fast.dpo.run.step import PreferenceStep
@@ -52,13 +54,22 @@ def losses_written_out(model, pairs, reference) -> dict[str, torch.Tensor]:
     return result
 
 
+def layout_of_two(kind: Kind, pairs: list[EncodedPair]) -> Layout:
+    """Room for the longest two pairs, so that the second micro-batch has no label."""
+    layout = Layout(kind, 2, math.inf, 0)
+    return layout.with_tokens(sum(map(layout.length, pairs[:2])))
+
+
+@pytest.mark.parametrize("kind", ["pairs", "packed", "padded"])
 @pytest.mark.parametrize("mode", ["one_backward", "autograd", "gram_first"])
-def test_steps_are_adamw_on_the_weighted_losses_however_they_are_cut(make_model, mode):
+def test_steps_are_adamw_on_the_weighted_losses_however_they_are_cut(make_model, mode, kind):
     model, pairs = make_model(), make_pairs()
     reference = {pair.id: (-float(k) - 3, -4.5) for k, pair in enumerate(pairs)}
     truth = copy.deepcopy(model).double()
-    size = len(pairs) if mode == "gram_first" else 2
-    assert mode == "gram_first" or [p.id for p in micro_batches(pairs, 2)[1]] == ["p2", "p3"]
+    layout = layout_of_two(kind, pairs)
+    assert [p.id for p in layout.rounds(pairs)[1][0]] == ["p2", "p3"]
+    if mode == "gram_first":
+        layout = Layout(kind, len(pairs), math.inf, 0)
     if mode != "autograd":
         prepare(model, strict=True)
     optimizer = ClippedCAGradAdamW(
@@ -66,7 +77,7 @@ def test_steps_are_adamw_on_the_weighted_losses_however_they_are_cut(make_model,
     )
     losses = dict.fromkeys(WEIGHTS, Sigmoid(beta=BETA))
     references = {1.0: ReferenceLogps(reference)}
-    learn = PreferenceStep(model, optimizer, references, losses, 0, size, mode=mode)
+    learn = PreferenceStep(model, optimizer, references, losses, layout, mode=mode)
     adamw = torch.optim.AdamW(truth.parameters(), **ADAM)
     for _ in range(3):
         result = learn(pairs)
@@ -94,7 +105,8 @@ def test_a_step_without_labels_touches_nothing(make_model, mode):
         prepare(model, strict=True)
     optimizer = ClippedCAGradAdamW(model.parameters(), weights=WEIGHTS, **ADAM)
     losses = dict.fromkeys(WEIGHTS, Sigmoid(beta=BETA))
-    learn = PreferenceStep(model, optimizer, references, losses, 0, len(pairs), mode=mode)
+    layout = Layout("pairs", len(pairs), math.inf, 0)
+    learn = PreferenceStep(model, optimizer, references, losses, layout, mode=mode)
 
     def everything():
         state = optimizer.state_dict()["state"]
@@ -122,9 +134,9 @@ def test_an_objective_without_a_label_in_the_step_has_no_loss_there(make_model):
     references = {1.0: ReferenceLogps({pair.id: (-3.0, -4.5) for pair in pairs})}
     optimizer = ClippedCAGradAdamW(model.parameters(), weights=WEIGHTS, **ADAM)
     losses = dict.fromkeys(WEIGHTS, Sigmoid(beta=BETA))
-    metrics = PreferenceStep(model, optimizer, references, losses, 0, 2, mode="autograd")(
-        only_x
-    ).metrics()
+    layout = layout_of_two("pairs", pairs)
+    learn = PreferenceStep(model, optimizer, references, losses, layout, mode="autograd")
+    metrics = learn(only_x).metrics()
     assert {"loss/x", "rewards/margins/x", "pairs/x"} <= set(metrics)
     assert not {"loss/y", "rewards/margins/y", "pairs/y"} & set(metrics)
     assert metrics["raco/grad_norm/y"] == 0.0 < metrics["raco/grad_norm/x"]

@@ -53,7 +53,7 @@ TERM, INT, USR1, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIG
 BEFORE = {
     "the model is loaded": (inputs, "load_base_model", 1, TERM),
     "the reference's pass": (reference_cache, "pair_logps", 2, USR1),
-    "the evaluation of the reference": (evaluation_module, "collate", 2, TERM),
+    "the evaluation of the reference": (evaluation_module, "score_pairs", 2, TERM),
 }
 
 
@@ -71,7 +71,7 @@ def test_before_the_first_step_nothing_is_saved_and_nothing_is_lost(
     assert not (tmp_path / "run" / "checkpoints").exists()
     monkeypatch.undo()
     if phase == "the evaluation of the reference":  # which was computed, and is on disk
-        monkeypatch.setattr(reference_cache, "compute_reference", None)
+        monkeypatch.setattr(reference_cache, "_scored", None)
         assert train("run") == 0
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from raco_fast.dpo.data.batches import labelled_counts
-from raco_fast.dpo.data.tokenization import collate
+from raco_fast.dpo.data.collation import collate
 from raco_fast.dpo.run import reference_cache
 from raco_fast.dpo.run import step as step_module
 from raco_fast.dpo.run.identity import check_same_run, identity
@@ -282,11 +282,9 @@ def test_reference_logps_are_computed_once_for_a_model_a_data_set_and_a_template
     make_config, monkeypatch, tmp_path, save_tiny, write_pairs
 ):
     computed = []
-    original = reference_cache.compute_reference
+    original = reference_cache._scored
     monkeypatch.setattr(
-        reference_cache,
-        "compute_reference",
-        lambda *a, **k: computed.append(1) or original(*a, **k),
+        reference_cache, "_scored", lambda *a, **k: computed.append(1) or original(*a, **k)
     )
 
     def passes(name: str, *args, **changes) -> int:

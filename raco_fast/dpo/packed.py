@@ -1,0 +1,116 @@
+"""Sequence log-probabilities of packed rows: every token once, no logits beyond a block of them.
+
+A decoder is handed one row of many sequences (`raco_fast.dpo.data.packed_rows`) with a mask of
+transformers' own making, in the form that its attention takes: a bool or additive tensor for sdpa
+and eager attention, a BlockMask for flex_attention. Windows and chunks are by position, for b's
+tokens lie further from their prompt than their positions say.
+
+Whether a model can be run so is a property of its code, so it is looked at: `raco_fast.dpo.layout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raco_fast.dpo.data.packed_rows import PackedRows
+from raco_fast.dpo.decoders import decoder_of, unwrap
+from raco_fast.dpo.logps import check_chunk, head_logps
+from raco_fast.dpo.sharded import as_forward, device_of
+from raco_fast.engine.declaration import sequences
+
+_Reach = Callable[[Tensor, Tensor], Tensor]
+"""(positions of queries, of keys) -> whether the one looks as far as to the other."""
+
+
+def packed_logps(
+    model: nn.Module, rows: PackedRows, chunk_tokens: int = 256, weights: Tensor | None = None
+) -> Tensor:
+    """(Weighted) sum of the log-probabilities of each response.
+
+    Args:
+        model: a Hugging Face causal LM whose tokens meet in attention alone, also wrapped by PEFT,
+            also under `fully_shard`. `raco_fast.dpo.layout.check_layout` tells whether it is one.
+        rows: of B pairs, on any device.
+        chunk_tokens: full rows of logits whose memory the head may take at any time.
+        weights: floating-point [N] weight of each scored token.
+    Returns:
+        float32 [2B] on the model's device: responses a of all pairs, then responses b.
+    Raises:
+        ValueError: `chunk_tokens` below 1.
+    """
+    check_chunk(chunk_tokens)
+    rows = rows.to(device_of(model), non_blocking=True)
+    placed = as_forward(model, _placed_logps)(rows, chunk_tokens, weights)
+    # Summed out here, as in `sequence_logps`: a loss's question stops short of a sharded model.
+    scores: Tensor = placed.sum(-1)
+    return scores
+
+
+def _placed_logps(
+    model: nn.Module, rows: PackedRows, chunk_tokens: int, weights: Tensor | None
+) -> Tensor:
+    """float32 [2B, longest response]: log-probabilities of the scored tokens, else 0."""
+    causal_lm: Any = unwrap(model)
+    dtype = causal_lm.get_input_embeddings().weight.dtype
+    with sequences(rows.sequence, shared_with=rows.shared_with):
+        output = decoder_of(causal_lm)(  # type: ignore[misc]
+            input_ids=rows.input_ids,
+            attention_mask=attention_masks(causal_lm.config.get_text_config(), rows, dtype),
+            position_ids=rows.position_ids,
+            use_cache=False,
+        )
+    hidden = output.last_hidden_state[0]
+    with sequences(rows.scored):
+        logps = head_logps(causal_lm, hidden[rows.sources], rows.targets, chunk_tokens)
+    if weights is not None:
+        logps = logps * weights.to(logps)
+    # A scattered add has no fixed order on a GPU: placed, to be summed by row.
+    placed = logps.new_zeros(2 * rows.pairs * rows.longest).index_put((rows.place,), logps)
+    return placed.view(2 * rows.pairs, rows.longest)
+
+
+def attention_masks(config: Any, rows: PackedRows, dtype: torch.dtype) -> Any:
+    """What a decoder is given as `attention_mask`: a mask, or one for each kind of layer.
+
+    Args:
+        config: of the decoder.
+        dtype: of its activations.
+    """
+    from transformers.masking_utils import create_causal_mask
+
+    document, branch = rows.document, rows.branch
+    positions = rows.position_ids[0]
+    embeds = torch.empty(1, rows.tokens, 0, dtype=dtype, device=positions.device)
+
+    def mask(reach: _Reach | None) -> Any:
+        def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            together = (document[q] == document[k]) & ((branch[k] == 0) | (branch[k] == branch[q]))
+            return together if reach is None else together & reach(positions[q], positions[k])
+
+        return create_causal_mask(
+            config=config,
+            inputs_embeds=embeds,
+            attention_mask=None,
+            past_key_values=None,
+            and_mask_function=sees,
+        )
+
+    window = getattr(config, "sliding_window", None)
+    chunk = getattr(config, "attention_chunk_size", None)
+    reaches: dict[str, _Reach | None] = {"full_attention": None}
+    if window is not None:
+        reaches["sliding_attention"] = lambda q, k: k > q - window
+    if chunk is not None:
+        reaches["chunked_attention"] = lambda q, k: k // chunk == q // chunk
+    kinds = set(getattr(config, "layer_types", None) or [_only_kind(config)])
+    masks = {kind: mask(reaches[kind]) for kind in sorted(kinds) if kind in reaches}
+    return masks if len(kinds) > 1 else next(iter(masks.values()), None)
+
+
+def _only_kind(config: Any) -> str:
+    """The kind of all layers, of a config that does not list them."""
+    return "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"

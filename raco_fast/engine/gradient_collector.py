@@ -1,0 +1,149 @@
+"""`GradientCollector`: m gradients of every layer, as a pass delivers the layers.
+
+What a layer has is added to its parameters' gradients at once. Of small parameters (norms, biases,
+LoRA's matrices) a call costs more than its arithmetic: their t of every entry (`contributions.py`)
+are kept until there are enough of them, and then one product with U serves all.
+"""
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from raco_fast.engine.contributions import EntryUse, MatrixUse
+from raco_fast.engine.sequences import Factored, Segments
+from raco_fast.engine.tap import EVERY_ROW, Call, plainly
+
+# Numbers of a t that waits for others, and of all that wait: on a CPU they stay in a cache, on a
+# GPU copies are cheap beside launches.
+_LIMITS = {"cpu": (1 << 16, 1 << 21)}
+_LIMITS_ON_DEVICE = (1 << 20, 1 << 24)
+# The gradients of parameters that waited lie side by side; each has to begin at an address that
+# kernels like.
+_ALIGNED = 16
+
+
+class Into(Protocol):
+    """What the m gradients of a pass are added to.
+
+    `at_once`: each layer's gradients are needed before the next layer's, in the same order on all
+    processes; then `add_products` is not called.
+    """
+
+    at_once: bool
+
+    def buffers(self, p: Tensor) -> tuple[Tensor, bool]:
+        """([m, *shape] to add to, whether it is fresh memory to be overwritten)."""
+
+    def add_products(self, params: Sequence[Tensor], U: Tensor, t: Tensor) -> None:
+        """Add U t, [m, entries] times [entries, Σ numel]: of distinct parameters, side by side."""
+
+    def wants_inner_products(self, p: Tensor) -> bool:
+        """Whether those of p's m gradients are of use once the next layer has added to them."""
+
+    def filled(self, params: Mapping[Tensor, Tensor | None]) -> None:
+        """Note that one layer, or several, have added what they have for these parameters.
+
+        Args:
+            params: with the inner products [m, m] of what their buffers hold now, None where
+                nobody has them.
+        """
+
+    def finish(self) -> None:
+        """Note that the pass is over."""
+
+
+def arranged(factored: Factored, call: Call) -> Segments:
+    """How the rows of one layer belong to the groups of sequences."""
+    index, outer = call.entries
+    return factored.segments(index, call.dy.device, outer)
+
+
+class GradientCollector:
+    """G_i += Σ_g U_ig t_g for the wanted parameters of every layer.
+
+    Args:
+        factored: A = U · seeds.
+        into: what they are added to.
+        wanted: the parameters whose gradients count.
+    """
+
+    def __init__(self, factored: Factored, into: Into, wanted: Iterable[Tensor]) -> None:
+        self._factored, self._into = factored, into
+        self._wanted = {id(p) for p in wanted}  # Tensor's own hash is Python code
+        self._plans: dict[Hashable, tuple[Segments, int, int]] = {}
+        self._waiting: dict[tuple[int, torch.dtype], _Waiting] = {}
+
+    def collect(self, call: Call) -> None:
+        """Add what one layer has, or keep it for `finish`."""
+        segments, small, together = self._plan(call)
+        out: dict[Tensor, tuple[Tensor, bool]] = {}
+        inner: dict[Tensor, Tensor | None] = {}
+        for p, rows, use in call.uses(segments):
+            if id(p) not in self._wanted:
+                continue
+            if rows is EVERY_ROW and type(use) is EntryUse:
+                numbers = use.t.numel()
+                if 0 < numbers <= small and numbers % (_ALIGNED * segments.entries) == 0:
+                    self._keep(p, use, numbers, together)
+                    continue
+            if p not in out:
+                out[p] = self._into.buffers(p)
+            gradients, fresh = out[p]
+            target, U = gradients[:, rows], self._factored.coefficients
+            if isinstance(use, MatrixUse) and rows is EVERY_ROW:
+                wanted = self._into.wants_inner_products(p)
+                inner[p] = use.add_to(target, U, fresh, products=wanted)
+            else:
+                use.add_to(target, U, fresh)
+                inner[p] = None
+        if inner:
+            self._into.filled(inner)
+
+    def _plan(self, call: Call) -> tuple[Segments, int, int]:
+        """(How rows belong to groups, numbers of a t that waits, of all that wait)."""
+        key = (call.entries, call.dy.device)
+        if key not in self._plans:
+            limits = _LIMITS.get(call.dy.device.type, _LIMITS_ON_DEVICE)
+            limits = (0, 0) if self._into.at_once else limits
+            self._plans[key] = (arranged(self._factored, call), *limits)
+        return self._plans[key]
+
+    def _keep(self, p: Tensor, use: EntryUse, numbers: int, together: int) -> None:
+        # One thread of autograd's serves a device, and one device's rows have segments of their
+        # own, so no two threads meet in one list.
+        key = id(use.segments), p.dtype
+        waiting = self._waiting.get(key)
+        if waiting is None:
+            waiting = self._waiting[key] = _Waiting(use.segments)
+        elif id(p) in waiting.params or waiting.numbers + numbers > together:
+            waiting.write(self._factored.coefficients, self._into)
+        waiting.params[id(p)] = p
+        waiting.ts.append(use.t.flatten(1))
+        waiting.numbers += numbers
+
+    def finish(self) -> None:
+        """Add what was kept; once, after the pass."""
+        for waiting in self._waiting.values():
+            waiting.write(self._factored.coefficients, self._into)
+
+
+class _Waiting:
+    """Small parameters' t [entries, numel], of rows that belong to groups in one way."""
+
+    def __init__(self, segments: Segments) -> None:
+        self._segments = segments
+        self.params: dict[int, Tensor] = {}
+        self.ts: list[Tensor] = []
+        self.numbers = 0
+
+    def write(self, U: Tensor, into: Into) -> None:
+        """Hand all over."""
+        if self.params:
+            params, ts = [*self.params.values()], self.ts
+            self.params, self.ts, self.numbers = {}, [], 0
+            with plainly(ts[0].device.type):
+                t = ts[0] if len(ts) == 1 else torch.cat(ts, 1)
+                into.add_products(params, self._segments.spread(U, t), t)
+            into.filled(dict.fromkeys(params))
