@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from raco_fast.backends.transfer import sent
+
 # Bytes of t_g that exist at one time; small enough to be in a cache when they are folded.
 _BLOCK_BYTES = 8 << 20
 _HALVES = (torch.bfloat16, torch.float16)
@@ -33,7 +35,7 @@ def weight_grad(
     if U is None:
         _add_rows(out[0], x, dy, fresh)
         return
-    U = U.to(x.device, widened(x[:0]).dtype)
+    U = sent(U, x.device).to(widened(x[:0]).dtype)
     groups = len(bounds) - 1
     if not folds(len(U), len(x), groups):
         _add_scaled_rows(x, dy, bounds, U, out, fresh)
@@ -58,8 +60,9 @@ def folds(m: int, rows: int, groups: int) -> bool:
 def _add_scaled_rows(
     x: Tensor, dy: Tensor, bounds: Sequence[int], U: Tensor, out: Tensor, fresh: bool
 ) -> None:
-    sizes = torch.tensor(bounds).diff().to(U.device)
-    scales = torch.repeat_interleave(U, sizes, dim=1)
+    sizes = sent(torch.tensor(bounds).diff(), U.device)
+    # Without its size the output would wait for the device to add up the sizes.
+    scales = torch.repeat_interleave(U, sizes, dim=1, output_size=len(x))
     for target, scale in zip(out, scales, strict=True):
         scaled = dy * scale[:, None]  # wide, for the rounding of a half-precision product
         _add_rows(target, x, scaled.to(dy.dtype), fresh)

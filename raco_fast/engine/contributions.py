@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from raco_fast.backends import ops
+from raco_fast.backends.transfer import sent
 from raco_fast.backends.weight_grad import (
     add_thin,
     batched_product,
@@ -244,7 +245,7 @@ class LookupUse(Use):
     def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
         if fresh:
             out.zero_()
-        U = self.dy.new_ones(1, 1) if U is None else U.to(self.dy)
+        U = self.dy.new_ones(1, 1) if U is None else sent(U.to(self.dy.dtype), self.dy.device)
         for target, scale in zip(out, U[:, self.group], strict=True):
             rows = self.dy.new_zeros(len(self.ids), self.dy.shape[1])
             # Not index_add_, which adds in no fixed order on a GPU.

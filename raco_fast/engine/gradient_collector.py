@@ -17,7 +17,7 @@ from raco_fast.engine.tap import EVERY_ROW, Call, plainly
 
 # Numbers of a t that waits for others, and of all that wait: on a CPU they stay in a cache, on a
 # GPU copies are cheap beside launches.
-_LIMITS = {"cpu": (1 << 16, 1 << 21)}
+_LIMITS = {"cpu": (1 << 16, 1 << 18)}
 _LIMITS_ON_DEVICE = (1 << 20, 1 << 24)
 # The gradients of parameters that waited lie side by side; each has to begin at an address that
 # kernels like.

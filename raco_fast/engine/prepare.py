@@ -136,7 +136,8 @@ class _TapBehind:
 
         Nothing of it holds the module or a parameter, which would live as long as the hook.
         """
-        kind, state = type(module), []
+        kind: Any = type(module)
+        state: list[Any] = []
         for name, p in module._parameters.items():
             if p is not None:
                 state += name, type(p), p.requires_grad
@@ -192,7 +193,7 @@ def _tapped(
         obstacle = "returned something else than one tensor with a gradient"
     if obstacle is None and next(iter(module._forward_hooks.values())) is not tap:
         obstacle = "has another hook that came before its tap"
-    own = module._parameters
+    own: dict[str, Any] = module._parameters
     leaves = tuple([own[name] for name in site.names])
     obstacle = obstacle or site.obstacle
     if obstacle is not None:
@@ -205,9 +206,9 @@ def _only_argument(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[str | None, Any]:
     """(why a call with these arguments cannot be tapped, its argument)."""
-    if len(args) == 1 and not kwargs:
-        x = args[0]
-    elif args and all(value is None for value in (*args[1:], *kwargs.values())):
+    if (len(args) == 1 and not kwargs) or (
+        args and all(value is None for value in (*args[1:], *kwargs.values()))
+    ):
         x = args[0]
     else:
         given = [name for name, value in kwargs.items() if value is not None]

@@ -201,12 +201,15 @@ class Tap(Tapped):
 
 
 # `Tap.apply`, less what it looks for in Python: transforms of torch.func, which are asked for here.
-_apply: Callable[..., Tensor] = super(torch.autograd.Function, Tap).apply  # type: ignore[misc]
+_apply: Callable[..., Tensor] = super(torch.autograd.Function, Tap).apply
 
 
 def tapped(*args: Any) -> Tensor:
     """The output of `Tap.forward`, with a node of autograd's graph."""
-    return Tap.apply(*args) if torch._C._are_functorch_transforms_active() else _apply(*args)
+    if torch._C._are_functorch_transforms_active():
+        transformed: Tensor = Tap.apply(*args)  # type: ignore[no-untyped-call]
+        return transformed
+    return _apply(*args)
 
 
 def layer_call(node: Node, x: Tensor, dy: Tensor) -> Call:

@@ -51,7 +51,8 @@ class Accumulation:
         sums = self._product(U, t, t.dtype if adds else dtype)
         targets: list[Tensor] = []
         added: list[Tensor] = []
-        parts = zip(*(_unflatten_dense_tensors(row, params) for row in sums), strict=True)
+        rows = (_unflatten_dense_tensors(row, params) for row in sums)  # type: ignore[no-untyped-call]
+        parts = zip(*rows, strict=True)
         for p, grad, of_p in zip(params, held, parts, strict=True):
             if grad is not None and grad.present:
                 grad.products = None

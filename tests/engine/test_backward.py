@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import raco_fast
 from raco_fast import ObjectiveGradients
 from raco_fast.backends import choose, cpu, reference
-from raco_fast.engine import sequences as engine_sequences
+from raco_fast.engine import declaration as engine_declaration
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_any_declared_layout(layout):
 
     def of_token() -> Tensor:
         with raco_fast.sequences(**declared):
-            index = engine_sequences.declared()
+            index = engine_declaration.declared().index
         return index.repeat_interleave(ids.numel() // len(index))
 
     truth = [torch.autograd.grad(run(False)[0][i], params) for i in range(3)]

@@ -6,7 +6,13 @@ from torch import Tensor
 
 from raco_fast.backends import weight_grad
 from raco_fast.engine import contributions
-from raco_fast.engine.contributions import LookupUse, MatrixUse, cross, vector_use_of_arranged
+from raco_fast.engine.contributions import (
+    LookupUse,
+    MatrixUse,
+    ThinUse,
+    cross,
+    vector_use_of_arranged,
+)
 from raco_fast.engine.sequences import ALL_ROWS, Segments
 
 GROUPED = Segments(7, None, (0, 2, 2, 5, 7))  # the second group is empty
@@ -264,7 +270,7 @@ def test_rows_of_a_layer_as_they_lie(dtype, outer, d_out):
         contributions.matrix_use(x, dy, segments),
         contributions.vector_use(dy, segments),
     )
-    assert isinstance(matrix, MatrixUse) == (d_out == 60)
+    assert isinstance(matrix, ThinUse) == (d_out == 60)
     for use, t in ((matrix, matrices), (vector, vectors)):
         gradients = torch.full((2, *t.shape[1:]), torch.nan, dtype=torch.float64)
         use.add_to(gradients, U[:2, :3], fresh=True)
@@ -273,3 +279,33 @@ def test_rows_of_a_layer_as_they_lie(dtype, outer, d_out):
         torch.testing.assert_close(use.gram(), t.flatten(1) @ t.flatten(1).T, **wide)
         ids = torch.tensor([0, 2])
         torch.testing.assert_close(use.at(ids).double(), t[:, ids], **wide)
+
+
+@pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "added"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(("d_in", "d_out"), [(40, 4), (4, 40), (6, 10)], ids=["A", "B", "wide"])
+def test_thin_matrices_of_rows_in_any_order(monkeypatch, d_in, d_out, dtype, fresh):
+    """One product for all objectives, or rows put in order where that would be the larger one."""
+    calls = spied(monkeypatch, "add_thin", contributions)
+    x, dy = randn(1, 7, d_in, seed=1, dtype=dtype), randn(1, 7, d_out, seed=2, dtype=dtype)
+    segments = Segments(7, PERMUTED.order, PERMUTED.offsets)
+    of_rows = torch.zeros(3, 7, dtype=torch.float64)
+    of_rows[:, PERMUTED.order] = U[:, :3][:, [0, 0, 2, 2, 2]]
+    before = randn(3, d_out, d_in, seed=3, dtype=dtype)
+    truth = torch.einsum("mr,ro,ri->moi", of_rows, dy[0].double(), x[0].double())
+    plain = torch.stack([(dy[0] * u[:, None].to(dtype)).T @ x[0] for u in of_rows])
+    if not fresh:
+        truth, plain = truth + before.double(), plain + before
+    found = torch.full_like(before, torch.nan) if fresh else before.clone()
+    use = ThinUse(x, dy, segments)
+    use.add_to(found, U[:, :3], fresh)
+    assert len(calls) == (3 * min(d_in, d_out) <= max(d_in, d_out))
+    if dtype == torch.float64:  # as fine as the truth
+        torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+    else:
+        assert_as_good_as(plain, found, truth)
+    again = torch.full_like(before, torch.nan) if fresh else before.clone()
+    ThinUse(x, dy, segments).add_to(again, U[:, :3], fresh)
+    assert torch.equal(found, again)
+    t = torch.stack([dy[0, o].double().T @ x[0, o].double() for o in ([4, 0], [], [6, 3, 1])])
+    torch.testing.assert_close(use.gram(), t.flatten(1) @ t.flatten(1).T, rtol=1e-4, atol=1e-4)

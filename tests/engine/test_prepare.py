@@ -20,9 +20,9 @@ import raco_fast
 from raco_fast import prepare
 from raco_fast.engine import layer_rules
 from raco_fast.engine.backward import propagate, sensitivities
-from raco_fast.engine.gradient_collector import GradientCollector
 from raco_fast.engine.contributions import vector_use
 from raco_fast.engine.declaration import sequences
+from raco_fast.engine.gradient_collector import GradientCollector
 from raco_fast.engine.graph import ScoreGraph
 from raco_fast.engine.sequences import Factored
 from raco_fast.engine.tap import ANCHOR, collecting

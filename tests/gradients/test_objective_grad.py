@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from raco_fast.gradients.buffer_pool import HostMemory
+from raco_fast.gradients.objective_grad import ObjectiveGrad
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 
@@ -129,3 +131,21 @@ def test_what_is_no_conversion_names_the_cure():
         model[0].weight.grad + 1
     with pytest.raises(TypeError, match=r"\('a', 'b', 'c'\), so its `data` .*set p.grad itself"):
         model[0].weight.grad.data = torch.zeros_like(model[0].weight)
+
+
+def test_buffers_side_by_side_are_one_tensor():
+    """Wherever they lie: by themselves, or in a block with other parameters' gradients."""
+    p, block = torch.nn.Parameter(torch.zeros(2, 3)), torch.arange(3 * 20.0).view(3, 20)
+    held = ObjectiveGrad(p, ("a", "b", "c"))
+    held.buffers = [row[4:10].view(2, 3) for row in block]
+    memory = held.stacked(HostMemory())
+    assert memory.data_ptr() == held.buffers[0].data_ptr()
+    assert torch.equal(memory, block[:, 4:10].view(3, 2, 3))
+    for elsewhere in (block[1, 11:17].view(2, 3), torch.ones(2, 3), None):
+        held.buffers = [row[4:10].view(2, 3) for row in block]
+        held.buffers[1] = elsewhere
+        memory = held.stacked(HostMemory())
+        assert memory.data_ptr() != block[0, 4:].data_ptr()
+        expected = torch.zeros(2, 3) if elsewhere is None else elsewhere
+        assert torch.equal(memory[1], expected)
+        assert torch.equal(memory[::2], block[::2, 4:10].reshape(2, 2, 3))
