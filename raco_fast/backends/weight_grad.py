@@ -22,7 +22,13 @@ _FOLD_COST = 5
 
 
 def weight_grad(
-    x: Tensor, dy: Tensor, bounds: Sequence[int], U: Tensor | None, out: Tensor, fresh: bool
+    x: Tensor,
+    dy: Tensor,
+    bounds: Sequence[int],
+    U: Tensor | None,
+    out: Tensor,
+    fresh: bool,
+    products: bool = False,
 ) -> None:
     """Write or add the m weight gradients of a layer; arguments as for `ops.weight_grad`."""
     x, dy = operand(x), operand(dy)
@@ -30,8 +36,8 @@ def weight_grad(
         _add_rows(out[0], x, dy, fresh)
         return
     U = sent(U, x.device).to(widened(x[:0]).dtype)
-    m, rows, groups = len(U), len(x), len(bounds) - 1
-    if m == 1 or rows + _FOLD_COST * m * groups > m * rows:
+    groups = len(bounds) - 1
+    if not folds(len(U), len(x), groups):
         _add_scaled_rows(x, dy, bounds, U, out, fresh)
         return
     for start, stop in row_blocks(dy.shape[1], 4 * groups * x.shape[1]):
@@ -44,6 +50,11 @@ def weight_grad(
             torch.mm(U, t, out=target.flatten(1))
         else:
             target.flatten(1).addmm_(U, t)
+
+
+def folds(m: int, rows: int, groups: int) -> bool:
+    """Whether a GEMM for each group and a product with U cost less than m GEMMs."""
+    return m > 1 and rows + _FOLD_COST * m * groups <= m * rows
 
 
 def _add_scaled_rows(
@@ -103,7 +114,13 @@ def of_groups(x: Tensor, dy: Tensor, bounds: Sequence[int]) -> Tensor:
 
 def row_blocks(n: int, row_bytes: int) -> Iterator[tuple[int, int]]:
     """Consecutive ranges of n rows that stay in a cache."""
-    return blocks(n, max(1, _BLOCK_BYTES // max(1, row_bytes)))
+    return blocks(n, block_rows(row_bytes))
+
+
+def block_rows(row_bytes: int, multiple: int = 1) -> int:
+    """How many rows stay in a cache; a multiple of `multiple`, which may be too many."""
+    rows = _BLOCK_BYTES // max(1, row_bytes)
+    return max(1, rows // multiple) * multiple
 
 
 def blocks(n: int, size: int) -> Iterator[tuple[int, int]]:

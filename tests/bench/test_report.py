@@ -66,6 +66,17 @@ def test_a_goal_without_a_figure_is_not_met() -> None:
     assert "not measured" in goal_lines(small)[0]
 
 
+def test_a_goal_in_units_of_adamw() -> None:
+    case = {"elements": 6 * 10**7, "m": 2, "dtype": "float32"}
+    kept = record("step/products kept", 2.3, ratio=0.7, params=case)
+    other = record("step/adamw", 9.0, ratio=3.0, params={**case, "elements": 7 * 10**7})
+    same = record("step/adamw", 2.0, ratio=0.6, params=case)
+    for found, figure in (([kept, other], None), ([kept, other, same], 1.15)):
+        (verdict,) = (v for v in goals.verdicts(found, ["cpu"]) if v.record is kept)
+        assert verdict.figure == (figure and pytest.approx(figure))
+        assert verdict.met is (figure and True)
+
+
 def test_goals_of_a_gpu_want_a_gpu() -> None:
     gram = record("gram/raco", ratio=1.0, share=0.95, params={"elements": 2 * 10**9, "m": 2})
     (verdict,) = (v for v in goals.verdicts([gram], ["cuda"]) if v.goal.name == "gram/raco")
