@@ -20,13 +20,24 @@ def describe(
 def advance(
     steps: list[Tensor], types: tuple[type, ...], exchange: object
 ) -> NDArray[np.float64] | None: ...
-def gram(
+def products(
     grads: NDArray[np.int64],
     lengths: NDArray[np.int64],
     dtypes: NDArray[np.uint8],
     threads: int,
     target: int = 0,
 ) -> NDArray[np.float64]: ...
+def fold(
+    t: int,
+    n: int,
+    U: NDArray[np.float64],
+    out: NDArray[np.int64],
+    dtype: int,
+    fresh: bool,
+    sums: NDArray[np.float64] | None,
+    threads: int,
+    target: int = 0,
+) -> None: ...
 def combine(
     grads: NDArray[np.int64],
     lengths: NDArray[np.int64],

@@ -1,7 +1,10 @@
 """A whole optimizer step with the gradients at hand: Gram, dual problem, combination, AdamW.
 
 All solve the dual problem with `solve_dual`, except `capturable`, our step that never waits for the
-device (m <= 2, CUDA only). `adamw` is torch's fused AdamW on one gradient: the price of one.
+device (m <= 2, CUDA only), and `products kept`, our step behind a pass of mode `one_backward`
+(CPU only): the products were taken as the gradients were written, in time that is the backward
+pass's and stands in the suites `backward` and `train`. `adamw` is torch's fused AdamW on one
+gradient: the price of one.
 """
 
 from collections.abc import Sequence
@@ -10,16 +13,21 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+import raco_fast
 from bench.harness.cases import Case
 from bench.harness.contest import Contest, contest_of_steps, our_calls
 from bench.harness.problems import ADAMW, Tensors, Weights, exact_gram
 from bench.harness.records import OURS
 from bench.rivals.gradients import Rival, rivals
 from raco_fast import ClippedCAGradAdamW, solve_dual
+from raco_fast.backends.plan import Plan
+from raco_fast.gradients.accumulation import Accumulation
+from raco_fast.gradients.buffer_pool import HostMemory
+from raco_fast.gradients.products_of_pass import ProductsOfPass
 from raco_fast.solver.on_device import MAX_OBJECTIVES
 
 NAME = "step"
-HELD = (1, 3)
+HELD = (2, 3)  # gradients with products lie in memory of their own
 MOVED = (2, 6)  # the gradients for the Gram, and again for the update
 C = 0.4
 STATES = ("exp_avg", "exp_avg_sq", "step")
@@ -40,6 +48,13 @@ def contest(case: Case, skip: Sequence[str]) -> Contest:
             steps.append(torch.zeros((), device=case.device))
             capturable.state[p] = dict(zip(STATES, (m, v, steps[-1]), strict=True))
         calls["capturable"] = our_calls(case, capturable.step)[OURS]
+    if case.device.type == "cpu":
+        twins = [nn.Parameter(p.detach()) for p in params]
+        kept = optimizer_with_products(twins, grads)
+        for p, m, v in zip(twins, exp_avgs, exp_avg_sqs, strict=True):
+            steps.append(torch.zeros(()))
+            kept.state[p] = dict(zip(STATES, (m, v, steps[-1]), strict=True))
+        calls["products kept"] = our_calls(case, kept.step)[OURS]
     weights = Weights(params, exp_avgs, exp_avg_sqs, steps)
     for name, rival in rivals(case.m, skip).items():
         calls[name] = torch.no_grad()(partial(step, rival, weights, grads))
@@ -55,6 +70,24 @@ def optimizer(
         with opt.objective(name):
             for p, g in zip(params, one, strict=True):
                 p.grad = g
+    return opt
+
+
+@raco_fast.backend("cpu")
+def optimizer_with_products(
+    params: Sequence[nn.Parameter], grads: Sequence[Tensors]
+) -> ClippedCAGradAdamW:
+    """Ours, with copies of the gradients as if one pass over all objectives had written them."""
+    opt = ClippedCAGradAdamW(params, **ADAMW, weights=equal(len(grads)), c=C)
+    products = ProductsOfPass(dict.fromkeys(params, 1), Plan())
+    into = Accumulation([], opt.objective_names, HostMemory(), products)
+    for p, column in zip(params, zip(*grads, strict=True), strict=True):
+        for target, g in zip(into.buffers(p)[0], column, strict=True):
+            target.copy_(g)
+        into.filled({p: None})
+    into.finish()
+    into.store()
+    opt.gradients.note_all_ran()
     return opt
 
 

@@ -17,11 +17,12 @@
 namespace raco {
 namespace avx2 {
 #include "gram_kernel.hpp"
+#include "fold_kernel.hpp"
 #include "rounding_kernel.hpp"
 #include "update_kernel.hpp"
 }  // namespace avx2
 
-const Target kAvx2 = {"avx2", avx2::gram, avx2::combine, avx2::adamw};
+const Target kAvx2 = {"avx2", avx2::gram, avx2::fold, avx2::combine, avx2::adamw};
 
 }  // namespace raco
 

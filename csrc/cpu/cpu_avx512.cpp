@@ -17,11 +17,12 @@
 namespace raco {
 namespace avx512 {
 #include "gram_kernel.hpp"
+#include "fold_kernel.hpp"
 #include "rounding_kernel.hpp"
 #include "update_kernel.hpp"
 }  // namespace avx512
 
-const Target kAvx512 = {"avx512", avx512::gram, avx512::combine, avx512::adamw};
+const Target kAvx512 = {"avx512", avx512::gram, avx512::fold, avx512::combine, avx512::adamw};
 
 }  // namespace raco
 

@@ -11,10 +11,11 @@
 namespace raco {
 namespace baseline {
 #include "gram_kernel.hpp"
+#include "fold_kernel.hpp"
 #include "rounding_kernel.hpp"
 #include "update_kernel.hpp"
 }  // namespace baseline
 
-const Target kBaseline = {"baseline", baseline::gram, baseline::combine, baseline::adamw};
+const Target kBaseline = {"baseline", baseline::gram, baseline::fold, baseline::combine, baseline::adamw};
 
 }  // namespace raco

@@ -11,16 +11,6 @@ namespace {
 
 // Below this many elements a thread costs more than it saves.
 constexpr std::int64_t kPerThread = 1 << 17;
-// Chunks are dealt out in at most this many spans, which bounds the memory for partial sums.
-constexpr std::int64_t kSpans = 1024;
-
-// Neighbouring spans are summed by different threads at the same time: no two of them may share a
-// cache line, nor a pair of lines that the processor fetches together.
-constexpr std::int64_t kPerLine = 16;
-struct alignas(kPerLine * sizeof(double)) Line {
-  double sums[kPerLine];
-};
-
 struct Chunk {
   std::int64_t column, start, count;
 };
@@ -34,27 +24,21 @@ class Plan {
         chunks_.push_back({k, start, std::min<std::int64_t>(kChunk, grads.length[k] - start)});
       elements_ += grads.length[k];
     }
-    const auto count = static_cast<std::int64_t>(chunks_.size());
-    per_span_ = std::max<std::int64_t>(1, (count + kSpans - 1) / kSpans);
-    spans_ = (count + per_span_ - 1) / per_span_;
   }
 
-  std::int64_t spans() const { return spans_; }
+  const std::vector<Chunk>& chunks() const { return chunks_; }
 
-  template <class Body>  // body(span, chunk)
+  template <class Body>  // body(number of the chunk, chunk)
   void run(int threads, const Body& body) const {
     const auto useful = static_cast<int>(std::min<std::int64_t>(elements_ / kPerThread + 1, threads));
-    const auto count = static_cast<std::int64_t>(chunks_.size());
-    parallel_for(spans_, useful, [&](std::int64_t span) {
-      const std::int64_t end = std::min(count, (span + 1) * per_span_);
-      for (std::int64_t c = span * per_span_; c < end; ++c)
-        body(span, chunks_[static_cast<std::size_t>(c)]);
+    parallel_for(static_cast<std::int64_t>(chunks_.size()), useful, [&](std::int64_t number) {
+      body(number, chunks_[static_cast<std::size_t>(number)]);
     });
   }
 
  private:
   std::vector<Chunk> chunks_;
-  std::int64_t elements_ = 0, per_span_ = 1, spans_ = 0;
+  std::int64_t elements_ = 0;
 };
 
 std::int64_t size_of(Dtype dtype) {
@@ -102,6 +86,29 @@ void* residual(const AdamW& adamw, const Chunk& chunk) {
   return reinterpret_cast<char*>(adamw.residual[chunk.column]) + 2 * chunk.start;
 }
 
+// out[column] += the products of every chunk of a column, in the order of the chunks, whoever forms
+// them: of_chunk(chunk, lanes) adds kLanes sums of each pair i <= j to m x m x kLanes zeros.
+template <class OfChunk>
+void add_products(const Plan& plan, int m, int threads, double* out, const OfChunk& of_chunk) {
+  const std::size_t pairs = static_cast<std::size_t>(m) * m;
+  std::vector<double> of_chunks(plan.chunks().size() * pairs);
+  plan.run(threads, [&](std::int64_t number, const Chunk& chunk) {
+    alignas(64) double lanes[kMaxLists * kMaxLists * kLanes];
+    std::fill_n(lanes, pairs * kLanes, 0.0);
+    of_chunk(chunk, lanes);
+    double* const sums = of_chunks.data() + static_cast<std::size_t>(number) * pairs;
+    for (std::size_t pair = 0; pair < pairs; ++pair)
+      for (int l = 0; l < kLanes; ++l) sums[pair] += lanes[pair * kLanes + l];
+  });
+  const double* sums = of_chunks.data();
+  for (const Chunk& chunk : plan.chunks()) {
+    double* const M = out + static_cast<std::size_t>(chunk.column) * pairs;
+    for (int i = 0; i < m; ++i)
+      for (int j = i; j < m; ++j) M[j * m + i] = M[i * m + j] += sums[i * m + j];
+    sums += pairs;
+  }
+}
+
 bool runs_here(const Target& target) {
 #if defined(RACO_X86_TARGETS)
   __builtin_cpu_init();
@@ -129,24 +136,32 @@ const std::vector<const Target*>& targets() {
   return found;
 }
 
-void gram(const Lists& grads, const Execution& how, double* M) {
-  const Plan plan(grads);
-  const int m = grads.m;
-  const std::int64_t lines = (static_cast<std::int64_t>(m) * m * kLanes + kPerLine - 1) / kPerLine;
-  std::vector<Line> sums(static_cast<std::size_t>(plan.spans() * lines), Line{});
-  double* const first = reinterpret_cast<double*>(sums.data());
-  const auto of_span = [&](std::int64_t span) { return first + span * lines * kPerLine; };
-  plan.run(how.threads, [&](std::int64_t span, const Chunk& chunk) {
-    how.target->gram(present(grads, chunk, nullptr), m, chunk.count, of_span(span));
+void products(const Lists& grads, const Execution& how, double* out) {
+  std::fill_n(out, grads.n * grads.m * grads.m, 0.0);
+  add_products(Plan(grads), grads.m, how.threads, out, [&](const Chunk& chunk, double* lanes) {
+    how.target->gram(present(grads, chunk, nullptr), grads.m, chunk.count, lanes);
   });
-  for (int i = 0; i < m; ++i) {
-    for (int j = i; j < m; ++j) {
-      double total = 0.0;
-      for (std::int64_t span = 0; span < plan.spans(); ++span)
-        for (int l = 0; l < kLanes; ++l) total += of_span(span)[(i * m + j) * kLanes + l];
-      M[i * m + j] = M[j * m + i] = total;
-    }
-  }
+}
+
+void fold(const Groups& layer, const Execution& how, double* sums) {
+  const bool wide = layer.dtype == Dtype::float64;
+  const std::int64_t width = wide ? sizeof(double) : sizeof(float);
+  const std::vector<double> U(layer.U, layer.U + layer.m * layer.groups);
+  const std::vector<float> narrow(U.begin(), U.end());
+  const auto of_chunk = [&](const Chunk& chunk, double* lanes) {
+    Fold part;
+    part.m = layer.m, part.groups = layer.groups;
+    part.t = static_cast<const char*>(layer.t) + chunk.start * width, part.pitch = layer.n;
+    part.U = wide ? static_cast<const void*>(U.data()) : narrow.data();
+    for (int i = 0; i < layer.m; ++i)
+      part.out[i] = reinterpret_cast<char*>(layer.out[i]) + chunk.start * size_of(layer.dtype);
+    part.dtype = layer.dtype, part.fresh = layer.fresh;
+    how.target->fold(part, chunk.count, lanes);
+  };
+  const auto dtype = static_cast<std::uint8_t>(layer.dtype);
+  const Plan plan(Lists{layer.m, 1, layer.out, &layer.n, &dtype});
+  if (sums != nullptr) return add_products(plan, layer.m, how.threads, sums, of_chunk);
+  plan.run(how.threads, [&](std::int64_t, const Chunk& chunk) { of_chunk(chunk, nullptr); });
 }
 
 void combine(const Lists& grads, const double* alpha, const Tensors& out, const Execution& how) {

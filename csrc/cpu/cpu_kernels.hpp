@@ -1,6 +1,7 @@
-// The Gram matrix and the update for lists of tensors in CPU memory, each in one pass over it.
+// Inner products and the update for lists of tensors in CPU memory, each in one pass over it.
 //
-//   gram           M_ij = sum over tensors of <g_i, g_j>          reads m gradients once
+//   products       <g_ik, g_jk> of every tensor k                 reads m gradients once
+//   fold           the m gradients of a layer from its groups'   reads groups, writes m
 //   combine        out  = sum_i alpha_i g_i                       reads m, writes 1
 //   combine_adamw  the same sum and a decoupled AdamW step        reads m + 3, writes 3
 //
@@ -29,7 +30,7 @@ struct Lists {
   const std::uint8_t* dtype;    // [n], Dtype
 };
 
-// What gram and the updates need beside the data: how many threads may run and on which target.
+// What products and the updates need beside the data: how many threads may run and on which target.
 struct Target;
 struct Execution {
   int threads;
@@ -39,9 +40,26 @@ struct Execution {
 // The targets that this processor can run, best first; the last is the plain build.
 const std::vector<const Target*>& targets();
 
-// M, m x m, symmetric. Float32 products (float64 for float64 gradients), summed in float32 over
-// at most kBlock / kLanes elements, then in float64.
-void gram(const Lists& grads, const Execution& how, double* M);
+// out[k], m x m, symmetric: the inner products of column k's gradients, the same bits whatever other
+// columns the call has; their sum over k is the Gram matrix. Float32 products (float64 for float64
+// gradients), summed in float32 over at most kBlock / kLanes elements, then in float64.
+void products(const Lists& grads, const Execution& how, double* out);
+
+// Writes the m gradients of a layer, out_i = sum_g U_ig t_g, rounded once, or adds them where not
+// `fresh`; t is [groups, n] and U [m, groups] in float32 (float64 for float64 gradients), the
+// arithmetic's type. Products of what was written, as `products` forms them, are added to the
+// m x m numbers `sums` unless it is null: those of n elements that begin at a multiple of kChunk are
+// the next terms of the sum over a whole tensor.
+struct Groups {
+  int m, groups;
+  std::int64_t n;
+  const void* t;
+  const double* U;
+  const std::int64_t* out;  // [m] addresses
+  Dtype dtype;              // of out
+  bool fresh;
+};
+void fold(const Groups& layer, const Execution& how, double* sums);
 
 // out[k] = sum_i alpha_i g_ik in float32 (float64 for float64 gradients), rounded once to out's
 // dtype; zeros where column k has no gradient. out[k] may be one of the gradients of column k.

@@ -12,7 +12,7 @@ namespace raco {
 
 constexpr int kLanes = 8;      // partial sums of a dot product; the same on every target
 constexpr int kBlock = 512;    // elements of one gradient at a time: 8 gradients fill half of an L1
-constexpr int kChunk = 65536;  // elements of one column that a thread takes at a time
+constexpr int kChunk = 16384;  // elements of one column that a thread takes at a time
 
 // The gradients that one column has, from some element on.
 struct Present {
@@ -43,10 +43,27 @@ struct Step {
   void* residual;  // of the chunk, or null
 };
 
+// The objectives' numbers, where all of them are present.
+constexpr int kEvery[kMaxLists] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                   16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+
+// out_i = sum over groups of U_ig t_g (+ out_i), from some element on; see fold_kernel.hpp.
+struct Fold {
+  int m, groups;
+  const void* t;  // [groups] rows of the arithmetic's type, `pitch` elements apart
+  std::int64_t pitch;
+  const void* U;  // [m, groups] of that type
+  void* out[kMaxLists];
+  Dtype dtype;  // of out
+  bool fresh;   // overwrite
+};
+
 struct Target {
   const char* name;
   // sums[(i * m + j) * kLanes + lane] += products of n elements, for i <= j
   void (*gram)(const Present& grads, int m, std::int64_t n, double* sums);
+  // the same sums of what it writes, unless they are null
+  void (*fold)(const Fold& fold, std::int64_t n, double* sums);
   void (*combine)(const Present& grads, std::int64_t n, Slice out);
   void (*adamw)(const Present& grads, std::int64_t n, Slice param, Slice exp_avg,
                 Slice exp_avg_sq, const Step& step);

@@ -2,7 +2,9 @@
 // what is checked here keeps the kernels inside the tables. Nothing can check that the addresses are
 // those of memory of the stated lengths.
 #include <pybind11/numpy.h>
+#include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 
 #include "cpu/cpu_kernels.hpp"
@@ -82,17 +84,41 @@ void check_places(const Array<std::int64_t>& places, std::int64_t n) {
           "places must be [n, 4] for stochastic rounding, else [0, 4]");
 }
 
-py::array_t<double> gram(const Addresses& grads, const Addresses& lengths, const Dtypes& dtypes,
-                         int threads, int target) {
+py::array_t<double> products(const Addresses& grads, const Addresses& lengths,
+                             const Dtypes& dtypes, int threads, int target) {
   const raco::Lists table = lists(grads, lengths, dtypes);
   const raco::Execution how = execution(threads, target);
-  py::array_t<double> M({table.m, table.m});
-  double* out = M.mutable_data();
+  py::array_t<double> found({table.n, std::int64_t{table.m}, std::int64_t{table.m}});
+  double* out = found.mutable_data();
   {
     py::gil_scoped_release release;
-    raco::gram(table, how, out);
+    raco::products(table, how, out);
   }
-  return M;
+  return found;
+}
+
+// t: the address of [groups, n] numbers of the arithmetic's type, which the caller vouches for.
+void fold(std::int64_t t, std::int64_t n, const Array<double>& U, const Addresses& out, int dtype,
+          bool fresh, std::optional<py::array_t<double, py::array::c_style>> sums, int threads,
+          int target) {
+  require(U.ndim() == 2 && U.shape(0) >= 1 && U.shape(0) <= raco::kMaxLists,
+          "U must be [m, groups] with 1 <= m <= 32");
+  const auto m = static_cast<int>(U.shape(0));
+  require(n >= 0, "n must be >= 0");
+  require(out.ndim() == 1 && out.shape(0) == m, "out must be [m]");
+  require(dtype >= 0 && dtype < raco::kDtypes, "dtype must be a code of DTYPES");
+  double* products = nullptr;
+  if (sums.has_value()) {
+    require(sums->ndim() == 2 && sums->shape(0) == m && sums->shape(1) == m, "sums must be [m, m]");
+    products = sums->mutable_data();
+  }
+  const raco::Groups layer = {m,          static_cast<int>(U.shape(1)),
+                              n,          reinterpret_cast<const void*>(t),
+                              U.data(),   out.data(),
+                              static_cast<raco::Dtype>(dtype), fresh};
+  const raco::Execution how = execution(threads, target);
+  py::gil_scoped_release release;
+  raco::fold(layer, how, products);
 }
 
 void combine(const Addresses& grads, const Addresses& lengths, const Dtypes& dtypes,
@@ -152,9 +178,12 @@ void bind_cpu(py::module_& module) {
   py::list names;
   for (const raco::Target* target : raco::targets()) names.append(target->name);
   module.attr("CPU_TARGETS") = py::tuple(names);
-  module.def("gram", &gram, py::arg("grads"), py::arg("lengths"), py::arg("dtypes"),
+  module.def("products", &products, py::arg("grads"), py::arg("lengths"), py::arg("dtypes"),
              py::arg("threads"), py::arg("target") = 0,
-             "grads [m, n] addresses, lengths [n], dtypes [n] -> M [m, m]; csrc/cpu/cpu_kernels.hpp.");
+             "grads [m, n] addresses, lengths [n], dtypes [n] -> [n, m, m]; csrc/cpu/cpu_kernels.hpp.");
+  module.def("fold", &fold, py::arg("t"), py::arg("n"), py::arg("U"), py::arg("out"),
+             py::arg("dtype"), py::arg("fresh"), py::arg("sums"), py::arg("threads"),
+             py::arg("target") = 0, "Writes a layer's m gradients; csrc/cpu/cpu_kernels.hpp.");
   module.def("combine", &combine, py::arg("grads"), py::arg("lengths"), py::arg("dtypes"),
              py::arg("alpha"), py::arg("out"), py::arg("out_dtypes"), py::arg("threads"),
              py::arg("target") = 0, "Writes G0 to `out`; csrc/cpu/cpu_kernels.hpp.");

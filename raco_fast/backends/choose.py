@@ -53,20 +53,25 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced() -> str | None:
+    """The name of the backend that is forced here, if one is."""
+    return _forced.get()
+
+
 def chosen(call: Call) -> Backend:
     """The backend that runs a call.
 
     Raises:
         RuntimeError: a forced backend cannot run it.
     """
-    forced, obstacle = _forced.get(), None
+    name, obstacle = forced(), None
     for candidate in BACKENDS:
-        if forced in (None, candidate.name):
-            obstacle = _obstacle(candidate, call, forced is not None)
+        if name in (None, candidate.name):
+            obstacle = _obstacle(candidate, call, name is not None)
             if obstacle is None:
                 return candidate
     raise RuntimeError(
-        f"backend {forced!r} cannot run this {call.operation}: {obstacle}; do not force a backend, "
+        f"backend {name!r} cannot run this {call.operation}: {obstacle}; do not force a backend, "
         f"or use backend('reference')"
     )
 

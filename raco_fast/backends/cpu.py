@@ -5,6 +5,7 @@ as `torch.get_num_threads()` says. Tables of addresses, lengths and dtypes are k
 for many small tensors, building them takes longer than the kernels.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,9 +16,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from raco_fast import _C
+from raco_fast.backends import weight_grad as plain
 from raco_fast.backends.plan import advance
+from raco_fast.backends.summed import summed
 from raco_fast.backends.types import AdamWOptions, Built, Call, Gradients, Update
-from raco_fast.backends.weight_grad import weight_grad as weight_grad
 from raco_fast.kernels.tables import is_dense
 
 name = "cpu"
@@ -44,7 +46,7 @@ def missing() -> str | None:
 def obstacle(call: Call, forced: bool) -> str | None:
     """Why the kernels cannot take these tensors; see `types.Backend`.
 
-    `weight_grad` is that of the reference: torch's matrix products are the fast ones.
+    `weight_grad` takes all CPU tensors: torch's matrix products are the fast ones.
     """
     if call.operation == "weight_grad":
         return None if call.read[0][0].is_cpu else "a tensor is not on the CPU"  # type: ignore[union-attr]
@@ -56,8 +58,13 @@ def obstacle(call: Call, forced: bool) -> str | None:
 
 def gram(grads: Gradients, built: Built) -> Tensor:
     """Gram matrix of m per-objective gradients."""
+    return summed(products(grads, built))
+
+
+def products(grads: Gradients, built: Built) -> Tensor:
+    """Inner products of each tensor's m gradients, the same bits whatever the other tensors are."""
     found = _recalled(built, grads, [])
-    return torch.from_numpy(_C.gram(*found.grads, torch.get_num_threads()))
+    return torch.from_numpy(_C.products(*found.grads, torch.get_num_threads()))
 
 
 def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> None:
@@ -103,6 +110,46 @@ def combine_adamw(update: Update, coefficients: Tensor, built: Built) -> None:
         threads=torch.get_num_threads(),
     )
     increment_version([t for one in written for t in one])
+
+
+def weight_grad(
+    x: Tensor,
+    dy: Tensor,
+    bounds: Sequence[int],
+    U: Tensor | None,
+    out: Tensor,
+    fresh: bool,
+    products: bool = False,
+) -> Tensor | None:
+    """Write or add the m weight gradients of a layer, and their products while in the cache.
+
+    As in plain torch, but that a block of the groups' t_g is read once, for all objectives.
+    """
+    x, dy = plain.operand(x), plain.operand(dy)
+    groups, (d_out, d_in) = len(bounds) - 1, out.shape[1:]
+    if U is None or not plain.folds(len(U), len(x), groups) or not _can_fold(x, out):
+        plain.weight_grad(x, dy, bounds, U, out, fresh)
+        return None
+    # A block's products are terms of their own where it ends with a chunk of the Gram matrix's sum.
+    row_bytes = x.element_size() * groups * d_in
+    chunk_rows = _C.CHUNK // math.gcd(_C.CHUNK, d_in)
+    whole = plain.block_rows(row_bytes) >= d_out
+    aligned = products and not whole and chunk_rows <= 4 * plain.block_rows(row_bytes)
+    rows = plain.block_rows(row_bytes, chunk_rows if aligned else 1)
+    sums = np.zeros((len(U), len(U))) if products and (whole or aligned) else None
+    for start, stop in plain.blocks(d_out, rows):
+        t = plain.of_groups(x, dy[:, start:stop], bounds)
+        at = np.array([g.data_ptr() for g in out[:, start:stop].unbind()])
+        n, dtype = (stop - start) * d_in, DTYPES[out.dtype]
+        _C.fold(t.data_ptr(), n, U.numpy(), at, dtype, fresh, sums, torch.get_num_threads())
+    increment_version([out])
+    return None if sums is None else torch.from_numpy(sums)
+
+
+def _can_fold(x: Tensor, out: Tensor) -> bool:
+    """Whether the kernel has the dtypes and layout; x as `operand` gives it."""
+    wide = torch.float64 if out.dtype == torch.float64 else torch.float32
+    return out.dtype in DTYPES and x.dtype == wide and out[0].is_contiguous() and not out.is_neg()
 
 
 def _obstacle_of_options(options: AdamWOptions) -> str | None:

@@ -84,6 +84,13 @@ def gram(grads: Gradients, built: Built) -> Tensor:
     return kernels.gram(grads, device, tables=tables)
 
 
+def products(grads: Gradients, built: Built) -> Tensor:
+    """Inner products [n, m, m] of each tensor's m <= 32 gradients: a launch for each tensor."""
+    m = len(grads)
+    of_each = [gram([[g] for g in column], {}).cpu() for column in zip(*grads, strict=True)]
+    return torch.stack(of_each) if of_each else torch.zeros(0, m, m, dtype=torch.float64)
+
+
 def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> None:
     """Write G0 = Σ α_i g_i; ValueError for an output that overlaps or has gaps."""
     from raco_fast.kernels.combine import combine as launch
@@ -144,7 +151,13 @@ def _has_rows(place: Place, count: int) -> bool:
 
 
 def weight_grad(
-    x: Tensor, dy: Tensor, bounds: Sequence[int], U: Tensor | None, out: Tensor, fresh: bool
+    x: Tensor,
+    dy: Tensor,
+    bounds: Sequence[int],
+    U: Tensor | None,
+    out: Tensor,
+    fresh: bool,
+    products: bool = False,
 ) -> None:
     """Write or add the m weight gradients of a layer; for one objective that is a plain product.
 
@@ -157,6 +170,7 @@ def weight_grad(
     from raco_fast.kernels.weight_grad import weight_grad as launch
 
     launch(x.contiguous(), dy.contiguous(), bounds, U.float(), out.unbind(), accumulate=not fresh)
+    increment_version([out])
 
 
 def is_on_device(t: Tensor) -> bool:

@@ -4,7 +4,8 @@ A `Plan` is for callers that repeat an operation on the same tensors; without on
 checked and built anew.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from raco_fast.backends.arguments import check_coefficients, check_rows, check_update
 from raco_fast.backends.choose import chosen, planned
 from raco_fast.backends.plan import Plan
+from raco_fast.backends.summed import summed
 from raco_fast.backends.types import Call, Gradients, Update
 
 
@@ -35,14 +37,34 @@ def gram(grads: Gradients, plan: Plan | None = None) -> Tensor:
     return gram_beside(grads, [], plan)[0]
 
 
+def products(grads: Gradients, plan: Plan | None = None) -> Tensor:
+    """The inner products of each tensor's m gradients, of which `gram` is the sum.
+
+    Args:
+        grads: as for `gram`.
+        plan: the caller's, if it has one.
+    Returns:
+        [n, m, m] float64 on the CPU. Those of a tensor are the same bits whatever other tensors
+        the call has.
+    Raises:
+        ValueError, TypeError: as for `gram`.
+    """
+    backend, built = planned(Call("products", len(grads), (), grads), plan)
+    return backend.products(grads, built)
+
+
 def gram_beside(
-    grads: Gradients, numbers: Sequence[Tensor], plan: Plan | None = None
+    grads: Gradients,
+    numbers: Sequence[Tensor],
+    plan: Plan | None = None,
+    known: Sequence[Tensor | None] = (),
 ) -> tuple[Tensor, list[float]]:
     """`gram`, and the values of tensors of one element that the host needs at the same time.
 
     Where the Gram is on a CUDA device, all of it is one copy and one wait: for this stream only.
+    `known`: see `gram_where_it_is`.
     """
-    M = gram_where_it_is(grads, plan)
+    M = gram_where_it_is(grads, plan, known)
     if not M.is_cuda:
         return M, [float(x) for x in numbers]
     sent = torch.cat([x.reshape(-1).to(M) for x in (M, *numbers)])
@@ -52,10 +74,26 @@ def gram_beside(
     return arrived[: M.numel()].view_as(M), arrived[M.numel() :].tolist()
 
 
-def gram_where_it_is(grads: Gradients, plan: Plan | None = None) -> Tensor:
-    """`gram`, but not waited for: on the device of the gradients if the backend leaves it there."""
-    backend, built = planned(Call("gram", len(grads), (), grads), plan)
-    return within_cauchy_schwarz(backend.gram(grads, built))
+def gram_where_it_is(
+    grads: Gradients, plan: Plan | None = None, known: Sequence[Tensor | None] = ()
+) -> Tensor:
+    """`gram`, but not waited for: on the device of the gradients if the backend leaves it there.
+
+    Args:
+        grads: as for `gram`.
+        plan: the caller's, if it has one.
+        known: nothing, or what `products` gave for each tensor; None where they are to be taken.
+            M is the same bits whichever they are.
+    """
+    if all(of_tensor is None for of_tensor in known):
+        backend, built = planned(Call("gram", len(grads), (), grads), plan)
+        return within_cauchy_schwarz(backend.gram(grads, built))
+    taken = [of_tensor is None for of_tensor in known]
+    anew: Iterator[Tensor] = iter(())
+    if any(taken):
+        anew = iter(products([list(compress(one, taken)) for one in grads], plan))
+    of_each = [next(anew) if of_tensor is None else of_tensor for of_tensor in known]
+    return within_cauchy_schwarz(summed(torch.stack(of_each)))
 
 
 def combine(
@@ -102,8 +140,14 @@ def combine_adamw(update: Update, coefficients: Tensor, plan: Plan | None = None
 
 
 def weight_grad(
-    x: Tensor, dy: Tensor, bounds: Sequence[int], U: Tensor | None, out: Tensor, fresh: bool
-) -> None:
+    x: Tensor,
+    dy: Tensor,
+    bounds: Sequence[int],
+    U: Tensor | None,
+    out: Tensor,
+    fresh: bool,
+    products: bool = False,
+) -> Tensor | None:
     """Write or add the m weight gradients G_i = Σ_g U_ig dY_gᵀ X_g of one layer.
 
     Products and sums are float32 (float64 for float64); a gradient is rounded once.
@@ -114,12 +158,15 @@ def weight_grad(
         bounds: groups + 1 offsets: group g is the rows bounds[g]:bounds[g + 1].
         U: [m, groups], best on the CPU; None stands for one group with coefficient 1.
         out: [m, d_out, d_in], of any floating dtype; overwritten where `fresh`, else added to.
+        products: whether inner products of what `out` holds then are of use.
+    Returns:
+        They, as `products` gives them: [m, m], where the backend has them on the way; else None.
     Raises:
         ValueError: shapes that do not fit together.
     """
     check_rows(x, dy, bounds, U, out)
     call = Call("weight_grad", len(out), [[out]], [[x], [dy]], bounds=bounds)
-    chosen(call).weight_grad(x, dy, bounds, U, out, fresh)
+    return chosen(call).weight_grad(x, dy, bounds, U, out, fresh, products)
 
 
 def within_cauchy_schwarz(M: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Three operations over lists of tensors, without a flattened copy of the model (the fourth, for one
 layer, is in `weight_grad.py`):
 
-    gram           M_ij = ⟨g_i, g_j⟩, summed over the tensors of a model
+    products       ⟨g_i, g_j⟩ of each tensor of a model; `gram`, M, is their sum
     combine        G0 = Σ α_i g_i, written to one tensor per parameter
     combine_adamw  the same G0, formed bucket by bucket and handed to torch's own AdamW; where
                    bfloat16 weights are rounded otherwise than to nearest, on float32 copies
@@ -14,11 +14,13 @@ A missing gradient (None) counts as zeros.  Source: arXiv 2602.02495, Algorithm 
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from raco_fast.backends.summed import summed
 from raco_fast.backends.types import Built, Call, Gradients, Update
 from raco_fast.backends.weight_grad import weight_grad as weight_grad
 from raco_fast.backends.weight_grad import widened
@@ -49,24 +51,28 @@ def obstacle(call: Call, forced: bool) -> str | None:
 
 def gram(grads: Gradients, built: Built | None = None) -> Tensor:
     """Gram matrix [m, m] of m lists of gradients; complex numbers count as pairs of real ones."""
+    return summed(products(grads))
+
+
+def products(grads: Gradients, built: Built | None = None) -> Tensor:
+    """Inner products [n, m, m] of each tensor's m gradients."""
     m = len(grads)
-    pairs = [(i, j) for i in range(m) for j in range(i, m)]
-    dots: dict[torch.device, dict[tuple[int, int], list[Tensor]]] = {}
-    for column in zip(*grads, strict=True):
+    places: dict[torch.device, list[tuple[int, int, int]]] = {}
+    dots: dict[torch.device, list[Tensor]] = {}
+    for k, column in enumerate(zip(*grads, strict=True)):
         for device, block in _blocks(column):
-            on_device = dots.setdefault(device, {pair: [] for pair in pairs})
-            for i, j in pairs:
+            for i, j in combinations_with_replacement(range(m), 2):
                 a, b = block[i], block[j]
                 if a is not None and b is not None:
-                    on_device[i, j].append(_dot(a, b))
-    M = torch.zeros(m, m, dtype=torch.float64)
-    for of_pair in dots.values():
-        lengths = [len(of_pair[pair]) for pair in pairs]
-        joined = torch.stack([dot for pair in pairs for dot in of_pair[pair]])
-        parts = torch.split(joined.cpu().double(), lengths)  # one transfer per device
-        for (i, j), part in zip(pairs, parts, strict=True):
-            M[i, j] += sum(part.tolist())
-    return M.triu() + M.triu(1).T
+                    places.setdefault(device, []).append((k, i, j))
+                    dots.setdefault(device, []).append(_dot(a, b))
+    found = [[[0.0] * m for _ in range(m)] for _ in grads[0]]
+    for device, of_device in dots.items():
+        values = torch.stack(of_device).cpu().tolist()  # one transfer per device
+        for (k, i, j), value in zip(places[device], values, strict=True):
+            found[k][i][j] += value
+    upper = torch.tensor(found, dtype=torch.float64).reshape(-1, m, m)
+    return upper + upper.triu(1).mT
 
 
 def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> None:

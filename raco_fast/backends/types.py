@@ -76,7 +76,7 @@ class Call:
     """An operation on certain tensors, as backends are asked about it.
 
     Attributes:
-        operation: "gram", "combine", "combine_adamw" or "weight_grad".
+        operation: "gram", "products", "combine", "combine_adamw" or "weight_grad".
         m: the number of objectives.
         written: lists of n tensors that are written in place.
         read: lists of n tensors or None that are only read.
@@ -136,6 +136,12 @@ class Backend(Protocol):
     def gram(self, grads: Gradients, built: Built) -> Tensor:
         """[m, m] float64, on the CPU or, not waited for, on the gradients' device."""
 
+    def products(self, grads: Gradients, built: Built) -> Tensor:
+        """[n, m, m] float64 on the CPU: of each tensor, whatever the others are.
+
+        Where tensors are on the CPU, `gram` is their sum as `summed` forms it.
+        """
+
     def combine(self, grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> None:
         """Write Σ α_i g_i."""
 
@@ -150,5 +156,11 @@ class Backend(Protocol):
         U: Tensor | None,
         out: Tensor,
         fresh: bool,
-    ) -> None:
-        """Write or add the m weight gradients of a layer."""
+        products: bool = False,
+    ) -> Tensor | None:
+        """Write or add the m weight gradients of a layer.
+
+        Returns:
+            With `products`, those of `out` as `products` gives them, or None where they are not to
+            be had on the way.
+        """

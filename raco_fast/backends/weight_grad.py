@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from raco_fast.backends.transfer import sent
+
 # Bytes of t_g that exist at one time; small enough to be in a cache when they are folded.
 _BLOCK_BYTES = 8 << 20
 _HALVES = (torch.bfloat16, torch.float16)
@@ -20,16 +22,22 @@ _FOLD_COST = 5
 
 
 def weight_grad(
-    x: Tensor, dy: Tensor, bounds: Sequence[int], U: Tensor | None, out: Tensor, fresh: bool
+    x: Tensor,
+    dy: Tensor,
+    bounds: Sequence[int],
+    U: Tensor | None,
+    out: Tensor,
+    fresh: bool,
+    products: bool = False,
 ) -> None:
     """Write or add the m weight gradients of a layer; arguments as for `ops.weight_grad`."""
     x, dy = operand(x), operand(dy)
     if U is None:
         _add_rows(out[0], x, dy, fresh)
         return
-    U = U.to(x.device, widened(x[:0]).dtype)
-    m, rows, groups = len(U), len(x), len(bounds) - 1
-    if m == 1 or rows + _FOLD_COST * m * groups > m * rows:
+    U = sent(U, x.device).to(widened(x[:0]).dtype)
+    groups = len(bounds) - 1
+    if not folds(len(U), len(x), groups):
         _add_scaled_rows(x, dy, bounds, U, out, fresh)
         return
     for start, stop in row_blocks(dy.shape[1], 4 * groups * x.shape[1]):
@@ -44,11 +52,17 @@ def weight_grad(
             target.flatten(1).addmm_(U, t)
 
 
+def folds(m: int, rows: int, groups: int) -> bool:
+    """Whether a GEMM for each group and a product with U cost less than m GEMMs."""
+    return m > 1 and rows + _FOLD_COST * m * groups <= m * rows
+
+
 def _add_scaled_rows(
     x: Tensor, dy: Tensor, bounds: Sequence[int], U: Tensor, out: Tensor, fresh: bool
 ) -> None:
-    sizes = torch.tensor(bounds).diff().to(U.device)
-    scales = torch.repeat_interleave(U, sizes, dim=1)
+    sizes = sent(torch.tensor(bounds).diff(), U.device)
+    # Without its size the output would wait for the device to add up the sizes.
+    scales = torch.repeat_interleave(U, sizes, dim=1, output_size=len(x))
     for target, scale in zip(out, scales, strict=True):
         scaled = dy * scale[:, None]  # wide, for the rounding of a half-precision product
         _add_rows(target, x, scaled.to(dy.dtype), fresh)
@@ -100,7 +114,13 @@ def of_groups(x: Tensor, dy: Tensor, bounds: Sequence[int]) -> Tensor:
 
 def row_blocks(n: int, row_bytes: int) -> Iterator[tuple[int, int]]:
     """Consecutive ranges of n rows that stay in a cache."""
-    return blocks(n, max(1, _BLOCK_BYTES // max(1, row_bytes)))
+    return blocks(n, block_rows(row_bytes))
+
+
+def block_rows(row_bytes: int, multiple: int = 1) -> int:
+    """How many rows stay in a cache; a multiple of `multiple`, which may be too many."""
+    rows = _BLOCK_BYTES // max(1, row_bytes)
+    return max(1, rows // multiple) * multiple
 
 
 def blocks(n: int, size: int) -> Iterator[tuple[int, int]]:

@@ -43,6 +43,21 @@ def launched() -> Launch | None:
     return Launch(rank, size, _number("LOCAL_RANK", 0))
 
 
+def share_of_cores() -> int:
+    """The cores that this process may use, shared with the run's other processes on this machine.
+
+    Raises:
+        ValueError: as `launched`.
+    """
+    allowed = getattr(os, "sched_getaffinity", None)  # not on macOS
+    cores = len(allowed(0)) if allowed else os.cpu_count() or 1
+    launch = launched()
+    if launch is None:
+        return cores
+    here = _number("LOCAL_WORLD_SIZE", 1) if "LOCAL_WORLD_SIZE" in os.environ else launch.size
+    return max(cores // here, 1)
+
+
 def _number(name: str, least: int) -> int:
     text = os.environ.get(name)
     if text is None:

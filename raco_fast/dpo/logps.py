@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from raco_fast.backends.transfer import sent
 from raco_fast.dpo.decoders import hidden_states, is_in_parts, logit_shape, unwrap
 from raco_fast.dpo.given_logits import unrounded
 from raco_fast.dpo.sharded import as_forward
@@ -95,8 +96,8 @@ def _placed_logps(
     """float32 [B, T]: (weighted) log-probabilities of the `scored` (rows, columns), else 0."""
     causal_lm = unwrap(model)
     hidden = hidden_states(causal_lm, input_ids, attention_mask)
-    rows, columns = (index.to(hidden.device) for index in scored)
-    with sequences(rows):  # which sequence each row of the head belongs to
+    rows, columns = (sent(index, hidden.device) for index in scored)
+    with sequences(scored[0]):  # which sequence each row of the head belongs to
         logps = head_logps(
             causal_lm, hidden[rows, columns - 1], input_ids[rows, columns], chunk_tokens
         )
@@ -112,7 +113,7 @@ def _logps_of_all_logits(
 ) -> Tensor:
     """The same from the model's own logits."""
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    rows, columns = (index.to(logits.device) for index in scored)
+    rows, columns = (sent(index, logits.device) for index in scored)
     chosen = unrounded(unwrap(model), logits[rows, columns - 1])
     logps = -F.cross_entropy(chosen, input_ids[rows, columns], reduction="none")
     return _placed(logps, (rows, columns), of_tokens, input_ids)
@@ -121,7 +122,7 @@ def _logps_of_all_logits(
 def _placed(logps: Tensor, scored: Scored, of_tokens: Tensor | None, input_ids: Tensor) -> Tensor:
     """[B, T] of [N]: placed, to be summed by row; a scattered add has no fixed order on a GPU."""
     if of_tokens is not None:
-        logps = logps * of_tokens.to(logps)
+        logps = logps * sent(of_tokens, logps.device).to(logps.dtype)
     return logps.new_zeros(input_ids.shape).index_put(scored, logps)
 
 

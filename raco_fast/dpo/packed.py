@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raco_fast.backends.transfer import sent
 from raco_fast.dpo.data.packed_rows import PackedRows
 from raco_fast.dpo.decoders import decoder_of, unwrap
 from raco_fast.dpo.logps import check_chunk, head_logps
@@ -67,10 +68,11 @@ def _placed_logps(
     with sequences(rows.scored):
         logps = head_logps(causal_lm, hidden[rows.sources], rows.targets, chunk_tokens)
     if weights is not None:
-        logps = logps * weights.to(logps)
-    # A scattered add has no fixed order on a GPU: placed, to be summed by row.
-    placed = logps.new_zeros(2 * rows.pairs * rows.longest).index_put((rows.place,), logps)
-    return placed.view(2 * rows.pairs, rows.longest)
+        logps = logps * sent(weights, logps.device).to(logps.dtype)
+    # A scattered add has no fixed order on a GPU: placed, to be summed by row. Not a view, of which
+    # FSDP2 warns where a wrapped model returns one.
+    places = (rows.place // rows.longest, rows.place % rows.longest)
+    return logps.new_zeros(2 * rows.pairs, rows.longest).index_put(places, logps)
 
 
 def attention_masks(config: Any, rows: PackedRows, dtype: torch.dtype) -> Any:

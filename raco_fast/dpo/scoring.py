@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from raco_fast.backends.transfer import sent
 from raco_fast.dpo.data.collation import PaddedRows, PairBatch
 from raco_fast.dpo.logps import sequence_logps
 from raco_fast.dpo.losses.pair_scores import PairScores
@@ -23,7 +24,8 @@ class ReferenceLogps:
 
     def of(self, ids: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
         """Two float32 [B] tensors, for responses a and b of the pairs `ids`."""
-        values = torch.tensor([self.by_id[id] for id in ids], dtype=torch.float32).to(device)
+        values = torch.tensor([self.by_id[id] for id in ids], dtype=torch.float32)
+        values = sent(values, device)
         return values[:, 0], values[:, 1]
 
 
@@ -62,8 +64,8 @@ def _padded_logps(
     masks = [_token_weights(rows.completion_mask, shorter, tail) for tail in tails]
     return sequence_logps(
         model,
-        rows.input_ids.to(device).repeat(copies),
-        rows.attention_mask.to(device).repeat(copies),
+        sent(rows.input_ids, device).repeat(copies),
+        sent(rows.attention_mask, device).repeat(copies),
         masks[0] if len(masks) == 1 else torch.cat([mask.float() for mask in masks]),
         chunk_tokens,
     )
@@ -92,7 +94,7 @@ def score_pairs(
         losses: of the objectives.
     """
     device, by_tail = logps.device, {}
-    tokens_a, tokens_b = batch.tokens_a.to(device), batch.tokens_b.to(device)
+    tokens_a, tokens_b = sent(batch.tokens_a, device), sent(batch.tokens_b, device)
     for (tail, reference), both in zip(
         references.items(), logps.chunk(len(references)), strict=True
     ):

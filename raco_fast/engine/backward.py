@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raco_fast.backends.transfer import sent
 from raco_fast.engine.gradient_collector import GradientCollector, Into
 from raco_fast.engine.graph import ScoreGraph
 from raco_fast.engine.sequences import Factored
@@ -85,7 +86,10 @@ def propagate(
     """
     with _freed_graphs_named("scores"):
         torch.autograd.backward(
-            [scores], [seeds.to(scores)], retain_graph=retain_graph, inputs=inputs
+            [scores],
+            [sent(seeds.to(scores.dtype), scores.device)],
+            retain_graph=retain_graph,
+            inputs=inputs,
         )
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from raco_fast.backends import ops
+from raco_fast.backends.transfer import sent
 from raco_fast.backends.weight_grad import (
     add_thin,
     batched_product,
@@ -39,8 +40,9 @@ from raco_fast.engine.sequences import Segments
 _CROSS_ROWS = 1024
 # Numbers for which a call costs more than its arithmetic.
 _FEW = 1 << 18
-# How many times as long as its short side a matrix is that counts as thin.
-_THIN = 2
+# How many times as long as its short side a matrix is that counts as thin: below, the second
+# product for a second objective costs more than putting the rows in order.
+_THIN = 16
 # Products that are added in float32.
 _RUN = 1024
 
@@ -55,7 +57,7 @@ class Rows(Protocol):
 class Use(Rows, Protocol):
     """One use of one parameter; see the module's docstring."""
 
-    def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
+    def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> object:
         """out [m, *shape of the parameter] += Σ_g U_ig t_g; = where `fresh`.
 
         Args:
@@ -90,8 +92,11 @@ class MatrixUse(Use):
         """[rows, d_out] as plain products read it."""
         return operand(self._dy)
 
-    def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
-        ops.weight_grad(self._x, self._dy, self.bounds, U, out, fresh)
+    def add_to(
+        self, out: Tensor, U: Tensor | None, fresh: bool, products: bool = False
+    ) -> Tensor | None:
+        """As `Use.add_to`; returns the `products` of `out` where `ops.weight_grad` has them."""
+        return ops.weight_grad(self._x, self._dy, self.bounds, U, out, fresh, products)
 
     def gram(self) -> Tensor:
         """From token pairs where that is the smaller product ("ghost"), else from blocks of t_g."""
@@ -240,7 +245,7 @@ class LookupUse(Use):
     def add_to(self, out: Tensor, U: Tensor | None, fresh: bool) -> None:
         if fresh:
             out.zero_()
-        U = self.dy.new_ones(1, 1) if U is None else U.to(self.dy)
+        U = self.dy.new_ones(1, 1) if U is None else sent(U.to(self.dy.dtype), self.dy.device)
         for target, scale in zip(out, U[:, self.group], strict=True):
             rows = self.dy.new_zeros(len(self.ids), self.dy.shape[1])
             # Not index_add_, which adds in no fixed order on a GPU.

@@ -5,13 +5,13 @@ LoRA's matrices) a call costs more than its arithmetic: their t of every entry (
 are kept until there are enough of them, and then one product with U serves all.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from raco_fast.engine.contributions import EntryUse
+from raco_fast.engine.contributions import EntryUse, MatrixUse
 from raco_fast.engine.sequences import Factored, Segments
 from raco_fast.engine.tap import EVERY_ROW, Call, plainly
 
@@ -39,8 +39,16 @@ class Into(Protocol):
     def add_products(self, params: Sequence[Tensor], U: Tensor, t: Tensor) -> None:
         """Add U t, [m, entries] times [entries, Σ numel]: of distinct parameters, side by side."""
 
-    def filled(self, params: Iterable[Tensor]) -> None:
-        """Note that one layer, or several, have added what they have for these parameters."""
+    def wants_inner_products(self, p: Tensor) -> bool:
+        """Whether those of p's m gradients are of use once the next layer has added to them."""
+
+    def filled(self, params: Mapping[Tensor, Tensor | None]) -> None:
+        """Note that one layer, or several, have added what they have for these parameters.
+
+        Args:
+            params: with the inner products [m, m] of what their buffers hold now, None where
+                nobody has them.
+        """
 
     def finish(self) -> None:
         """Note that the pass is over."""
@@ -71,6 +79,7 @@ class GradientCollector:
         """Add what one layer has, or keep it for `finish`."""
         segments, small, together = self._plan(call)
         out: dict[Tensor, tuple[Tensor, bool]] = {}
+        inner: dict[Tensor, Tensor | None] = {}
         for p, rows, use in call.uses(segments):
             if id(p) not in self._wanted:
                 continue
@@ -82,9 +91,15 @@ class GradientCollector:
             if p not in out:
                 out[p] = self._into.buffers(p)
             gradients, fresh = out[p]
-            use.add_to(gradients[:, rows], self._factored.coefficients, fresh)
-        if out:
-            self._into.filled(out)
+            target, U = gradients[:, rows], self._factored.coefficients
+            if isinstance(use, MatrixUse) and rows is EVERY_ROW:
+                wanted = self._into.wants_inner_products(p)
+                inner[p] = use.add_to(target, U, fresh, products=wanted)
+            else:
+                use.add_to(target, U, fresh)
+                inner[p] = None
+        if inner:
+            self._into.filled(inner)
 
     def _plan(self, call: Call) -> tuple[Segments, int, int]:
         """(How rows belong to groups, numbers of a t that waits, of all that wait)."""
@@ -131,4 +146,4 @@ class _Waiting:
             with plainly(ts[0].device.type):
                 t = ts[0] if len(ts) == 1 else torch.cat(ts, 1)
                 into.add_products(params, self._segments.spread(U, t), t)
-            into.filled(params)
+            into.filled(dict.fromkeys(params))

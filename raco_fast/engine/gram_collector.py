@@ -12,6 +12,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from raco_fast.backends.transfer import sent
 from raco_fast.engine.contributions import Use, cross
 from raco_fast.engine.gradient_collector import arranged
 from raco_fast.engine.sequences import Factored
@@ -63,7 +64,7 @@ class GramCollector:
             self._calls.append(call)
 
     def _add(self, p: Tensor, K: Tensor) -> None:
-        self._K = self._K.to(K.device) + K
+        self._K = sent(self._K, K.device) + K
         if self._apart:
             self._K_of[p] = self._K_of[p] + K if p in self._K_of else K
 

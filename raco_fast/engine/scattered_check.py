@@ -19,6 +19,7 @@ from raco_fast.distributed.processes import Processes
 from raco_fast.distributed.scatter import Scatter, counted
 from raco_fast.engine.graph import ScoreGraph
 from raco_fast.engine.spot_check import ANOTHER_SCALE, described, random_weights, rounding_bound
+from raco_fast.engine.tap import plainly
 
 
 class ScatteredCheck:
@@ -43,7 +44,8 @@ class ScatteredCheck:
         """Take a part [m, ...] of the m averages of p, as the collecting pass gave it."""
         wide = part.to(torch.promote_types(part.dtype, torch.float32)).flatten(1)
         r = self.r.to(wide)
-        self._found[p] = r @ wide
+        with plainly(wide.device.type):  # autocast would round the combination
+            self._found[p] = r @ wide
         self._squares[p] = (r * torch.linalg.vector_norm(wide, dim=1)).square().sum().double()
 
     def gradients_of(self, formed: dict[Tensor, Tensor]) -> str | None:

@@ -17,6 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from raco_fast.backends.transfer import sent
 from raco_fast.engine.declaration import Declared
 
 # Columns are parallel if every entry agrees to this, relative to itself: a few float32 roundings,
@@ -79,7 +80,7 @@ class Segments:
         key = (id(U), like.dtype, like.device, inner)
         if key not in self._spread:
             # U is kept beside the result, so that its id cannot be given to another.
-            self._spread[key] = (U, self._spread_over(U, inner).to(like))
+            self._spread[key] = (U, sent(self._spread_over(U, inner).to(like.dtype), like.device))
         return self._spread[key][1]
 
     def _spread_over(self, U: Tensor, inner: int) -> Tensor:
@@ -105,7 +106,7 @@ class Segments:
     def of_rows(self, inner: int, device: torch.device) -> Tensor:
         """int64 [taken * inner]: the group of each arranged row."""
         sizes = torch.tensor(self.offsets).diff() * inner
-        return torch.repeat_interleave(torch.arange(self.count), sizes).to(device)
+        return sent(torch.repeat_interleave(torch.arange(self.count), sizes), device)
 
 
 ALL_ROWS = Segments(1, None, (0, 1))
@@ -205,4 +206,4 @@ class Factored:
         as_they_lie = torch.equal(order, torch.arange(len(group)))
         if as_they_lie:
             return Segments(len(group), None, offsets, outer)
-        return Segments(len(group), order.to(device), offsets, outer, order)
+        return Segments(len(group), sent(order, device), offsets, outer, order)

@@ -19,7 +19,7 @@ from torch import Tensor
 from raco_fast.distributed.processes import Processes
 from raco_fast.engine.backward import collect, nothing_past_rules, propagate
 from raco_fast.engine.graph import ScoreGraph
-from raco_fast.engine.tap import Call, Collector, name_of
+from raco_fast.engine.tap import Call, Collector, name_of, plainly
 
 # A difference is looked into from this size on, in units of the parameter's own gradients, and is
 # an error if it is besides this many times as large as that between two ordinary passes.
@@ -56,7 +56,8 @@ class SpotCheck:
             if p not in formed:
                 return expected.norm(), expected.new_zeros(())
             r = self.r.to(p.device)
-            found = torch.tensordot(r.to(_wide(formed[p])), _wide(formed[p]), 1)
+            with plainly(p.device.type):  # autocast would round the combination
+                found = torch.tensordot(r.to(_wide(formed[p])), _wide(formed[p]), 1)
             sizes = torch.linalg.vector_norm(_wide(formed[p]).flatten(1), dim=1).double()
             return (found - expected).norm(), (r * sizes).norm()
 

@@ -1,6 +1,6 @@
 """`Accumulation`: what a pass over all objectives adds the m gradients of its batch to."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch._utils import _unflatten_dense_tensors
 
 from raco_fast.gradients.buffer_pool import HostMemory, empty
 from raco_fast.gradients.objective_grad import ObjectiveGrad, stand_in_of
+from raco_fast.gradients.products_of_pass import ProductsOfPass
 
 
 class Accumulation:
@@ -16,6 +17,7 @@ class Accumulation:
     Args:
         params: those whose p.grad may hold gradients already; fresh buffers are made for others.
         memory: for buffers on the CPU.
+        products: takes those of the gradients as they are completed; None: a step takes them.
     Raises:
         RuntimeError: p.grad was filled outside of any objective, or belongs to other ones.
     """
@@ -23,9 +25,13 @@ class Accumulation:
     at_once = False
 
     def __init__(
-        self, params: Sequence[Tensor], names: tuple[str, ...], memory: HostMemory
+        self,
+        params: Sequence[Tensor],
+        names: tuple[str, ...],
+        memory: HostMemory,
+        products: ProductsOfPass | None = None,
     ) -> None:
-        self._names, self._memory = names, memory
+        self._names, self._memory, self._products = names, memory, products
         self._held = {p: stand_in_of(p, names) for p in params}
         self.is_fresh = not any(held is not None and held.present for held in self._held.values())
 
@@ -33,6 +39,7 @@ class Accumulation:
         """See `engine.gradient_collector.Into`."""
         held = self._held.get(p)
         if held is not None and held.present:
+            held.products = None
             return held.stacked(self._memory), False
         self._held[p] = held = ObjectiveGrad(p, self._names)
         return held.allocate(self._memory), True
@@ -48,6 +55,7 @@ class Accumulation:
         parts = zip(*rows, strict=True)
         for p, grad, of_p in zip(params, held, parts, strict=True):
             if grad is not None and grad.present:
+                grad.products = None
                 targets += grad.stacked(self._memory).unbind()
                 added += of_p
             else:
@@ -65,11 +73,22 @@ class Accumulation:
         out = empty((len(U), t.shape[1]), dtype, t.device, self._memory)
         return torch.mm(U, t, out=out) if dtype == t.dtype else out.copy_(U @ t)
 
-    def filled(self, params: Iterable[Tensor]) -> None:
-        """Nothing is to be done with a layer's gradients."""
+    def wants_inner_products(self, p: Tensor) -> bool:
+        """See `engine.gradient_collector.Into`."""
+        return self._products is not None and self._products.completed_by_next(p)
+
+    def filled(self, params: Mapping[Tensor, Tensor | None]) -> None:
+        """See `engine.gradient_collector.Into`."""
+        if self._products is not None:
+            for p, values in params.items():
+                held = self._held[p]
+                assert held is not None, "filled before it had buffers"
+                self._products.filled(p, held, values)
 
     def finish(self) -> None:
-        """Nor at the end of a pass."""
+        """See `engine.gradient_collector.Into`."""
+        if self._products is not None:
+            self._products.finish()
 
     def gradients(self) -> dict[Tensor, Tensor]:
         """Parameter -> [m, *shape], of those that were touched."""

@@ -29,9 +29,8 @@ from raco_fast.gradients.objective_grad import (
     touched,
 )
 from raco_fast.gradients.overflow import clear_overflow
-from raco_fast.gradients.own_gradients import (
-    refuse_own,
-)
+from raco_fast.gradients.own_gradients import refuse_own
+from raco_fast.gradients.pass_count import PassCount
 from raco_fast.gradients.reduced import Reduced
 from raco_fast.gradients.rule_memory import RuleMemory
 from raco_fast.solver.weights import ReadOnlyWeights, check_weights, weights_of
@@ -67,6 +66,7 @@ class HeldGradients:
         self._replicas_checked = False
         self.exactness = Exactness(self.processes)
         self.plan = Plan()  # of the operations on these gradients
+        self.passes = PassCount()
         self._memory = HostMemory()
         self.for_rules = RuleMemory(keep_losses, self.processes)
 
@@ -170,10 +170,15 @@ class HeldGradients:
             )
 
     def of(self, p: Tensor) -> dict[str, Tensor | None]:
-        """The accumulated gradient of each objective at `p`; None where it did not touch p."""
+        """The accumulated gradient of each objective at `p`; None where it did not touch p.
+
+        They are the memory that a step reads, and may be written to.
+        """
         if len(self.names) == 1:
             return {self.names[0]: p.grad}
         held = stand_in_of(p, self.names)
+        if held is not None:
+            held.escape()
         buffers = [None] * len(self.names) if held is None else held.buffers
         return dict(zip(self.names, buffers, strict=True))
 
@@ -207,6 +212,7 @@ class HeldGradients:
                 f"step without backward: the objectives {self.names} have no gradients; call "
                 f"backward(losses) or loss.backward() inside `with objective(name):` first"
             )
+        self.passes.stepped()
         present = self.present
         missing = [name for name in present if name not in self._ran]
         if missing:
@@ -263,6 +269,7 @@ class HeldGradients:
     def forget(self) -> None:
         """Note that p.grad was cleared elsewhere: every objective needs a new backward pass."""
         self._ran.clear()
+        self.passes.forget()
         self._held, self._in_private = False, None
         self.for_rules.forget_losses()
 

@@ -27,7 +27,9 @@ def lend(params: Sequence[Tensor], names: tuple[str, ...], name: str) -> Lent:
     for p in params:
         held = stand_in_of(p, names)
         lent.append((p, held, None if held is None else held.buffers[index]))
-    for p, _, buffer in lent:
+    for p, held, buffer in lent:
+        if held is not None:
+            held.escape()
         p.grad = buffer
     return lent
 
@@ -67,6 +69,7 @@ def take_back(lent: Lent, names: tuple[str, ...], name: str) -> Tensor | None:
             held = ObjectiveGrad(p, names)
         if held is not None:
             held.buffers[index] = grad
+            held.escape()
         p.grad = held if held is not None and held.present else None
     return sparse
 

@@ -17,6 +17,7 @@ from raco_fast.distributed.dtensor import any_dtensor, local
 from raco_fast.distributed.processes import Processes
 from raco_fast.gradients.buffer_pool import HostMemory, empty
 from raco_fast.gradients.norm_clip import plain
+from raco_fast.gradients.products import Products
 
 _aten = torch.ops.aten
 _UNSCALE = _aten._amp_foreach_non_finite_check_and_unscale_.default
@@ -35,14 +36,17 @@ class ObjectiveGrad(torch.Tensor):
 
     A tensor of p's shape, dtype and device without storage; `buffers` are the m real gradients
     (None: that objective did not touch p). Where `unreduced` is not None they are this process's
-    own, and are to be averaged over those processes when a step is taken. Zeroing, GradScaler's
-    unscaling and the conversions of a module (`model.to`, ...) reach every buffer; any other
-    operation raises RuntimeError.
+    own, and are to be averaged over those processes when a step is taken. `products` are those of
+    the buffers where a pass has taken them, and only as long as nobody else has `escaped` buffers,
+    whose writes torch need not count. Zeroing, GradScaler's unscaling and the conversions of a
+    module (`model.to`, ...) reach every buffer; any other operation raises RuntimeError.
     """
 
     objectives: tuple[str, ...]  # not `names`: torch 2.11's named tensors own that attribute
     buffers: list[Tensor | None]
     unreduced: Processes | None
+    products: Products | None
+    escaped: bool
 
     # Attribute reads (shape, device, is_sparse) need no override and stay fast.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -55,7 +59,8 @@ class ObjectiveGrad(torch.Tensor):
         )
         grad.objectives = objectives
         grad.buffers = [None] * len(objectives)
-        grad.unreduced = None
+        grad.unreduced = grad.products = None
+        grad.escaped = False
         return grad
 
     @property
@@ -71,10 +76,11 @@ class ObjectiveGrad(torch.Tensor):
                 f"be one gradient, got a {type(converted).__name__}; set p.grad itself"
             )
         torch.Tensor.data.__set__(self, converted)  # type: ignore[attr-defined]
-        self.buffers = converted.buffers
+        self.buffers, self.products = converted.buffers, None
 
     def share_memory_(self) -> "ObjectiveGrad":
-        """As torch's, for every buffer."""
+        """As torch's, for every buffer, to which other processes may write from now on."""
+        self.escape()
         for buffer in self.present:
             buffer.share_memory_()  # type: ignore[no-untyped-call]
         return self
@@ -84,11 +90,15 @@ class ObjectiveGrad(torch.Tensor):
         """The buffers of the objectives that touched p."""
         return [g for g in self.buffers if g is not None]
 
+    def escape(self) -> None:
+        """Note that somebody else has the buffers, and may write to them in ways nobody counts."""
+        self.products, self.escaped = None, True
+
     def allocate(self, host_memory: HostMemory) -> Tensor:
         """Fresh memory [m, *shape] for all objectives, whose slices become the buffers."""
         shape = (len(self.objectives), *self.shape)
         memory = empty(shape, self.dtype, self.device, host_memory)
-        self.buffers = list(memory.unbind())
+        self.buffers, self.products, self.escaped = list(memory.unbind()), None, False
         return memory
 
     def stacked(self, host_memory: HostMemory) -> Tensor:
@@ -109,11 +119,18 @@ class ObjectiveGrad(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        # Below autograd, and unscaling anywhere, nothing counts that a buffer was written.
         if func is _aten.zero_.default:
+            args[0].products = None
             for buffer in args[0].present:
                 buffer.zero_()
             return args[0]
         if func in _IN_PLACE_ON_LISTS:
+            # GradScaler looks for overflows with a factor of 1.
+            if func is not _UNSCALE or not args[2].is_cpu or float(args[2]) != 1.0:
+                for g in args[0]:
+                    if isinstance(g, ObjectiveGrad):
+                        g.products = None
             nested = [g.present if isinstance(g, ObjectiveGrad) else [g] for g in args[0]]
             flat = [buffer for buffers in nested for buffer in buffers]
             if flat:
@@ -231,6 +248,15 @@ def touched(params: Sequence[Tensor], names: tuple[str, ...]) -> Touched | None:
         held.append(p)
         columns.append(grad.buffers)
     return Touched(held, [list(one) for one in zip(*columns, strict=True)] or [[] for _ in names])
+
+
+def known_products(touched: Touched) -> list[Tensor | None]:
+    """The products [m, m] of each parameter's gradients where they were kept and still fit."""
+    found: list[Tensor | None] = []
+    for p, column in zip(touched.params, zip(*touched.grads, strict=True), strict=True):
+        kept = p.grad.products if type(p.grad) is ObjectiveGrad else None
+        found.append(kept.values if kept is not None and kept.are_of(column) else None)
+    return found
 
 
 def along_p_grad(params: Sequence[Tensor]) -> Touched:

@@ -22,6 +22,7 @@ from raco_fast.gradients.own_gradients import (
     mark_own,
     refuse_averaged,
 )
+from raco_fast.gradients.products_of_pass import ProductsOfPass
 from raco_fast.gradients.scattered_accumulation import ScatteredAccumulation
 
 
@@ -166,7 +167,7 @@ class ObjectiveGradients(HeldGradients):
             clear_overflow(params)
             self._notice_cleared(params)
             backward_of_each(losses, self.trained(), self.names)
-            self._note_all_ran()
+            self.note_all_ran()
             return
         if self.processes.size > 1 and not self.sharded:
             clear_overflow(params)
@@ -184,7 +185,7 @@ class ObjectiveGradients(HeldGradients):
         if self._several:
             mark_own(self.trained(), self.names, self.processes)
 
-    def _note_all_ran(self) -> None:
+    def note_all_ran(self) -> None:
         """Every objective has had its backward pass, the one of `backward`."""
         if self._several:
             mark_own(self.trained(), self.names, self.processes)
@@ -200,12 +201,12 @@ class ObjectiveGradients(HeldGradients):
         params = self.parameters()
         clear_overflow(params)
         self._notice_cleared(params)
-        into = self._accumulation(graph, graph.wanted)
+        into = self._accumulation(graph, graph.wanted, last=self.passes.begin())
         graph.retained = check is not None or bool(graph.others)
         if check is not None:
             # The gradients to be compared are formed apart, and then once more on top of what is
             # there, so that a check does not change the bits of a run.
-            apart = into if into.is_fresh else self._accumulation(graph, [])
+            apart = into if into.is_fresh else self._accumulation(graph, [], last=False)
 
             def run() -> str | None:
                 one_backward(graph, served.factored, apart, retain_graph=True)
@@ -220,15 +221,24 @@ class ObjectiveGradients(HeldGradients):
         if graph.retained:
             use_up(graph)
         into.store()
-        self._note_all_ran()
+        self.note_all_ran()
         return True
 
     def _accumulation(
-        self, graph: ScoreGraph, params: Sequence[Tensor]
+        self, graph: ScoreGraph, params: Sequence[Tensor], last: bool
     ) -> Accumulation | ScatteredAccumulation:
+        """What a pass adds to; `last`: a step is expected to follow, which needs products.
+
+        Replicas' own gradients are no use to it: it takes those of their sums over processes.
+        """
+        products = None
+        if last and (self.sharded or not self._several):
+            products = ProductsOfPass(graph.uses, self.plan)
         if self.sharded:
-            return ScatteredAccumulation(graph, params, self.names, self._memory, self.processes)
-        return Accumulation(params, self.names, self._memory)
+            return ScatteredAccumulation(
+                graph, params, self.names, self._memory, self.processes, products
+            )
+        return Accumulation(params, self.names, self._memory, products)
 
     def look(
         self, losses: Sequence[Tensor], scores: Tensor, scattered: bool, hooks_run: bool = False

@@ -111,7 +111,7 @@ def refuse_hooks(params: Sequence[Tensor]) -> None:
 @torch.no_grad()
 def _add(p: Tensor, index: int, names: tuple[str, ...], g: Tensor) -> None:
     held = _held(p, names)
-    buffer = held.buffers[index]
+    buffer, held.products = held.buffers[index], None
     if buffer is None:
         # Not g itself, which may be another parameter's as well, or a view of something.
         buffer = held.buffers[index] = torch.empty_like(p, requires_grad=False)

@@ -30,7 +30,7 @@ from raco_fast.distributed.dtensor import (
 )
 from raco_fast.distributed.processes import Processes
 from raco_fast.distributed.replicas import ReplicaSums
-from raco_fast.gradients.objective_grad import ObjectiveGrad, Touched, joined
+from raco_fast.gradients.objective_grad import ObjectiveGrad, Touched, here, joined, known_products
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -69,7 +69,7 @@ class Reduced:
         self._several = processes.size > 1 and (sharded or objectives > 1)
         self._guarded = objectives > 1
         # By how much their products count, and by their mesh where others hold copies of it.
-        self._shards: dict[tuple[float, DeviceMesh | None], Lists] = {}
+        self._shards: dict[tuple[float, DeviceMesh | None], Touched] = {}
         self._said_to_agree: Lists = []
         self._sums: ReplicaSums | None = None
         self.groups = [_placed(group) for group in groups] if sharded else list(groups)
@@ -85,9 +85,10 @@ class Reduced:
         for k, p in enumerate(params):
             if is_dtensor(p):
                 kind = share(p, processes.size), smaller_mesh(p, processes.size)
-                lists = self._shards.setdefault(kind, [[] for _ in grads])
-                for of_objective, one in zip(lists, grads, strict=True):
-                    of_objective.append(None if (g := one[k]) is None else local(g))
+                shards = self._shards.setdefault(kind, Touched([], [[] for _ in grads]))
+                shards.params.append(p)
+                for of_objective, one in zip(shards.grads, grads, strict=True):
+                    of_objective.append(one[k])
         replicas = [not is_dtensor(p) for p in params]
         of_replicas = [list(compress(one, replicas)) for one in grads]
         if own:
@@ -118,7 +119,8 @@ class Reduced:
             RuntimeError: replicas have other gradients, or processes other settings; on all.
         """
         if self._whole:
-            return ops.gram_beside(joined(self.groups).grads, numbers, self._plan)
+            touched = joined(self.groups)
+            return ops.gram_beside(touched.grads, numbers, self._plan, known_products(touched))
         M = self._local_gram()
         upper = torch.triu_indices(*M.shape, device=M.device)
         code = _code(settings())
@@ -137,7 +139,7 @@ class Reduced:
     def gram_on_device(self) -> Tensor:
         """M on the gradients' device, not waited for; where `waits` is None."""
         if self._whole:
-            return ops.gram_where_it_is(joined(self.groups).grads, self._plan)
+            return self._gram_of(joined(self.groups))
         return ops.within_cauchy_schwarz(self._processes.sum(self._local_gram()))
 
     def along(self, coefficients: Tensor) -> tuple[list[Touched], Tensor]:
@@ -180,8 +182,8 @@ class Reduced:
     def _local_gram(self) -> Tensor:
         """What this process adds to M, on the device of its gradients."""
         found = []
-        for (counted, mesh), lists in self._shards.items():
-            found.append(counted * ops.gram_where_it_is(lists, self._plan))
+        for (counted, mesh), shards in self._shards.items():
+            found.append(counted * self._gram_of(shards))
             if mesh is not None:
                 self._check_copies(found[-1].cpu(), mesh)
         if self._sums is not None:
@@ -193,6 +195,10 @@ class Reduced:
         for part in found:
             M = M.to(part.device) + part
         return M
+
+    def _gram_of(self, touched: Touched) -> Tensor:
+        """The Gram matrix of what lies here, where it is; products that were kept are not taken."""
+        return ops.gram_where_it_is(here(touched).grads, self._plan, known_products(touched))
 
     def _agreed(self) -> Tensor:
         """The Gram matrix of gradients that all processes have alike; on the CPU."""

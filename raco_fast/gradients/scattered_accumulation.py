@@ -12,6 +12,7 @@ from raco_fast.engine.graph import ScoreGraph
 from raco_fast.gradients.accumulation import Accumulation
 from raco_fast.gradients.buffer_pool import HostMemory
 from raco_fast.gradients.objective_grad import ObjectiveGrad, stand_in_of
+from raco_fast.gradients.products_of_pass import ProductsOfPass
 
 
 class ScatteredAccumulation:
@@ -24,6 +25,7 @@ class ScatteredAccumulation:
         params: those whose p.grad may hold gradients already.
         memory: for buffers on the CPU.
         processes: those that train together.
+        products: takes those of the shards as they arrive; None: a step takes them.
     Raises:
         RuntimeError: as `Accumulation`.
     """
@@ -37,8 +39,9 @@ class ScatteredAccumulation:
         names: tuple[str, ...],
         memory: HostMemory,
         processes: Processes,
+        products: ProductsOfPass | None = None,
     ) -> None:
-        self._names = names
+        self._names, self._products = names, products
         self._plain = Accumulation([p for p in params if not is_dtensor(p)], names, memory)
         self._held = {p: stand_in_of(p, names) for p in params if is_dtensor(p)}
         present = any(held is not None and held.present for held in self._held.values())
@@ -53,6 +56,10 @@ class ScatteredAccumulation:
         """See `engine.gradient_collector.Into`."""
         raise AssertionError("layers are sent one by one")
 
+    def wants_inner_products(self, p: Tensor) -> bool:
+        """Those of a shard, which arrives later."""
+        return False
+
     def filled(self, params: Iterable[Tensor]) -> None:
         """Send what is complete."""
         self._scatter.filled(p for p in params if is_dtensor(p))
@@ -60,6 +67,8 @@ class ScatteredAccumulation:
     def finish(self) -> None:
         """Wait for all that was sent."""
         self._scatter.finish()
+        if self._products is not None:
+            self._products.finish()
 
     def gradients(self) -> dict[Tensor, Tensor]:
         """Parameter -> [m, *what lies here], of those that were touched."""
@@ -89,3 +98,6 @@ class ScatteredAccumulation:
                 held.buffers[i] = from_local(memory[i], p)
             else:
                 local(g).add_(part[i].to(local(g).device))
+        held.products = None
+        if self._products is not None:
+            self._products.complete(held)

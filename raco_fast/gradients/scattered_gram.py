@@ -43,6 +43,10 @@ class ScatteredGram:
         """See `engine.gradient_collector.Into`."""
         raise AssertionError("layers are sent one by one")
 
+    def wants_inner_products(self, p: Tensor) -> bool:
+        """Those of the sums over processes, which arrive later."""
+        return False
+
     def filled(self, params: Iterable[Tensor]) -> None:
         """See `engine.gradient_collector.Into`."""
         self._scatter.filled(params)

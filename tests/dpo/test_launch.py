@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from raco_fast.dpo.launch import Launch, launched
+from raco_fast.dpo.launch import Launch, launched, share_of_cores
 from raco_fast.dpo.models import ModelOptions, pick_device
 
 VARIABLES = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}
@@ -48,6 +48,24 @@ def test_variables_that_do_not_fit_are_named(say, changes, message):
     say(**changes)
     with pytest.raises(ValueError, match=message):
         launched()
+
+
+def test_processes_share_the_cores_of_their_machine(say, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(10)), raising=False)
+    assert share_of_cores() == 10
+    say()
+    assert share_of_cores() == 2  # of four processes, nobody says where
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert share_of_cores() == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert share_of_cores() == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "all")
+    with pytest.raises(ValueError, match="LOCAL_WORLD_SIZE must be a number, at least 1"):
+        share_of_cores()
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.delattr("os.sched_getaffinity")
+    monkeypatch.setattr("os.cpu_count", lambda: None)
+    assert share_of_cores() == 1
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import raco_fast
 from raco_fast import ObjectiveGradients, gram_first
+from raco_fast.engine.lm_head import token_logps
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -104,3 +105,28 @@ def test_the_kernel_of_layers_is_what_torch_computes(lm):
         for parameter, error in lm.errors(lm.held(gradients, model), truth).items():
             assert error <= 2 * torchs[parameter] + 1e-3, (forced, parameter)
         model.zero_grad()
+
+
+@pytest.mark.parametrize("vocabulary", [512, 515])
+def test_the_head_s_results_in_bfloat16_are_those_of_float32(vocabulary):
+    generator = torch.Generator().manual_seed(2)
+    hidden, weight = (
+        torch.randn(rows, 64, generator=generator).bfloat16().cuda().requires_grad_()
+        for rows in (40, vocabulary)
+    )
+    targets = torch.randint(0, vocabulary, (40,), generator=generator).cuda()
+    seeds = torch.linspace(-1, 1.7, 40, device="cuda")
+
+    def by_cross_entropy(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
+        logits = leaves[0] @ leaves[1].T
+        wide = logits.float() if dtype == torch.bfloat16 else logits
+        logps = -torch.nn.functional.cross_entropy(wide, targets, reduction="none")
+        return [logps, *torch.autograd.grad((seeds.to(logps) * logps).sum(), leaves)]
+
+    exact, single, half = map(by_cross_entropy, (torch.float64, torch.float32, torch.bfloat16))
+    logps = token_logps(hidden, weight, None, targets, max_logits=40 * 128)
+    ours = [logps, *torch.autograd.grad((seeds * logps).sum(), (hidden, weight))]
+    for k, (truth, found) in enumerate(zip(exact, ours, strict=True)):
+        rival = half[k] if k else single[k]
+        assert (found.double() - truth).norm() <= 2 * (rival.double() - truth).norm()

@@ -22,6 +22,7 @@ from raco_fast.dpo.data.dated_template import dated, may_write_date
 from raco_fast.dpo.data.ends import SequenceEnds
 from raco_fast.dpo.data.given_fields import has_given_fields, texts, without_each
 from raco_fast.dpo.data.pairs import PreferencePair
+from raco_fast.dpo.data.shared_beginnings import SharedBeginnings, shared_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,17 +127,12 @@ def check_day(name: str, day: str, cure: str = "write year, month and day in dig
         raise ValueError(f"`{name}` {rule}, got {day[:40]!r}; {cure}")
 
 
-def shared_length(*rows: Sequence[Any]) -> int:
-    """How many elements rows begin with in common."""
-    columns = enumerate(zip(*rows, strict=False))
-    return next((k for k, column in columns if len(set(column)) > 1), min(map(len, rows)))
-
-
 class Writer:
     """Renders conversations for one tokenizer.
 
     Attributes:
         ends: the BOS and stop tokens of its sequences.
+        beginnings: makes token ids of what it renders.
         counts: what `render` found, under the names of `EncodeReport`.
         not_rendered: what pairs hold besides their texts that the template does not write -> pairs.
         prints_date: whether a text that was rendered has the date in it.
@@ -145,8 +141,8 @@ class Writer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: TokenOptions) -> None:
         self.tokenizer = tokenizer
         self.options = options
-        self.counts: Counter[str] = Counter()
-        self.not_rendered: Counter[str] = Counter()
+        self.beginnings = SharedBeginnings(tokenizer)
+        self.forget_counts()
         self.prints_date = False
         self._now = datetime.now()
         if options.date is not None:
@@ -158,6 +154,11 @@ class Writer:
         self.ends = SequenceEnds(tokenizer, self._closing())
         spelled = map(re.escape, self.ends.spellings)
         self._special_text = re.compile("|".join(spelled))
+
+    def forget_counts(self) -> None:
+        """Begin to count anew; that the date is printed is known for good."""
+        self.counts: Counter[str] = Counter()
+        self.not_rendered: Counter[str] = Counter()
 
     def is_clean(self, pair: PreferencePair) -> bool:
         """Whether no text of the pair spells a special token; raises where that is the policy."""

@@ -22,19 +22,26 @@ or merges across the boundary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
+from raco_fast.dpo.data.encode_report import EncodeReport
 from raco_fast.dpo.data.ends import token_ids
 from raco_fast.dpo.data.pairs import PreferencePair
-from raco_fast.dpo.data.rendering import TokenOptions, Writer, shared_length
+from raco_fast.dpo.data.rendering import TokenOptions, Writer
+from raco_fast.dpo.data.shared_beginnings import shared_length
+from raco_fast.dpo.data.worker_processes import mapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-_AT_ONCE = 2048
+_AT_ONCE = 256  # pairs: the prompt of each is held three times meanwhile
 
 
 @dataclass(frozen=True)
@@ -57,70 +64,6 @@ class EncodedPair:
     pair_weights: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class EncodeReport:
-    """What `encode_pairs` did, in numbers of pairs (responses for `responses_truncated`).
-
-    Attributes:
-        pairs: given.
-        kept: returned.
-        dropped_overlength: too long, with `overlength="drop"`.
-        dropped_special_text: spelled a special token, with `special_text="drop"`.
-        dropped_identical: both responses became the same tokens (by truncation, most likely).
-        prompts_truncated: among the kept.
-        responses_truncated: among the kept; up to two a pair.
-        boundaries_moved: with a response behind them the prompt's last tokens are other ones.
-        header_differs: the template opens an answer for the model otherwise than it writes answers.
-        openings_trained: before an answer's text the template writes what its header does not have.
-        responses_rewritten: the template changed the text; up to two a pair.
-        not_rendered: what pairs hold besides their texts and the template does not write -> pairs.
-        prints_date: whether the template writes the date (`TokenOptions.date`) into a pair.
-    """
-
-    pairs: int = 0
-    kept: int = 0
-    dropped_overlength: int = 0
-    dropped_special_text: int = 0
-    dropped_identical: int = 0
-    prompts_truncated: int = 0
-    responses_truncated: int = 0
-    boundaries_moved: int = 0
-    header_differs: int = 0
-    openings_trained: int = 0
-    responses_rewritten: int = 0
-    not_rendered: dict[str, int] = field(default_factory=dict)
-    prints_date: bool = False
-
-    def warnings(self) -> list[str]:
-        """A sentence for all of one kind that is not lost or trained as one would expect."""
-        said = []
-        if self.not_rendered:
-            what = ", ".join(f"{name} of {n} pairs" for name, n in self.not_rendered.items())
-            said.append(
-                f"the chat template does not write all that pairs hold, so it is not trained: "
-                f"{what}; set `tokens.chat_template` to one that does, or remove it from the data"
-            )
-        if self.responses_rewritten:
-            said.append(
-                f"the chat template changed the text of {self.responses_rewritten} responses (it "
-                "may take thinking out of them); what it wrote is trained"
-            )
-        if self.header_differs:
-            said.append(
-                f"the chat template opens an answer for the model otherwise than it writes the "
-                f"answers of {self.header_differs} pairs (thinking, most likely); they are trained "
-                "as written, so the model is not trained on what it will continue. Set "
-                "`tokens.chat_template` to one whose header is what answers begin with"
-            )
-        if self.openings_trained:
-            said.append(
-                f"the chat template begins the answers of {self.openings_trained} pairs with text "
-                "that its generation header does not have; it is trained as a part of the "
-                "responses, as the model has to write it"
-            )
-        return said
-
-
 def token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
     """A function text -> number of tokens, without special tokens (for `ConciseRule`)."""
     return lambda text: len(token_ids(tokenizer, [text])[0])
@@ -130,6 +73,9 @@ def encode_pairs(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[PreferencePair],
     options: TokenOptions | None = None,
+    *,
+    workers: int = 0,
+    progress: bool = False,
 ) -> tuple[list[EncodedPair], EncodeReport]:
     """Tokenize pairs; the rules are at the head of this file.
 
@@ -137,6 +83,8 @@ def encode_pairs(
         tokenizer: any Hugging Face tokenizer, with or without a chat template.
         pairs: as read by `read_sources`.
         options: lengths and policies.
+        workers: processes that do it; 0 does it in this one. The result is the same.
+        progress: show a progress bar if it takes more than a second.
     Returns:
         The encoded pairs, in order, and the counts of what was dropped or truncated.
     Raises:
@@ -144,14 +92,37 @@ def encode_pairs(
             of an answer, or renders an answer that does not continue its prompt; no EOS to end a
             response with; a special token in a text; a pair too long with `overlength="error"`.
             Names the pair.
+        ChildProcessError: a worker was killed, or ended with an error of its own.
     """
-    options = options or TokenOptions()
-    writer = Writer(tokenizer, options)
+    writer = Writer(tokenizer, options or TokenOptions())
+    groups = [pairs[i : i + _AT_ONCE] for i in range(0, len(pairs), _AT_ONCE)]
+    encode = partial(_encode_group, writer=writer)
+    encoded: list[EncodedPair] = []
+    reports = []
+    bar = tqdm(total=len(pairs), desc="tokenize", unit="pair", disable=not progress, delay=1.0)
+    with bar, closing(mapped(encode, groups, min(workers, len(groups)))) as found:
+        # A list takes 8 bytes a number, and 28 more where each is an object of its own.
+        known: dict[int, int] = {}
+        for of_group, report in found:
+            for pair in of_group:
+                for ids in (pair.prompt_ids, pair.a_ids, pair.b_ids):
+                    ids[:] = map(known.setdefault, ids, ids)
+            encoded += of_group
+            reports.append(report)
+            bar.update(report.pairs)
+    return encoded, EncodeReport.total(reports)
+
+
+def _encode_group(
+    pairs: Sequence[PreferencePair], writer: Writer
+) -> tuple[list[EncodedPair], EncodeReport]:
+    """`encode_pairs` of a few; what the writer has counted is of them alone."""
+    writer.forget_counts()
     clean = [pair for pair in pairs if writer.is_clean(pair)]
     counts = writer.counts
     encoded = []
     for whole in encode_whole(clean, writer):
-        fitted = _fit(whole, options, writer.ends.bos_id)
+        fitted = _fit(whole, writer.options, writer.ends.bos_id)
         if fitted is None:
             counts["dropped_overlength"] += 1
         elif fitted.a_ids == fitted.b_ids:
@@ -172,13 +143,12 @@ def encode_pairs(
     return encoded, report
 
 
-def encode_whole(pairs: Sequence[PreferencePair], writer: Writer) -> Iterator[EncodedPair]:
-    """Pairs as ids, of any length. In groups, as every prompt is held three times meanwhile."""
-    for group in (pairs[i : i + _AT_ONCE] for i in range(0, len(pairs), _AT_ONCE)):
-        texts = [text for pair in group for text in writer.render(pair)]
-        ids = token_ids(writer.tokenizer, texts)
-        for k, pair in enumerate(group):
-            yield _split(pair, ids[3 * k], ids[3 * k + 1], ids[3 * k + 2], writer)
+def encode_whole(pairs: Sequence[PreferencePair], writer: Writer) -> list[EncodedPair]:
+    """Pairs as ids, of any length."""
+    ids = writer.beginnings.ids([writer.render(pair) for pair in pairs])
+    return [
+        _split(pair, prompt, a, b, writer) for pair, (prompt, a, b) in zip(pairs, ids, strict=True)
+    ]
 
 
 def _split(

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from raco_fast.backends.transfer import sent
 from raco_fast.dpo.losses.margin_losses import Sigmoid
 from raco_fast.dpo.losses.pair_scores import PairScores, RankedScores
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
@@ -82,7 +83,7 @@ def preference_losses(
                 f"{tuple(rows.shape)}, got {tuple(each.shape)}; leave the mean out of it"
             )
         if weight is not None:
-            each = each * weight[rows].to(each)
+            each = each * sent(weight[rows], each.device).to(each.dtype)
         result[name] = each.sum() / (rows.numel() if counts is None else counts[name])
     return result
 
@@ -100,6 +101,6 @@ def _of_pairs(name: str, loss: PreferenceLoss, pairs: RankedScores, q: Tensor) -
     # The two signs cancel where the policy is as sure as the label. What float32 leaves of a and b
     # then has two directions, where one h(a) - h(b) has one (`PreferenceLoss.pair_function`).
     wide = pairs.widened()
-    q = q.to(wide.logps_w)
+    q = sent(q, wide.logps_w.device).to(wide.logps_w.dtype)
     each = q * loss(wide) + (1 - q) * loss(wide.swapped())
     return each.to(pairs.logps_w.dtype)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from raco_fast.backends.transfer import sent
+
 
 @dataclass(frozen=True)
 class RankedScores:
@@ -100,7 +102,7 @@ class PairScores:
         """
         rows = label.nonzero().squeeze(-1)
         device = self.logps_a.device
-        return rows, self[rows.to(device)].ranked((label[rows] > 0).to(device))
+        return rows, self[sent(rows, device)].ranked(sent(label[rows] > 0, device))
 
     def ranked(self, a_preferred: Tensor) -> RankedScores:
         """Every pair as (preferred, other); `a_preferred` is a bool [B]."""

@@ -84,6 +84,10 @@ class TrainConfig:
         output_dir: where checkpoints, metrics and the trained model go.
         cache_dir: where reference log-probabilities are kept between runs.
         tensorboard: also write the metrics for TensorBoard.
+        workers: processes beside this one that prepare pairs: that tokenize them, before the
+            training, and then one that packs those of the coming steps. 0: none. None: as many as
+            pay for their start, of this process's share of the machine's cores, to tokenize; one to
+            pack, where the model is on a GPU.
         parallel: how the model is spread over the processes that a launcher has started.
     """
 
@@ -126,6 +130,7 @@ class TrainConfig:
     output_dir: str = "runs/dpo"
     cache_dir: str = "runs/cache"
     tensorboard: bool = False
+    workers: int | None = None
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
 
     def __post_init__(self) -> None:
@@ -167,6 +172,11 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(
+                f"`workers` must be a number of processes, at least 0, got {self.workers}; null "
+                f"chooses it"
+            )
         self._check_saving()
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"`warmup_ratio` must be in [0, 1], got {self.warmup_ratio}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.data.batches import labelled_counts, token_count
+from raco_fast.dpo.data.collation import PairBatch
 from raco_fast.dpo.data.layout import Layout
 from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.losses.objective_losses import preference_losses
@@ -104,8 +105,17 @@ class PreferenceStep:
     mode: str = "one_backward"
     processes: Processes = field(default_factory=Processes)
 
-    def __call__(self, pairs: Sequence[EncodedPair]) -> StepResult:
+    def batches(self, pairs: Sequence[EncodedPair]) -> list[PairBatch]:
+        """The micro-batches of this process, of a step's pairs."""
+        rounds = self.layout.rounds(pairs, self.processes.size)
+        return [self.layout.batch(groups[self.processes.rank]) for groups in rounds]
+
+    def __call__(
+        self, pairs: Sequence[EncodedPair], batches: Sequence[PairBatch] | None = None
+    ) -> StepResult:
         """Losses are means over the labelled pairs of the whole step, however it is cut.
+
+        `batches`: what the method of that name gives, where it is known already.
 
         Where no pair is labelled there is nothing to learn, and nothing is touched: a step along
         zeros would still move the weights, by their decay and by AdamW's averages.
@@ -115,13 +125,12 @@ class PreferenceStep:
         if not any(counts.values()):
             untaken = PreferenceMetrics(self.losses), None, self.optimizer.skipped_steps, 0
             return StepResult({}, objectives, *untaken, self.processes)
-        rank, size = self.processes.rank, self.processes.size
+        size = self.processes.size
         # The optimizer takes the mean over the processes, which is then the mean over the step.
         divisors = {name: count / size for name, count in counts.items()}
         preference = PreferenceMetrics(self.losses)
         totals = {name: torch.zeros(()) for name in counts}
-        for groups in self.layout.rounds(pairs, size):
-            batch = self.layout.batch(groups[rank])
+        for batch in self.batches(pairs) if batches is None else batches:
             logps = pair_logps(self.model, batch, self.chunk_tokens, self.references)
             scores = score_pairs(logps, batch, self.references, self.losses)
             losses = preference_losses(

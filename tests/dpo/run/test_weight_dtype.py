@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+from processes import run
 
 from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.run import weight_dtype
@@ -95,3 +96,21 @@ def test_an_adapter_has_the_size_of_its_base(machine, make_config, tmp_path):
         model = AUTO | {"name": str(tmp_path / "adapter"), "adapter": kind}
         with_dtype(make_config(model), Processes(), keep=False)
     assert machine.asked == [(24, "cpu", False), (24, "cpu", True)]
+
+
+def dtype_of_a_machine_of_its_own(config):
+    """Only the first process measures; alone, the other one would take float32."""
+    processes, asked = Processes(), []
+
+    def measure(*_, **__):
+        asked.append(processes.rank)
+        return ("bf16", "fp32")[processes.rank], "measured"
+
+    weight_dtype.faster_dtype = measure
+    return with_dtype(config, processes).model.dtype, asked
+
+
+@pytest.mark.slow
+def test_all_processes_have_the_dtype_of_the_first(make_config, tmp_path):
+    found = run(2, dtype_of_a_machine_of_its_own, make_config(AUTO), folder=tmp_path)
+    assert found == [("bf16", [0]), ("bf16", [])]
