@@ -270,7 +270,7 @@ def test_rows_of_a_layer_as_they_lie(dtype, outer, d_out):
         contributions.matrix_use(x, dy, segments),
         contributions.vector_use(dy, segments),
     )
-    assert isinstance(matrix, ThinUse) == (d_out == 60)
+    assert isinstance(matrix, MatrixUse) == (d_out == 60)
     for use, t in ((matrix, matrices), (vector, vectors)):
         gradients = torch.full((2, *t.shape[1:]), torch.nan, dtype=torch.float64)
         use.add_to(gradients, U[:2, :3], fresh=True)
