@@ -15,9 +15,9 @@ options=("${@:2}")
 cd "$(dirname "$0")/.." && mkdir -p "$out"
 python=${PYTHON:-python3}
 total=${SECONDS_IN_ALL:-470}
-parts=${PARTS:-tests ceilings gram step combine_adamw backward memory train distributed scaling solve}
+parts=${PARTS:-tests ceilings gram step combine_adamw backward memory ratios distributed scaling solve train}
 declare -A seconds_of=([tests]=150 [ceilings]=25 [gram]=65 [step]=55 [combine_adamw]=50
-    [backward]=100 [memory]=45 [train]=60 [distributed]=60 [scaling]=35 [solve]=25)
+    [backward]=100 [memory]=45 [train]=300 [ratios]=40 [distributed]=60 [scaling]=35 [solve]=25)
 for name in $parts; do
     : "${seconds_of[$name]:?PARTS must name parts of: ${!seconds_of[*]}}"
 done

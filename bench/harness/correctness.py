@@ -22,7 +22,10 @@ _KERNELS = ("gram", "combine_adamw", "capturable")
 _ON_CUDA = [KERNEL_TESTS / f"test_{name}.py" for name in _KERNELS]
 # Device -> suite -> test files that it relies on.
 RELIES_ON = {
-    device: {"gram": tests[:1], "combine_adamw": tests[1:2], "step": tests, "train": tests}
+    device: {
+        **{"gram": tests[:1], "combine_adamw": tests[1:2]},
+        **dict.fromkeys(("step", "train", "ratios"), tests),
+    }
     for device, tests in (("cpu", _ON_CPU), ("cuda", _ON_CUDA))
 }
 

@@ -21,7 +21,8 @@ SECONDS = {
     "step": 45,
     "backward": 100,
     "memory": 60,
-    "train": 60,
+    "train": 120,
+    "ratios": 30,
     "distributed": 60,
     "scaling": 40,
 }

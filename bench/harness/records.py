@@ -53,8 +53,15 @@ class Records:
 
     def copy_bandwidth(self) -> float | None:
         """Bytes per second of the large copy of this run."""
-        found = [r["rate"] for r in self.read() if r["name"] == "ceilings/copy" and "rate" in r]
-        return found[-1] * 1e9 if found else None
+        return self._rate("ceilings/copy", 1e9)
+
+    def matmul_rate(self) -> float | None:
+        """Floating-point operations per second of the large matrix product of this run."""
+        return self._rate("ceilings/matmul", 1e12)
+
+    def _rate(self, name: str, unit: float) -> float | None:
+        found = [r["rate"] for r in self.read() if r["name"] == name and "rate" in r]
+        return found[-1] * unit if found else None
 
 
 def latest(records: Iterable[Record]) -> list[Record]:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from bench.harness.records import OURS, Record, latest, mark
+from bench.pages import pairs
 from bench.pages.goals import Verdict, device_of, verdicts
 from raco_fast.report import markdown_table
 
@@ -18,6 +19,7 @@ SUITES = {
     "backward": ("One DPO step, forward to update", "one plain DPO step"),
     "memory": ("Peak memory above weights and states", "plain DPO"),
     "train": ("Whole training steps", "`trl`, of `plain` where TRL is missing"),
+    "ratios": ("Pair rows against the ratio of prompt to completion", "packed sequences"),
     "distributed": (
         "One DPO step on several processes",
         "plain DPO under DistributedDataParallel (case replicas) or FSDP2",
@@ -49,14 +51,16 @@ def shown(params: Mapping[str, Any]) -> str:
     if "elements" in params:
         params = {**params, "elements": f"{params['elements'] / 1e6:.3g} M"}
     forms = {"m": "m = {}", "tokens": "{} tokens each"}
-    forms |= {name: f"{{}} {name}" for name in ("layers", "sequences", "processes")}
+    forms |= {name: f"{{}} {name}" for name in ("layers", "sequences", "pairs", "processes")}
     return ", ".join(forms.get(name, "{}").format(value) for name, value in params.items())
 
 
 def body(records: Sequence[Record]) -> str:
     """All sections about one run on one machine."""
     records = latest(records)
-    parts = [_machine(records), _ceilings(records), *(_suite(records, s) for s in SUITES)]
+    of_length = [r for r in records if r.get("per") != "pair"]  # the others have their own tables
+    parts = [_machine(records), _ceilings(records), pairs.section(records)]
+    parts += [_suite(of_length, s) for s in SUITES]
     return "\n\n".join(part for part in [*parts, _scaling(records), _failures(records)] if part)
 
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bench.harness.records import Record
 from bench.pages.page import SUITES, by_suite, cases, contestant, points, slope, swept
 
@@ -13,6 +15,7 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
     drawn = [_ratios(records, suite, folder / f"{suite}.png") for suite in ("step", "memory")]
     drawn.append(_against_m(records, folder / "backward.png"))
     drawn.append(_sweeps(records, folder / "scaling.png"))
+    drawn.append(_against_ratio(records, folder / "pairs.png"))
     return [file for file in drawn if file is not None]
 
 
@@ -75,6 +78,36 @@ def _sweeps(records: Sequence[Record], file: Path) -> Path | None:
         axis.set_xlabel(against, fontsize=8)
         axis.tick_params(labelsize=6, which="both")
     axes[0].set_ylabel("seconds", fontsize=8)
+    return _saved(figure, file)
+
+
+def _against_ratio(records: Sequence[Record], file: Path) -> Path | None:
+    """Time of a pair that shares its prompt, in that of packed sequences, and what bounds it."""
+    swept = [r for r in by_suite(records, "ratios") if contestant(r) == "raco pairs"]
+    of_data = [r for r in by_suite(records, "train") if "over_packed" in r]
+    if not swept and not of_data:
+        return None
+    figure, (axis,) = _axes(1, height=3.2)
+    ratios = np.geomspace(0.2, 20, 100)
+    bound = "bound: (P + A + B) / (2P + A + B)"
+    axis.plot(ratios, (ratios + 2) / (2 * ratios + 2), color="black", linewidth=0.8, label=bound)
+    axis.axhline(1.0, color="gray", linewidth=0.8, linestyle="--", label="packed sequences")
+    if swept:
+        x, y = [r["prompt_ratio"] for r in swept], [r["ratio"] for r in swept]
+        axis.plot(x, y, marker="o", markersize=3, label="pair rows, sequences of one length")
+    names = list(dict.fromkeys(r["params"]["data"] for r in of_data))
+    for r in of_data:
+        data, kind = r["params"]["data"], r["params"]["kind"]
+        place, color = (r["prompt_ratio"], r["over_packed"]), f"C{1 + names.index(data)}"
+        fill = {"color": color} if kind == "full" else {"mec": color, "mfc": "white"}
+        shape = {"marker": "s", "markersize": 5, "linestyle": ""}
+        axis.plot(*place, **shape, **fill, label=f"{data}, {kind}")
+    axis.set_xscale("log")
+    axis.set_ylim(bottom=0.4)
+    axis.set_xlabel("tokens of the prompt over those of a completion")
+    axis.set_ylabel("time of a pair, packed = 1")
+    axis.set_title("What a shared prompt saves")
+    axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _saved(figure, file)
 
 

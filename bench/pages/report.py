@@ -38,7 +38,11 @@ What bounds it. The Gram, the combination and the update do next to no arithmeti
 is the copy bandwidth of the machine: *share* is the bytes that have to move at least, over the
 time, over that bandwidth. (A copy writes what it never reads again; what only reads can exceed it.)
 One backward pass for m objectives is bound by the matrix products of a plain step; what m adds is
-a fold of the weight gradients for each objective, and the bytes of m gradients."""
+a fold of the weight gradients for each objective, and the bytes of m gradients. A pair with P
+tokens of prompt and responses of A and B is 2P + A + B tokens for a trainer that runs chosen and
+rejected apart, and padding besides; on pair rows ([every token once](batching.md)) it is P + A + B,
+so that no pair can be trained more than (2P + A + B) / (P + A + B) times as fast as packed
+sequences are."""
 
 NO_GPU = """\
 ## Not measured

@@ -1,15 +1,21 @@
 """TRL's `DPOTrainer` on the same model, ids and adapter: plain DPO, one objective.
 
 At its best: reference precomputed, fused AdamW, no gradient checkpointing (its default, which
-saves memory and costs time), no clipping, logging, evaluation, saving or schedule. It is given
-`peft_config` and not a PEFT model, as it advises: of such a model it would keep a second adapter.
-Its remaining advice for speed does not apply: padding-free batches are switched off in this
-version, nothing here is padded, and kernels from the Hub need a network.
+saves memory and costs time), no clipping, logging, evaluation, saving or schedule. Its collator
+pads a micro-batch to its longest sequence, chosen and rejected in one tensor; so that little is
+padding, the pairs of a step come in the order of their lengths, which `group_by_length` has over
+a whole data set, and several sizes of a micro-batch are tried. It is given `peft_config` and not a
+PEFT model, as it advises: of such a model it would keep a second adapter. Its remaining advice for
+speed does not apply: padding-free batches are switched off in this version (it warns and pads),
+and kernels from the Hub need a network.
 
 What it does in every step and cannot be told not to (norm of the gradient, about ten metrics, each
-read back to the host) is a part of its time; fetching and collating the batch is not.
+read back to the host) is a part of its time; fetching and collating the batches is not. On a CPU
+its head takes every position, prompts and padding too (on a GPU the completions alone), which at
+30 layers of SmolLM2 is a fifth of a forward pass.
 """
 
+from collections.abc import Sequence
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -21,20 +27,28 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from bench.harness.dpo_problem import BETA, PROMPT, FreshProblem, lora
+from bench.harness.dpo_problem import BETA, lora
 from bench.harness.meter import Meter
+from bench.harness.pairs_problem import PairsProblem
 from bench.rivals.dpo_steps import ADAMW
 
 
-def train(problem: FreshProblem, steps: int, meter: Meter) -> None:
-    """Train `problem.model` for so many steps, each one metered."""
+def train(
+    problem: PairsProblem, order: Sequence[int], at_once: int, steps: int, meter: Meter
+) -> None:
+    """Train `problem.model` for so many steps, each one metered.
+
+    Args:
+        order: in which the pairs of a step come.
+        at_once: pairs of a micro-batch; must divide those of a step.
+    """
     adapted = problem.setting.kind == "lora"
     adapter = {name: p.detach() for name, p in problem.trained.items()} if adapted else {}
     with TemporaryDirectory() as folder:
         trainer = DPOTrainer(
             model=problem.model.unload() if adapted else problem.model,
-            args=_config(folder, problem, steps),
-            train_dataset=_dataset(problem, steps),
+            args=_config(folder, problem, at_once, steps),
+            train_dataset=_dataset(problem, order),
             processing_class=_tokenizer(problem.stop),
             peft_config=lora() if adapted else None,
             callbacks=[_Metered(meter)],
@@ -46,13 +60,19 @@ def train(problem: FreshProblem, steps: int, meter: Meter) -> None:
         trainer.train()
 
 
-def _config(folder: str, problem: FreshProblem, steps: int) -> DPOConfig:
-    device = problem.ids.device
+def _config(folder: str, problem: PairsProblem, at_once: int, steps: int) -> DPOConfig:
+    device = torch.device(problem.setting.device)
+    if len(problem.pairs) % at_once:
+        raise ValueError(
+            f"`at_once` must divide the {len(problem.pairs)} pairs of a step, got {at_once}: its "
+            f"trainer weighs micro-batches alike"
+        )
     return DPOConfig(
         folder,
         beta=BETA,
         precompute_ref_log_probs=True,
-        per_device_train_batch_size=problem.setting.sequences // 2,
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=len(problem.pairs) // at_once,
         max_steps=steps,
         train_sampling_strategy="sequential",
         max_length=None,
@@ -74,17 +94,24 @@ def _config(folder: str, problem: FreshProblem, steps: int) -> DPOConfig:
     )
 
 
-def _dataset(problem: FreshProblem, steps: int) -> Dataset:
-    """The pairs as text, once for each step."""
+def _dataset(problem: PairsProblem, order: Sequence[int]) -> Dataset:
+    """The pairs of a step, which is an epoch, as text; words are set apart by spaces."""
     words = _words(problem.stop)
-    text = [" ".join(words[i] for i in row) for row in problem.ids.tolist()]
-    cut = [len(" ".join(words[i] for i in row[:PROMPT])) for row in problem.ids.tolist()]
-    pairs = problem.setting.sequences // 2
-    rows = [
-        {"prompt": a[:cut], "chosen": a[cut:], "rejected": b[cut:]}
-        for a, b, cut in zip(text[:pairs], text[pairs:], cut[:pairs], strict=True)
-    ]
-    return Dataset.from_list(rows * steps)
+
+    def text(ids: Sequence[int]) -> str:
+        return " ".join(words[i] for i in ids)
+
+    pairs = [problem.pairs[k] for k in order]
+    return Dataset.from_list(
+        [
+            {
+                "prompt": text(pair.prompt_ids),
+                "chosen": " " + text(pair.a_ids),
+                "rejected": " " + text(pair.b_ids),
+            }
+            for pair in pairs
+        ]
+    )
 
 
 def _words(stop: int) -> list[str]:

@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     rivals = dict.fromkeys(("plain", *options.rivals))  # in whose units all are
     records = Records(options.out, options.device)
-    for setting in dpo_problem.chosen(options):
+    for setting in dpo_problem.chosen(options, Setting):
         for m in options.m:
             measure(records, setting, m, [*rivals], perf_counter() + options.seconds)
 

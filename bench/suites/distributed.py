@@ -234,7 +234,7 @@ def parser() -> ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    (setting,) = dpo_problem.chosen(options)
+    (setting,) = dpo_problem.chosen(options, Setting)
     processes = options.processes or default_processes(setting.device)
     until = perf_counter() + options.seconds
     if options.rank is None:

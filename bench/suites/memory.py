@@ -81,10 +81,10 @@ def parser() -> ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     if options.one is not None:
-        print(json.dumps({"bytes": peak(options.one, *dpo_problem.only(options))}))
+        print(json.dumps({"bytes": peak(options.one, *dpo_problem.only(options, Setting))}))
         return
     until = perf_counter() + options.seconds
-    for setting in dpo_problem.chosen(options):
+    for setting in dpo_problem.chosen(options, Setting):
         measure(Records(options.out, options.device), setting, options.m, until)
 
 

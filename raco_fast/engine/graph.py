@@ -105,7 +105,7 @@ class ScoreGraph:
     def _walk_scores(self) -> None:
         # Thousands of nodes at every call: what a type means is looked up once.
         roles: dict[type, int] = {}
-        kinds: set[tuple[type, type]] = set()
+        below_of: dict[type, set[type]] = {}  # kind of a node -> kinds that it leads on to
         root = self.scores.grad_fn
         # Depth first, each node once; from a tap only on to where the layer's input comes from.
         stack: list[Node] = [root]
@@ -116,8 +116,11 @@ class ScoreGraph:
             node = stack.pop()
             kind = type(node)
             edges = node.next_functions
-            if roles.get(kind) == _TAPPED:
+            if roles[kind] == _TAPPED:
                 edges = edges[_below(node) : _below(node) + 1]
+            kinds_below = below_of.get(kind)
+            if kinds_below is None:
+                kinds_below = below_of[kind] = set()
             for place, (below, _) in enumerate(edges):
                 if below is None:
                     continue
@@ -128,7 +131,7 @@ class ScoreGraph:
                 if role == _LEAF:
                     self._leaf(owner_of(below.variable), node, "the scores past every rule")
                     continue
-                kinds.add((kind, kind_below))
+                kinds_below.add(kind_below)
                 if role == _TAPPED:
                     self._into[below].append((node, place))
                 if below not in seen:
@@ -136,16 +139,19 @@ class ScoreGraph:
                     stack.append(below)
                     if role != _PLAIN:
                         self._see(below, role)
-        self.facts.update((above.__name__, below.__name__) for above, below in kinds)
+        for above, kinds_below in below_of.items():
+            self.facts.update((above.__name__, below.__name__) for below in kinds_below)
 
     def _see(self, node: Node, role: int) -> None:
         """What a node below the scores means by itself."""
         if role == _TAPPED:
+            layer = node.layer
             wanted = [p for p in node.parameters if not self._is_other(p)]
             if wanted:
                 self.taps.append(node)
-            self.uses.update(wanted)
-            self.layer_of |= dict.fromkeys(wanted, node.layer)
+            for p in wanted:
+                self.uses[p] += 1
+                self.layer_of[p] = layer
             self.leaves.update(zip(node.parameters, node.leaves, strict=True))
             self.checks = node.checks or self.checks
         elif role == _BATCH_NORM and node._saved_training:

@@ -206,9 +206,8 @@ def _only_argument(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[str | None, Any]:
     """(why a call with these arguments cannot be tapped, its argument)."""
-    if (len(args) == 1 and not kwargs) or (
-        args and all(value is None for value in (*args[1:], *kwargs.values()))
-    ):
+    alone = len(args) == 1 and not kwargs  # as nearly always
+    if alone or (args and all(value is None for value in (*args[1:], *kwargs.values()))):
         x = args[0]
     else:
         given = [name for name, value in kwargs.items() if value is not None]

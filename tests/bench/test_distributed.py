@@ -16,7 +16,7 @@ import torch
 from torch import distributed as dist
 
 from bench.harness import jobs, payload
-from bench.harness.dpo_problem import SHAPES, TINY
+from bench.harness.dpo_problem import SHAPES, TINY, Setting
 from bench.harness.parameters import MODELS, elements
 from bench.harness.records import Records
 from bench.pages import page, report, spread
@@ -27,7 +27,7 @@ def said(arguments: Sequence[str]) -> dict[str, Any]:
     """What one process of the suite says, which is in the group already."""
     options = distributed.parser().parse_args(arguments)
     assert options.processes == dist.get_world_size()
-    (setting,) = distributed.dpo_problem.chosen(options)
+    (setting,) = distributed.dpo_problem.chosen(options, Setting)
     if options.count:
         return distributed.count(setting, options.m)
     return distributed.clock(setting, options.m, perf_counter() + options.seconds)

@@ -142,10 +142,84 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
         record("backward/plain", ratio=1.0, params=dpo),
         record("backward/plain", ratio=1.0, params={**dpo, "m": 4}),
         *(record("scaling/step", n, params={"against": "m", "size": n}) for n in (2, 4)),
+        record("ratios/raco packed", ratio=1.0, params={"m": 2}, prompt_ratio=1.0),
+        record("ratios/raco pairs", ratio=0.8, params={"m": 2}, prompt_ratio=1.0),
+        *of_training(),
     ]
     files = draw(records, tmp_path)
-    assert [f.name for f in files] == ["step.png", "backward.png", "scaling.png"]
+    assert [f.name for f in files] == ["step.png", "backward.png", "scaling.png", "pairs.png"]
     assert all(f.read_bytes()[:4] == b"\x89PNG" for f in files)
+
+
+def trained(contestant: str, m: int, p50: float, **values: Any) -> Record:
+    """A record of the suite `train`, per pair."""
+    setting = {"kind": "lora", "layers": 30, "data": "hh_rlhf", "pairs": 6, "dtype": "float32"}
+    counts = {
+        "prompt_ratio": 2.0,
+        "token_ratio": 2 / 3,
+        "flops_ratio": 0.7,
+        "at_once": 512,
+        "of_matmul": None,
+    }
+    speed = {"tokens_per_second": 100.0, "tokens_per_second_twice": 150.0}
+    memory = {"peak_bytes": 3 << 20, "model_bytes": 1 << 20}
+    known = {
+        "per": "pair",
+        "reproduce": "python -m bench.suites.train",
+        **counts,
+        **speed,
+        **memory,
+    }
+    params = {"m": m, **setting}
+    return record(f"train/{contestant}", p50, unit="s", params=params, **known, **values)
+
+
+def of_training() -> list[Record]:
+    return [
+        trained("trl", 1, 3.0, ratio=1.0, ratio_to_trl=1.0),
+        trained(
+            *("raco pairs", 2, 1.2),
+            ratio=0.4,
+            ratio_to_trl=0.4,
+            memory_to_trl=0.8,
+            over_packed=0.72,
+            over_token_ratio=1.08,
+        ),
+        trained("raco pairs", 8, 1.4, ratio=0.47, ratio_to_trl=0.47, over_few=1.4 / 1.2),
+    ]
+
+
+def test_training_on_pairs_has_tables_of_its_own() -> None:
+    text = page.body(of_training())
+    assert "### Whole training steps on pairs of real lengths (`train`)" in text
+    assert "| case | `trl` | `raco pairs, m = 2` | `raco pairs, m = 8` |" in text
+    shown = "1.2 s (0.40, 100 tokens/s once, 150 twice, 512 at once, 4 MiB)"
+    assert "| hh_rlhf, lora, 30 layers, 6 pairs, float32 | 3 s (1.00, " in text
+    assert shown in text
+    assert "| 2.00 | 0.67 | 0.70 | 0.72 | 1.08 | 1.17 | - | 0.80 |" in text
+    assert "### Whole training steps (`train`)" not in text
+
+
+def test_goals_of_training_are_judged_by_their_own_figures() -> None:
+    judged = {
+        (v.goal.figure, v.goal.params.get("kind")): (v.figure and round(v.figure, 2), v.met)
+        for v in goals.verdicts(of_training(), ["cpu"])
+        if v.goal.name == "train/raco pairs"
+    }
+    assert judged == {
+        ("ratio_to_trl", "lora"): (0.4, True),
+        ("memory_to_trl", "lora"): (0.8, False),
+        ("ratio_to_trl", "full"): (None, None),
+        ("over_token_ratio", None): (1.08, True),
+        ("over_few", None): (1.17, False),
+        ("reference_to_padded", None): (None, None),
+    }
+
+
+def test_without_trl_nothing_is_said_about_it() -> None:
+    alone = trained("raco pairs", 2, 1.2, ratio=0.6, ratio_to_trl=None, memory_to_trl=None)
+    about_trl = [v for v in goals.verdicts([alone], ["cpu"]) if "trl" in v.goal.figure]
+    assert [v.met for v in about_trl] == [None] * 3
 
 
 def test_nothing_to_render(tmp_path: Path) -> None:

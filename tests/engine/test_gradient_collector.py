@@ -61,7 +61,7 @@ def test_what_waits_is_what_is_added_at_once(calls, monkeypatch, together):
         collected(calls, into)
         into.store()
         for call in calls:
-            truth[call.p] += torch.einsum("mb,b...->m...", _U(), call.t.double())
+            truth[call.p] += torch.einsum("mb,b...->m...", of_entries(), call.t.double())
             bound[call.p] += 1
     for p in params:
         found = torch.stack(p.grad.buffers).double()
@@ -72,7 +72,7 @@ def test_what_waits_is_what_is_added_at_once(calls, monkeypatch, together):
         assert all(g.data_ptr() % 16 == 0 for g in p.grad.buffers if p.numel() != 5)
 
 
-def _U() -> Tensor:
+def of_entries() -> Tensor:
     factored = Factored.of(A)
     return factored.segments(None, torch.device("cpu")).spread(factored.coefficients, A)
 
@@ -94,7 +94,7 @@ def test_small_parameters_share_one_product(calls, monkeypatch):
 
 
 def test_rows_that_belong_together_are_not_mistaken(monkeypatch):
-    """Coefficients of entries are made once a pass and for each way in which rows are told apart."""
+    """Coefficients of entries are made once a pass, for each way in which rows are told apart."""
     factored, made = Factored.of(A), []
     monkeypatch.setattr(
         Segments,

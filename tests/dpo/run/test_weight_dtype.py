@@ -110,6 +110,7 @@ def dtype_of_a_machine_of_its_own(config):
     return with_dtype(config, processes).model.dtype, asked
 
 
+@pytest.mark.slow
 def test_all_processes_have_the_dtype_of_the_first(make_config, tmp_path):
     found = run(2, dtype_of_a_machine_of_its_own, make_config(AUTO), folder=tmp_path)
     assert found == [("bf16", [0]), ("bf16", [])]
