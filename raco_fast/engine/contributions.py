@@ -40,8 +40,8 @@ from raco_fast.engine.sequences import Segments
 _CROSS_ROWS = 1024
 # Numbers for which a call costs more than its arithmetic.
 _FEW = 1 << 18
-# How many times as long as its short side a matrix is that counts as thin: below, the second
-# product for a second objective costs more than putting the rows in order.
+# How many times as long as its short side a matrix is that counts as thin: below, a product for
+# every further objective costs more than putting the rows in order.
 _THIN = 16
 # Products that are added in float32.
 _RUN = 1024

@@ -253,7 +253,7 @@ PERMUTED = Segments(7, torch.tensor([4, 0, 6, 3, 1]), (0, 2, 2, 5))  # 2 and 5 b
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("outer", [1, 2], ids=["rows", "heads before rows"])
-@pytest.mark.parametrize("d_out", [3, 60], ids=["thin", "wide"])
+@pytest.mark.parametrize("d_out", [3, 320], ids=["thin", "wide"])
 def test_rows_of_a_layer_as_they_lie(dtype, outer, d_out):
     """`matrix_use` and `vector_use` put nothing or everything in order, and get the same."""
     shape = (7, 6) if outer == 1 else (outer, 7, 3)
@@ -270,7 +270,7 @@ def test_rows_of_a_layer_as_they_lie(dtype, outer, d_out):
         contributions.matrix_use(x, dy, segments),
         contributions.vector_use(dy, segments),
     )
-    assert isinstance(matrix, MatrixUse) == (d_out == 60)
+    assert isinstance(matrix, ThinUse) == (d_out == 320)
     for use, t in ((matrix, matrices), (vector, vectors)):
         gradients = torch.full((2, *t.shape[1:]), torch.nan, dtype=torch.float64)
         use.add_to(gradients, U[:2, :3], fresh=True)

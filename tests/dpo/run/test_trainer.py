@@ -350,9 +350,9 @@ def test_a_nan_in_a_loss_skips_the_step_and_the_run_goes_on(runs, make_config, m
 
     step = runner._step
 
-    def watched(progress):
+    def watched(*arguments):
         before = snapshot()
-        step(progress)
+        step(*arguments)
         seen.append((before, snapshot()))
 
     monkeypatch.setattr(step_module, "preference_losses", losses)
