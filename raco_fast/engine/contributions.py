@@ -156,6 +156,21 @@ class EntryUse(Use):
         return self.segments.summed(self.t).index_select(1, ids)
 
 
+class FactorsUse(EntryUse):
+    """t of each entry as its two factors, so that the products of many layers can be one.
+
+    Args:
+        x, dy: [entries, inner, d_in] and [entries, inner, d_out], in the order of the layer.
+    """
+
+    def __init__(self, x: Tensor, dy: Tensor, segments: Segments) -> None:
+        self.x, self.dy, self.segments = x, dy, segments
+
+    @cached_property
+    def t(self) -> Tensor:  # type: ignore[override]
+        return batched_product(self.dy.transpose(1, 2), self.x)
+
+
 def vector_use(rows: Tensor, segments: Segments) -> EntryUse:
     """t_g = the sum of the group's rows, of shape [d], from a layer's rows [..., d] as they lie."""
     return EntryUse(widened(segments.split(rows)).sum(1), segments)
@@ -213,8 +228,7 @@ def matrix_use(x: Tensor, dy: Tensor, segments: Segments) -> Use:
     # Rows in order already cost nothing but a call for each group.
     most = rows * (d_in + d_out) if segments.order is not None else _FEW
     if held <= most:
-        x, dy = segments.split(x), segments.split(dy)
-        return EntryUse(batched_product(dy.transpose(1, 2), x), segments)
+        return FactorsUse(segments.split(x), segments.split(dy), segments)
     if _THIN * min(d_in, d_out) <= max(d_in, d_out):
         return ThinUse(x, dy, segments)
     return MatrixUse(segments.arranged(x), segments.arranged(dy), segments)

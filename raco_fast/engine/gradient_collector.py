@@ -2,7 +2,9 @@
 
 What a layer has is added to its parameters' gradients at once. Of small parameters (norms, biases,
 LoRA's matrices) a call costs more than its arithmetic: their t of every entry (`contributions.py`)
-are kept until there are enough of them, and then one product with U serves all.
+are kept until there are enough of them, and then one product with U serves all. Where a layer's
+rows are few as well, its x and dY are kept in place of t, and one product forms those of all layers
+of a shape.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -11,14 +13,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from raco_fast.engine.contributions import EntryUse, MatrixUse
+from raco_fast.backends.weight_grad import batched_product
+from raco_fast.engine.contributions import EntryUse, FactorsUse, MatrixUse
 from raco_fast.engine.sequences import Factored, Segments
 from raco_fast.engine.tap import EVERY_ROW, Call, plainly
 
 # Numbers of a t that waits for others, and of all that wait: on a CPU they stay in a cache, on a
 # GPU copies are cheap beside launches.
-_LIMITS = {"cpu": (1 << 16, 1 << 18)}
+_LIMITS = {"cpu": (1 << 16, 1 << 20)}
 _LIMITS_ON_DEVICE = (1 << 20, 1 << 24)
+# Numbers of x and dY that wait in place of their t: a product of so few is all call.
+_FEW_ROWS = 1 << 15
 # The gradients of parameters that waited lie side by side; each has to begin at an address that
 # kernels like.
 _ALIGNED = 16
@@ -83,9 +88,9 @@ class GradientCollector:
         for p, rows, use in call.uses(segments):
             if id(p) not in self._wanted:
                 continue
-            if rows is EVERY_ROW and type(use) is EntryUse:
-                numbers = use.t.numel()
-                if 0 < numbers <= small and numbers % (_ALIGNED * segments.entries) == 0:
+            if rows is EVERY_ROW and isinstance(use, EntryUse):
+                numbers = use.segments.entries * p.numel()
+                if 0 < numbers <= small and p.numel() % _ALIGNED == 0:
                     self._keep(p, use, numbers, together)
                     continue
             if p not in out:
@@ -119,9 +124,7 @@ class GradientCollector:
             waiting = self._waiting[key] = _Waiting(use.segments)
         elif id(p) in waiting.params or waiting.numbers + numbers > together:
             waiting.write(self._factored.coefficients, self._into)
-        waiting.params[id(p)] = p
-        waiting.ts.append(use.t.flatten(1))
-        waiting.numbers += numbers
+        waiting.add(p, use, numbers)
 
     def finish(self) -> None:
         """Add what was kept; once, after the pass."""
@@ -134,16 +137,52 @@ class _Waiting:
 
     def __init__(self, segments: Segments) -> None:
         self._segments = segments
+        self._empty()
+
+    def _empty(self) -> None:
         self.params: dict[int, Tensor] = {}
-        self.ts: list[Tensor] = []
         self.numbers = 0
+        self._formed: list[tuple[Tensor, Tensor]] = []
+        self._factors: dict[Hashable, list[tuple[Tensor, FactorsUse]]] = {}
+
+    def add(self, p: Tensor, use: EntryUse, numbers: int) -> None:
+        """Keep what a layer adds to p."""
+        self.params[id(p)] = p
+        self.numbers += numbers
+        if isinstance(use, FactorsUse) and use.x.numel() + use.dy.numel() <= _FEW_ROWS:
+            shape = use.x.shape, use.dy.shape, use.x.dtype, use.dy.dtype
+            self._factors.setdefault(shape, []).append((p, use))
+        else:
+            self._formed.append((p, use.t.flatten(1)))
 
     def write(self, U: Tensor, into: Into) -> None:
         """Hand all over."""
-        if self.params:
-            params, ts = [*self.params.values()], self.ts
-            self.params, self.ts, self.numbers = {}, [], 0
-            with plainly(ts[0].device.type):
-                t = ts[0] if len(ts) == 1 else torch.cat(ts, 1)
-                into.add_products(params, self._segments.spread(U, t), t)
-            into.filled(dict.fromkeys(params))
+        if not self.params:
+            return
+        formed, factors = self._formed, self._factors
+        self._empty()
+        with plainly(self._device(formed, factors)):
+            params, ts = [p for p, _ in formed], [t for _, t in formed]
+            for alike in factors.values():
+                params += [p for p, _ in alike]
+                ts.append(_of_layers([use for _, use in alike]))
+            t = ts[0] if len(ts) == 1 else torch.cat(ts, 1)
+            into.add_products(params, self._segments.spread(U, t), t)
+        into.filled(dict.fromkeys(params))
+
+    def _device(
+        self,
+        formed: list[tuple[Tensor, Tensor]],
+        factors: dict[Hashable, list[tuple[Tensor, FactorsUse]]],
+    ) -> str:
+        p, _ = formed[0] if formed else next(iter(factors.values()))[0]
+        return p.device.type
+
+
+def _of_layers(uses: Sequence[FactorsUse]) -> Tensor:
+    """[entries, layers * numel]: t of layers whose x and dY have one shape."""
+    if len(uses) == 1:
+        return uses[0].t.flatten(1)
+    x, dy = torch.cat([use.x for use in uses]), torch.cat([use.dy for use in uses])
+    t = batched_product(dy.transpose(1, 2), x)
+    return t.view(len(uses), -1, t.shape[1:].numel()).transpose(0, 1).flatten(1)

@@ -125,7 +125,9 @@ class _TapBehind:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        return self._uncompiled(self, module, args, kwargs, output)
+        # The switch that keeps code from being compiled costs as much as all that is asked here.
+        run = self._uncompiled if torch.compiler.is_compiling() else _tapped
+        return run(self, module, args, kwargs, output)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A model is copied and pickled with its taps, but a rule may be a lambda.

@@ -122,9 +122,11 @@ def test_what_is_not_known_is_scored_by_its_own_logits_and_said_once(caplog, mak
     torch.testing.assert_close(ours[0], full_logps(logits, batch), rtol=1e-6, atol=1e-5)
     assert torch.equal(*ours)
     assert all(m.training for m in model.modules())
-    (record,) = caplog.records
+    record, *others = caplog.records
     name = type(unwrap(model)).__name__
     assert record.getMessage().startswith(f"`model` ({name}): ")
+    rounded = [each.getMessage().startswith(f"the logits of {name} come in") for each in others]
+    assert rounded == [True] * (dtype == torch.bfloat16)
     assert reason in record.getMessage()
 
 

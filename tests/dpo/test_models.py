@@ -117,7 +117,9 @@ def test_models_that_cannot_be_read(tmp_path, tiny):
 
 
 def test_options_out_of_range():
-    with pytest.raises(ValueError, match=r"`dtype` must be one of \['bf16', 'fp32'\], got 'fp16'"):
+    with pytest.raises(
+        ValueError, match=r"`dtype` must be one of \['auto', 'bf16', 'fp32'\], got 'fp16'"
+    ):
         ModelOptions("x", dtype="fp16")
     for device in ("tpu-of-my-own", "cuda:77"):
         with pytest.raises(ValueError, match=f"`device` must be 'auto', .* got '{device}'"):

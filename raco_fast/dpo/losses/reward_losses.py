@@ -67,7 +67,11 @@ class ApoZero(PreferenceLoss):
         return type(self), self.beta
 
     def __call__(self, pairs: RankedScores) -> Tensor:
-        return (-self.beta * pairs.ratio_w).sigmoid() + (self.beta * pairs.ratio_l).sigmoid()
+        # Where s is near 1 the factor 1 - s of its derivative is a difference, whose rounding in
+        # float32 would set the two labels of a pair apart.
+        wide = pairs.widened()
+        loss = (-self.beta * wide.ratio_w).sigmoid() + (self.beta * wide.ratio_l).sigmoid()
+        return loss.to(pairs.logps_w.dtype)
 
 
 @dataclass(frozen=True)

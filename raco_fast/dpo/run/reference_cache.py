@@ -6,7 +6,7 @@ of every pair, which follow from the data, the tokenizer, the chat template and 
 the micro-batches that they are scored in.
 
 The last is for rounding alone. A pair that is scored with other pairs beside it has other
-roundings, which in bfloat16 come to 0.3 nats of a margin; the reference is scored in the very rows
+roundings, in bfloat16 some tenths of a nat of a margin; the reference is scored in the very rows
 that a training step will have, so that they cancel. A run that is resumed with other micro-batches
 takes what there is.
 

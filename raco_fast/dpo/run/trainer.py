@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.data.batches import BatchSchedule
-from raco_fast.dpo.data.collation import PairBatch
 from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.models import pick_device, trainable
 from raco_fast.dpo.modes import begin_training, has_dropout
@@ -188,15 +187,15 @@ class Trainer:
             unit="step",
             disable=self.processes.rank > 0,
         )
-        coming = StepBatches(
+        self._coming = StepBatches(
             lambda step: self._learn.batches(self._pairs_of(step)),
             range(self.state.step, self.total_steps),
             device_of(self.model),
             None if self.config.workers is None else min(1, self.config.workers),
         )
         with what_is_left(self.config.folder, OSError), Interrupt() as interrupt, progress:
-            with coming:
-                self._train(interrupt, progress, coming)
+            with self._coming:
+                self._train(interrupt, progress)
             if self.state.skipped_in_a_row and not self.state.optimizer.state:
                 raise ended_skipping(self.state, None)
             with memory_named("saving the model", to_hold_a_model(self.config)):
@@ -210,9 +209,7 @@ class Trainer:
             raise ended_skipping(self.state, self.config.folder / "model")
         return result
 
-    def _train(
-        self, interrupt: Interrupt, progress: "tqdm[Any]", coming: StepBatches[PairBatch]
-    ) -> None:
+    def _train(self, interrupt: Interrupt, progress: "tqdm[Any]") -> None:
         """All steps, with the evaluations and checkpoints that are due after each of them."""
         state, wanted = self.state, self.checkpoints.wanted
         while True:
@@ -234,7 +231,7 @@ class Trainer:
                 raise Interrupted(state.step, self.checkpoints.newest)
             if last:
                 return
-            self._step(progress, next(coming))
+            self._step(progress)
 
     def _evaluate(self, interrupt: Interrupt) -> bool:
         """Evaluate if that is due; False if a signal has stopped it.
@@ -285,14 +282,14 @@ class Trainer:
         of_run = (self.config, self.inputs, self.state)
         return save_result(*of_run, weights, untrained, self.metrics.path)
 
-    def _step(self, progress: "tqdm[Any]", batches: list[PairBatch]) -> None:
+    def _step(self, progress: "tqdm[Any]") -> None:
         """One optimizer step over the pairs of this step, in micro-batches."""
         began = time.perf_counter()
         state, config = self.state, self.config
         pairs = self._pairs_of(state.step)
         lr = state.scheduler.get_last_lr()[0]
         with memory_named(f"step {state.step + 1}", to_run_a_model(config)):
-            result = self._learn(pairs, batches)
+            result = self._learn(pairs, next(self._coming))
         with warnings.catch_warnings():
             # What torch says where the first step has no labels, and so no optimizer.step().
             warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before")
