@@ -14,9 +14,6 @@ from raco_fast.gradients.products import Products
 # Bytes of gradients whose products are taken together, where they have to be read for them: enough
 # for a call (20 us) not to count, and few enough to be in a cache still if it is a large one.
 _TOGETHER = 2 << 20
-# Bytes of gradients below which keeping products costs more than reading them: a step reads all
-# such parameters in one call.
-_WORTH_KEEPING = 16 << 10
 
 
 class ProductsOfPass:
@@ -45,8 +42,6 @@ class ProductsOfPass:
     def complete(self, held: ObjectiveGrad, values: Tensor | None = None) -> None:
         """Keep the products of gradients that are complete; those not known are taken soon."""
         if held.escaped or held.device.type != "cpu" or len(held.present) < len(held.buffers):
-            return
-        if len(held.buffers) * held.numel() * held.element_size() < _WORTH_KEEPING:
             return
         if values is not None:
             held.products = Products.of(held.present, values)
