@@ -54,6 +54,8 @@ def why_not_packed(
         noise = _noise(model, pairs, padded, chunk_tokens, expected)
         try:
             found = pair_logps(model, layout.batch(pairs), chunk_tokens)
+        except torch.OutOfMemoryError:
+            raise  # of a run that has no room for its longest pair, not of packing
         except _FAILURES as error:
             return f"it fails on them ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
         finally:

@@ -229,9 +229,13 @@ class Neighbours(nn.Module):
 
 
 class Fails(nn.Module):
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
     def forward(self, x: Tensor) -> Tensor:
         if len(x) == 1 and x.shape[1] > max(len(p.prompt_ids + p.a_ids) for p in PAIRS):
-            raise ValueError("a row is too long")
+            raise self.error
         return x
 
 
@@ -243,10 +247,14 @@ def test_the_reason_is_what_was_seen():
     assert "its tokens meet in other places than a masked attention" in str(found)
     assert mixed.training, "the model was left in another mode"
     failing = model_zoo.build("llama")
-    failing.model.norm = nn.Sequential(failing.model.norm, Fails())
+    norm = failing.model.norm
+    failing.model.norm = nn.Sequential(norm, Fails(ValueError("a row is too long")))
     assert why_not_packed(failing, PAIRS, layout, 7) == (
         "it fails on them (ValueError: a row is too long)"
     )
+    failing.model.norm = nn.Sequential(norm, Fails(torch.OutOfMemoryError("20 GiB")))
+    with pytest.raises(torch.OutOfMemoryError, match="20 GiB"):
+        why_not_packed(failing, PAIRS, layout, 7)
     capped = model_zoo.build("llama")
     capped.forward = partial(with_logits_halved, capped.forward)
     assert "not those of its head" in str(why_not_packed(capped, PAIRS, layout, 7))

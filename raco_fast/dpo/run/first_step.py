@@ -25,7 +25,7 @@ from raco_fast.dpo.sharded import free_gathered, is_sharded
 logger = logging.getLogger(__name__)
 
 _SINGLE, _HALF = 1e-5, 2e-3
-_LN_2_WITHIN = (1e-6, 1e-3)
+_LN_2_WITHIN = {_SINGLE: 1e-6, _HALF: 1e-3}
 _LOSS_PER_NAT = 0.05  # of a margin, for DPO with beta = 0.1: beta / 2
 
 
@@ -130,7 +130,7 @@ def _compare(
     # order from call to call.
     a, b = (scores - known).view(len(references), 2, -1).unbind(1)
     off = float((a - b).mean().abs()) * _LOSS_PER_NAT
-    if off > _LN_2_WITHIN[rounding == _HALF]:
+    if off > _LN_2_WITHIN[rounding]:
         logger.warning(
             "the first loss is off by %.1e where the policy is its reference (ln 2 for DPO): the "
             "model's kernels add in another order from call to call",

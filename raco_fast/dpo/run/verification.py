@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -34,7 +33,7 @@ def verify_run(config: TrainConfig) -> Verification:
     inputs, losses = load_inputs(config), config.objective_losses
     inputs.check_causal()
     model = inputs.model
-    layout = replace(layout_of(config, inputs, Processes()), tokens=math.inf)
+    layout = layout_of(config, inputs, Processes()).with_tokens(math.inf)
     pairs = _labelled_for_all(inputs.training, config.objectives, config.pairs_per_micro_batch)
     batch = layout.batch(pairs)
     references = compute_reference(

@@ -231,3 +231,13 @@ def test_a_model_whose_tokens_meet_elsewhere_runs_padded_and_it_is_said_once(
 def test_wrong_settings_are_refused(make_config, changes, match):
     with pytest.raises(ValueError, match=match):
         make_config(**changes)
+
+
+def test_what_later_epochs_do_to_the_margins_is_recorded_once(run):
+    """Pairs lie beside others then; with each pair alone nothing moves."""
+    several = {"epochs": 2, "max_steps": None}
+    moved, alone = run(**several), run(tokens_per_micro_batch=1, **several)
+    assert 0 < moved.steps[0]["reference/margin_noise"] < 1e-3
+    assert alone.steps[0]["reference/margin_noise"] == 0
+    assert not any("reference/margin_noise" in step for step in moved.steps[1:])
+    assert "reference/margin_noise" not in run().steps[0]

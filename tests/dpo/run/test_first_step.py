@@ -190,6 +190,18 @@ def test_a_reference_of_another_model_is_refused(make_config, save_tiny, tmp_pat
         runner.run()
 
 
+@pytest.mark.parametrize("shift", [0.0, 1e-3])
+def test_a_first_loss_that_is_not_ln_2_is_told(make_config, save_tiny, caplog, shift):
+    """By less than two orders of the same sums may differ, so it is no other reference."""
+    options = {"eval_data": [], "max_steps": 1}
+    runner = Trainer(make_config({"name": str(save_tiny()), "dropout": False}, **options))
+    known = runner.references[1.0].by_id
+    shifted = {id: (a - shift, b) for id, (a, b) in known.items()}
+    runner.references[1.0] = ReferenceLogps(shifted)
+    runner.run()
+    assert ("the first loss is off by 5.0e-05" in caplog.text) == (shift > 0)
+
+
 def test_evaluating_leaves_every_module_in_the_mode_it_had(make_model):
     model = make_model().train()
     model.model.layers[0].mlp.eval()
