@@ -80,6 +80,23 @@ def test_every_rule_in_every_mode(name, mode):
         assert opt.rule_state["values"]["steps"] == 3.0
 
 
+@pytest.mark.parametrize("mode", [by_micro_batches, by_gram_first])
+@pytest.mark.parametrize("clip", [{"clip": "inside", "kappa": 1.4}, {"clip": "smooth", "q": 3.0}])
+def test_other_clips_in_a_step_and_a_checkpoint(clip, mode):
+    rule = {"name": "cagrad-clip", **clip}
+    model = network()
+    opt = raco_fast.ClippedCAGradAdamW(model.parameters(), lr=0.05, weights=WEIGHTS, rule=rule)
+    expected = truth(model, 0, rule, None)
+    mode(opt, model, 0)
+    opt.step()
+    np.testing.assert_allclose(opt.solution.coefficients, expected.coefficients, rtol=1e-7)
+    paper = truth(network(), 0, "cagrad-clip", None).coefficients
+    assert abs(opt.solution.coefficients - paper).max() > 1e-3
+    again = raco_fast.ClippedCAGradAdamW(network().parameters(), weights=WEIGHTS)
+    again.load_state_dict(opt.state_dict())
+    assert again.rule == opt.rule == rule
+
+
 @pytest.mark.parametrize("name", ["nash", "gradvac", "mgda-decoupled"])
 @pytest.mark.parametrize("gram_first", [False, True])
 def test_combine_and_gram_first_for_another_optimizer(name, gram_first):
