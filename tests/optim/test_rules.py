@@ -81,16 +81,16 @@ def test_every_rule_in_every_mode(name, mode):
 
 
 @pytest.mark.parametrize("mode", [by_micro_batches, by_gram_first])
-@pytest.mark.parametrize("clip", [{"clip": "inside", "kappa": 1.4}, {"clip": "smooth", "q": 3.0}])
+@pytest.mark.parametrize("clip", [{"clip": "inside", "kappa": 1.4}, {"clip": "smooth", "q": 1.0}])
 def test_other_clips_in_a_step_and_a_checkpoint(clip, mode):
     rule = {"name": "cagrad-clip", **clip}
     model = network()
     opt = raco_fast.ClippedCAGradAdamW(model.parameters(), lr=0.05, weights=WEIGHTS, rule=rule)
-    expected = truth(model, 0, rule, None)
-    mode(opt, model, 0)
+    expected = truth(model, 15, rule, None)
+    mode(opt, model, 15)
     opt.step()
     np.testing.assert_allclose(opt.solution.coefficients, expected.coefficients, rtol=1e-7)
-    paper = truth(network(), 0, "cagrad-clip", None).coefficients
+    paper = truth(network(), 15, "cagrad-clip", None).coefficients
     assert abs(opt.solution.coefficients - paper).max() > 1e-3
     again = raco_fast.ClippedCAGradAdamW(network().parameters(), weights=WEIGHTS)
     again.load_state_dict(opt.state_dict())
