@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,14 +108,16 @@ def _body(summary: TrainingSummary) -> str:
             f" (a loss or gradient was not finite), also the last {summary.skipped_at_the_end},"
         )
     rule = check_rule(config.rule)
-    paper = " (RACO, arXiv:2602.02495)" if isinstance(rule, CAGradClip) else ""
+    papers = isinstance(rule, CAGradClip) and rule.clip == "after"
+    paper = " (RACO, arXiv:2602.02495)" if papers else ""
     parts = [
         f"# {Path(config.model.name).stem} aligned with raco-fast",
         f"`{config.model.name}` trained by multi-objective DPO "
         f"({_how(config.model, summary.found)}) on preference pairs. "
         f"Gradients of the objectives were combined by `{label_of(rule)}`"
         + (f" with c = {config.c}" if isinstance(rule, CAGrad | CAGradClip) else "")
-        + f"{paper}.",
+        + f"{paper}."
+        + _schedules(config),
         "## Objectives\n\n"
         + markdown_table(["objective", "weight", "labelled pairs", "loss"], objectives),
         f"## Data\n\n{summary.pairs} training pairs.\n\n" + "\n".join(files),
@@ -125,6 +128,13 @@ def _body(summary: TrainingSummary) -> str:
         table = result_table(config, summary.evaluations)
         parts.append("## Results on the held-out pairs\n\n" + table)
     return "\n\n".join(parts) + "\n"
+
+
+def _schedules(config: TrainConfig) -> str:
+    """A sentence on what changed from step to step; nothing where nothing did."""
+    both = {"c": config.c_schedule, "the weights": config.weights_schedule}
+    told = [f"{name} by `{json.dumps(given)}`" for name, given in both.items() if given is not None]
+    return f" From step to step changed {' and '.join(told)}." if told else ""
 
 
 def _how(model: ModelOptions, found: SavedAdapter | None) -> str:
