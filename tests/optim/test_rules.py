@@ -9,7 +9,7 @@ import raco_fast
 from raco_fast.solver.registry import OURS
 
 WEIGHTS = {"a": 0.5, "b": 0.2, "c": 0.3}
-STATEFUL = ("pcgrad", "gradvac", "pcd")
+STATEFUL = ("pcgrad", "gradvac", "pcd", "cr-mogm")
 
 
 def network() -> nn.Sequential:

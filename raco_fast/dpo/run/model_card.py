@@ -22,6 +22,7 @@ from raco_fast.report import markdown_table, share_with_interval
 from raco_fast.settings.paths import expanded
 from raco_fast.solver.registry import check_rule, label_of
 from raco_fast.solver.rules.conflict_averse import CAGrad, CAGradClip
+from raco_fast.solver.rules.cr_mogm import CRMOGM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -108,6 +109,7 @@ def _body(summary: TrainingSummary) -> str:
             f" (a loss or gradient was not finite), also the last {summary.skipped_at_the_end},"
         )
     rule = check_rule(config.rule)
+    averaged = rule.of if isinstance(rule, CRMOGM) else rule
     papers = isinstance(rule, CAGradClip) and rule.clip == "after"
     paper = " (RACO, arXiv:2602.02495)" if papers else ""
     parts = [
@@ -115,7 +117,7 @@ def _body(summary: TrainingSummary) -> str:
         f"`{config.model.name}` trained by multi-objective DPO "
         f"({_how(config.model, summary.found)}) on preference pairs. "
         f"Gradients of the objectives were combined by `{label_of(rule)}`"
-        + (f" with c = {config.c}" if isinstance(rule, CAGrad | CAGradClip) else "")
+        + (f" with c = {config.c}" if isinstance(averaged, CAGrad | CAGradClip) else "")
         + f"{paper}."
         + _schedules(config),
         "## Objectives\n\n"
