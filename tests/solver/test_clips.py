@@ -12,7 +12,7 @@ import torch
 from scipy.optimize import linprog, minimize
 
 from raco_fast import _C
-from raco_fast.solver import reference
+from raco_fast.solver import on_device, reference
 from raco_fast.solver.dual import solve_dual
 from raco_fast.solver.registry import check_rule, label_of, spec_of
 from raco_fast.solver.solution import DualSolution
@@ -322,5 +322,8 @@ def test_names_of_the_clips() -> None:
     solution = solve_dual(torch.eye(2), [0.5, 0.5], 0.4, smooth(2.5))
     assert solution.rule == label_of(check_rule(smooth(2.5)))
     assert solution.rule == "cagrad-clip(clip='smooth', q=2.5)"
+    for rule in (inside(1.5), smooth(2.5)):  # the paper's clip is solved on the device
+        assert "solved on the host" in str(on_device.obstacle(2, label_of(check_rule(rule))))
+    assert on_device.obstacle(2, label_of(check_rule("cagrad-clip"))) is None
     with pytest.raises(ValueError, match="option must be at least 1"):
         _C.solve(np.eye(2), np.full(2, 0.5), 0.4, 4, 0.5)

@@ -46,7 +46,6 @@ def test_the_recursion(inner):
 
 
 def test_beside_torchjd():
-    pytest.importorskip("torchjd")
     from torchjd.aggregation import CRMOGMWeighting, IMTLGWeighting
 
     steps = grams(6)
