@@ -120,7 +120,9 @@ def label_of(rule: Rule) -> str:
     spec = spec_of(rule)
     if isinstance(spec, str):
         return spec
-    options = ", ".join(f"{key}={value!r}" for key, value in spec.items() if key != "name")
+    values = {key: getattr(rule, key) for key in spec if key != "name"}
+    texts = {k: label_of(v) if isinstance(v, Rule) else repr(v) for k, v in values.items()}
+    options = ", ".join(f"{key}={text}" for key, text in texts.items())
     return f"{spec['name']}({options})"
 
 

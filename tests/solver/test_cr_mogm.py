@@ -62,7 +62,7 @@ def test_a_rule_within_a_rule_is_plain_json_and_back():
     assert rule == CRMOGM(FairGrad(0.5), 0.8)
     assert spec_of(rule) == spec
     assert spec_of(check_rule({"name": "cr-mogm", "of": "cagrad-clip"})) == "cr-mogm"
-    assert label_of(rule) == "cr-mogm(of={'name': 'fairgrad', 'alpha': 0.5}, alpha=0.8)"
+    assert label_of(rule) == "cr-mogm(of=fairgrad(alpha=0.5), alpha=0.8)"
     twice = {"name": "cr-mogm", "of": {"name": "cr-mogm", "of": "nash", "alpha": 0.5}}
     assert spec_of(check_rule(twice)) == twice
     assert set(check_rule(twice).initial_state(2)) == {
