@@ -174,6 +174,32 @@ def test_values_of_dependent_gradients_inside(m: int) -> None:
         assert found.value == pytest.approx(value_of(M, w, 0.4, p), abs=1e-12 * M.max())
 
 
+def test_shorter_points_of_a_ray_are_minimisers_too() -> None:
+    """f = 0 on all of the ray (-1, 1, 1, 1), in numbers that float64 holds: w moves onto it."""
+    G = np.vstack([np.outer([1, 3, 2, 4], [-1, 1, 1, 1]), [24, -8, -8, -8]]).astype(float)
+    w = np.array([1, 1, 2, 2, 2]) / 8
+    for kappa in (1.5, 3.0, np.inf):
+        found = solve_dual(G @ G.T, w, 0.5, inside(kappa))
+        np.testing.assert_allclose(found.p, [0.1875, 0.1875, 0.3125, 0.3125, 0.0], rtol=1e-14)
+        assert found.value == found.gap == 0.0
+    found = solve_dual(G @ G.T, w, 0.5, inside(1.4))
+    np.testing.assert_allclose(found.p, [0.175, 0.175, 0.325, 0.325, 0.0], rtol=1e-14)
+
+
+def test_kinks_within_and_beyond_the_caps() -> None:
+    G, w = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 10.0]]), np.array([0.55, 0.35, 0.1])
+    for kappa in (1.5, 2.0):
+        found = solve_dual(G @ G.T, w, 0.4, inside(kappa))
+        np.testing.assert_allclose(found.p, [0.5, 0.5, 0.0], atol=1e-15)
+        assert found.value == found.gp_norm == 0.0
+        assert found.gap <= 1e-30
+        assert found.coefficients.tolist() == w.tolist()
+    found = solve_dual(G @ G.T, w, 0.4, inside(1.2))
+    np.testing.assert_allclose(found.p, [0.58, 0.42, 0.0], rtol=1e-14)
+    assert found.clip_active
+    assert found.gap <= 1e-15
+
+
 def test_inside_between_the_weighted_sum_and_cagrad() -> None:
     rng = np.random.default_rng(0)
     for m in (1, 2, 3, 7):
