@@ -61,7 +61,7 @@ def smooth_min(p: Array, w: Array, q: float) -> Array:
 
 def minimiser(gram: Array, weights: Array, c: float, rule: str, kappa: float = np.inf) -> Array:
     """[m] p*, line 6: the best stationary point of all faces; the weights where g0 = 0."""
-    mgda = rule == "mgda"
+    mgda, gram = rule == "mgda", gram / (gram.diagonal().max() or 1.0)  # the scale does not matter
     b = np.zeros_like(weights) if mgda else gram @ weights
     s = 1.0 if mgda else c * norm(gram, weights)
     if s == 0.0 and not b.any():

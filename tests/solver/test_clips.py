@@ -59,6 +59,30 @@ def test_inside_is_the_best_of_all_faces(m: int) -> None:
     assert m < 2 or active
 
 
+TAME = (
+    families.low_rank,
+    families.repeated,
+    families.opposite,
+    families.zero_gradient,
+    families.common_component,
+    families.small_integers,
+)
+
+
+@pytest.mark.parametrize("make", TAME, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("m", [2, 4, pytest.param(6, marks=pytest.mark.slow)])
+def test_inside_has_the_update_of_the_best_of_all_faces(make: Any, m: int) -> None:
+    """Where p is not unique, Gp is, and with it the update: to 1e-7 of its terms, at any scale."""
+    rng = np.random.default_rng([m, families.FAMILIES.index(make)])
+    for trial in range(5):
+        G = make(rng.standard_normal((1, m, m + 3)), rng)[0] * 10.0 ** rng.uniform(-6, 6)
+        M, w, kappa = exact_gram(G), rng.dirichlet(np.ones(m)), KAPPAS[trial]
+        found = solve_dual(M, w, 0.4, inside(kappa)).coefficients
+        expected = reference.coefficients(M, w, 0.4, "cagrad-clip", "inside", kappa)
+        terms = (found + expected) @ np.linalg.norm(G, axis=1)
+        assert np.linalg.norm((found - expected) @ G) <= 1e-7 * terms
+
+
 @pytest.mark.parametrize("m", [4, 8, 16])
 def test_slsqp_finds_nothing_lower_inside(m: int) -> None:
     rng = np.random.default_rng(m)
