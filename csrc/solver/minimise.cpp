@@ -146,6 +146,28 @@ void read_off(const Problem& P, const Found& corral, Optimum& result) {
   result.lower = corral.points.least(corral.y);
 }
 
+// As good a point as there is where nothing may lie under caps below `small`: what they could add
+// is at most that much, and the bound says how much it is.
+void without_small_caps(const Problem& P, double small, Optimum& result) {
+  Problem reduced = P;
+  DD room(0.0);
+  for (int i = 0; i < P.m; ++i) {
+    if (P.upper[i].hi < small) reduced.upper[i] = DD(0.0);
+    room += reduced.upper[i];
+  }
+  if (room < DD(1.0)) return;
+  Corral<double, CappedSimplex> rough(reduced);
+  rough.start();
+  rough.minimise();
+  Corral<DD, CappedSimplex> exact(reduced);
+  exact.start_from(rough);
+  exact.minimise();
+  Optimum other;
+  read_off(reduced, exact, other);
+  other.lower = CappedSimplex<DD>(P).least(exact.y);
+  if (f_above(P, other, other.p) < f_above(P, result, result.p)) result = other;
+}
+
 // m >= 3, or caps: the corral in float64, again in double-double, then the minimiser closest to w.
 template <template <class> class Points>
 void solve_general(const Problem& P, Optimum& result) {
@@ -169,7 +191,12 @@ void solve_general(const Problem& P, Optimum& result) {
     read_off(P, exact, result);
   }
   const double largest = *std::max_element(P.norm, P.norm + P.m);
-  if (P.capped) result.converged &= f_above(P, result, result.p) <= 1e-10 * P.scale * largest;
+  if (P.capped && f_above(P, result, result.p) > 1e-10 * P.scale * largest) {
+    for (double small : {1e-9, 1e-7, 1e-6, 1e-5, 1e-4}) without_small_caps(P, small, result);
+    result.converged = false;
+    result.cap_active = true;
+    return;
+  }
 
   // y_i is this for what lies between its bounds, at least for p_i = 0, at most at a cap.
   DD level = exact.level;
