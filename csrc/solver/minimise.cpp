@@ -190,10 +190,10 @@ void solve_general(const Problem& P, Optimum& result) {
     result.converged = exact.minimise();
     read_off(P, exact, result);
   }
-  const double largest = *std::max_element(P.norm, P.norm + P.m);
-  if (P.capped && f_above(P, result, result.p) > 1e-10 * P.scale * largest) {
+  const double bound = 1e-10 * P.scale * *std::max_element(P.norm, P.norm + P.m);
+  if (P.capped && f_above(P, result, result.p) > bound) {
     for (double small : {1e-9, 1e-7, 1e-6, 1e-5, 1e-4}) without_small_caps(P, small, result);
-    result.converged = false;
+    result.converged = f_above(P, result, result.p) <= bound;
     result.cap_active = true;
     return;
   }
