@@ -168,6 +168,29 @@ void without_small_caps(const Problem& P, double small, Optimum& result) {
   if (f_above(P, other, other.p) < f_above(P, result, result.p)) result = other;
 }
 
+// What tiny caps let through may be less than the rounding in a Gp of large terms, and all the same
+// decide whether a kink can be reached. Then the Gram is taken at its word, and if that does not
+// help the way there is another one. Returns false where not even that closes the gap: p is then
+// the best of points that leave tiny caps empty, and no longer that of the corral.
+bool close_gap(const Problem& P, Corral<DD, CappedSimplex>& corral, Optimum& result) {
+  const double closed = 1e-12 * P.scale * corral.point_magnitude();
+  for (bool at_face_value : {true, false}) {
+    if (f_above(P, result, result.p) <= closed) return true;
+    if (!at_face_value) corral.start();
+    corral.at_face_value = at_face_value;
+    result.converged = corral.minimise();
+    read_off(P, corral, result);
+  }
+  const double bound = 1e-10 * P.scale * *std::max_element(P.norm, P.norm + P.m);
+  if (f_above(P, result, result.p) <= bound) return true;
+  for (double small : {1e-9, 1e-7, 1e-6, 1e-5, 1e-4}) without_small_caps(P, small, result);
+  result.converged = f_above(P, result, result.p) <= bound;
+  result.cap_active = true;
+  return false;
+}
+
+bool close_gap(const Problem&, Corral<DD, Simplex>&, Optimum&) { return true; }
+
 // m >= 3, or caps: the corral in float64, again in double-double, then the minimiser closest to w.
 template <template <class> class Points>
 void solve_general(const Problem& P, Optimum& result) {
@@ -177,26 +200,8 @@ void solve_general(const Problem& P, Optimum& result) {
   Corral<DD, Points> exact(P);
   exact.start_from(rough);
   result.converged = exact.minimise();
-
   read_off(P, exact, result);
-  // What tiny caps let through may be less than the rounding in a Gp of large terms, and all the
-  // same decide whether a kink can be reached. Then the Gram is taken at its word, and if that does
-  // not help the way there is another one.
-  const double closed = 1e-12 * P.scale * exact.point_magnitude();
-  for (bool at_face_value : {true, false}) {
-    if (!P.capped || f_above(P, result, result.p) <= closed) break;
-    if (!at_face_value) exact.start();
-    exact.at_face_value = at_face_value;
-    result.converged = exact.minimise();
-    read_off(P, exact, result);
-  }
-  const double bound = 1e-10 * P.scale * *std::max_element(P.norm, P.norm + P.m);
-  if (P.capped && f_above(P, result, result.p) > bound) {
-    for (double small : {1e-9, 1e-7, 1e-6, 1e-5, 1e-4}) without_small_caps(P, small, result);
-    result.converged = f_above(P, result, result.p) <= bound;
-    result.cap_active = true;
-    return;
-  }
+  if (!close_gap(P, exact, result)) return;
 
   // y_i is this for what lies between its bounds, at least for p_i = 0, at most at a cap.
   DD level = exact.level;
