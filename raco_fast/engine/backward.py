@@ -200,7 +200,7 @@ def collect(
         with torch.no_grad(), _freed_graphs_named("scores"):
             for tap, dy in zip(light, dys, strict=True):
                 if dy is not None:
-                    collector(layer_call(tap, tap.x, dy))
+                    collector(layer_call(tap, tap.x, tap.dy(dy)))
                 if not retain_graph:
                     tap.use_up()
 

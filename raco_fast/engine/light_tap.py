@@ -42,17 +42,18 @@ class LightTap:
     layer's. It holds nothing of its own node, which would keep the graph alive forever.
     """
 
-    __slots__ = ("_of_call", "_version", "_x", "below", "entries", "output", "shape")
+    __slots__ = ("_of_call", "_of_y", "_version", "_x", "below", "entries", "output", "shape")
     broadcasts = False
 
-    def __init__(self, of_call: OfCall, y: Tensor, x: Tensor, source: Node) -> None:
-        self._of_call = of_call
+    def __init__(self, of_call: OfCall, y: Tensor, x: Tensor, output: int) -> None:
+        self._of_call, self._of_y = of_call, y.shape
         self.entries: Entries | None = None
         # Autocast has multiplied x in y's dtype; kept in its own it would take twice the memory.
         self._x: Tensor | None = x if y.element_size() >= x.element_size() else x.to(y.dtype)
         self._version = self._x._version
-        self.shape, self.output = x.shape, y.output_nr
+        self.shape, self.output = x.shape, output
         self.below: Edge
+        source = x.grad_fn
         if source is None:
             self.below = get_gradient_edge(x)[:2] if x.requires_grad else (None, 0)
         else:
@@ -116,6 +117,10 @@ class LightTap:
             )
         return self._x
 
+    def dy(self, captured: Tensor) -> Tensor:
+        """The gradient of the layer's output, from that of what the node made."""
+        return captured.reshape(self._of_y)
+
     def use_up(self) -> None:
         """Hold no input any more."""
         self._x = None
@@ -125,7 +130,10 @@ def left(of_call: OfCall, y: Tensor, x: Tensor) -> bool:
     """Leave a light tap at y = layer(x), where that will do."""
     if x.numel() + y.numel() > _FEW_ROWS or not x.is_floating_point():
         return False
-    node: Node = y.grad_fn
+    made = _made(y)
+    if made is None:
+        return False
+    node: Node = made.grad_fn
     source: Node = x.grad_fn
     if (
         node is None
@@ -133,8 +141,7 @@ def left(of_call: OfCall, y: Tensor, x: Tensor) -> bool:
         or node is source
         or isinstance(node, BackwardCFunction)
         or _KEY in (notes := node.metadata)
-        # An in-place change of a view gives what made it another node.
-        or y._is_view()
+        or made is x._base
         # Checkpointing, or tensors that wait on another device.
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         or torch._C._are_functorch_transforms_active()
@@ -143,9 +150,22 @@ def left(of_call: OfCall, y: Tensor, x: Tensor) -> bool:
         or (torch.distributed.is_available() and torch.distributed.is_initialized())
     ):
         return False
-    notes[_KEY] = LightTap(of_call, y, x, source)
+    notes[_KEY] = LightTap(of_call, y, x, made.output_nr)
     _kinds.add(type(node))
     return True
+
+
+def _made(y: Tensor) -> Tensor | None:
+    """What a layer made, in another shape perhaps; None where y is a part of it.
+
+    A biased product of three dimensions is a view, and if it is changed in place another node takes
+    the place of its own.
+    """
+    base = y._base
+    if base is None:
+        return y
+    whole = base.numel() == y.numel() and base.is_contiguous() and y.is_contiguous()
+    return base if whole and base.dtype == y.dtype else None
 
 
 def may_have_light_taps(kind: type) -> bool:

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 import raco_fast
-from raco_fast.engine import light_tap
+from raco_fast.engine import layer_rules, light_tap
 from raco_fast.engine.light_tap import LightTap
 from raco_fast.engine.nodes import role_of, tap_at
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
@@ -52,6 +53,20 @@ class First(nn.Linear):
         return first
 
 
+class Doubled(nn.Linear):
+    """A layer that gives a part of what it computes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.cat([x, x]))[: len(x)]
+
+
+@contextmanager
+def layer_rule(kind: type[nn.Module]) -> Iterator[None]:
+    raco_fast.register_layer_rule(kind, layer_rules.linear)
+    yield
+    del layer_rules._RULES[kind]
+
+
 def linears(*sizes: int, bias: bool = False) -> list[nn.Module]:
     torch.manual_seed(0)
     return [nn.Linear(d_in, d_out, bias=bias) for d_in, d_out in pairwise(sizes)]
@@ -76,7 +91,7 @@ def losses_of(scores: Tensor) -> dict[str, Tensor]:
 
 
 def check(model: nn.Module, x: Tensor, light: list[bool]) -> None:
-    """m gradients and p.grad of an ordinary pass are those of the model before it was prepared."""
+    """m gradients and p.grad of an ordinary pass are as before the model was prepared."""
     params = list(model.parameters())
     truth = []
     for name in WEIGHTS:
@@ -120,10 +135,18 @@ def test_outputs_may_be_changed_in_place():
     check(Layers(*linears(4, 6, 3), between=lambda y: y.mul_(2.0)), randn(5, 3, 4), [True, True])
 
 
-def test_views_have_functions_and_may_be_changed_in_place():
+def test_a_product_in_another_shape_may_be_changed_in_place():
     """A biased product of three dimensions is a view of what was computed."""
     model = Layers(*linears(4, 6, 3, bias=True), between=lambda y: y.mul_(2.0))
-    check(model, randn(5, 3, 4), [False, False])
+    check(model, randn(5, 3, 4), [True, True])
+
+
+def test_a_part_of_what_was_computed_has_a_function():
+    torch.manual_seed(0)
+    with layer_rule(Doubled):
+        check(
+            Layers(Doubled(4, 3, bias=False), between=lambda y: y.mul_(2.0)), randn(5, 4), [False]
+        )
 
 
 @pytest.mark.parametrize(
@@ -156,16 +179,12 @@ def _saved_on_cpu(model: nn.Module, x: Tensor) -> Tensor:
 def test_a_layer_of_which_more_than_its_output_is_used_is_not_exact():
     torch.manual_seed(0)
     layer = First(4, 3, bias=False)
-    raco_fast.register_layer_rule(First, raco_fast.engine.layer_rules.linear)
-    try:
+    with layer_rule(First):
         raco_fast.prepare(layer, strict=True)
         scores = (layer(randn(5, 4)) + layer.second).sum(1)
+        found = ObjectiveGradients(layer.parameters(), weights=WEIGHTS)
         with pytest.raises(ValueError, match="has given more than its output"):
-            ObjectiveGradients(layer.parameters(), weights=WEIGHTS).backward(
-                losses_of(scores), scores=scores
-            )
-    finally:
-        del raco_fast.engine.layer_rules._RULES[First]
+            found.backward(losses_of(scores), scores=scores)
 
 
 def test_an_input_that_was_changed_is_noticed():
