@@ -15,6 +15,7 @@ from torch import Tensor
 from raco_fast.backends.transfer import sent
 from raco_fast.engine.contributions import Use, cross
 from raco_fast.engine.gradient_collector import arranged
+from raco_fast.engine.sample_products import blocks_of, products_of_blocks
 from raco_fast.engine.sequences import Factored
 from raco_fast.engine.tap import Call
 
@@ -81,6 +82,14 @@ class GramCollector:
     def gram(self) -> Tensor:
         """M = U K Uᵀ, float64 [m, m] on the CPU."""
         return self._of_objectives(self._K)
+
+    def sample_products(self) -> Tensor:
+        """Σ_b ⟨v_ib, v_jb⟩ of what the samples add to the m gradients: float64 [m, m], CPU.
+
+        The groups have to be parted by sample (`Factored.by_sample`).
+        """
+        blocks = blocks_of(self._K.cpu(), self.factored.each)
+        return products_of_blocks(self.factored, blocks)
 
     def grams(self) -> dict[Tensor, Tensor]:
         """Each parameter's part of M, where they were kept apart."""

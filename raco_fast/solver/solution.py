@@ -7,7 +7,8 @@ import torch
 from numpy.typing import NDArray
 
 from raco_fast import _C
-from raco_fast.solver.rule import State
+from raco_fast.solver.expected_gram import Estimate
+from raco_fast.solver.rule import State, size
 
 # The scalars behind p, p_clipped and coefficients in a packed row: enum Scalar of
 # csrc/solver/dual.hpp.
@@ -67,9 +68,22 @@ class DualSolution:
             (|M_ij| > ||g_i|| ||g_j||).
         cosines: [m, m] between gradients, 0 where a gradient is zero.
         state: what a rule with a memory goes on from; {} for others, and for a batch.
+        expected: with gram="unbiased" the estimate that was solved in place of `gram`, with its
+            errors; p, p_clipped, gap, value and clip_active are of that problem, and the norms of
+            `gram`, the batch's. None otherwise.
     """
 
-    __slots__ = ("_gram", "_packed", "_tensor", "_weights", "c", "names", "rule", "state")
+    __slots__ = (
+        "_gram",
+        "_packed",
+        "_tensor",
+        "_weights",
+        "c",
+        "expected",
+        "names",
+        "rule",
+        "state",
+    )
 
     def __init__(
         self,
@@ -87,6 +101,7 @@ class DualSolution:
         self.c = c
         self.rule = rule
         self.state = state or {}
+        self.expected: Estimate | None = None
         self._weights = weights
         self._gram = gram
         self._packed = packed
@@ -166,6 +181,33 @@ class DualSolution:
         return DualSolution(
             names, weights, self.c, self.rule, gram, packed, self._tensor, self.state
         )
+
+    def along(self, gram: torch.Tensor, estimate: Estimate, c_mode: str) -> "DualSolution":
+        """The solution of an estimate's problem, for gradients that have the Gram matrix `gram`.
+
+        Args:
+            gram: [m, m] float64 on the CPU, finite.
+            estimate: whose Gram matrix was solved.
+            c_mode: of which of both the norms in the length of CAGrad's correction are: "batch",
+                those of `gram`; "signal", those of the estimate, as it was solved.
+        """
+        m, packed, M = len(self.names), self._packed.copy(), gram.numpy()
+        coefficients, p = packed[2 * m : 3 * m], packed[m : 2 * m]
+
+        def norm(x: NDArray[np.float64]) -> float:
+            return float(size(M[None], x[None])[0])
+
+        g0_norm, gp_norm = norm(self._weights), np.nan if np.isnan(p).any() else norm(p)
+        if c_mode == "batch" and self.rule in ("cagrad", "cagrad-clip"):
+            radius = self.c * g0_norm / gp_norm if gp_norm > 0.0 else 0.0
+            coefficients[:] = self._weights + radius * p
+        packed[[3 * m + k for k in (G0_NORM, GP_NORM)]] = g0_norm, gp_norm
+        packed[3 * m + UPDATE_NORM] = norm(coefficients)
+        found = DualSolution(
+            self.names, self._weights, self.c, self.rule, M, packed, self._tensor, self.state
+        )
+        found.expected = estimate
+        return found
 
     def __repr__(self) -> str:
         """One line a part for one problem, one line in all for a batch."""

@@ -1,0 +1,243 @@
+"""`ExpectedGram`: an estimate of the Gram matrix of the expected gradients, from step to step.
+
+A step's U-statistic (`u_statistic.py`) is unbiased and noisy, so it is averaged over steps, entry
+by entry, and the average is believed as far as it stands out of its own noise. This is this
+library's own method; docs/conflict.md says what speaks for it.
+
+    scale       x = H / q: gradients shrink in training, and old steps must not count for more
+                because their gradients were longer. q is the average before this step of the
+                batch's mean squared norm, so that x stays unbiased given the past.
+    average     mean += a (x - mean), a = (1 - β) / (1 - β^t); an entry that a step does not have
+                stays as it is. Beside it r = Σ ω², of the weights ω of all steps so far, and the
+                variance v of x between steps, so that the standard error is √(v r / (1 - r)).
+    cut         negative eigenvalues become 0: E⁺.
+    shrinkage   M = λ E⁺ + (1 - λ) s 11ᵀ, s = Σ w_i E⁺_ii. The prior is "no conflict": all gradients
+                are one, and the rule is left with the weights. λ = max(0, 1 - 2 noise²/distance²)
+                of the squared errors' sum and the squared distance of E from the prior.
+
+λ is a positive-part James-Stein factor, and its 2 is the least for which nothing that one step
+alone has brought counts, however large it is: after k steps of a new size λ is about 1 - 1/k. With
+few steps the errors themselves are uncertain: of 1/r = n steps, noise² is taken (n - 1) / (n - 3)
+times, and λ is 0 for n <= 3.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raco_fast.solver.u_statistic import SampleSums
+
+Array = NDArray[np.float64]
+
+# Steps that an average goes over where its length is not given, and the squared relative error that
+# it is chosen for.
+_SHORTEST, _LONGEST, _ERROR = 20.0, 200.0, 0.1
+_NOISE_WEIGHT = 2.0
+_FEW_STEPS = 3.0
+_OF_ENTRIES = ("mean", "variance", "concentration", "weight", "cosine_variance")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is known of the expected gradients after a step; NaN where nothing is known yet.
+
+    `gram`: [m, m], what is solved, a Gram matrix; `shrinkage`: λ in [0, 1]; `steps`: how many the
+    average goes over. `mean`, `standard_error`: [m, m], the unbiased average, which is no Gram
+    matrix where it is noise. `cosines`, `cosine_errors`: [m, m] of `mean`, which may leave [-1, 1].
+    `noise`: [m], the trace of the covariance of one sample's gradient; `noise_share`: [m], how much
+    of the batch's squared norm it is; `noise_scale`: [m], over the squared norm of the expected
+    gradient: the number of samples for which noise and signal are as large.
+    """
+
+    gram: Array
+    shrinkage: float
+    steps: float
+    mean: Array
+    standard_error: Array
+    cosines: Array
+    cosine_errors: Array
+    noise: Array
+    noise_share: Array
+    noise_scale: Array
+
+
+@dataclass
+class ExpectedGram:
+    """The averages over the steps so far, for m objectives.
+
+    Args:
+        m: the number of objectives.
+        ema: β, what a step keeps of the average before it; None: chosen from the noise.
+    """
+
+    m: int
+    ema: float | None = None
+    _state: dict[str, Array] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Begin with nothing."""
+        self._state = {name: np.zeros((self.m, self.m)) for name in _OF_ENTRIES}
+        self._state |= {"noise": np.zeros(self.m), "scale": np.zeros(2)}
+
+    def state(self) -> dict[str, Any]:
+        """All of it as plain JSON; {} where no step was seen."""
+        if not self._state["weight"].any():
+            return {}
+        return {name: value.tolist() for name, value in self._state.items()}
+
+    def restore(self, saved: Mapping[str, Any], places: Sequence[int]) -> None:
+        """Go on from what `state` gave.
+
+        Args:
+            places: of each objective among those of the state.
+        Raises:
+            ValueError: it is of another number of objectives, or of something else.
+        """
+        self.__post_init__()
+        if not saved:
+            return
+        given = {name: np.array(value, dtype=np.float64) for name, value in saved.items()}
+        shapes, wanted = ({k: v.shape for k, v in s.items()} for s in (given, self._state))
+        if shapes != wanted:
+            raise ValueError(
+                f"`gram_state` must have {wanted} for m = {self.m}, got {shapes}; {{}} begins anew"
+            )
+        for name in (*_OF_ENTRIES, "noise"):
+            self._state[name] = given[name][np.ix_(*[places] * given[name].ndim)]
+        self._state["scale"] = given["scale"]
+
+    def take(self, gram: Array, sums: SampleSums) -> None:
+        """Add one step's U-statistic to the averages.
+
+        Args:
+            gram: [m, m], the batch's; it is finite, as are the sums.
+            sums: of its samples.
+        """
+        labelled = sums.counts > 0
+        size = float(np.diagonal(gram)[labelled].mean()) if labelled.any() else 0.0
+        if not size > 0.0:
+            return
+        state, beta = self._state, self._beta()
+        total, seen = state["scale"]
+        x = sums.unbiased(gram) / (total / seen if seen else size)
+        exists = np.isfinite(x)
+        weight = np.where(exists, beta * state["weight"] + (1.0 - beta), state["weight"])
+        a = np.where(exists, (1.0 - beta) / np.where(exists, weight, 1.0), 0.0)
+        step = np.where(exists, x - state["mean"], 0.0)
+        self._add_to_cosines(a, step)
+        state["variance"] = (1.0 - a) * (state["variance"] + a * step**2)
+        state["concentration"] = (1.0 - a) ** 2 * state["concentration"] + a**2
+        state["mean"] = state["mean"] + a * step
+        state["weight"] = weight
+        # tr Σ_i / n_i is what the batch's squared norm has too much.
+        own = np.diagonal(gram) / (total / seen if seen else size) - np.diagonal(x)
+        of_one = np.where(np.diagonal(exists), own * sums.counts, 0.0)
+        state["noise"] = state["noise"] + np.diagonal(a) * (of_one - state["noise"])
+        state["scale"] = np.array([beta * total + (1 - beta) * size, beta * seen + (1 - beta)])
+
+    def _add_to_cosines(self, a: Array, step: Array) -> None:
+        """The variance of the cosines, by what a step moves them to first order."""
+        E = self._state["mean"] + a * step
+        norms = np.sqrt(np.where(np.diagonal(E) > 0.0, np.diagonal(E), np.nan))
+        cosines = E / np.outer(norms, norms)
+        of_norms = np.diagonal(step) / norms**2
+        moved = step / np.outer(norms, norms) - cosines * np.add.outer(of_norms, of_norms) / 2
+        known = np.isfinite(moved)
+        before = self._state["cosine_variance"]
+        after = (1.0 - a) * (before + a * np.where(known, moved, 0.0) ** 2)
+        self._state["cosine_variance"] = np.where(known, after, before)
+
+    def _beta(self) -> float:
+        """What the next step keeps; from steps before it alone, so that it does not choose."""
+        if self.ema is not None:
+            return self.ema
+        known = self._state["concentration"] > 0.0
+        r = self._state["concentration"]
+        length = _LONGEST
+        if known.any() and (1.0 / r[known] > _FEW_STEPS).all():
+            of_one = self._state["variance"][known] / (1.0 - r[known])
+            signal = (self._state["mean"][known] ** 2).sum() - (of_one * r[known]).sum()
+            if signal > 0.0:
+                length = float(np.clip(of_one.sum() / (_ERROR * signal), _SHORTEST, _LONGEST))
+        return 1.0 - 2.0 / (length + 1.0)
+
+    def estimate(
+        self, gram: Array, counts: Array, weights: Array, present: Sequence[int]
+    ) -> Estimate:
+        """What is known after the steps taken so far.
+
+        Args:
+            gram: [m, m], the batch's of the last step: its size is the unit.
+            counts: [m], labelled samples of the last step.
+            weights: [m], the user's.
+            present: the objectives that take part; of others `gram` has zeros.
+        """
+        state, (total, seen) = self._state, self._state["scale"]
+        scale = total / seen if seen else float(np.diagonal(gram).mean()) or 1.0
+        r = state["concentration"]
+        known = r > 0.0
+        mean = np.where(known, state["mean"], np.nan)
+        squared = _squared_error(state["variance"], r)
+        among = np.ix_(present, present)
+        solved = np.zeros((self.m, self.m))
+        solved[among], shrinkage = shrunk(
+            np.where(known, mean, 0.0)[among], squared[among], r[among], weights[list(present)]
+        )
+        squares = np.diagonal(mean)
+        norms = np.sqrt(np.where(squares > 0.0, squares, np.nan))
+        cosine_errors = np.sqrt(_squared_error(state["cosine_variance"], r))
+        noise = np.where(np.diagonal(known), state["noise"], np.nan)
+        of_batch = noise / np.where(counts > 0, counts, np.nan)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = of_batch / (of_batch + np.maximum(squares, 0.0))
+        return Estimate(
+            gram=solved * scale,
+            shrinkage=shrinkage,
+            steps=float((1.0 / r[known]).mean()) if known.any() else 0.0,
+            mean=mean * scale,
+            standard_error=np.where(known, np.sqrt(squared), np.nan) * scale,
+            cosines=mean / np.outer(norms, norms),
+            cosine_errors=np.where(known, cosine_errors, np.nan),
+            noise=noise * scale,
+            noise_share=share,
+            noise_scale=noise / norms**2,
+        )
+
+
+def _squared_error(variance: Array, r: Array) -> Array:
+    """v r / (1 - r) of an average; infinite for one of a single step."""
+    several = r < 1.0 - 1e-12
+    several &= r > 0.0
+    return np.divide(variance * r, 1.0 - r, out=np.full_like(r, np.inf), where=several)
+
+
+def shrunk(E: Array, squared_errors: Array, r: Array, weights: Array) -> tuple[Array, float]:
+    """(M = λ E⁺ + (1 - λ) s 11ᵀ, λ); see the module's docstring.
+
+    Args:
+        E: [k, k] symmetric, the averages; squared_errors: [k, k] theirs, infinite where unknown.
+        r: [k, k], 1/r is how many steps an average goes over; 0 where it is of none.
+        weights: [k].
+    """
+    values, V = np.linalg.eigh((E + E.T) / 2)
+    cut = (V * np.maximum(values, 0.0)) @ V.T
+    cut = (cut + cut.T) / 2
+    squares = np.maximum(np.diagonal(cut), 0.0)
+    s = float(weights @ squares) or float(squares.mean()) or 1.0
+    prior = np.full_like(E, s)
+    shrinkage = 0.0
+    if np.isfinite(squared_errors).all() and (r > 0.0).all():
+        steps = 1.0 / r
+        distance = float(((E - prior) ** 2).sum())
+        if (steps > _FEW_STEPS).all() and distance > 0.0:
+            noise = float((squared_errors * (steps - 1.0) / (steps - _FEW_STEPS)).sum())
+            shrinkage = max(0.0, 1.0 - _NOISE_WEIGHT * noise / distance)
+    M = shrinkage * cut + (1.0 - shrinkage) * prior
+    norms = np.sqrt(np.maximum(np.diagonal(M), 0.0))
+    bound = np.outer(norms, norms)
+    bounded = np.clip(M, -bound, bound)  # rounding may leave |M_ij| just above ‖g_i‖ ‖g_j‖
+    np.fill_diagonal(bounded, np.maximum(np.diagonal(M), 0.0))
+    return bounded, shrinkage
