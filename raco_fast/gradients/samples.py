@@ -70,10 +70,11 @@ def _labelled(A: Tensor, names: Sequence[str], labelled: Labelled) -> Tensor:
                 f"`labelled`[{name!r}] must have one entry a score, shape {list(row.shape)}, got "
                 f"{list(given.shape)}"
             )
-        if bool(((row != 0) & ~given).any()):
+        unsaid = (row.abs() > 0) & ~given  # not of NaN, which skips the step
+        if bool(unsaid.any()):
             raise ValueError(
                 f"`labelled`[{name!r}] must be true wherever the loss depends on a score, and is "
-                f"false at score {int(((row != 0) & ~given).nonzero()[0])}; it says which scores "
+                f"false at score {int(unsaid.nonzero()[0])}; it says which scores "
                 f"the loss is a mean of"
             )
         rows.append(given)
@@ -103,13 +104,13 @@ def _given(samples: Sequence[int] | Tensor, pairs: Sequence[tuple[int, int]], co
             f"`samples` must have one entry a score, shape [{count}], got {list(of_scores.shape)}; "
             f"give the number of the pair that each score belongs to"
         )
-    for a, b in pairs:
-        if of_scores[a] != of_scores[b]:
-            raise ValueError(
-                f"`samples` must be the same for scores {a} and {b}, which share rows, got "
-                f"{int(of_scores[a])} and {int(of_scores[b])}; samples are independent of each "
-                f"other"
-            )
+    first, second = of_scores[torch.tensor(pairs, dtype=torch.int64).view(-1, 2)].unbind(1)
+    if bool((first != second).any()):
+        k = int((first != second).nonzero()[0])
+        raise ValueError(
+            f"`samples` must be the same for scores {pairs[k][0]} and {pairs[k][1]}, which share "
+            f"rows, got {int(first[k])} and {int(second[k])}; samples are independent of each other"
+        )
     return of_scores.long()
 
 

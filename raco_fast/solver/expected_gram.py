@@ -7,18 +7,18 @@ library's own method; docs/conflict.md says what speaks for it.
     scale       x = H / q: gradients shrink in training, and old steps must not count for more
                 because their gradients were longer. q is the average before this step of the
                 batch's mean squared norm, so that x stays unbiased given the past.
-    average     mean += a (x - mean), a = (1 - β) / (1 - β^t); an entry that a step does not have
-                stays as it is. Beside it r = Σ ω², of the weights ω of all steps so far, and the
-                variance v of x between steps, so that the standard error is √(v r / (1 - r)).
+    average     mean += a (x - mean), a = max(1 / t, 1 - β) at the t-th step that has the entry: the
+                plain mean until it is as long as the exponential one. Beside it r = Σ ω², of the
+                weights ω of all steps so far, and the variance v of x between steps, so that the
+                standard error is √(v r / (1 - r)).
     cut         negative eigenvalues become 0: E⁺.
     shrinkage   M = λ E⁺ + (1 - λ) s 11ᵀ, s = Σ w_i E⁺_ii. The prior is "no conflict": all gradients
                 are one, and the rule is left with the weights. λ = max(0, 1 - 2 noise²/distance²)
-                of the squared errors' sum and the squared distance of E from the prior.
+                of the squared errors' sum and the squared distance of E from the prior, and grows
+                from 0 at t = 3 by 1/17 a step, while the errors themselves are uncertain.
 
 λ is a positive-part James-Stein factor, and its 2 is the least for which nothing that one step
-alone has brought counts, however large it is: after k steps of a new size λ is about 1 - 1/k. With
-few steps the errors themselves are uncertain: of 1/r = n steps, noise² is taken (n - 1) / (n - 3)
-times, and λ is 0 for n <= 3.
+alone has brought counts, however large it is: after k steps of a new size λ is about 1 - 1/k.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,10 +34,10 @@ Array = NDArray[np.float64]
 
 # Steps that an average goes over where its length is not given, and the squared relative error that
 # it is chosen for.
-_SHORTEST, _LONGEST, _ERROR = 20.0, 200.0, 0.1
+_SHORTEST, _LONGEST, _ERROR = 20.0, 200.0, 0.01
 _NOISE_WEIGHT = 2.0
-_FEW_STEPS = 3.0
-_OF_ENTRIES = ("mean", "variance", "concentration", "weight", "cosine_variance")
+_FEW_STEPS, _ENOUGH_STEPS = 3.0, 20.0
+_OF_ENTRIES = ("mean", "variance", "concentration", "count", "cosine_variance")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class ExpectedGram:
 
     def state(self) -> dict[str, Any]:
         """All of it as plain JSON; {} where no step was seen."""
-        if not self._state["weight"].any():
+        if not self._state["count"].any():
             return {}
         return {name: value.tolist() for name, value in self._state.items()}
 
@@ -124,14 +124,14 @@ class ExpectedGram:
         total, seen = state["scale"]
         x = sums.unbiased(gram) / (total / seen if seen else size)
         exists = np.isfinite(x)
-        weight = np.where(exists, beta * state["weight"] + (1.0 - beta), state["weight"])
-        a = np.where(exists, (1.0 - beta) / np.where(exists, weight, 1.0), 0.0)
+        count = state["count"] + exists
+        a = np.where(exists, np.maximum(1.0 / np.maximum(count, 1.0), 1.0 - beta), 0.0)
         step = np.where(exists, x - state["mean"], 0.0)
         self._add_to_cosines(a, step)
         state["variance"] = (1.0 - a) * (state["variance"] + a * step**2)
         state["concentration"] = (1.0 - a) ** 2 * state["concentration"] + a**2
         state["mean"] = state["mean"] + a * step
-        state["weight"] = weight
+        state["count"] = count
         # tr Σ_i / n_i is what the batch's squared norm has too much.
         own = np.diagonal(gram) / (total / seen if seen else size) - np.diagonal(x)
         of_one = np.where(np.diagonal(exists), own * sums.counts, 0.0)
@@ -154,10 +154,9 @@ class ExpectedGram:
         """What the next step keeps; from steps before it alone, so that it does not choose."""
         if self.ema is not None:
             return self.ema
-        known = self._state["concentration"] > 0.0
-        r = self._state["concentration"]
-        length = _LONGEST
-        if known.any() and (1.0 / r[known] > _FEW_STEPS).all():
+        r, length = self._state["concentration"], _LONGEST
+        known = r > 0.0
+        if known.any() and (self._state["count"][known] > _FEW_STEPS).all():
             of_one = self._state["variance"][known] / (1.0 - r[known])
             signal = (self._state["mean"][known] ** 2).sum() - (of_one * r[known]).sum()
             if signal > 0.0:
@@ -184,7 +183,10 @@ class ExpectedGram:
         among = np.ix_(present, present)
         solved = np.zeros((self.m, self.m))
         solved[among], shrinkage = shrunk(
-            np.where(known, mean, 0.0)[among], squared[among], r[among], weights[list(present)]
+            np.where(known, mean, 0.0)[among],
+            squared[among],
+            state["count"][among],
+            weights[list(present)],
         )
         squares = np.diagonal(mean)
         norms = np.sqrt(np.where(squares > 0.0, squares, np.nan))
@@ -214,12 +216,12 @@ def _squared_error(variance: Array, r: Array) -> Array:
     return np.divide(variance * r, 1.0 - r, out=np.full_like(r, np.inf), where=several)
 
 
-def shrunk(E: Array, squared_errors: Array, r: Array, weights: Array) -> tuple[Array, float]:
+def shrunk(E: Array, squared_errors: Array, count: Array, weights: Array) -> tuple[Array, float]:
     """(M = λ E⁺ + (1 - λ) s 11ᵀ, λ); see the module's docstring.
 
     Args:
         E: [k, k] symmetric, the averages; squared_errors: [k, k] theirs, infinite where unknown.
-        r: [k, k], 1/r is how many steps an average goes over; 0 where it is of none.
+        count: [k, k], how many steps have had the entry.
         weights: [k].
     """
     values, V = np.linalg.eigh((E + E.T) / 2)
@@ -229,12 +231,11 @@ def shrunk(E: Array, squared_errors: Array, r: Array, weights: Array) -> tuple[A
     s = float(weights @ squares) or float(squares.mean()) or 1.0
     prior = np.full_like(E, s)
     shrinkage = 0.0
-    if np.isfinite(squared_errors).all() and (r > 0.0).all():
-        steps = 1.0 / r
-        distance = float(((E - prior) ** 2).sum())
-        if (steps > _FEW_STEPS).all() and distance > 0.0:
-            noise = float((squared_errors * (steps - 1.0) / (steps - _FEW_STEPS)).sum())
-            shrinkage = max(0.0, 1.0 - _NOISE_WEIGHT * noise / distance)
+    distance = float(((E - prior) ** 2).sum())
+    if np.isfinite(squared_errors).all() and distance > 0.0:
+        grown = (float(count.min()) - _FEW_STEPS) / (_ENOUGH_STEPS - _FEW_STEPS)
+        noise = float(squared_errors.sum())
+        shrinkage = min(1.0, max(0.0, grown)) * max(0.0, 1.0 - _NOISE_WEIGHT * noise / distance)
     M = shrinkage * cut + (1.0 - shrinkage) * prior
     norms = np.sqrt(np.maximum(np.diagonal(M), 0.0))
     bound = np.outer(norms, norms)
