@@ -234,7 +234,9 @@ class ObjectiveGradients(HeldGradients):
         params = self.parameters()
         clear_overflow(params)
         self._notice_cleared(params)
+        self._held = False  # p.grad is empty meanwhile, which does not mean that it was cleared
         products = gram_of_passes(params, self.names, lambda: self._backward_of_each(losses))
+        self._held = any(p.grad is not None for p in params)
         weights = torch.tensor([[float(x.requires_grad)] for x in losses], dtype=torch.float64)
         self.expectation.samples.add(products, weights)
 

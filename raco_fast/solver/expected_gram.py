@@ -11,14 +11,17 @@ library's own method; docs/conflict.md says what speaks for it.
                 plain mean until it is as long as the exponential one. Beside it r = Σ ω², of the
                 weights ω of all steps so far, and the variance v of x between steps, so that the
                 standard error is √(v r / (1 - r)).
-    cut         negative eigenvalues become 0: E⁺.
-    shrinkage   M = λ E⁺ + (1 - λ) s 11ᵀ, s = Σ w_i E⁺_ii. The prior is "no conflict": all gradients
-                are one, and the rule is left with the weights. λ = max(0, 1 - 2 noise²/distance²)
-                of the squared errors' sum and the squared distance of E from the prior, and grows
-                from 0 at t = 3 by 1/17 a step, while the errors themselves are uncertain.
+    cut         negative eigenvalues become 0; the rule is asked for this matrix.
+    shrinkage   λ = max(0, 1 - 2 noise²/signal²), of the sums of all squared errors and of all
+                squared averages; it grows from 0 at t = 3 by 1/17 a step, while the errors
+                themselves are uncertain. What the rule says counts λ, and the prior, that there is
+                no conflict and the weights are followed, 1 - λ (`DualSolution.along`).
 
 λ is a positive-part James-Stein factor, and its 2 is the least for which nothing that one step
 alone has brought counts, however large it is: after k steps of a new size λ is about 1 - 1/k.
+
+Not the matrix is shrunk, but what is concluded from it: where all gradients are one, every point of
+the simplex is as good as another, and the slightest deviation from that picks a vertex.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,19 +40,22 @@ Array = NDArray[np.float64]
 _SHORTEST, _LONGEST, _ERROR = 20.0, 200.0, 0.01
 _NOISE_WEIGHT = 2.0
 _FEW_STEPS, _ENOUGH_STEPS = 3.0, 20.0
-_OF_ENTRIES = ("mean", "variance", "concentration", "count", "cosine_variance")
+_OF_ENTRIES = ("mean", "variance", "with_own", "of_own", "concentration", "count")
+"""Arrays [m, m] of the state. `with_own`, `of_own`: the covariances, between steps, of the entry
+(i, j) with (i, i), and of (i, i) with (j, j)."""
 
 
 @dataclass(frozen=True)
 class Estimate:
     """What is known of the expected gradients after a step; NaN where nothing is known yet.
 
-    `gram`: [m, m], what is solved, a Gram matrix; `shrinkage`: λ in [0, 1]; `steps`: how many the
-    average goes over. `mean`, `standard_error`: [m, m], the unbiased average, which is no Gram
-    matrix where it is noise. `cosines`, `cosine_errors`: [m, m] of `mean`, which may leave [-1, 1].
-    `noise`: [m], the trace of the covariance of one sample's gradient; `noise_share`: [m], how much
-    of the batch's squared norm it is; `noise_scale`: [m], over the squared norm of the expected
-    gradient: the number of samples for which noise and signal are as large.
+    `gram`: [m, m], what is solved, a Gram matrix, with λ = 0 that of gradients that are all one;
+    `shrinkage`: λ in [0, 1], how much it counts; `steps`: how many the average goes over. `mean`,
+    `standard_error`: [m, m], the unbiased average, which is no Gram matrix where it is noise.
+    `cosines`, `cosine_errors`: [m, m] of `mean`, which may leave [-1, 1]. `noise`: [m], the trace
+    of the covariance of one sample's gradient; `noise_share`: [m], how much of the batch's squared
+    norm it is; `noise_scale`: [m], over the squared norm of the expected gradient: the number of
+    samples for which noise and signal are as large.
     """
 
     gram: Array
@@ -127,28 +133,22 @@ class ExpectedGram:
         count = state["count"] + exists
         a = np.where(exists, np.maximum(1.0 / np.maximum(count, 1.0), 1.0 - beta), 0.0)
         step = np.where(exists, x - state["mean"], 0.0)
-        self._add_to_cosines(a, step)
-        state["variance"] = (1.0 - a) * (state["variance"] + a * step**2)
+        own = np.diagonal(step)
+        moments = {
+            "variance": step**2,
+            "with_own": step * own[:, None],
+            "of_own": np.outer(own, own),
+        }
+        for name, moment in moments.items():
+            state[name] = (1.0 - a) * (state[name] + a * moment)
         state["concentration"] = (1.0 - a) ** 2 * state["concentration"] + a**2
         state["mean"] = state["mean"] + a * step
         state["count"] = count
         # tr Σ_i / n_i is what the batch's squared norm has too much.
-        own = np.diagonal(gram) / (total / seen if seen else size) - np.diagonal(x)
-        of_one = np.where(np.diagonal(exists), own * sums.counts, 0.0)
+        too_much = np.diagonal(gram) / (total / seen if seen else size) - np.diagonal(x)
+        of_one = np.where(np.diagonal(exists), too_much * sums.counts, 0.0)
         state["noise"] = state["noise"] + np.diagonal(a) * (of_one - state["noise"])
         state["scale"] = np.array([beta * total + (1 - beta) * size, beta * seen + (1 - beta)])
-
-    def _add_to_cosines(self, a: Array, step: Array) -> None:
-        """The variance of the cosines, by what a step moves them to first order."""
-        E = self._state["mean"] + a * step
-        norms = np.sqrt(np.where(np.diagonal(E) > 0.0, np.diagonal(E), np.nan))
-        cosines = E / np.outer(norms, norms)
-        of_norms = np.diagonal(step) / norms**2
-        moved = step / np.outer(norms, norms) - cosines * np.add.outer(of_norms, of_norms) / 2
-        known = np.isfinite(moved)
-        before = self._state["cosine_variance"]
-        after = (1.0 - a) * (before + a * np.where(known, moved, 0.0) ** 2)
-        self._state["cosine_variance"] = np.where(known, after, before)
 
     def _beta(self) -> float:
         """What the next step keeps; from steps before it alone, so that it does not choose."""
@@ -181,16 +181,15 @@ class ExpectedGram:
         mean = np.where(known, state["mean"], np.nan)
         squared = _squared_error(state["variance"], r)
         among = np.ix_(present, present)
+        E = np.where(known, mean, 0.0)[among]
+        shrinkage = believed(E, squared[among], state["count"][among])
         solved = np.zeros((self.m, self.m))
-        solved[among], shrinkage = shrunk(
-            np.where(known, mean, 0.0)[among],
-            squared[among],
-            state["count"][among],
-            weights[list(present)],
-        )
+        solved[among] = cut(E)
+        if shrinkage == 0.0:
+            solved[among] = max(float(weights @ np.diagonal(solved)), 0.0) or 1.0
         squares = np.diagonal(mean)
         norms = np.sqrt(np.where(squares > 0.0, squares, np.nan))
-        cosine_errors = np.sqrt(_squared_error(state["cosine_variance"], r))
+        cosines = mean / np.outer(norms, norms)
         noise = np.where(np.diagonal(known), state["noise"], np.nan)
         of_batch = noise / np.where(counts > 0, counts, np.nan)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -201,12 +200,23 @@ class ExpectedGram:
             steps=float((1.0 / r[known]).mean()) if known.any() else 0.0,
             mean=mean * scale,
             standard_error=np.where(known, np.sqrt(squared), np.nan) * scale,
-            cosines=mean / np.outer(norms, norms),
-            cosine_errors=np.where(known, cosine_errors, np.nan),
+            cosines=cosines,
+            cosine_errors=self._cosine_errors(cosines, norms),
             noise=noise * scale,
             noise_share=share,
             noise_scale=noise / norms**2,
         )
+
+    def _cosine_errors(self, cosines: Array, norms: Array) -> Array:
+        """Standard errors of the cosines to first order in those of their three products."""
+        state, product = self._state, np.outer(norms, norms)
+        of_squares = np.diagonal(state["variance"]) / norms**4
+        with_own = state["with_own"] / norms[:, None] ** 2
+        variance = state["variance"] / product**2
+        variance = variance - cosines * (with_own + with_own.T) / product
+        both = np.add.outer(of_squares, of_squares) + 2.0 * state["of_own"] / product**2
+        variance = np.maximum(variance + cosines**2 * both / 4, 0.0)
+        return np.sqrt(_squared_error(variance, state["concentration"]))
 
 
 def _squared_error(variance: Array, r: Array) -> Array:
@@ -216,29 +226,27 @@ def _squared_error(variance: Array, r: Array) -> Array:
     return np.divide(variance * r, 1.0 - r, out=np.full_like(r, np.inf), where=several)
 
 
-def shrunk(E: Array, squared_errors: Array, count: Array, weights: Array) -> tuple[Array, float]:
-    """(M = λ E⁺ + (1 - λ) s 11ᵀ, λ); see the module's docstring.
+def believed(E: Array, squared_errors: Array, count: Array) -> float:
+    """λ in [0, 1]; see the module's docstring.
 
     Args:
-        E: [k, k] symmetric, the averages; squared_errors: [k, k] theirs, infinite where unknown.
+        E, squared_errors: [k, k], the averages and their errors, infinite where unknown.
         count: [k, k], how many steps have had the entry.
-        weights: [k].
     """
+    signal = float((E**2).sum())
+    if not np.isfinite(squared_errors).all() or signal == 0.0:
+        return 0.0
+    grown = (float(count.min()) - _FEW_STEPS) / (_ENOUGH_STEPS - _FEW_STEPS)
+    noise = float(squared_errors.sum())
+    return min(1.0, max(0.0, grown)) * max(0.0, 1.0 - _NOISE_WEIGHT * noise / signal)
+
+
+def cut(E: Array) -> Array:
+    """The Gram matrix that is closest to E [k, k]: without its negative eigenvalues."""
     values, V = np.linalg.eigh((E + E.T) / 2)
-    cut = (V * np.maximum(values, 0.0)) @ V.T
-    cut = (cut + cut.T) / 2
-    squares = np.maximum(np.diagonal(cut), 0.0)
-    s = float(weights @ squares) or float(squares.mean()) or 1.0
-    prior = np.full_like(E, s)
-    shrinkage = 0.0
-    distance = float(((E - prior) ** 2).sum())
-    if np.isfinite(squared_errors).all() and distance > 0.0:
-        grown = (float(count.min()) - _FEW_STEPS) / (_ENOUGH_STEPS - _FEW_STEPS)
-        noise = float(squared_errors.sum())
-        shrinkage = min(1.0, max(0.0, grown)) * max(0.0, 1.0 - _NOISE_WEIGHT * noise / distance)
-    M = shrinkage * cut + (1.0 - shrinkage) * prior
-    norms = np.sqrt(np.maximum(np.diagonal(M), 0.0))
-    bound = np.outer(norms, norms)
-    bounded = np.clip(M, -bound, bound)  # rounding may leave |M_ij| just above ‖g_i‖ ‖g_j‖
-    np.fill_diagonal(bounded, np.maximum(np.diagonal(M), 0.0))
-    return bounded, shrinkage
+    M = (V * np.maximum(values, 0.0)) @ V.T
+    squares = np.maximum(np.diagonal(M), 0.0)
+    bound = np.sqrt(np.outer(squares, squares))
+    found: Array = np.clip((M + M.T) / 2, -bound, bound)  # rounding may leave it just above
+    np.fill_diagonal(found, squares)
+    return found

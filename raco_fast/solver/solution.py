@@ -69,8 +69,8 @@ class DualSolution:
         cosines: [m, m] between gradients, 0 where a gradient is zero.
         state: what a rule with a memory goes on from; {} for others, and for a batch.
         expected: with gram="unbiased" the estimate that was solved in place of `gram`, with its
-            errors; p, p_clipped, gap, value and clip_active are of that problem, and the norms of
-            `gram`, the batch's. None otherwise.
+            errors; p, gap, value and clip_active are of that problem, p_clipped is what is made of
+            it (`along`), and the norms are those of `gram`, the batch's. None otherwise.
     """
 
     __slots__ = (
@@ -183,24 +183,36 @@ class DualSolution:
         )
 
     def along(self, gram: torch.Tensor, estimate: Estimate, c_mode: str) -> "DualSolution":
-        """The solution of an estimate's problem, for gradients that have the Gram matrix `gram`.
+        """What an estimate's solution comes to for gradients with the Gram matrix `gram`.
+
+        It counts λ, and 1 - λ the weights: with CAGrad, p̃ = λ p̃ + (1 - λ) w; with other rules
+        α = λ α + (1 - λ) (Σ |α_i|) w.
 
         Args:
             gram: [m, m] float64 on the CPU, finite.
-            estimate: whose Gram matrix was solved.
-            c_mode: of which of both the norms in the length of CAGrad's correction are: "batch",
-                those of `gram`; "signal", those of the estimate, as it was solved.
+            estimate: whose Gram matrix was solved, and λ.
+            c_mode: of which matrix the norms in CAGrad's α = w + (c ‖g0‖ / ‖G̃p‖) p̃ are: "batch",
+                of `gram`; "signal", of the estimate (1 - λ: of gradients that are all one).
         """
         m, packed, M = len(self.names), self._packed.copy(), gram.numpy()
-        coefficients, p = packed[2 * m : 3 * m], packed[m : 2 * m]
+        coefficients, p, w = packed[2 * m : 3 * m], packed[m : 2 * m], self._weights
+        shrinkage = estimate.shrinkage
 
-        def norm(x: NDArray[np.float64]) -> float:
-            return float(size(M[None], x[None])[0])
+        def norm(x: NDArray[np.float64], of: NDArray[np.float64] = M) -> float:
+            return float(size(of[None], x[None])[0])
 
-        g0_norm, gp_norm = norm(self._weights), np.nan if np.isnan(p).any() else norm(p)
-        if c_mode == "batch" and self.rule in ("cagrad", "cagrad-clip"):
-            radius = self.c * g0_norm / gp_norm if gp_norm > 0.0 else 0.0
-            coefficients[:] = self._weights + radius * p
+        if self.rule in ("cagrad", "cagrad-clip"):
+            p[:] = shrinkage * p + (1.0 - shrinkage) * w
+            of = M
+            if c_mode == "signal":
+                one = float(w @ np.diagonal(estimate.gram))
+                of = shrinkage * estimate.gram + (1.0 - shrinkage) * one
+            length = norm(p, of)
+            coefficients[:] = w + (self.c * norm(w, of) / length if length > 0.0 else 0.0) * p
+        else:
+            prior = abs(coefficients).sum() * w
+            coefficients[:] = shrinkage * coefficients + (1.0 - shrinkage) * prior
+        g0_norm, gp_norm = norm(w), np.nan if np.isnan(p).any() else norm(p)
         packed[[3 * m + k for k in (G0_NORM, GP_NORM)]] = g0_norm, gp_norm
         packed[3 * m + UPDATE_NORM] = norm(coefficients)
         found = DualSolution(
