@@ -139,7 +139,7 @@ def test_every_mode_has_the_same_statistic(way, check_every):
 )
 def test_estimates_are_right_on_average_and_the_batch_is_not(way):
     """Batches of logistic pairs through the engine; the truth is the mean of 200,000 pairs."""
-    model, batches, pairs = prepared(), 150 if way == "one_backward" else 600, 6
+    model, batches, pairs = prepared(), 100 if way == "one_backward" else 600, 6
     x, labels = data(200_000, 0)
     whole = Scorer().double()
     whole.load_state_dict(model.state_dict())
