@@ -6,7 +6,6 @@ restricts them to one objective. `raco/*` describe the combination of the gradie
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -129,7 +128,7 @@ def expected_metrics(
         objectives: in their order.
     """
     result = {"raco/shrinkage": expected.shrinkage, "raco/gram_steps": expected.steps}
-    descent = expected.mean @ np.asarray(coefficients)
+    descent = expected.mean @ torch.as_tensor(coefficients).numpy()
     for i, name in enumerate(objectives):
         result[f"raco/descent/{name}"] = float(descent[i])
         result[f"raco/noise_share/{name}"] = float(expected.noise_share[i])

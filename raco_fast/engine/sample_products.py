@@ -69,7 +69,7 @@ class SampleProducts:
 
 def products_of_blocks(factored: Factored, K: Tensor) -> Tensor:
     """The same of [samples, each, each] blocks on the CPU."""
-    U = factored.coefficients.view(-1, len(K), factored.each)
+    U = factored.coefficients.view(len(factored.coefficients), len(K), factored.each)
     M = torch.einsum("isa,sab,jsb->ij", U, K, U)
     return (M + M.T) / 2
 
