@@ -38,6 +38,7 @@ def gram_of(
     def run() -> str | None:
         collector = GradientCollector(served.factored, into, graph.wanted, samples)
         collect(collector.collect, graph, served.factored.seeds, retain_graph=True)
+        collector.finish()
         into.finish()
         return (
             None if check is None else check.mismatch([p for p in graph.uses if not is_dtensor(p)])
