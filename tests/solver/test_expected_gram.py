@@ -17,7 +17,7 @@ EVERYONE = [0, 1, 2]
 G = np.zeros((3, 40))
 G[0, 0], G[1, :2], G[2, 1:3] = 2.0, (-1.0, 1.5), (0.4, 0.3)
 TRUTH = G @ G.T
-SAMPLES, RUNS = 8, 200
+SAMPLES, RUNS = 8, 120
 DEVIATION = 1.5  # of each number of a sample's gradient
 TRACE = DEVIATION**2 * G.shape[1]
 

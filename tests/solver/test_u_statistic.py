@@ -55,10 +55,15 @@ def test_the_mean_is_the_gram_matrix_of_the_expectation(labels):
         labelled[:2, 0] = labelled[2:4, 1] = labelled[5, 2] = 0.0
     elif labels == "own pairs":
         labelled = np.repeat(np.eye(M), 2, axis=0)
-    found = [sums_of(one, labelled) for one in v]
-    unbiased = np.array([sums.unbiased(M) for M, sums in found])
+    v = v * labelled[..., None] / labelled.sum(0)[:, None]
+    counts, common = labelled.sum(0), labelled.T @ labelled
+    total = v.sum(1)
+    batch = total @ total.swapaxes(1, 2)
+    own = np.einsum("tbid,tbjd->tij", v, v, optimize=True)
+    unbiased = np.array(
+        [SampleSums(C, counts, common, n).unbiased(M) for C, M in zip(own, batch, strict=True)]
+    )
     within_standard_errors(unbiased, TRUTH)
-    batch = np.array([M for M, _ in found])
     bias = TRACES / labelled.sum(0)
     within_standard_errors(batch[:, range(M), range(M)], np.diag(TRUTH) + bias)
     error = batch.std(0, ddof=1) / np.sqrt(BATCHES)
@@ -86,13 +91,15 @@ def test_whole_micro_batches_as_samples():
     draw = np.random.default_rng(2)
     sizes = [1, 2, 3, 6]
     ends = np.cumsum([0, *sizes])
-    estimates = []
-    for v in gradients(draw, BATCHES, sum(sizes)):
-        of_each = [v[a:b].sum(0) / len(v) for a, b in pairwise(ends)]
-        own = sum(g @ g.T for g in of_each)
-        total = sum(of_each)
-        counts, common = np.full(M, 12.0), np.full((M, M), float(np.square(sizes).sum()))
-        estimates.append(SampleSums(own, counts, common, 4).unbiased(total @ total.T))
+    v = gradients(draw, BATCHES, sum(sizes)) / sum(sizes)
+    of_each = np.stack([v[:, a:b].sum(1) for a, b in pairwise(ends)])
+    total = of_each.sum(0)
+    own = (of_each @ of_each.swapaxes(2, 3)).sum(0)
+    counts, common = np.full(M, 12.0), np.full((M, M), float(np.square(sizes).sum()))
+    grams = total @ total.swapaxes(1, 2)
+    estimates = [
+        SampleSums(C, counts, common, 4).unbiased(gram) for C, gram in zip(own, grams, strict=True)
+    ]
     within_standard_errors(np.array(estimates), TRUTH)
 
 

@@ -26,7 +26,9 @@ HINGE = {"kind": {"name": "hinge", "beta": 0.5}}
     ("losses", "changes"),
     [
         (LD, {"batching": "padded"}),
-        (HINGE, {"batching": "pairs", "pairs_per_micro_batch": 1}),
+        pytest.param(
+            HINGE, {"batching": "pairs", "pairs_per_micro_batch": 1}, marks=pytest.mark.slow
+        ),
         pytest.param(LD, {"batching": "packed"}, marks=pytest.mark.slow),
         pytest.param(
             {},
