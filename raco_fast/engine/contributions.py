@@ -71,10 +71,16 @@ class Use(Rows, Protocol):
     def within(self, each: int) -> Tensor:
         """The blocks of K of so many consecutive groups: [groups / each, each, each] float64."""
 
-    def add_and_look(self, out: Tensor, U: Tensor, fresh: bool, each: int) -> Tensor:
-        """`add_to` and `within` at the price of one where t_g is formed for both."""
+    def add_and_look(
+        self, out: Tensor, U: Tensor, fresh: bool, each: int, products: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """`add_to` and `within` at the price of one where t_g is formed for both.
+
+        Returns:
+            What `within` gives; with `products` also those of `out` where they are to be had.
+        """
         self.add_to(out, U, fresh)
-        return self.within(each)
+        return self.within(each), None
 
 
 class MatrixUse(Use):
@@ -107,20 +113,19 @@ class MatrixUse(Use):
         """As `Use.add_to`; returns the `products` of `out` where `ops.weight_grad` has them."""
         return ops.weight_grad(self._x, self._dy, self.bounds, U, out, fresh, products)
 
-    def add_and_look(self, out: Tensor, U: Tensor, fresh: bool, each: int) -> Tensor:
+    def add_and_look(
+        self, out: Tensor, U: Tensor, fresh: bool, each: int, products: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         if self._x.is_cuda:  # whose kernel forms no t_g
             return super().add_and_look(out, U, fresh, each)
         found: list[Tensor] = []
-        ops.weight_grad(
-            self._x,
-            self._dy,
-            self.bounds,
-            U,
-            out,
-            fresh,
-            look=lambda t: found.append(products_within(t, each)),
-        )
-        return torch.stack(found).sum(0)
+
+        def look(t: Tensor) -> None:
+            found.append(products_within(t, each))
+
+        rows = self._x, self._dy, self.bounds
+        of_out = ops.weight_grad(*rows, U, out, fresh, products, look)
+        return torch.stack(found).sum(0), of_out
 
     def within(self, each: int) -> Tensor:
         """From token pairs or from blocks of t_g, whichever is the smaller product."""
@@ -269,9 +274,11 @@ class ThinUse(Use):
     def within(self, each: int) -> Tensor:
         return self._arranged.within(each)
 
-    def add_and_look(self, out: Tensor, U: Tensor, fresh: bool, each: int) -> Tensor:
+    def add_and_look(
+        self, out: Tensor, U: Tensor, fresh: bool, each: int, products: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Rows have to be put in order for t_g, which then gives the gradients as well."""
-        return self._arranged.add_and_look(out, U, fresh, each)
+        return self._arranged.add_and_look(out, U, fresh, each, products)
 
     def at(self, ids: Tensor) -> Tensor:
         return self._arranged.at(ids)

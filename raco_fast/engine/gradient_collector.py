@@ -108,12 +108,12 @@ class GradientCollector:
                 out[p] = self._into.buffers(p)
             gradients, fresh = out[p]
             target, U = gradients[:, rows], self._factored.coefficients
+            whole = isinstance(use, MatrixUse) and rows is EVERY_ROW
+            wanted = whole and self._into.wants_inner_products(p)
             if self._samples is not None:
-                each = self._factored.each
-                self._samples.add(use.add_and_look(target, U, fresh, each))
-                inner[p] = None
-            elif isinstance(use, MatrixUse) and rows is EVERY_ROW:
-                wanted = self._into.wants_inner_products(p)
+                blocks, inner[p] = use.add_and_look(target, U, fresh, self._factored.each, wanted)
+                self._samples.add(blocks)
+            elif isinstance(use, MatrixUse):
                 inner[p] = use.add_to(target, U, fresh, products=wanted)
             else:
                 use.add_to(target, U, fresh)

@@ -90,9 +90,9 @@ class Expectation:
         sums = self.samples.sums(self._processes, factor)
         if not bool(torch.isfinite(M).all()):
             return rules.solve(M, weights, present, c, rule)
-        gram, known = M.numpy(), self._expected.state()
+        gram = M.numpy()
         if np.isfinite(sums.products).all():
-            if not known:
+            if not self._expected.known:
                 _check_samples(sums)
             self._expected.take(gram, sums)
             self._steps += 1

@@ -88,9 +88,14 @@ class ExpectedGram:
         self._state = {name: np.zeros((self.m, self.m)) for name in _OF_ENTRIES}
         self._state |= {"noise": np.zeros(self.m), "scale": np.zeros(2)}
 
+    @property
+    def known(self) -> bool:
+        """Whether some step had some entry."""
+        return bool(self._state["count"].any())
+
     def state(self) -> dict[str, Any]:
-        """All of it as plain JSON; {} where no step was seen."""
-        if not self._state["count"].any():
+        """All of it as plain JSON; {} where nothing is known."""
+        if not self.known:
             return {}
         return {name: value.tolist() for name, value in self._state.items()}
 

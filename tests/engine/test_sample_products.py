@@ -59,7 +59,7 @@ def test_blocks_of_the_products(kind, inner, each):
         plain = randn(3, *shape, seed=4)
         out = plain.clone()
         use_of(kind, inner).add_to(plain, U, fresh)
-        found = use.add_and_look(out, U, fresh, each)
+        found, _ = use.add_and_look(out, U, fresh, each)
         scale = K.diagonal().max()
         assert (found - expected).abs().max() <= 1e-6 * scale
         assert (use.within(each) - expected).abs().max() <= 1e-6 * scale
