@@ -411,10 +411,11 @@ def products_within(a: Tensor, each: int, b: Tensor | None = None) -> Tensor:
     """`products` of so many consecutive rows among themselves: [rows / each, each, each]."""
     whole = a.shape[1] // _RUN * _RUN
     if each == 1 and b is None:  # in one reading
-        of_runs = torch.linalg.vector_norm(a[:, :whole].reshape(len(a), -1, _RUN), dim=2)
-        rest = torch.linalg.vector_norm(a[:, whole:], dim=1)
-        squares: Tensor = of_runs.double().square().sum(1) + rest.double().square()
-        return squares[:, None, None]
+        runs = a[:, :whole].reshape(len(a), -1, _RUN)
+        squares: Tensor = torch.linalg.vector_norm(runs, dim=2).double().square_().sum(1)
+        if whole < a.shape[1]:
+            squares += torch.linalg.vector_norm(a[:, whole:], dim=1).double().square_()
+        return squares.view(-1, 1, 1)
     b = a if b is None else b
     found = [products(a[start:stop], b[start:stop]) for start, stop in blocks(len(a), each)]
     return torch.stack(found) if found else a.new_zeros(0, each, each, dtype=torch.float64)
