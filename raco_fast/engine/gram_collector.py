@@ -7,6 +7,7 @@ calls use also needs the products between its uses, so those calls are kept to t
 
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Sequence
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -83,13 +84,10 @@ class GramCollector:
         """M = U K Uᵀ, float64 [m, m] on the CPU."""
         return self._of_objectives(self._K)
 
-    def sample_products(self) -> Tensor:
-        """Σ_b ⟨v_ib, v_jb⟩ of what the samples add to the m gradients: float64 [m, m], CPU.
-
-        The groups have to be parted by sample (`Factored.by_sample`).
-        """
-        blocks = blocks_of(self._K.cpu(), self.factored.each)
-        return products_of_blocks(self.factored, blocks)
+    def sample_products(self) -> Callable[[], Tensor]:
+        """As `SampleProducts.products`; the groups have to be parted by sample."""
+        blocks = blocks_of(self._K, self.factored.each)
+        return partial(products_of_blocks, self.factored.coefficients, blocks)
 
     def grams(self) -> dict[Tensor, Tensor]:
         """Each parameter's part of M, where they were kept apart."""

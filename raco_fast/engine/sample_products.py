@@ -9,6 +9,8 @@ as for a Gram matrix.
 """
 
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -62,15 +64,23 @@ class SampleProducts:
         index, outer = call.entries
         return self.factored.segments(index, call.dy.device, outer)
 
-    def products(self) -> Tensor:
-        """Σ_b ⟨v_ib, v_jb⟩ of what the samples add to the m gradients: float64 [m, m], CPU."""
-        return products_of_blocks(self.factored, self._K.cpu())
+    def products(self) -> Callable[[], Tensor]:
+        """What gives Σ_b ⟨v_ib, v_jb⟩ of the samples' parts of the m gradients, [m, m] on the CPU.
+
+        It waits for the device, so it is best called when a step waits in any case.
+        """
+        return partial(products_of_blocks, self.factored.coefficients, self._K)
 
 
-def products_of_blocks(factored: Factored, K: Tensor) -> Tensor:
-    """The same of [samples, each, each] blocks on the CPU."""
-    U = factored.coefficients.view(len(factored.coefficients), len(K), factored.each)
-    M = torch.einsum("isa,sab,jsb->ij", U, K, U)
+def products_of_blocks(coefficients: Tensor, K: Tensor) -> Tensor:
+    """Σ_gh U_ig U_jh K_gh over groups g, h of one sample: float64 [m, m] on the CPU.
+
+    Args:
+        coefficients: U [m, groups], parted by sample.
+        K: [samples, each, each], on any device.
+    """
+    U = coefficients.view(len(coefficients), *K.shape[:2])
+    M = torch.einsum("isa,sab,jsb->ij", U, K.cpu(), U)
     return (M + M.T) / 2
 
 

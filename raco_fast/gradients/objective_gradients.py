@@ -247,7 +247,7 @@ class ObjectiveGradients(HeldGradients):
         products = gram_of_passes(params, self.names, lambda: self._backward_of_each(losses))
         self._held = any(p.grad is not None for p in params)
         weights = torch.tensor([[float(x.requires_grad)] for x in losses], dtype=torch.float64)
-        self.expectation.samples.add(products, weights)
+        self.expectation.samples.add(products.clone, weights)  # which is there already
 
     def _one_backward(self, losses: list[Tensor], scores: Tensor, said: Said) -> bool:
         """Serve all losses with one pass; False, and nothing done, where it is not exact."""
@@ -278,8 +278,8 @@ class ObjectiveGradients(HeldGradients):
             kept = graph.retained
             one_backward(graph, served.factored, into, retain_graph=kept, samples=products)
         if samples is not None and products is not None:
-            found = products.products()
-            self.expectation.samples.add(found, samples.weights, divided=self.sharded)
+            of_pass = products.products()
+            self.expectation.samples.add(of_pass, samples.weights, divided=self.sharded)
         if not self.sharded:
             backward_of_others(graph.others, losses, self._weights.values())
         if graph.retained:

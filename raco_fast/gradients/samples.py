@@ -1,6 +1,6 @@
 """Which sample each score of a pass belongs to, and what a step's samples have with themselves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -132,17 +132,18 @@ class StepSamples:
             3, self._m, self._m, dtype=torch.float64
         )
         self._counts = torch.zeros(self._m + 1, dtype=torch.float64)
+        self._pending: list[tuple[Callable[[], Tensor], Tensor]] = []
 
-    def add(self, products: Tensor, weights: Tensor, divided: bool = False) -> None:
+    def add(self, products: Callable[[], Tensor], weights: Tensor, divided: bool = False) -> None:
         """Add one pass.
 
         Args:
-            products: [m, m] float64 on the CPU, Σ over its samples.
+            products: gives [m, m] float64 on the CPU, Σ over its samples; called with `sums`, so
+                that no pass waits for a device.
             weights: [m, samples].
             divided: whether they are of gradients divided by the number of processes.
         """
-        into = self._shares if divided else self._own
-        into += products
+        self._pending.append((products, self._shares if divided else self._own))
         self._common += weights @ weights.T
         self._counts += torch.cat([weights.sum(1), weights.new_tensor([weights.shape[1]])])
 
@@ -152,6 +153,9 @@ class StepSamples:
         Args:
             factor: by which the gradients have been multiplied since they were formed.
         """
+        for of_pass, into in self._pending:
+            into += of_pass()
+        self._pending.clear()
         products = self._shares + self._own / processes.size**2
         flat = torch.cat([products.flatten(), self._common.flatten(), self._counts])
         flat = processes.sum(flat)

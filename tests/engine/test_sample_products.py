@@ -189,14 +189,14 @@ def test_a_model_with_every_kind_of_use(of_pairs):
             collector = GramCollector(factored, parameters, graph.shared())
             collect(collector.collect, graph, factored.seeds)
             collector.add_products_of_uses()
-            found, gram = collector.sample_products(), collector.gram()
+            found, gram = collector.sample_products()(), collector.gram()
         else:
             into = Accumulation(parameters, NAMES, HostMemory())
             samples = SampleProducts(factored, graph.shared())
             one_backward(graph, factored, into, samples=samples)
             into.store()
             flat = torch.cat([torch.stack(p.grad.buffers).flatten(1) for p in parameters], 1)
-            found, gram = samples.products(), (flat.double() @ flat.double().T)
+            found, gram = samples.products()(), (flat.double() @ flat.double().T)
         size = own.diagonal().max()
         assert (found - own).abs().max() <= 2e-6 * size, way
         assert (gram - whole @ whole.T).abs().max() <= 2e-6 * size * 4, way
