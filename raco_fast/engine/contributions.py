@@ -16,6 +16,7 @@ rounded once.
 
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -67,6 +68,20 @@ class Use(Rows, Protocol):
     def gram(self) -> Tensor:
         """K [groups, groups] float64 on the parameter's device."""
 
+    def within(self, each: int) -> Tensor:
+        """The blocks of K of so many consecutive groups: [groups / each, each, each] float64."""
+
+    def add_and_look(
+        self, out: Tensor, U: Tensor, fresh: bool, each: int, products: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """`add_to` and `within` at the price of one where t_g is formed for both.
+
+        Returns:
+            What `within` gives; with `products` also those of `out` where they are to be had.
+        """
+        self.add_to(out, U, fresh)
+        return self.within(each), None
+
 
 class MatrixUse(Use):
     """t_g = dY_gᵀ X_g, of shape [d_out, d_in].
@@ -97,6 +112,45 @@ class MatrixUse(Use):
     ) -> Tensor | None:
         """As `Use.add_to`; returns the `products` of `out` where `ops.weight_grad` has them."""
         return ops.weight_grad(self._x, self._dy, self.bounds, U, out, fresh, products)
+
+    def add_and_look(
+        self, out: Tensor, U: Tensor, fresh: bool, each: int, products: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        if self._x.is_cuda:  # whose kernel forms no t_g
+            return super().add_and_look(out, U, fresh, each)
+        found: list[Tensor] = []
+
+        def look(t: Tensor) -> None:
+            found.append(products_within(t, each))
+
+        rows = self._x, self._dy, self.bounds
+        of_out = ops.weight_grad(*rows, U, out, fresh, products, look)
+        return torch.stack(found).sum(0), of_out
+
+    def within(self, each: int) -> Tensor:
+        """From token pairs or from blocks of t_g, whichever is the smaller product."""
+        d_out, d_in = self.dy.shape[1], self.x.shape[1]
+        sizes = torch.tensor(self.bounds[::each]).diff()
+        if int((sizes**2).sum()) * (d_out + d_in) < int(sizes.sum()) * d_out * d_in:
+            return self._within_of_token_pairs(each)
+        groups = len(self.bounds) - 1
+        K = self.x.new_zeros(groups // each, each, each, dtype=torch.float64)
+        for start, stop in row_blocks(d_out, 4 * groups * d_in):
+            K += products_within(self._t(self.dy[:, start:stop]).flatten(1), each)
+        return K
+
+    def _within_of_token_pairs(self, each: int) -> Tensor:
+        found = self.x.new_zeros(len(self.bounds) - 1, each, dtype=torch.float64)
+        for first in range(0, len(found), each):
+            ends = self.bounds[first : first + each + 1]
+            rows = slice(ends[0], ends[-1])
+            pairs = product(self.x[rows], self.x[rows].T)
+            pairs.mul_(product(self.dy[rows], self.dy[rows].T))
+            sizes = [stop - start for start, stop in pairwise(ends)]
+            for k, of_group in enumerate(torch.split(pairs, sizes)):
+                columns = of_group.sum(0, dtype=torch.float64)
+                found[first + k] = torch.stack([c.sum() for c in torch.split(columns, sizes)])
+        return found.view(-1, each, each)
 
     def gram(self) -> Tensor:
         """From token pairs where that is the smaller product ("ghost"), else from blocks of t_g."""
@@ -151,6 +205,9 @@ class EntryUse(Use):
 
     def gram(self) -> Tensor:
         return products(self.segments.summed(self.t).flatten(1))
+
+    def within(self, each: int) -> Tensor:
+        return products_within(self.segments.summed(self.t).flatten(1), each)
 
     def at(self, ids: Tensor) -> Tensor:
         return self.segments.summed(self.t).index_select(1, ids)
@@ -214,6 +271,15 @@ class ThinUse(Use):
     def gram(self) -> Tensor:
         return self._arranged.gram()
 
+    def within(self, each: int) -> Tensor:
+        return self._arranged.within(each)
+
+    def add_and_look(
+        self, out: Tensor, U: Tensor, fresh: bool, each: int, products: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows have to be put in order for t_g, which then gives the gradients as well."""
+        return self._arranged.add_and_look(out, U, fresh, each, products)
+
     def at(self, ids: Tensor) -> Tensor:
         return self._arranged.at(ids)
 
@@ -272,6 +338,12 @@ class LookupUse(Use):
             K += products(self.at(self.ids[start:stop]).flatten(1))
         return K
 
+    def within(self, each: int) -> Tensor:
+        K = self.dy.new_zeros(self.count // each, each, each, dtype=torch.float64)
+        for start, stop in self.blocks():
+            K += products_within(self.at(self.ids[start:stop]).flatten(1), each)
+        return K
+
     def at(self, ids: Tensor) -> Tensor:
         t = self.dy.new_zeros(self.count, len(ids), self.dy.shape[1])
         place = torch.searchsorted(ids, self.all_ids).clamp_(max=len(ids) - 1)
@@ -301,6 +373,18 @@ def cross(a: Rows, b: Rows, parameter: Tensor, groups: int) -> Tensor:
     return K
 
 
+def cross_within(a: Rows, b: Rows, parameter: Tensor, groups: int, each: int) -> Tensor:
+    """The blocks of `cross` of so many consecutive groups: [groups / each, each, each]."""
+    lookup = next((use for use in (a, b) if isinstance(use, LookupUse)), None)
+    ids = torch.arange(len(parameter), device=parameter.device) if lookup is None else lookup.ids
+    shape = (groups // each, each, each)
+    K = torch.zeros(shape, dtype=torch.float64, device=parameter.device)
+    for start, stop in blocks(len(ids), _CROSS_ROWS):
+        here = ids[start:stop]
+        K += products_within(a.at(here).flatten(1), each, b.at(here).flatten(1))
+    return K
+
+
 def _check_arranged(rows: Tensor, segments: Segments) -> None:
     if rows.ndim != 3 or len(rows) != segments.offsets[-1]:
         raise ValueError(
@@ -321,6 +405,20 @@ def products(a: Tensor, b: Tensor | None = None) -> Tensor:
     of_a, of_b = (t[:, :whole].view(len(t), runs, _RUN).transpose(0, 1) for t in (a, b))
     K = torch.bmm(of_a, of_b.transpose(1, 2)).sum(0, dtype=torch.float64)
     return K.add_(a[:, whole:] @ b[:, whole:].T)
+
+
+def products_within(a: Tensor, each: int, b: Tensor | None = None) -> Tensor:
+    """`products` of so many consecutive rows among themselves: [rows / each, each, each]."""
+    whole = a.shape[1] // _RUN * _RUN
+    if each == 1 and b is None:  # in one reading
+        runs = a[:, :whole].reshape(len(a), -1, _RUN)
+        squares: Tensor = torch.linalg.vector_norm(runs, dim=2).double().square_().sum(1)
+        if whole < a.shape[1]:
+            squares += torch.linalg.vector_norm(a[:, whole:], dim=1).double().square_()
+        return squares.view(-1, 1, 1)
+    b = a if b is None else b
+    found = [products(a[start:stop], b[start:stop]) for start, stop in blocks(len(a), each)]
+    return torch.stack(found) if found else a.new_zeros(0, each, each, dtype=torch.float64)
 
 
 def _zeros(groups: int, like: Tensor) -> Tensor:
