@@ -1,4 +1,4 @@
-"""`raco-fast train config.yaml --lr 2e-5`, `raco-fast verify config.yaml` and `raco-fast demo`.
+"""`raco-fast train config.yaml --lr 2e-5`, `raco-fast demo` and others: `raco-fast --help`.
 
 `train` also runs on several processes: `torchrun --nproc-per-node 8 $(which raco-fast) train ...`.
 """
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 EXIT_NOT_EXACT = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+
+_OF_A_RUN = ("train", "verify", "conflict")  # their config file may stand without its flag
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,9 +65,15 @@ def _stopped_by_signals() -> Iterator[None]:
 
 def _run(arguments: list[str]) -> int:
     command = arguments[0] if arguments else None
-    if command in ("train", "verify") and len(arguments) > 1 and not arguments[1].startswith("-"):
-        arguments.insert(1, "--config")  # the config file may stand without its flag
-    runs = {"train": _run_train, "verify": _run_verify, "demo": _run_demo}
+    named = command in _OF_A_RUN and len(arguments) > 1
+    if named and not arguments[1].startswith("-"):
+        arguments.insert(1, "--config")
+    runs = {
+        "train": _run_train,
+        "verify": _run_verify,
+        "conflict": _run_conflict,
+        "demo": _run_demo,
+    }
     try:
         parser = _parser(command)
         values = parsed(parser, arguments, _kind(command))
@@ -94,21 +102,31 @@ def _parser(command: str | None) -> ArgumentParser:
         usage="raco-fast verify config.yaml [any setting of the file]",
         description="Compare every gradient mode with autograd on the model and data of a run.",
     )
+    conflict = new_parser(
+        usage="raco-fast conflict config.yaml [--pairs 256] [--out folder] [any setting]",
+        description="Before training: which objectives conflict, and what a step would see of it.",
+    )
+    measured = "training pairs to measure"
+    conflict.add_argument("--pairs", type=int, default=256, help=measured)
+    out = "folder of conflict.json and conflict.png; by default output_dir/conflict"
+    conflict.add_argument("--out", type=str, default=None, help=out)
     demo = new_parser(description="A miniature of the paper's study; needs no download.")
     demo.add_argument("--quick", action=ActionYesNo, default=False, help="a few seconds' version")
     kind = _kind(command)
-    for name, of_run in (("train", train), ("verify", verify), ("demo", demo)):
+    parsers = {"train": train, "verify": verify, "conflict": conflict, "demo": demo}
+    for name, of_run in parsers.items():
         if command == name and kind is not None:
             add_settings(of_run, kind, skip={"quick"})
     commands.add_subcommand("train", train, help="align a model on preference data")
     commands.add_subcommand("verify", verify, help="are the gradients of this run exact?")
+    commands.add_subcommand("conflict", conflict, help="what conflict is there, before training?")
     commands.add_subcommand("demo", demo, help="compare the rules on an embedded toy task")
     return parser
 
 
 def _kind(command: str | None) -> type | None:
     """The dataclass of a command's settings."""
-    if command in ("train", "verify"):
+    if command in _OF_A_RUN:
         from raco_fast.dpo.run.config import TrainConfig
 
         return TrainConfig
@@ -180,6 +198,20 @@ def _run_verify(parser: ArgumentParser, values: Any) -> int:
         print("raco-fast: not exact: differences of more than rounding", file=sys.stderr)
         return EXIT_NOT_EXACT
     print("exact: no difference is more than rounding")
+    return 0
+
+
+def _run_conflict(parser: ArgumentParser, values: Any) -> int:
+    from raco_fast.dpo.run.config import TrainConfig
+    from raco_fast.dpo.run.conflict_report import report_conflict
+    from raco_fast.dpo.run.failures import memory_named, to_run_a_model
+
+    _refuse_many("conflict")
+    _speaks()
+    config = made(parser, values, TrainConfig)
+    asked = values.conflict
+    with memory_named("the measurement", to_run_a_model(config)):
+        print(report_conflict(config, pairs=asked.pairs, out=asked.out))
     return 0
 
 

@@ -104,11 +104,9 @@ def score_pairs(
     return {name: by_tail[loss.tail_weight] for name, loss in losses.items()}
 
 
-def scores_of_loss(
-    pairs: Tensor, loss: PreferenceLoss, references: Mapping[float, ReferenceLogps]
-) -> Tensor:
+def scores_of_loss(pairs: Tensor, loss: PreferenceLoss, tails: Iterable[float]) -> Tensor:
     """Which of `pair_logps`'s scores a loss sees, given which of the B pairs: bool [k * 2B]."""
-    seen = [pairs if tail == loss.tail_weight else torch.zeros_like(pairs) for tail in references]
+    seen = [pairs if tail == loss.tail_weight else torch.zeros_like(pairs) for tail in tails]
     return torch.cat([of_pairs for of_tail in seen for of_pairs in (of_tail, of_tail)])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 
@@ -140,7 +140,15 @@ class PreferenceStep:
                 counts=divisors,
                 pair_weights=batch.pair_weights,
             )
-            self._backward(losses, logps, batch.labels)
+            backward_of_pairs(
+                self.optimizer.backward,
+                losses,
+                logps,
+                batch.labels,
+                self.losses,
+                self.references,
+                self.mode,
+            )
             preference.add(scores, batch.labels)
             totals = {name: losses[name].detach() + totals[name] for name in totals}
         self.optimizer.step()
@@ -151,24 +159,37 @@ class PreferenceStep:
         of_step = preference, solution, skipped, token_count(pairs)
         return StepResult(taken, objectives, *of_step, self.processes)
 
-    def _backward(
-        self, losses: dict[str, Tensor], logps: Tensor, labels: Mapping[str, Tensor]
-    ) -> None:
-        """Every objective's gradient; each pair is a sample.
 
-        A loss that is not finite makes its gradient so too, which skips the step: clamped losses
-        (hinge) can be NaN with a finite gradient.
-        """
-        honest = {name: loss * (1 + 0 * loss.detach()) for name, loss in losses.items()}
-        if not any(loss.requires_grad for loss in honest.values()):
-            # A micro-batch of ties only: gradients of zero, where constants alone would be refused.
-            honest = {name: loss + 0.0 * logps.sum() for name, loss in honest.items()}
-        labelled = {
-            name: scores_of_loss(label != 0, self.losses[name], self.references)
-            for name, label in labels.items()
-        }
-        pairs = len(next(iter(labels.values())))
-        samples = torch.arange(pairs).repeat(len(logps) // pairs)
-        self.optimizer.backward(
-            honest, scores=logps, mode=self.mode, samples=samples, labelled=labelled
-        )
+def backward_of_pairs(
+    backward: Callable[..., None],
+    losses: Mapping[str, Tensor],
+    logps: Tensor,
+    labels: Mapping[str, Tensor],
+    of_objectives: Mapping[str, PreferenceLoss],
+    tails: Iterable[float],
+    mode: str,
+) -> None:
+    """Every objective's gradient of a micro-batch; each pair is a sample.
+
+    A loss that is not finite makes its gradient so too, which skips the step: clamped losses
+    (hinge) can be NaN with a finite gradient.
+
+    Args:
+        backward: as `ObjectiveGradients.backward`.
+        losses, labels: of the objectives.
+        logps: what `pair_logps` gave with these `tails`.
+        of_objectives: objective name -> its loss.
+        mode: of `backward`.
+    """
+    honest = {name: loss * (1 + 0 * loss.detach()) for name, loss in losses.items()}
+    if not any(loss.requires_grad for loss in honest.values()):
+        # A micro-batch of ties only: gradients of zero, where constants alone would be refused.
+        honest = {name: loss + 0.0 * logps.sum() for name, loss in honest.items()}
+    tails = list(tails)
+    labelled = {
+        name: scores_of_loss(label != 0, of_objectives[name], tails)
+        for name, label in labels.items()
+    }
+    pairs = len(next(iter(labels.values())))
+    samples = torch.arange(pairs).repeat(len(logps) // pairs)
+    backward(honest, scores=logps, mode=mode, samples=samples, labelled=labelled)

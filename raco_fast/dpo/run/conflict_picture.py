@@ -1,0 +1,72 @@
+"""The picture of `raco-fast conflict`: what batches of every size show, who gains and loses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raco_fast.dpo.run.conflict_estimates import Conflict
+from raco_fast.dpo.run.files import atomic_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's, told apart by color-blind readers too.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "black")
+
+
+def draw(found: Conflict, destination: Path) -> str:
+    """Write a PNG, replaced as a whole.
+
+    Returns:
+        An empty string, or, where matplotlib is not installed, a sentence that says that the
+        picture is left out and how to get it.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return "no picture, as matplotlib is not installed: pip install 'raco-fast[plot]'"
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_cosines(left, found)
+    _draw_descent(right, found)
+    with atomic_file(destination) as partial:
+        figure.savefig(partial, format="png", dpi=150)
+    return ""
+
+
+def _draw_cosines(axes: Axes, found: Conflict) -> None:
+    sizes = found.batch_sizes
+    for k, (names, curve) in enumerate(found.curves.items()):
+        each = next(two for two in found.two if two.names == names)
+        color, line = _COLORS[k % len(_COLORS)], "-" if each.product.sign else ":"
+        axes.plot(sizes, curve, color=color, linestyle=line, label=" : ".join(names))
+        place = sizes[-1] * 1.6 * 1.25**k
+        axes.plot([place] * 2, [each.cosine.low, each.cosine.high], color=color, linestyle=line)
+    axes.axvline(found.pairs_per_step, color="gray", linewidth=1)
+    axes.axhline(0.0, color="gray", linewidth=1)
+    axes.set(
+        xscale="log",
+        ylim=(-1.05, 1.05),
+        xlabel=f"pairs in a step (line: {found.pairs_per_step})",
+        ylabel="cosine that it shows on average",
+        title="right: unbiased, 95 % (dotted: of either sign)",
+    )
+    if found.curves:
+        axes.legend(frameon=False)
+
+
+def _draw_descent(axes: Axes, found: Conflict) -> None:
+    for k, update in enumerate(found.updates):
+        for i, x in enumerate(update.descent.values()):
+            place = i + (k - 1) * 0.2
+            label = update.source if i == 0 else None
+            axes.plot([place] * 2, [x.low, x.high], color=_COLORS[k])
+            axes.plot([place], [x.value], "o", color=_COLORS[k], label=label)
+    axes.axhline(0.0, color="gray", linewidth=1)
+    names = list(found.updates[0].descent) if found.updates else []
+    axes.set_xticks(range(len(names)), names)
+    axes.set_xlim(-0.5, len(names) - 0.5)
+    axes.set(title="descent (below 0: the update works against it)")
+    if found.updates:
+        axes.legend(frameon=False)
