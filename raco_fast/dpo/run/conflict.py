@@ -90,8 +90,8 @@ class Measured:
 def measure(config: TrainConfig, pairs: int = 256) -> Measured:
     """Sums over the first pairs of the first epoch, with the model as training would begin it.
 
-    Nothing is trained or written. The noise of dropout is part of a run's gradients, so it is part
-    of these.
+    Nothing is trained or written; torch's generators are seeded. The noise of dropout is part of a
+    run's gradients, so it is part of these.
 
     Args:
         pairs: how many, or all there are.
@@ -122,8 +122,7 @@ def measure(config: TrainConfig, pairs: int = 256) -> Measured:
     inputs.check_causal()
     if pairs > len(inputs.training):
         logger.info("`--pairs`: %d, all there are", len(inputs.training))
-    with torch.random.fork_rng():
-        return _Measurement(config, inputs, min(pairs, len(inputs.training))).run()
+    return _Measurement(config, inputs, min(pairs, len(inputs.training))).run()
 
 
 def labels_of(pairs: Sequence[EncodedPair], objectives: Sequence[str]) -> Labels:
