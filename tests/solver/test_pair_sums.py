@@ -5,6 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from raco_fast.solver.intervals import BLOCKS, interval
 from raco_fast.solver.pair_sums import PairSums
 
 
@@ -71,3 +72,27 @@ def test_one_labelled_pair_has_no_product_with_another(pairs):
     assert np.isnan(found.expected[2, 2])
     assert np.isnan(found.noise[2, 2])
     assert np.isfinite(found.expected[2, 1])
+
+
+@pytest.mark.parametrize("size", [0.0, 3.0], ids=["noise alone", "orthogonal"])
+def test_intervals_cover_what_is_there(size):
+    """Also where all is noise, where leaving out blocks counts it twice, to the safe side."""
+    draw = np.random.default_rng(6)
+    truth, found = np.diag([size**2] * 2), np.zeros((2, 2))
+    repeats = 150
+    for _ in range(repeats):
+        v = draw.standard_normal((2, 60, 80))
+        v[[0, 1], :, [0, 1]] += size
+        labelled = draw.random((2, 60)) < 0.7
+        whole, total = sums_of(v, labelled), (v * labelled[..., None]).sum(1)
+        left_out = []
+        for block in np.array_split(np.arange(60), BLOCKS):
+            own = (v[:, block] * labelled[:, block, None]).sum(1)
+            sums = sums_of(v[:, block], labelled[:, block])
+            left_out.append(whole.without(sums, own @ total.T).expected)
+        for i, j in np.ndindex(2, 2):
+            each = interval(whole.expected[i, j], np.array([H[i, j] for H in left_out]))
+            found[i, j] += each.low <= truth[i, j] <= each.high
+    assert (found / repeats > 0.91).all()  # two standard errors below 95 %
+    if size:
+        assert (found / repeats < 1.0).any()

@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 import torch
@@ -49,6 +50,7 @@ Sums = dict[Tensor, list[Tensor]]
 """Parameter -> its m gradients."""
 
 _ROOM = 1 << 30  # bytes for the gradients of all blocks
+_AT_ONCE = 16  # of each of two sets: `ops.gram` takes 32 gradients
 _OFF = 1e-3  # of M: what two passes over the same pairs may differ by
 
 
@@ -313,6 +315,9 @@ def _products(a: Sums, b: Sums, m: int) -> Array:
         if rows is columns:
             found += ops.gram([[g] for g in rows]).numpy()
             continue
-        both = [[g.to(columns[0].dtype)] for g in rows] + [[g] for g in columns]
-        found += ops.gram(both).numpy()[:m, m:]
+        wide = [[g.to(columns[0].dtype)] for g in rows]
+        for i, j in product(range(0, m, _AT_ONCE), repeat=2):
+            part, beside = wide[i : i + _AT_ONCE], columns[j : j + _AT_ONCE]
+            M = ops.gram(part + [[g] for g in beside]).numpy()
+            found[i : i + _AT_ONCE, j : j + _AT_ONCE] += M[: len(part), len(part) :]
     return found

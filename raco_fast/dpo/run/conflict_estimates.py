@@ -71,8 +71,8 @@ class OfUpdate:
     Args:
         source: "weights" (the weighted sum), "batch" or "unbiased".
         coefficients: of the objectives.
-        descent: (H α)_i, by how much the expected loss of objective i falls per length of a small
-            step along -Σ α_j g_j; negative where the step works against it.
+        descent: (H α)_i: a small step -ε Σ α_j E g_j lets the expected loss of objective i fall by
+            ε (H α)_i; negative where the step works against it.
     """
 
     source: str

@@ -115,16 +115,17 @@ def test_help_reads_no_models_library():
     assert run.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", [None, "train", "verify", "demo"])
+@pytest.mark.parametrize("command", [None, "train", "verify", "conflict", "demo"])
 def test_help_lists_the_options(capfd, command):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"] if command else ["--help"])
     assert stop.value.code == 0
     out = capfd.readouterr().out
     for text in {
-        None: ("train", "verify", "demo"),
+        None: ("train", "verify", "conflict", "demo"),
         "train": ("--config", "--resume", "--lr", "--model.lora", "peak learning rate"),
         "verify": ("--config", "--lr", "--model.lora", "peak learning rate"),
+        "conflict": ("--config", "--pairs", "--out", "--lr", "peak learning rate"),
         "demo": ("--quick", "--seeds"),
     }[command]:
         assert text in out
@@ -301,11 +302,11 @@ def test_verify_has_the_messages_of_train(config_file, capfd):
     )
 
 
-@pytest.mark.parametrize("command", ["verify", "demo"])
+@pytest.mark.parametrize("command", ["verify", "conflict", "demo"])
 def test_what_runs_in_one_process_refuses_several(config_file, capfd, monkeypatch, command):
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    arguments = [command, config_file()] if command == "verify" else [command]
+    arguments = [command] if command == "demo" else [command, config_file()]
     message = run_bad(capfd, *arguments)
     assert f"`{command}` runs in one process, but a launcher has started 2" in message
 

@@ -108,6 +108,23 @@ def test_sums_are_those_of_single_pairs(config, folder, monkeypatch, room):
     assert found.losses[config.objectives.index("sure")] == pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_products_of_two_sets_are_those_of_any_number_of_objectives():
+    draw = torch.Generator().manual_seed(2)
+    params = [torch.zeros(7), torch.zeros(3, 5)]
+    a, b = (
+        {p: [torch.randn(p.shape, generator=draw).to(dtype) for _ in range(19)] for p in params}
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    rows, columns = (
+        torch.stack([torch.cat([x[p][i].flatten() for p in params]) for i in range(19)]).double()
+        for x in (a, b)
+    )
+    found = conflict._products({p: a[p] for p in params[:1]}, b, 19)
+    np.testing.assert_allclose(found, rows[:, :7] @ columns[:, :7].T, atol=1e-5)
+    found = conflict._products(a, b, 19)
+    np.testing.assert_allclose(found, rows @ columns.T, atol=1e-5)
+
+
 def test_dropout_is_the_same_in_both_passes(make_config, monkeypatch):
     config = make_config()  # its attention drops, so that the reference is another model
     kept = measure(config, BLOCKS)
@@ -172,7 +189,7 @@ def test_batch_sizes_are_those_of_a_search(seed):
 
 def test_the_command(config_file, folder, capfd, tmp_path):
     out = tmp_path / "found"
-    model = {"name": str(folder), "device": "cpu", "dropout": False}
+    model = {"name": str(folder), "device": "cpu", "dropout": False, "lora": {"r": 4}}
     file = config_file(model=model, weights={"sure": 0.9, "kind": 0.1}, eval_data=[])
     assert cli.main(["conflict", file, "--pairs", "1000", "--out", str(out)]) == 0
     printed = capfd.readouterr()
