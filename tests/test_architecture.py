@@ -31,6 +31,7 @@ ROOMS = [
     "dpo.data",
     "dpo",
     "dpo.run",
+    "studies",
     "demo",
     "cli",
 ]

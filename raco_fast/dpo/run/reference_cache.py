@@ -11,8 +11,8 @@ that a training step will have, so that they cancel. A run that is resumed with 
 takes what there is.
 
 Of several processes each scores its share, and the first reads and writes the cache. Several runs
-may use one cache at the same time: of those that would score the same, one does, and the others wait
-for it.
+may use one cache at the same time: of those that would score the same, one does, and the others
+wait for it.
 """
 
 import hashlib

@@ -25,11 +25,11 @@ _LOCK = ".lock"
 def turn(parts: Path) -> Iterator[None]:
     """Wait until no other run computes the log-probabilities whose parts lie in a folder.
 
-    By `flock` on a file in it, which the kernel lets go of when its holder ends in whatever way. The
-    folder goes when the values are cached: whoever still waits for the file that went with it has
-    its turn then, and finds them. A signal ends the waiting, as it would end the pass. Where there
-    is nothing to lock (a folder that cannot be written, a file system without locks), nobody waits
-    and several may compute the same.
+    By `flock` on a file in it, which the kernel lets go of when its holder ends in whatever way.
+    The folder goes when the values are cached: whoever still waits for the file that went with it
+    has its turn then, and finds them. A signal ends the waiting, as it would end the pass. Where
+    there is nothing to lock (a folder that cannot be written, a file system without locks), nobody
+    waits and several may compute the same.
     """
     descriptor = _opened(parts)
     try:
