@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from raco_fast.dpo.models import pick_device
 from raco_fast.dpo.run.checkpoint import latest
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.files import atomic_file
@@ -63,6 +64,8 @@ def planned(sweep: SweepConfig) -> list[Run]:
         OSError: a file that cannot be read.
     """
     check_names(sweep.grid)
+    for device in sweep.devices:
+        pick_device(device)  # raises where this machine has no such one
     base = (
         sweep.base if isinstance(sweep.base, dict) else read(expanded(sweep.base, "base"), "base")
     )

@@ -17,6 +17,9 @@ from raco_fast.studies.plan import Run
 from raco_fast.studies.sweep_config import SweepConfig
 from raco_fast.studies.worker import LOG, Ended, work
 
+# By the process that the others are forked from: what a run imports by and by takes seconds.
+_IMPORTED_ONCE = ["raco_fast.studies.worker", "peft", "transformers.optimization"]
+_IMPORTED_ONCE += [f"transformers.models.auto.{n}_auto" for n in ("modeling", "tokenization")]
 _LOOK_EVERY = 0.2  # seconds between two looks for a signal
 
 
@@ -43,7 +46,7 @@ def ended(
         KeyboardInterrupt: a second signal; the runs end without saving.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["raco_fast.studies.worker", "transformers"])
+    context.set_forkserver_preload(_IMPORTED_ONCE)
     waiting, slots, told = list(runs), list(range(sweep.jobs)), False
     jobs: list[_Job] = []
     try:
@@ -64,10 +67,14 @@ def ended(
             job.process.join()
 
 
+def device_of(slot: int, sweep: SweepConfig) -> str | None:
+    """The device of the run in a slot, of which there are `jobs`; None is that of its config."""
+    return sweep.devices[slot % len(sweep.devices)] if sweep.devices else None
+
+
 def _started(context: ForkServerContext, run: Run, slot: int, sweep: SweepConfig) -> _Job:
-    device = sweep.devices[slot % len(sweep.devices)] if sweep.devices else None
     answers, sent = context.Pipe(duplex=False)
-    arguments = (run, device, sweep.threads_of_each, sweep.keep, sent)
+    arguments = (run, device_of(slot, sweep), sweep.threads_of_each, sweep.keep, sent)
     process = context.Process(target=work, args=arguments, name=run.name)
     process.start()
     sent.close()  # so that an end without an answer is seen as one

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from raco_fast.dpo.run.checkpoint import latest
+from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.divergence import DivergedError
 from raco_fast.dpo.run.files import make_folder
 from raco_fast.dpo.run.trainer import Interrupted, train
@@ -51,9 +52,9 @@ def work(run: Run, device: str | None, threads: int, keep: str, answers: Connect
 
 def _made(run: Run, device: str | None, threads: int, keep: str) -> Ended:
     config = run.config
-    if device is not None:
-        config = replace(config, model=replace(config.model, device=device))
     try:
+        if device is not None:
+            config = _on(device, config)
         make_folder(config.folder)
         _print_into(config.folder / LOG)
         run.write_config()
@@ -67,6 +68,10 @@ def _made(run: Run, device: str | None, threads: int, keep: str) -> Ended:
     except (ValueError, OSError, MemoryError, DivergedError) as error:
         return Ended("failed", str(error))
     return Ended("finished")
+
+
+def _on(device: str, config: TrainConfig) -> TrainConfig:
+    return replace(config, model=replace(config.model, device=device))
 
 
 def _drop(folder: Path, keep: str) -> None:
