@@ -2,8 +2,8 @@
 
 A seed's front is made of that seed's runs, so that an interval over seeds says how far another
 training would move the number. Two rules are compared run by run: the same seed, the same weights.
-Their bootstrap draws seeds and points anew, both with replacement, and every rule sees the same
-draws.
+Their bootstrap draws seeds and settings anew, both with replacement, the same for both rules; that
+of a hypervolume draws seeds alone, as a front of fewer points is another front.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from raco_fast.studies.fronts import (
     Points,
@@ -92,28 +91,23 @@ def _compared(a: Group, b: Group, study: Study, resamples: int, seed: int) -> Co
     seeds = sorted({*a.seeds} & {*b.seeds})
     ours, theirs = ({point.key: point for point in group.points} for group in (a, b))
     keys = [key for key in ours if key in theirs]
-    draws = _Draws(len(keys), len(seeds), resamples, seed)
     if not seeds:
         return Comparison(a.name, b.name, 0, len(keys), {}, None, None)
+    rng, most = np.random.default_rng(seed), max(len(keys), len(seeds))
+    of_settings, of_seeds = (_shares(rng, n, resamples) for n in (len(keys), len(seeds)))
     gains = {}
     if keys:
         by_run = np.array(
             [[ours[key].values[s] - theirs[key].values[s] for s in seeds] for key in keys]
         )
-        means = np.einsum("bp,bs,psm->bm", draws.points, draws.seeds, by_run)
+        means = np.einsum("bp,bs,psm->bm", of_settings, of_seeds, by_run)
         for k, name in enumerate(study.objectives):
-            gains[name] = _estimate(float(by_run[..., k].mean()), means[:, k], draws.n)
+            gains[name] = _estimate(float(by_run[..., k].mean()), means[:, k], most)
     volume = None
     if has_hypervolume():
-        # Where they have different points, the fronts stay whole, and seeds alone are drawn.
-        paired = len(keys) == len(a.points) == len(b.points)
-        sides = (
-            ([ours[key] for key in keys], [theirs[key] for key in keys])
-            if paired
-            else (a.points, b.points)
-        )
-        fronts = [np.array([[p.values[s] for p in side] for s in seeds]) for side in sides]
-        volume = draws.volume_gain(fronts[0], fronts[1], study.reference, paired)
+        one, other = ([hypervolume(g.at(s), study.reference) for s in seeds] for g in (a, b))
+        gain = np.subtract(one, other, dtype=np.float64)
+        volume = _estimate(float(gain.mean()), of_seeds @ gain, len(seeds))
     epsilon = (
         Spread(tuple(epsilon_additive(a.at(s), b.at(s)) for s in seeds)),
         Spread(tuple(epsilon_additive(b.at(s), a.at(s)) for s in seeds)),
@@ -121,44 +115,18 @@ def _compared(a: Group, b: Group, study: Study, resamples: int, seed: int) -> Co
     return Comparison(a.name, b.name, len(seeds), len(keys), gains, volume, epsilon)
 
 
-class _Draws:
-    """Points and seeds drawn with replacement: [resamples, n] shares that sum to 1."""
-
-    def __init__(self, points: int, seeds: int, resamples: int, seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        self.n = (points, seeds)
-        self.points = _shares(rng, points, resamples)
-        self.seeds = _shares(rng, seeds, resamples)
-
-    def volume_gain(self, a: Points, b: Points, reference: Points, paired: bool) -> Estimate:
-        """Mean hypervolume of fronts a [seeds, n, m] less that of b.
-
-        Args:
-            paired: whether the points of both are the same settings, drawn together.
-        """
-        chosen = self.points > 0 if paired else np.ones((len(self.seeds), 1), dtype=bool)
-        # Many draws have the same points: their volumes are computed once.
-        subsets, of_draw = np.unique(chosen, axis=0, return_inverse=True)
-
-        def gain(subset: NDArray[np.bool_]) -> Points:
-            use = subset if paired else slice(None)
-            ours, theirs = ([hypervolume(f, reference) for f in s[:, use]] for s in (a, b))
-            return np.subtract(ours, theirs, dtype=np.float64)
-
-        gains = np.array([gain(subset) for subset in subsets])
-        resampled = (self.seeds * gains[of_draw.reshape(-1)]).sum(axis=1)
-        whole = gain(np.ones(chosen.shape[1], dtype=bool))
-        n = self.n if paired else (1, self.n[1])
-        return _estimate(float(whole.mean()), resampled, n)
-
-
 def _shares(rng: np.random.Generator, n: int, resamples: int) -> Points:
+    """[resamples, n] how often each of n is drawn, of n draws with replacement, over n."""
     return rng.multinomial(n, [1 / n] * n, size=resamples) / n if n else np.zeros((resamples, 0))
 
 
-def _estimate(mean: float, resampled: Points, n: tuple[int, int]) -> Estimate:
-    """With its percentile interval; without one where nothing else could be drawn."""
-    if max(n) < 2:
+def _estimate(mean: float, resampled: Points, most: int) -> Estimate:
+    """With its percentile interval; without one where there is nothing else to draw.
+
+    Args:
+        most: the settings or seeds that were drawn from, whichever are more.
+    """
+    if most < 2:
         return Estimate(mean, math.nan, math.nan)
     tail = 50 * (1 - CERTAINTY)
     low, high = np.percentile(resampled, [tail, 100 - tail])

@@ -141,7 +141,7 @@ def _point(
     weights = None
     if first.weights is not None:
         weights = np.array([first.weights[name] for name in objectives], dtype=np.float64)
-    texts = ["/".join(f"{weight:g}" for weight in weights)] if weights is not None else []
+    texts = ["/".join(f"{weight:.4g}" for weight in weights)] if weights is not None else []
     others = _others(first, varying, config.by)
     label = ", ".join([*texts, *(f"{name}={shown(value)}" for name, value in others.items())])
     values = {

@@ -54,17 +54,26 @@ def pictures(study: Study, metric: str) -> dict[str, str]:
             panels = np.atleast_1d(figure.subplots(1, len(pairs)))
             for axes, (x, y) in zip(panels, pairs, strict=True):
                 _draw_pair(axes, study, x, y, metric)
+            weights = "/".join(study.objectives)
+            figure.suptitle(
+                f"Mean over seeds with its 95 % interval; weights are {weights}", fontsize=10
+            )
             drawn["fronts"] = _svg(figure, panels[0])
         if m >= _MOST_PANELS:
             figure = Figure(figsize=(max(6.0, 1.8 * m), 5.0), layout="constrained")
             axes = figure.subplots()
             _draw_parallel(axes, study, metric)
+            figure.suptitle("Means over seeds; pale: not on its rule's front", fontsize=10)
             drawn["parallel"] = _svg(figure, axes)
     return drawn
 
 
 def _draw_pair(axes: Axes, study: Study, x: int, y: int, metric: str) -> None:
-    """Means with their 95 % intervals over seeds; a line joins a group's front in these two."""
+    """Means with their 95 % intervals over seeds; a line joins a group's front in these two.
+
+    The axes are those of the means: with two seeds an interval can be ten times as wide.
+    """
+    written = {"-"}
     for group, color, marker in _looks(study.groups):
         means = study.sign * group.means
         xs, ys = ([point.spread(k, study.sign) for point in group.points] for k in (x, y))
@@ -85,8 +94,15 @@ def _draw_pair(axes: Axes, study: Study, x: int, y: int, metric: str) -> None:
         line = line[np.argsort(line[:, x])]
         axes.plot(line[:, x], line[:, y], color=color, linewidth=0.8, alpha=0.6)
         for point, mean in zip(group.points, means, strict=True):
-            at = (float(mean[x]), float(mean[y]))
-            axes.annotate(point.label, at, (6, 5), textcoords="offset points", fontsize=6)
+            if point.label not in written:  # beside the first rule's point: others' are near it
+                written.add(point.label)
+                at = (float(mean[x]), float(mean[y]))
+                axes.annotate(point.label, at, (6, 5), textcoords="offset points", fontsize=7)
+    everything = study.sign * np.concatenate([group.means for group in study.groups])
+    low, high = everything.min(axis=0), everything.max(axis=0)
+    room = np.maximum(0.4 * (high - low), 1e-6)
+    axes.set_xlim(low[x] - room[x], high[x] + room[x])
+    axes.set_ylim(low[y] - room[y], high[y] + room[y])
     axes.set_xlabel(f"{metric} of {study.objectives[x]}")
     axes.set_ylabel(f"{metric} of {study.objectives[y]}")
     _plain(axes)

@@ -63,12 +63,13 @@ def _points(study: Study) -> Table:
                     "-" if rays is None else rays.with_interval(),
                 )
             )
+    weights = f"weights ({'/'.join(study.objectives)})"
     return Table(
         "Points",
         "One line a setting. `front`: no other point of the same rule is at least as good in every "
         "objective and better in one, by the means over seeds. `off ray`: the distance from the "
         "ray that leads from the reference point along the weights.",
-        ("rule", "weights", "seeds", *study.objectives, "front", "off ray"),
+        ("rule", weights, "seeds", *study.objectives, "front", "off ray"),
         rows,
     )
 
@@ -124,8 +125,9 @@ def _gains(study: Study, comparisons: Sequence[Comparison]) -> Table:
         "Rules against each other",
         "How much better the first is, over the settings and seeds that both have, with the 95 % "
         "percentile interval of a bootstrap that draws settings and seeds with replacement, the "
-        "same for both. An interval without zero is a clear difference; with few seeds these are "
-        "too narrow, and of twenty differences that are none one looks clear.",
+        "same for both; of hypervolumes, which are over all settings of each, seeds alone. An "
+        "interval without zero is a clear difference; with few seeds these are too narrow, and of "
+        "twenty differences that are none one looks clear.",
         ("rules", "settings", "seeds", *study.objectives, "hypervolume"),
         rows,
     )
