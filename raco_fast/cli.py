@@ -233,10 +233,12 @@ def _run_sweep(parser: ArgumentParser, values: Any) -> int:
     print(f"\n{table(result)}\n\nruns, with their numbers: {config.folder / 'runs.json'}")
     for run in result.failed:
         print(f"raco-fast: failed: {run.name}: {result.end_of(run).reason}", file=sys.stderr)
-    if result.stopped:
-        print("raco-fast: stopped; run the same command again to go on", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return EXIT_BAD_INPUT if result.failed else 0
+    if result.is_whole:
+        return 0
+    if result.failed and not result.stopped:
+        return EXIT_BAD_INPUT
+    print("raco-fast: stopped; run the same command again to go on", file=sys.stderr)
+    return EXIT_INTERRUPTED
 
 
 def _run_pareto(parser: ArgumentParser, values: Any) -> int:

@@ -40,6 +40,11 @@ class SweepResult:
         return self.ends.get(run.name, _NOT_STARTED)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether every run is finished."""
+        return all(self.end_of(run).status == "finished" for run in self.runs)
+
+    @property
     def failed(self) -> list[Run]:
         """The runs that ended with an error."""
         return [run for run in self.runs if self.end_of(run).status == "failed"]
@@ -106,5 +111,6 @@ def _evaluation(run: Run, result: SweepResult) -> Mapping[str, Any]:
 
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
-        return "/".join(f"{name} {_shown(inner)}" for name, inner in value.items())
+        parts = ((name, _shown(inner)) for name, inner in value.items())
+        return "/".join(text if name == "name" else f"{name} {text}" for name, text in parts)
     return f"{value:g}" if isinstance(value, float) else str(value)

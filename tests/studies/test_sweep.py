@@ -94,6 +94,7 @@ def test_finished_runs_are_known_by_their_content(make_sweep, base, tmp_path, ca
         planned(more)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_is_that_which_was_not(
     runs, make_sweep, tmp_path, monkeypatch
 ):
