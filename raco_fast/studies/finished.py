@@ -16,7 +16,7 @@ from typing import Any
 from raco_fast.dpo.run.checkpoint import latest, read_state
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.files import atomic_file
-from raco_fast.dpo.run.identity import compared, identity
+from raco_fast.dpo.run.identity import compared, default_of, identity
 from raco_fast.dpo.run.metrics_file import is_evaluation, read_records
 from raco_fast.settings.paths import expanded
 from raco_fast.settings.plain import shown
@@ -63,11 +63,11 @@ class Finished:
         before, wanted = compared(saved), compared(now)
         for each, of in ((before, saved), (wanted, now)):
             each["eval_data"] = of["eval_data"]
-        found = [
-            f"{key}: {shown(before.get(key))} there, {shown(wanted.get(key))} now"
+        both = {
+            key: [of.get(key, default_of(key)) for of in (before, wanted)]
             for key in sorted(before.keys() | wanted.keys())
-            if before.get(key) != wanted.get(key)
-        ]
+        }
+        found = [f"{k}: {shown(a)} there, {shown(b)} now" for k, (a, b) in both.items() if a != b]
         contents = inputs_of(config)
         changed = [name for name, digest in self.inputs.items() if contents.get(name) != digest]
         return found or [f"the content of {name} has changed" for name in sorted(changed)]

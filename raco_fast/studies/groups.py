@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from raco_fast.dpo.run.identity import default_of
 from raco_fast.settings.plain import shown
 from raco_fast.studies.fronts import Points
 from raco_fast.studies.outcomes import Outcome
@@ -135,8 +136,9 @@ def _point(
         other = by_seed.setdefault(run.seed, run)
         if other is not run:
             raise ValueError(
-                f"`runs` must differ in a setting or the seed, got {other.folder} and {run.folder} "
-                f"with the same; leave one of them out"
+                f"`runs` must differ in the seed or a setting that changes what is learnt, got "
+                f"{other.folder} and {run.folder} with the same; leave one of them out, or name "
+                f"the setting in `by`"
             )
     weights = None
     if first.weights is not None:
@@ -154,16 +156,20 @@ def _point(
 def _varying(outcomes: Sequence[Outcome]) -> list[str]:
     """The settings in which runs differ, beside rule, weights and seed."""
     names = dict.fromkeys(name for outcome in outcomes for name in outcome.compared)
-    first = outcomes[0].compared
+    first, *others = outcomes
     return [
         name
         for name in names
-        if name not in _APART and any(o.compared.get(name) != first.get(name) for o in outcomes)
+        if name not in _APART and any(_value(o, name) != _value(first, name) for o in others)
     ]
 
 
 def _others(outcome: Outcome, varying: Sequence[str], by: Sequence[str]) -> dict[str, Any]:
-    return {name: outcome.compared.get(name) for name in varying if name not in by}
+    return {name: _value(outcome, name) for name in varying if name not in by}
+
+
+def _value(outcome: Outcome, name: str) -> Any:
+    return outcome.compared.get(name, default_of(name))
 
 
 def _of(outcome: Outcome, name: str) -> str:

@@ -89,6 +89,14 @@ def test_finished_runs_are_known_by_their_content(make_sweep, base, tmp_path, ca
     ):
         with pytest.raises(ValueError, match=message):
             planned(dataclasses.replace(more, base=base | own | changes))
+    # A setting that is newer than the run had its default.
+    record = result.runs[0].config.folder / NAME
+    noted = json.loads(record.read_text())
+    del noted["run"]["settings"]["warmup_ratio"]
+    record.write_text(json.dumps(noted))
+    assert planned(more)[0].finished
+    with pytest.raises(ValueError, match=r"\(warmup_ratio: 0.1 there, 0.2 now\)"):
+        planned(dataclasses.replace(more, base=base | own | {"warmup_ratio": 0.2}))
     data.write_text("".join(data.read_text().splitlines(keepends=True)[::-1]))
     with pytest.raises(ValueError, match=r"\(the content of .*pairs.jsonl has changed\)"):
         planned(more)

@@ -139,7 +139,7 @@ def _differences(config: TrainConfig, saved: Mapping[str, Any], kind: Change) ->
     before, now = dict(_flat(saved)), dict(_flat(identity(config)))
     for key in sorted(before.keys() | now.keys()):
         # A setting that did not exist when the checkpoint was written had its default.
-        was = before[key] if key in before else _default(key)
+        was = before[key] if key in before else default_of(key)
         if change_of(key) is kind and was != now.get(key):
             yield _difference(key, was, now.get(key))
 
@@ -160,8 +160,11 @@ def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _default(key: str) -> Any:
-    """The default of a setting as plain JSON; None where it has none."""
+def default_of(key: str) -> Any:
+    """The default of a setting as plain JSON; None where it has none.
+
+    A setting that did not exist when a run noted its own had this value.
+    """
     group, _, name = key.rpartition(".")
     kind = {"model": ModelOptions, "tokens": TokenOptions}.get(group, TrainConfig)
     for field in dataclasses.fields(kind):
