@@ -17,8 +17,10 @@ from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.identity import identity
 from raco_fast.studies import fronts, pictures
 from raco_fast.studies import pareto as pareto_module
+from raco_fast.studies.comparison import compared_groups
 from raco_fast.studies.finished import NAME, Finished
 from raco_fast.studies.fronts import has_hypervolume
+from raco_fast.studies.groups import Group, Point, Study
 from raco_fast.studies.pareto import pareto
 from raco_fast.studies.pareto_config import ParetoConfig
 
@@ -151,30 +153,52 @@ def test_hypervolume_is_that_of_every_seeds_front(study):
     assert first["hypervolume"]["mean"] == pytest.approx(gain, rel=1e-9)
 
 
-def test_the_bootstrap_is_paired_by_seed_and_weights(study):
-    report = study(resamples=4000)
-    both = report.content["comparisons"][0]
+def test_differences_are_paired_by_seed_and_weights(study):
+    report = study()
+    both, with_mgda, _ = report.content["comparisons"]
     assert (both["first"], both["second"]) == ("cagrad", "linear")
     assert (both["settings"], both["seeds"]) == (2, 3)
-    seeds, ks = (0, 1, 2), (0, 1)
     for i, name in enumerate("ab"):
         differences = np.array(
-            [[value("cagrad", k, s, i) - value("linear", k, s, i) for s in seeds] for k in ks]
+            [
+                [value("cagrad", k, s, i) - value("linear", k, s, i) for s in range(3)]
+                for k in (0, 1)
+            ]
         )
-        # Every draw there is, with its probability: 2^2 of settings, 3^3 of seeds.
-        draws = [
-            differences[list(p)][:, list(s)].mean()
-            for p, s in product(product(range(2), repeat=2), product(range(3), repeat=3))
-        ]
-        low, high = np.percentile(draws, [2.5, 97.5])
-        found, width = both["gains"][name], np.ptp(draws)
+        found = both["gains"][name]
         assert found["mean"] == pytest.approx(differences.mean(), rel=1e-9)
-        assert found["low"] == pytest.approx(low, abs=0.05 * width)
-        assert found["high"] == pytest.approx(high, abs=0.05 * width)
-        # The seeds' common noise is gone: far narrower than a difference of independent runs.
-        assert found["high"] - found["low"] < 0.08
-    with_mgda = report.content["comparisons"][1]
+        # The seeds' common noise, of 0.05, is gone.
+        assert differences.min() <= found["low"] <= found["high"] <= differences.max()
     assert (with_mgda["second"], with_mgda["settings"], with_mgda["gains"]) == ("mgda", 0, {})
+
+
+@pytest.mark.parametrize(("of_settings", "of_seeds"), [(0.1, 0.1), (0.0, 0.1), (0.1, 0.0)])
+def test_the_bootstrap_draws_settings_and_seeds(of_settings, of_seeds):
+    settings, seeds = 3, 4
+    rng = np.random.default_rng(7)
+    a, b, gain = rng.random(settings), rng.random(seeds), 0.02
+    differences = gain + of_settings * a[:, None] + of_seeds * b
+
+    def made(name: str, values: np.ndarray) -> Group:
+        points = [
+            Point(f"{p}", f"{p}", None, {s: np.full(2, values[p, s]) for s in range(seeds)})
+            for p in range(settings)
+        ]
+        return Group(name, points)
+
+    groups = [made("x", differences + 0.5), made("y", np.full((settings, seeds), 0.5))]
+    (found,) = compared_groups(Study(("o", "q"), 1.0, np.zeros(2), groups), 6000, 3)
+    # Every draw there is, each as likely as any other: 3^3 of settings, 4^4 of seeds.
+    draws = [
+        differences[np.ix_(p, s)].mean()
+        for p in product(range(settings), repeat=settings)
+        for s in product(range(seeds), repeat=seeds)
+    ]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    for estimate in found.gains.values():
+        assert estimate.mean == pytest.approx(differences.mean(), rel=1e-12)
+        assert estimate.low == pytest.approx(low, abs=0.05 * (high - low))
+        assert estimate.high == pytest.approx(high, abs=0.05 * (high - low))
 
 
 def test_epsilon_is_that_of_every_seed(study):

@@ -277,7 +277,7 @@ def test_of_runs_that_start_together_one_scores_and_the_others_wait(
     waiting, others = Event(), []
 
     def logps(model, batch, *args):
-        if not scored:  # in the middle of the first pass the others begin
+        if not others:  # in the middle of the first pass the others begin
             others.extend(Thread(target=lambda: found.append(again())) for _ in range(2))
             for thread in others:
                 thread.start()
