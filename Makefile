@@ -30,7 +30,7 @@ test-slow: $(STAMP)
 	$(PYTEST) $(PARALLEL)
 
 test-numerics: $(STAMP)
-	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 $(PYTEST) -m "not slow" $(NUMERICS)
+	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 $(PYTEST) --tap-functions -m "not slow" $(NUMERICS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
+from raco_fast.engine import light_tap
 from raco_fast.engine.declaration import sequences
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
 
@@ -19,7 +20,12 @@ settings.register_profile("raco", deadline=None, derandomize=True, print_blob=Tr
 settings.load_profile("raco")
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--tap-functions`: the layers of tests are so small that all would have light taps."""
+    parser.addoption("--tap-functions", action="store_true", help="leave no light taps")
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """Keep tests off the network and on one thread, the processes that they start as well.
 
     Looking for a model takes minutes where there is no network. Threads wait for one another where
@@ -28,6 +34,8 @@ def pytest_configure() -> None:
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which is later
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+    if config.getoption("--tap-functions"):
+        light_tap._FEW_ROWS = -1
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from raco_fast.backends.transfer import sent
 from raco_fast.engine.gradient_collector import GradientCollector, Into
@@ -129,7 +130,11 @@ def use_up(graph: ScoreGraph) -> None:
     next.
     """
     nothing: Tensor = _NoGradient.apply(graph.scores)  # type: ignore[no-untyped-call]
-    propagate(nothing, torch.ones(len(nothing)), inputs=[ANCHOR])
+    light = graph.light_taps()
+    ends: list[Any] = [*light.values(), ANCHOR]
+    torch.autograd.grad([nothing], ends, [torch.ones_like(nothing)], allow_unused=True)
+    for tap in light:
+        tap.use_up()
 
 
 @contextmanager
@@ -181,16 +186,43 @@ def collect(
     """
     if not graph.taps:
         return
-    at_taps = [node for node in graph.taps if node not in graph.lookups]
+    light = graph.light_taps()
+    nodes = [tap for tap in graph.taps if tap not in graph.lookups and tap not in light]
     with ExitStack() as stack:
         stack.enter_context(nothing_past_rules(graph.wanted))
-        running = stack.enter_context(collecting(collector, at_taps))
+        running = stack.enter_context(collecting(collector, nodes))
         for tap, (add, shape) in graph.lookups.items():
             hook = add.register_prehook(_of_every_sequence(running, tap, shape))
             stack.callback(hook.remove)
         for kind in {graph.scores.device.type, *(p.device.type for p in graph.wanted)}:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        propagate(graph.scores, seeds, inputs=[ANCHOR], retain_graph=retain_graph)
+        dys = _captured(graph, seeds, list(light.values()), retain_graph)
+        with torch.no_grad(), _freed_graphs_named("scores"):
+            for tap, dy in zip(light, dys, strict=True):
+                if dy is not None:
+                    collector(layer_call(tap, tap.x, tap.dy(dy)))
+                if not retain_graph:
+                    tap.use_up()
+
+
+def _captured(
+    graph: ScoreGraph, seeds: Tensor, edges: Sequence[GradientEdge], retain_graph: bool
+) -> Sequence[Tensor | None]:
+    """The gradients of Σ_b seeds_b scores_b at some edges, None where none arrives."""
+    scores = graph.scores
+    if not edges:
+        propagate(scores, seeds, inputs=[ANCHOR], retain_graph=retain_graph)
+        return ()
+    ends: list[Any] = [*edges, ANCHOR]
+    with _freed_graphs_named("scores"):
+        found = torch.autograd.grad(
+            [scores],
+            ends,
+            [sent(seeds.to(scores.dtype), scores.device)],
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
+    return found[:-1]
 
 
 def _of_every_sequence(

@@ -226,7 +226,7 @@ def matrix_use(x: Tensor, dy: Tensor, segments: Segments) -> Use:
     d_in, d_out = x.shape[-1], dy.shape[-1]
     rows, held = x.numel() // max(1, d_in), segments.entries * d_in * d_out
     # Rows in order already cost nothing but a call for each group.
-    most = rows * (d_in + d_out) if segments.order is not None else _FEW
+    most = _FEW if segments.order is None else max(_FEW, rows * (d_in + d_out))
     if held <= most:
         return FactorsUse(segments.split(x), segments.split(dy), segments)
     if _THIN * min(d_in, d_out) <= max(d_in, d_out):

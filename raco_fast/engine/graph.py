@@ -13,20 +13,28 @@ from collections.abc import Collection, Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from raco_fast.distributed.dtensor import is_dtensor
 from raco_fast.distributed.fsdp2 import owner_of
 from raco_fast.engine.declaration import Entries, MisfitError, entries
-from raco_fast.engine.tap import ANCHOR, Checks, Node, Tapped, is_prepared, name_of, reason_for
-
-_PLAIN, _LEAF, _TAPPED, _BATCH_NORM, _REENTRANT = range(5)
-_BY_NAME = {
-    "AccumulateGrad": _LEAF,
-    "NativeBatchNormBackward0": _BATCH_NORM,
-    "CudnnBatchNormBackward0": _BATCH_NORM,
-    "MiopenBatchNormBackward0": _BATCH_NORM,
-    "CheckpointFunctionBackward": _REENTRANT,
-}
+from raco_fast.engine.light_tap import LightTap, may_have_light_taps
+from raco_fast.engine.nodes import (
+    BATCH_NORM,
+    LEAF,
+    PLAIN,
+    REENTRANT,
+    TAPPED,
+    AnyTap,
+    added_to_sequences,
+    edges,
+    kind_of,
+    own_end,
+    reaches_out,
+    role_of,
+    tap_at,
+)
+from raco_fast.engine.tap import ANCHOR, Checks, Node, is_prepared, name_of, reason_for
 
 
 class ScoreGraph:
@@ -40,7 +48,8 @@ class ScoreGraph:
         misfits: layers whose rows could not be told apart at some time; this graph's are added.
 
     Attributes:
-        taps: nodes of the layers that use wanted parameters.
+        taps: of the layers that use wanted parameters.
+        nodes: tap -> the node that it is or was left at.
         lookups: tap of a position lookup -> (node that adds it to every sequence, rows there).
         uses: how many calls of layers use each wanted parameter.
         layer_of: the layer of each.
@@ -64,7 +73,8 @@ class ScoreGraph:
         misfits: set[str],
     ) -> None:
         self.scores, self.wanted, self.misfits = scores, wanted, misfits
-        self.taps: list[Node] = []
+        self.taps: list[AnyTap] = []
+        self.nodes: dict[AnyTap, Node] = {}
         self.lookups: dict[Node, tuple[Node, torch.Size]] = {}
         self.uses: Counter[Tensor] = Counter()
         self.layer_of: dict[Tensor, str] = {}
@@ -87,16 +97,21 @@ class ScoreGraph:
             )
         self._walk_losses(losses)
         self._place_rows()
-        for node in self.taps:
-            self._note_layer(node)
+        for tap in self.taps:
+            self._note_layer(tap)
 
     def shared(self) -> set[Tensor]:
         """The parameters that several calls use: tied, or in a layer that is called again."""
         return {p for p, calls in self.uses.items() if calls > 1}
 
+    def light_taps(self) -> dict[LightTap, GradientEdge]:
+        """With where the gradients of their layers' outputs arrive."""
+        light = [tap for tap in self.taps if isinstance(tap, LightTap)]
+        return {tap: GradientEdge(self.nodes[tap], tap.output) for tap in light}
+
     def pairs(self) -> list[tuple[int, int]]:
         """Sequences that share rows of some layer."""
-        found = {id(node.index): node.index for node in self.taps if node.index is not None}
+        found = {id(tap.index): tap.index for tap in self.taps if tap.index is not None}
         return sorted({pair for declared in found.values() for pair in declared.pairs})
 
     def _refuse(self, obstacle: str) -> None:
@@ -106,58 +121,70 @@ class ScoreGraph:
         # Thousands of nodes at every call: what a type means is looked up once.
         roles: dict[type, int] = {}
         below_of: dict[type, set[type]] = {}  # kind of a node -> kinds that it leads on to
-        root = self.scores.grad_fn
         # Depth first, each node once; from a tap only on to where the layer's input comes from.
-        stack: list[Node] = [root]
-        seen = {root}
-        roles[type(root)] = _role(root)
-        self._see(root, roles[type(root)])
+        root: Node = self.scores.grad_fn
+        tap = self._see(root, role_of(type(root)))
+        self._check_output(tap, self.scores.output_nr)
+        stack = [(root, tap)]
+        seen = {root: tap}
         while stack:
-            node = stack.pop()
-            kind = type(node)
-            edges = node.next_functions
-            if roles[kind] == _TAPPED:
-                edges = edges[_below(node) : _below(node) + 1]
+            node, tap = stack.pop()
+            kind = type(node) if tap is None else kind_of(node, tap)
             kinds_below = below_of.get(kind)
             if kinds_below is None:
                 kinds_below = below_of[kind] = set()
-            for place, (below, _) in enumerate(edges):
+            on = node.next_functions if tap is None else edges(node, tap)
+            for place, (below, output) in enumerate(on):
                 if below is None:
                     continue
                 kind_below = type(below)
                 role = roles.get(kind_below)
                 if role is None:
-                    role = roles[kind_below] = _role(below)
-                if role == _LEAF:
+                    role = roles[kind_below] = role_of(kind_below)
+                if role == LEAF:
                     self._leaf(owner_of(below.variable), node, "the scores past every rule")
                     continue
-                kinds_below.add(kind_below)
-                if role == _TAPPED:
+                if below in seen:
+                    found = seen[below]
+                else:
+                    plain = role == PLAIN and not may_have_light_taps(kind_below)
+                    seen[below] = found = None if plain else self._see(below, role)
+                    stack.append((below, found))
+                if found is None:
+                    kinds_below.add(kind_below)
+                    continue
+                kinds_below.add(kind_of(below, found))
+                self._check_output(found, output)
+                if role == TAPPED:
                     self._into[below].append((node, place))
-                if below not in seen:
-                    seen.add(below)
-                    stack.append(below)
-                    if role != _PLAIN:
-                        self._see(below, role)
         for above, kinds_below in below_of.items():
             self.facts.update((above.__name__, below.__name__) for below in kinds_below)
 
-    def _see(self, node: Node, role: int) -> None:
-        """What a node below the scores means by itself."""
-        if role == _TAPPED:
-            layer = node.layer
-            wanted = [p for p in node.parameters if not self._is_other(p)]
-            if wanted:
-                self.taps.append(node)
-            for p in wanted:
-                self.uses[p] += 1
-                self.layer_of[p] = layer
-            self.leaves.update(zip(node.parameters, node.leaves, strict=True))
-            self.checks = node.checks or self.checks
-        elif role == _BATCH_NORM and node._saved_training:
+    def _see(self, node: Node, role: int) -> AnyTap | None:
+        """What a node below the scores means by itself; its tap."""
+        tap = tap_at(node, role)
+        if tap is not None:
+            self._note_tap(node, tap)
+        elif role == BATCH_NORM and node._saved_training:
             self._refuse("batch normalisation in training mode mixes sequences; call its .eval()")
-        elif role == _REENTRANT:
+        elif role == REENTRANT:
             self._refuse("reentrant checkpointing hides layers; use use_reentrant=False")
+        return tap
+
+    def _check_output(self, tap: AnyTap | None, output: int) -> None:
+        if isinstance(tap, LightTap) and tap.output != output:
+            self._refuse(f"layer {tap.layer!r} has given more than its output")
+
+    def _note_tap(self, node: Node, tap: AnyTap) -> None:
+        wanted = [p for p in tap.parameters if not self._is_other(p)]
+        if wanted:
+            self.taps.append(tap)
+            self.nodes[tap] = node
+        for p in wanted:
+            self.uses[p] += 1
+            self.layer_of[p] = tap.layer
+        self.leaves.update(zip(tap.parameters, tap.leaves, strict=True))
+        self.checks = tap.checks or self.checks
 
     def _leaf(self, p: Tensor, node: Node, where: str) -> None:
         if not self._is_other(p):
@@ -202,16 +229,17 @@ class ScoreGraph:
             if (node, output) == stop:
                 through = True
                 continue
-            role = _role(node)
-            if role == _LEAF and not self._is_other(owner_of(node.variable)):
+            role = role_of(type(node))
+            tap = tap_at(node, role)
+            if role == LEAF and not self._is_other(owner_of(node.variable)):
                 by = "" if above is None else f", in {above.name()}"
                 past = past or f"{name_of(owner_of(node.variable))} reaches {where}{by}"
-            for p in node.parameters if role == _TAPPED else ():
+            for p in () if tap is None else tap.parameters:
                 if not self._is_other(p):
                     past = past or f"{name_of(p)} reaches {where}, as in an auxiliary loss"
-            if role == _REENTRANT:
+            if role == REENTRANT:
                 past = past or f"reentrant checkpointing hides what reaches {where}"
-            for edge in _edges(node):
+            for edge in edges(node, tap):
                 if edge[0] is not None and edge not in seen:
                     seen.add(edge)
                     stack.append((*edge, node))
@@ -223,45 +251,46 @@ class ScoreGraph:
         known: dict[Hashable, Entries] = {}
         # How many tokens a sequence has, as most layers with rows [n, tokens, d] say: without it
         # rows [n * tokens, d] could be anything.
-        tokens = [node for node in self.taps if len(node.shape) > 2 - node.broadcasts]
-        lengths = Counter(node.shape[1] for node in tokens if node.shape[0] == n)
+        tokens = [tap for tap in self.taps if len(tap.shape) > 2 - tap.broadcasts]
+        lengths = Counter(tap.shape[1] for tap in tokens if tap.shape[0] == n)
         length = max(lengths, key=lambda size: lengths[size]) if lengths else None
-        for node in self.taps:
-            shape: Sequence[int] = node.shape
-            lookup = _added_to_sequences(self._into[node]) if node.broadcasts else None
+        for tap in self.taps:
+            shape: Sequence[int] = tap.shape
+            lookup = added_to_sequences(self._into[tap]) if tap.broadcasts else None
             if lookup is not None and math.prod(lookup[1]) > math.prod(shape):
-                self.lookups[node], shape = lookup, lookup[1]
+                self.lookups[tap], shape = lookup, lookup[1]
             try:
-                alike = tuple(shape), id(node.index)
+                alike = tuple(shape), id(tap.index)
                 if alike not in known:
-                    known[alike] = entries(node.layer, shape, node.index, n, length)
-                node.entries = known[alike]
+                    known[alike] = entries(tap.layer, shape, tap.index, n, length)
+                tap.entries = known[alike]
             except MisfitError as misfit:
-                misfits.append((node, str(misfit)))
-                self.misfits.add(node.layer)
+                misfits.append((tap, str(misfit)))
+                self.misfits.add(tap.layer)
             else:
-                index, outer = node.entries
+                index, outer = tap.entries
                 flat = index is None and shape[0] != n
                 alone = index is None or index.shared_with is None
                 fact = (len(shape), index is None, alone, outer > 1, flat)
-                self.facts.add(("rows", node.layer, *fact))
-                if node.layer in self.misfits:
+                self.facts.add(("rows", tap.layer, *fact))
+                if tap.layer in self.misfits:
                     self._refuse(
-                        f"layer {node.layer!r} has had inputs whose rows could not be told apart, "
+                        f"layer {tap.layer!r} has had inputs whose rows could not be told apart, "
                         f"so what fits now may fit by chance"
                     )
         if not misfits:
             return
-        declared = any(node.index is not None for node, _ in misfits)
+        declared = any(tap.index is not None for tap, _ in misfits)
         if declared and len(misfits) == len(self.taps):
             raise ValueError(misfits[0][1])  # not this layer, but the declaration
         self._refuse(misfits[0][1])
 
-    def _note_layer(self, node: Node) -> None:
-        fact = ("layer", node.layer, node.look, _name_of_own(node))
-        if fact not in self._known and _reaches_out(node):
+    def _note_layer(self, tap: AnyTap) -> None:
+        own = own_end(self.nodes[tap], tap)
+        fact = ("layer", tap.layer, tap.look, None if own is None else type(own[0]).__name__)
+        if fact not in self._known and reaches_out(self.nodes[tap], tap):
             self._refuse(
-                f"layer {node.layer!r} depends on more than its first argument and its parameters, "
+                f"layer {tap.layer!r} depends on more than its first argument and its parameters, "
                 f"which its rule does not see"
             )
         self.facts.add(fact)
@@ -274,7 +303,7 @@ def other_leaves(losses: Iterable[Tensor], wanted: Sequence[Tensor]) -> list[Ten
     seen = set(stack)
     while stack:
         node = stack.pop()
-        if _role(node) == _LEAF:
+        if role_of(type(node)) == LEAF:
             found[id(node.variable)] = node.variable
         for below, _ in node.next_functions:
             if below is not None and below not in seen:
@@ -283,65 +312,3 @@ def other_leaves(losses: Iterable[Tensor], wanted: Sequence[Tensor]) -> list[Ten
     for p in (ANCHOR, *wanted):
         found.pop(id(p), None)
     return list(found.values())
-
-
-def _role(node: Node) -> int:
-    kind = type(node)
-    name = kind.__name__
-    if name.endswith("Backward"):  # of a function in Python; torch's own end in a digit
-        forward = getattr(kind, "_forward_cls", None)
-        if isinstance(forward, type) and issubclass(forward, Tapped):
-            return _TAPPED
-    return _BY_NAME.get(name, _PLAIN)
-
-
-def _below(node: Node) -> int:
-    below: int = type(node)._forward_cls.BELOW
-    return below
-
-
-def _edges(node: Node) -> Sequence[tuple[Node, int]]:
-    """Where a node leads on to; a layer, to where its input comes from."""
-    edges: Sequence[tuple[Node, int]] = node.next_functions
-    return edges[_below(node) : _below(node) + 1] if _role(node) == _TAPPED else edges
-
-
-def _name_of_own(tap: Node) -> str | None:
-    """What the layer behind a tap ends in; None: the function is itself the layer."""
-    if _below(tap) == 0:
-        return None
-    own: Node = tap.next_functions[0][0]
-    return type(own).__name__
-
-
-def _reaches_out(tap: Node) -> bool:
-    """Whether a layer's own part of the graph ends elsewhere than at its input and parameters."""
-    if _below(tap) == 0:
-        return False  # the function is itself the layer
-    own, at_input = {id(p) for p in tap.leaves}, tap.next_functions[_below(tap)]
-    stack = [tap.next_functions[0]]
-    seen = {at_input, *stack}
-    while stack:
-        node, _ = stack.pop()
-        role = _role(node)
-        if role == _TAPPED or (role == _LEAF and id(node.variable) not in own):
-            return True
-        for edge in node.next_functions:
-            if edge[0] is not None and edge not in seen:
-                seen.add(edge)
-                stack.append(edge)
-    return False
-
-
-def _added_to_sequences(above: list[tuple[Node, int]]) -> tuple[Node, torch.Size] | None:
-    """(the node that adds a lookup's output to more rows than it has, the shape of those rows).
-
-    Positions are looked up once, as [T] or [1, T], and added to the words of every sequence. The
-    gradient of the sum has the row of each sequence that the lookup's own gradient adds up.
-    """
-    if len(above) != 1:
-        return None
-    ((add, place),) = above
-    if type(add).__name__ != "AddBackward0" or (place == 1 and add._saved_alpha != 1):
-        return None
-    return add, add._input_metadata[0].shape[:-1]

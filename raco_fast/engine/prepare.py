@@ -19,6 +19,7 @@ from raco_fast.distributed.dtensor import any_dtensor
 from raco_fast.distributed.fsdp2 import watch
 from raco_fast.engine.declaration import declared
 from raco_fast.engine.layer_rules import rule_for
+from raco_fast.engine.light_tap import left
 from raco_fast.engine.tap import (
     ANCHOR,
     Checks,
@@ -201,7 +202,8 @@ def _tapped(
     if obstacle is not None:
         remember_reason(leaves, f"layer {tap.layer!r} {obstacle}")
         return output
-    return tapped((site, tap.checks, module, leaves, declared()), output, x, ANCHOR)
+    of_call = site, tap.checks, module, leaves, declared()
+    return output if left(of_call, output, x) else tapped(of_call, output, x, ANCHOR)
 
 
 def _only_argument(

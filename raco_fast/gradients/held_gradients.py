@@ -20,6 +20,7 @@ from raco_fast.distributed.processes import GroupLike, Processes
 from raco_fast.distributed.replicas import check_replicas
 from raco_fast.engine.exactness import Exactness
 from raco_fast.gradients.buffer_pool import HostMemory
+from raco_fast.gradients.faster_mode import FasterMode
 from raco_fast.gradients.lending import Lent, left_in_private, lend, take_back, versions
 from raco_fast.gradients.objective_grad import (
     Touched,
@@ -65,6 +66,7 @@ class HeldGradients:
         self._in_private: str | None = None  # the objective whose gradients FSDP2 keeps yet
         self._replicas_checked = False
         self.exactness = Exactness(self.processes)
+        self.faster_mode = FasterMode(self.processes)
         self.plan = Plan()  # of the operations on these gradients
         self.passes = PassCount()
         self._memory = HostMemory()

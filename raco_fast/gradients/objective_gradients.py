@@ -14,6 +14,7 @@ from raco_fast.engine.exactness import Pass
 from raco_fast.engine.graph import ScoreGraph, other_leaves
 from raco_fast.gradients.accumulation import Accumulation
 from raco_fast.gradients.check_losses import given_names, ordered_losses, refuse_constants
+from raco_fast.gradients.faster_mode import MODES
 from raco_fast.gradients.held_gradients import HeldGradients
 from raco_fast.gradients.overflow import clear_overflow
 from raco_fast.gradients.own_gradients import (
@@ -52,8 +53,8 @@ class ObjectiveGradients(HeldGradients):
 
         Mode "autograd": m backward passes in weight order; the graph is kept for all but the last,
         so the losses may share a forward pass. Mode "one_backward": one pass, if the losses are
-        functions of `scores` and the model was prepared. Gradients add to what earlier calls left
-        (micro-batches).
+        functions of `scores` and the model was prepared. Mode "auto": both in turns in the first
+        calls, then the faster one. Gradients add to what earlier calls left (micro-batches).
 
         Every call in mode "one_backward" looks whether one pass is exact, and some compare it with
         an ordinary one (`raco_fast.prepare` says when); where it is not, it warns, names the
@@ -69,7 +70,7 @@ class ObjectiveGradients(HeldGradients):
                 sequence, in the order of the batch's rows (`raco_fast.sequences` declares others).
             mode: by default "one_backward" with `scores` and "autograd" without.
         Raises:
-            ValueError: unknown mode, or "one_backward" without `scores`; objectives missing or
+            ValueError: unknown mode, or no `scores` in one that needs them; objectives missing or
                 unknown, wrong number, not a scalar, a loss (with `scores`: every loss) that depends
                 on nothing that requires grad; scores without a graph or of the wrong shape. Nothing
                 has been backpropagated then.
@@ -77,19 +78,26 @@ class ObjectiveGradients(HeldGradients):
             RuntimeError: the model was not prepared, or its graph is used up.
         """
         mode = mode or ("autograd" if scores is None else "one_backward")
-        if mode not in ("autograd", "one_backward"):
-            raise ValueError(f"`mode` must be 'autograd' or 'one_backward', got {mode!r}")
-        if scores is None and mode == "one_backward":
+        if mode not in (*MODES, "auto"):
             raise ValueError(
-                "`scores` must be given in mode 'one_backward': the [B] sequence scores that the "
-                "losses are functions of, with their graph"
+                f"`mode` must be 'autograd', 'one_backward' or 'auto', got {mode!r}; leave it out "
+                f"for 'one_backward' with `scores` and 'autograd' without"
+            )
+        if scores is None and mode != "autograd":
+            raise ValueError(
+                f"`scores` must be given in mode {mode!r}: the [B] sequence scores that the losses "
+                f"are functions of, with their graph"
             )
         given, ordered = self.checked_losses(losses, scores)
         absent = set(self.names) - set(given) - self._ran
         if self.for_rules.keep_losses and all(p.grad is None for p in self.parameters()):
             self.for_rules.forget_losses()  # model.zero_grad() does not say so
         try:
-            self._propagate(ordered, scores, in_one=mode == "one_backward")
+            if mode == "auto" and scores is not None:
+                with self.faster_mode.mode(scores.device) as faster:
+                    self._propagate(ordered, scores, in_one=faster == "one_backward")
+            else:
+                self._propagate(ordered, scores, in_one=mode == "one_backward")
         finally:
             self._ran -= absent
         self.for_rules.add((n, x) for n, x in zip(self.names, ordered, strict=True) if n in given)

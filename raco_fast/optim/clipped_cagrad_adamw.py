@@ -164,9 +164,8 @@ class ClippedCAGradAdamW(AdamWWithSettings):
 
         Args:
             losses, scores: as there.
-            mode: "autograd", "one_backward" (the default with `scores`), or "gram_first": the
-                common direction is found before any gradient is formed, and p.grad holds it until
-                `step()`; see `raco_fast.gram_first`.
+            mode: as there, or "gram_first": the common direction is found before any gradient is
+                formed, and p.grad holds it until `step()`; see `raco_fast.gram_first`.
             keep_dy: of "gram_first".
             step_in_backward: of "gram_first": update each parameter as soon as its gradient exists
                 and free the gradient; `step()` then has nothing left to do. Not with GradScaler,

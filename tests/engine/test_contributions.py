@@ -254,8 +254,9 @@ PERMUTED = Segments(7, torch.tensor([4, 0, 6, 3, 1]), (0, 2, 2, 5))  # 2 and 5 b
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("outer", [1, 2], ids=["rows", "heads before rows"])
 @pytest.mark.parametrize("d_out", [3, 320], ids=["thin", "wide"])
-def test_rows_of_a_layer_as_they_lie(dtype, outer, d_out):
+def test_rows_of_a_layer_as_they_lie(monkeypatch, dtype, outer, d_out):
     """`matrix_use` and `vector_use` put nothing or everything in order, and get the same."""
+    monkeypatch.setattr(contributions, "_FEW", 0)
     shape = (7, 6) if outer == 1 else (outer, 7, 3)
     segments = Segments(7, PERMUTED.order, PERMUTED.offsets, outer)
     x, dy = randn(*shape, 20, seed=1, dtype=dtype), randn(*shape, d_out, seed=2, dtype=dtype)

@@ -19,13 +19,13 @@ from torch.utils.checkpoint import checkpoint
 import raco_fast
 from raco_fast import prepare
 from raco_fast.engine import layer_rules
-from raco_fast.engine.backward import propagate, sensitivities
+from raco_fast.engine.backward import collect, sensitivities
 from raco_fast.engine.contributions import vector_use
 from raco_fast.engine.declaration import sequences
 from raco_fast.engine.gradient_collector import GradientCollector
 from raco_fast.engine.graph import ScoreGraph
+from raco_fast.engine.nodes import role_of, tap_at
 from raco_fast.engine.sequences import Factored
-from raco_fast.engine.tap import ANCHOR, collecting
 from raco_fast.gradients.accumulation import Accumulation
 from raco_fast.gradients.buffer_pool import HostMemory
 
@@ -48,7 +48,7 @@ def taps(scores: Tensor) -> int:
         if node is not None and node not in seen:
             seen.add(node)
             stack += [following for following, _ in node.next_functions]
-    return sum(node.name() == "TapBackward" for node in seen)
+    return sum(tap_at(node, role_of(type(node))) is not None for node in seen)
 
 
 def mlp() -> nn.Sequential:
@@ -690,8 +690,7 @@ def test_threads_share_a_prepared_model():
                 into = Accumulation([], ("a", "b"), HostMemory())
                 factored = Factored.of(sensitivities(losses, scores))
                 collector = GradientCollector(factored, into, params)
-                with collecting(collector.collect, graph.taps):
-                    propagate(scores, factored.seeds, inputs=[ANCHOR])
+                collect(collector.collect, graph, factored.seeds)
                 collector.finish()
                 made = into.gradients()
                 found = [[made[p][i] for p in params] for i in (0, 1)]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import raco_fast
 from raco_fast import ClippedCAGradAdamW
 from raco_fast.backends import cpu, ops
-from raco_fast.engine import contributions
+from raco_fast.engine import contributions, light_tap
 from raco_fast.gradients import products_of_pass
 from raco_fast.gradients.pass_count import PassCount
 
@@ -67,6 +67,7 @@ def reads(monkeypatch) -> list[int]:
 @pytest.fixture(autouse=True)
 def small_matrices_as_large_ones(monkeypatch) -> None:
     monkeypatch.setattr(contributions, "_FEW", 0)
+    monkeypatch.setattr(light_tap, "_FEW_ROWS", -1)
 
 
 class Loop:
