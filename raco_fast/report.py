@@ -1,4 +1,4 @@
-"""What every report is made of: Markdown tables, and shares with their uncertainty."""
+"""What every report is made of: tables, and shares with their uncertainty."""
 
 import math
 from collections.abc import Iterable, Sequence

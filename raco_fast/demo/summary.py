@@ -12,8 +12,11 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from raco_fast.demo.jobs import Judged
 from raco_fast.demo.judges import OBJECTIVES
+from raco_fast.studies import fronts
 from raco_fast.studies.spread import Spread
 
 
@@ -85,5 +88,5 @@ def _mean(numbers: Iterable[float]) -> float:
 
 def dominates(a: Row, b: Row) -> bool:
     """Whether a's mean scores are nowhere below b's and somewhere above."""
-    differences = [a.scores[name].mean - b.scores[name].mean for name in OBJECTIVES]
-    return min(differences) >= 0 and max(differences) > 0
+    means = (np.array([row.scores[name].mean for name in OBJECTIVES]) for row in (a, b))
+    return bool(fronts.dominates(*means))

@@ -26,7 +26,7 @@ Point = dict[str, Any]
 _OPEN = ("weights", "loss", "losses", "loss_options", "rule")
 # Two runs in a folder, and the reference once a cache.
 _OF_THE_SWEEP = ("output_dir", "cache_dir")
-_LONGEST = 60
+_LONGEST, _LONGEST_NAME = 60, 200
 
 
 def points_of(base: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]) -> list[Point]:
@@ -103,7 +103,8 @@ def name_of(point: Mapping[str, Any]) -> str:
 
     What is too long, or has signs that not every file system takes, ends in a hash of the value.
     """
-    return ",".join(f"{name}={_text(name, value)}" for name, value in point.items())
+    whole = ",".join(f"{name}={_text(name, value)}" for name, value in point.items())
+    return whole if len(whole) <= _LONGEST_NAME else f"{whole[:_LONGEST_NAME]}~{_hash(point)}"
 
 
 def _text(name: str, value: Any) -> str:
@@ -114,8 +115,11 @@ def _text(name: str, value: Any) -> str:
     text = re.sub(r"[^A-Za-z0-9.+_-]+", "_", plain)[:_LONGEST]
     if text == plain:
         return text
-    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{text}~{digest}"
+    return f"{text}~{_hash(value)}"
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _words(value: Any) -> Iterator[str]:
@@ -133,4 +137,7 @@ def _words(value: Any) -> Iterator[str]:
 
 
 def _uses_weights(rule: Any) -> bool:
-    return check_rule(rule).uses_weights
+    try:
+        return check_rule(rule).uses_weights
+    except TypeError as error:  # neither a name nor a mapping
+        raise ValueError(str(error)) from error

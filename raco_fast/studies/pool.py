@@ -17,7 +17,8 @@ from raco_fast.studies.plan import Run
 from raco_fast.studies.sweep_config import SweepConfig
 from raco_fast.studies.worker import LOG, Ended, work
 
-# By the process that the others are forked from: what a run imports by and by takes seconds.
+# By the process that the others are forked from: what a run imports by and by takes seconds. None
+# of these may ask a GPU anything, which no process that is forked later could do again.
 _IMPORTED_ONCE = ["raco_fast.studies.worker", "peft", "transformers.optimization"]
 _IMPORTED_ONCE += [f"transformers.models.auto.{n}_auto" for n in ("modeling", "tokenization")]
 _LOOK_EVERY = 0.2  # seconds between two looks for a signal

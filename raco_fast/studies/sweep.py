@@ -70,7 +70,7 @@ def sweep(config: SweepConfig) -> SweepResult:
     with Interrupt() as interrupt:
         for count, (run, end) in enumerate(ended(todo, config, interrupt), start=1):
             result.ends[run.name] = end
-            why = f": {end.reason}" if end.reason else ""
+            why = f": {' '.join(end.reason.split())}" if end.reason else ""
             print(f"sweep: {count} of {len(todo)}: {run.name} {end.status}{why}", flush=True)
         result.stopped = interrupt.requested
     _write(result, config.folder)

@@ -78,3 +78,6 @@ def test_what_no_folder_can_be_called_has_a_hash_that_tells_it_apart():
     long = [name_of({"tokens.chat_template": "{{" * 5000 + end}) for end in "ab"]
     assert len(set(long)) == 2
     assert max(map(len, long)) < 100
+    many = [{f"losses.{k}.name": "x" * 50 for k in range(9)} | {"seed": seed} for seed in (0, 1)]
+    assert len({*map(name_of, many)}) == 2
+    assert max(len(name_of(point)) for point in many) < 255  # as long as a name may be

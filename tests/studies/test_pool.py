@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from threading import Thread
@@ -15,6 +17,8 @@ from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.trainer import train
 from raco_fast.settings.parsing import from_settings
 from raco_fast.settings.text import read
+from raco_fast.studies import pool
+from raco_fast.studies.plan import planned
 from raco_fast.studies.sweep import sweep
 from raco_fast.studies.worker import Ended
 
@@ -68,12 +72,24 @@ def test_a_process_that_is_killed_ends_its_run_alone(make_sweep):
     assert "was ended by SIGKILL: has memory run out? Lower `jobs`" in first.reason
 
 
-def test_an_error_that_nothing_explains_is_in_the_log(make_sweep, base, tmp_path):
-    template = "{{ 1 // 0 }}"  # in the chat template of a tokenizer: an error of Jinja's
-    result = sweep(make_sweep({"tokens": {"chat_template": template}}, grid={"max_steps": [1]}))
-    (end,) = result.ends.values()
-    assert end.status == "failed"
-    assert "log.txt" in end.reason or "template" in end.reason
+@pytest.mark.parametrize(
+    ("code", "end"),
+    [
+        (3, Ended("failed", "its process ended with exit status 3; {log} says why")),
+        (-signal.SIGSEGV, Ended("failed", "its process was ended by SIGSEGV; see {log}")),
+        (-signal.SIGTERM, Ended("stopped", "before a checkpoint of it was written")),
+    ],
+)
+def test_an_end_without_a_word_is_told_by_its_status(make_sweep, code, end):
+    (run,) = planned(make_sweep(grid={"seed": [0]}))
+    answers, sent = fork_server().Pipe(duplex=False)
+    act = (os._exit, (code,)) if code > 0 else (signal.raise_signal, (-code,))
+    process = fork_server().Process(target=act[0], args=act[1])
+    process.start()
+    sent.close()
+    found = pool._end_of(pool._Job(run, 0, process, answers))
+    log = run.config.folder / "log.txt"
+    assert found == Ended(end.status, end.reason.format(log=log))
 
 
 def stopped_sweep(config) -> tuple[bool, list[Ended]]:
@@ -113,3 +129,17 @@ def test_runs_end_with_a_sweep_that_is_killed(make_sweep):
     while not is_gone(pid):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_what_is_imported_before_the_fork_asks_no_gpu():
+    """A process forked from one that has done so cannot use it."""
+    code = f"""
+import torch
+def asked(*_, **__):
+    raise AssertionError("a GPU is asked")
+for name in ("is_available", "device_count", "_lazy_init", "get_device_capability"):
+    setattr(torch.cuda, name, asked)
+for name in {pool._IMPORTED_ONCE}:
+    __import__(name)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

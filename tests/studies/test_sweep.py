@@ -20,6 +20,7 @@ from raco_fast.studies.sweep import sweep, table
 from raco_fast.studies.sweep_config import SweepConfig
 
 pytestmark = pytest.mark.usefixtures("in_process")
+WEIGHTS = [{"sure": 0.7, "kind": 0.3}, {"sure": 0.2, "kind": 0.8}]
 
 
 @pytest.fixture
@@ -53,6 +54,10 @@ def test_every_run_is_that_of_train_by_itself_after_one_reference_pass(
     alone = from_settings(TrainConfig, given[3] | elsewhere)
     train(alone)
     runs.assert_same_run(alone, result.runs[3].config)
+    plain, swept = (read_finished(run.folder) for run in (alone, result.runs[3].config))
+    assert plain.evaluation == swept.evaluation != {}
+    assert (plain.run["data"], plain.run["held_out"]) == (swept.run["data"], swept.run["held_out"])
+    assert read_finished(tmp_path) is None
     assert runs.records(result.runs[0].config) != runs.records(result.runs[2].config)
 
     found = read_finished(result.runs[1].config.folder)
@@ -172,6 +177,7 @@ def test_settings_of_a_sweep_that_cannot_be_are_told(changes, message):
     [
         ({}, {"lrr": [1]}, "did you mean 'lr'"),
         ({}, {"lr": [0.1, "fast"]}, "the run lr=fast: .*float"),
+        ({}, {"rule": [3], "weights": [WEIGHTS[0], WEIGHTS[1]]}, "`rule` must be a name"),
         ({}, {"c": [0.2, 3]}, "the run c=3: `c` must be in"),
         ({}, {"weights": [{"sure": 0.9, "kind": 0.3}]}, "kind0.3: `weights` must sum to 1"),
         (
