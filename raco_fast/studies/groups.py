@@ -20,7 +20,7 @@ from raco_fast.studies.outcomes import Outcome
 from raco_fast.studies.pareto_config import METRICS, ParetoConfig
 from raco_fast.studies.spread import Spread
 
-# Their own columns, or, as the losses, what others come to.
+# They make groups, repetitions and rays.
 _APART = ("rule", "seed", "weights")
 
 
@@ -113,7 +113,8 @@ def study_of(outcomes: Sequence[Outcome], config: ParetoConfig) -> Study:
     groups: dict[str, dict[str, list[Outcome]]] = {}
     for outcome in outcomes:
         name = ", ".join([outcome.rule, *(f"{n}={_of(outcome, n)}" for n in config.by)])
-        key = json.dumps([outcome.weights, *_others(outcome, varying, config.by).items()])
+        others = _others(outcome, varying, config.by)
+        key = json.dumps([outcome.weights, others], sort_keys=True)
         groups.setdefault(name, {}).setdefault(key, []).append(outcome)
     made = [
         Group(name, [_point(key, of, objectives, varying, config) for key, of in points.items()])

@@ -75,7 +75,10 @@ def study(write, tmp_path, monkeypatch):
         for (rule, k), seed in product(MEANS, seeds):
             if (rule, k, seed) not in without:
                 values = {n: value(rule, k, seed, i) for i, n in enumerate("ab")}
-                write(f"{rule}{k}{seed}", values, rule=rule, weights=(HIGH, LOW)[k], seed=seed)
+                weights = (HIGH, LOW)[k]
+                if rule == "linear":  # the order of names is of no weight
+                    weights, values = ({n: d[n] for n in "ba"} for d in (weights, values))
+                write(f"{rule}{k}{seed}", values, rule=rule, weights=weights, seed=seed)
         given = {"runs": [str(tmp_path / "runs")], "output_dir": str(tmp_path / "out")} | settings
         return pareto(ParetoConfig(**given))
 
