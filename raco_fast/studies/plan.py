@@ -16,7 +16,7 @@ from raco_fast.settings.parsing import from_settings
 from raco_fast.settings.paths import expanded
 from raco_fast.settings.text import read
 from raco_fast.studies.finished import NAME, read_finished
-from raco_fast.studies.grid import Point, applied, check_names, name_of, points_of
+from raco_fast.studies.grid import Point, applied, name_of, points_of
 from raco_fast.studies.sweep_config import SweepConfig
 
 CONFIG = "config.yaml"
@@ -63,7 +63,6 @@ def planned(sweep: SweepConfig) -> list[Run]:
             folder that holds another finished run (what differs is named).
         OSError: a file that cannot be read.
     """
-    check_names(sweep.grid)
     for device in sweep.devices:
         pick_device(device)  # raises where this machine has no such one
     base = (

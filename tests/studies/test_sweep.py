@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from raco_fast import cli
 from raco_fast.dpo.run import reference_cache
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.trainer import Interrupted, train
-from raco_fast.settings.parsing import from_settings
+from raco_fast.settings.parsing import from_settings, made
 from raco_fast.settings.text import read
 from raco_fast.studies import worker
 from raco_fast.studies.finished import NAME, read_finished
@@ -220,3 +221,17 @@ def test_devices_are_given_in_turn(make_sweep, monkeypatch):
     assert device_of(1, make_sweep()) is None
     assert worker._made(run, None, 1, "all").status == "finished"
     assert given == ["cpu", "cpu"]
+
+
+def test_the_config_of_a_run_is_read_as_it_was_meant(make_sweep):
+    odd = {"weights": {"no": 0.5, "1": 0.25, "é: [x]": 0.25}, "lr": 5e-6, "eps": 1e-12}
+    odd |= {"tokens": {"chat_template": "{{ a }}\n: 1:30 #\t\x7f"}, "max_grad_norm": None}
+    (run,) = planned(make_sweep(odd, grid={"betas": [[0.9, 0.95]]}))
+    run.config.folder.mkdir(parents=True)
+    run.write_config()
+    assert from_settings(TrainConfig, read(run.config.folder / "config.yaml")) == run.config
+    assert run.config.weights == odd["weights"]
+    assert run.config.tokens.chat_template == odd["tokens"]["chat_template"]
+    parser = cli._parser("train")
+    values = parser.parse_args(["train", "--config", str(run.config.folder / "config.yaml")])
+    assert made(parser, values, TrainConfig) == run.config
