@@ -75,10 +75,10 @@ def hypervolumes(group: Group, study: Study) -> Spread | None:
 
 
 def ray_distances(point: Point, study: Study) -> Spread | None:
-    """How far a point is beside the ray of its weights, one a seed; None without weights."""
-    if point.weights is None:
+    """How far a point is beside the ray of its weights, one a seed; None where it has none."""
+    if point.ray is None:
         return None
-    rays = (ray_distance(v, study.reference, point.weights) for v in point.values.values())
+    rays = (ray_distance(v, study.reference, point.ray) for v in point.values.values())
     return Spread(tuple(rays))
 
 

@@ -13,17 +13,16 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_origin
 
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.identity import keys_of
+from raco_fast.settings.plain import fields_of, members_of
 from raco_fast.solver.registry import check_rule
 
 Point = dict[str, Any]
 """Setting by its dotted name -> value."""
 
-# Settings with names of the user's own below them, in a mapping.
-_OPEN = ("weights", "loss", "losses", "loss_options", "rule")
 # Two runs in a folder, and the reference once a cache.
 _OF_THE_SWEEP = ("output_dir", "cache_dir")
 _LONGEST, _LONGEST_NAME = 60, 200
@@ -50,7 +49,7 @@ def points_of(base: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]) -> lis
 
 def check_names(grid: Mapping[str, Any]) -> None:
     """Raise ValueError unless every name of a grid is a setting that may be swept."""
-    known = {*keys_of()}
+    known, free = {*keys_of()}, _mappings()
     groups = {
         ".".join(name.split(".")[:n]) for name in known for n in range(1, name.count(".") + 1)
     }
@@ -60,7 +59,7 @@ def check_names(grid: Mapping[str, Any]) -> None:
                 f"`grid` must not name `{name}`: every run of a sweep has a folder of its own in "
                 f"the sweep's `output_dir`, and all share the base's `cache_dir`; take it out"
             )
-        if not (name in known | groups or name.partition(".")[0] in _OPEN):
+        if not (name in known | groups or name.partition(".")[0] in free):
             near = difflib.get_close_matches(name, known | groups, 1)
             raise ValueError(
                 f"`grid` must name settings of `raco-fast train`, got {name!r}; "
@@ -71,6 +70,15 @@ def check_names(grid: Mapping[str, Any]) -> None:
                 f"`grid` must not name a setting and a part of it, got {name!r} and what is below "
                 f"it; write the values out under one of them"
             )
+
+
+def _mappings() -> set[str]:
+    """Settings that are or may be mappings, with names of the user's own in them."""
+    return {
+        name
+        for name, hint in fields_of(TrainConfig).items()
+        if any(get_origin(member) is dict for member in members_of(hint))
+    }
 
 
 def applied(base: Mapping[str, Any], point: Mapping[str, Any]) -> dict[str, Any]:

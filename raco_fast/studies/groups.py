@@ -32,12 +32,14 @@ class Point:
         label: its weights, and the other settings in which points differ.
         key: tells the same settings in another group; weights that a rule ignores are none.
         weights: [m] float64; None for a rule that ignores them.
+        ray: the weights, where they stay the same over a run.
         values: seed -> [m] float64, more is better.
     """
 
     label: str
     key: str
     weights: Points | None
+    ray: Points | None
     values: Mapping[int, Points]
 
     @property
@@ -151,7 +153,7 @@ def _point(
         seed: np.array([sign * by_seed[seed].values[name] for name in objectives])
         for seed in sorted(by_seed)
     }
-    return Point(label or "-", key, weights, values)
+    return Point(label or "-", key, weights, weights if first.has_ray else None, values)
 
 
 def _varying(outcomes: Sequence[Outcome]) -> list[str]:

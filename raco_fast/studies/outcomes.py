@@ -25,7 +25,8 @@ class Outcome:
         folder: of the run.
         rule: its label.
         seed: its seed.
-        weights: objective -> weight; None for a rule that ignores them, or weights that change.
+        weights: objective -> weight; None for a rule that ignores them.
+        has_ray: whether the weights stay the same over the run, and so name a direction.
         settings: all settings.
         compared: dotted name -> value of those settings that change what is learnt.
         values: objective -> the metric, as it is in metrics.jsonl.
@@ -35,6 +36,7 @@ class Outcome:
     rule: str
     seed: int
     weights: dict[str, float] | None
+    has_ray: bool
     settings: dict[str, Any]
     compared: dict[str, Any]
     values: dict[str, float]
@@ -118,13 +120,12 @@ def _outcome(folder: Path, run: Finished, metric: str) -> Outcome:
             f"is labelled for it, or the run diverged; leave the run out, or label some"
         )
     rule = check_rule(settings["rule"])
-    given = settings["weights"]
-    fixed = rule.uses_weights and all(isinstance(w, int | float) for w in given.values())
     return Outcome(
         folder,
         label_of(rule),
         settings["seed"],
-        dict(given) if fixed else None,
+        dict(settings["weights"]) if rule.uses_weights else None,
+        rule.uses_weights and settings.get("weights_schedule") is None,
         settings,
         compared(settings),
         {name: float(value) for name, value in values.items()},

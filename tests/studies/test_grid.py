@@ -54,7 +54,7 @@ def test_a_name_that_cannot_be_swept_is_told(name, message):
 
 def test_every_way_to_name_a_setting_is_known():
     names = ["lr", "model.lora", "model.lora.r", "tokens.keep", "loss_options.beta", "weights"]
-    for name in [*names, "rule.alpha", "losses.kind.gamma", "parallel.kind"]:
+    for name in [*names, "rule.alpha", "losses.kind.gamma", "parallel.kind", "c_schedule.end"]:
         check_names({name: [1]})
     with pytest.raises(ValueError, match=r"a setting and a part of it, got 'model\.lora'"):
         check_names({"model.lora": [1], "model.lora.r": [1]})

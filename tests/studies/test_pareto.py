@@ -184,7 +184,7 @@ def test_the_bootstrap_draws_settings_and_seeds(of_settings, of_seeds):
 
     def made(name: str, values: np.ndarray) -> Group:
         points = [
-            Point(f"{p}", f"{p}", None, {s: np.full(2, values[p, s]) for s in range(seeds)})
+            Point(f"{p}", f"{p}", None, None, {s: np.full(2, values[p, s]) for s in range(seeds)})
             for p in range(settings)
         ]
         return Group(name, points)
@@ -251,6 +251,18 @@ def test_less_is_better_for_losses(study):
             [value("cagrad", k, s, 0) - value("linear", k, s, 0) for k in (0, 1) for s in (0, 1, 2)]
         )
     )
+
+
+def test_weights_that_change_have_no_ray(write, tmp_path):
+    for name, weights in (("high", HIGH), ("low", LOW)):
+        schedule = {"name": "dirichlet", "concentration": 10.0}
+        write(name, {"a": 0.6, "b": 0.5}, weights=weights, weights_schedule=schedule)
+    report = pareto(ParetoConfig([str(tmp_path / "runs")], output_dir=str(tmp_path / "out")))
+    points = report.content["groups"][0]["points"]
+    assert [(p["label"], p["ray_distance"]) for p in points] == [
+        ("0.7/0.3", None),
+        ("0.2/0.8", None),
+    ]
 
 
 def test_settings_tell_fronts_apart_or_make_points(write, tmp_path):
