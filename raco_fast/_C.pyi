@@ -12,7 +12,11 @@ BLOCK: int
 CHUNK: int
 
 def solve(
-    gram: NDArray[np.float64], weights: NDArray[np.float64], c: float, rule: int
+    gram: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    c: float,
+    rule: int,
+    option: float = 1.0,
 ) -> NDArray[np.float64]: ...
 def describe(
     lists: list[list[Tensor | None]], types: tuple[type, ...], exchange: object

@@ -23,7 +23,7 @@ static Array rows(const py::array& values) {
 }
 
 static py::array_t<double> solve(const py::array& gram_values, const py::array& weight_values,
-                                 double c, int rule) {
+                                 double c, int rule, double option) {
   const Array gram = rows(gram_values), weights = rows(weight_values);
   const py::ssize_t dims = gram.ndim();
   if (dims != 2 && dims != 3) throw py::value_error("gram must be [m, m] or [n, m, m]");
@@ -31,7 +31,8 @@ static py::array_t<double> solve(const py::array& gram_values, const py::array& 
   if (m < 1 || m > raco::kMaxObjectives || gram.shape(dims - 2) != m)
     throw py::value_error("gram must be square with 1 <= m <= 32");
   if (weights.ndim() != 1 || weights.shape(0) != m) throw py::value_error("weights must be [m]");
-  if (rule < 0 || rule > 3) throw py::value_error("rule must be 0, 1, 2 or 3");
+  if (rule < 0 || rule >= raco::kRules) throw py::value_error("rule must be 0 to 5");
+  if (!(option >= 1.0)) throw py::value_error("option must be at least 1");
   const py::ssize_t size = raco::packed_size(static_cast<int>(m));
   py::array_t<double> packed =
       dims == 3 ? py::array_t<double>({n, size}) : py::array_t<double>(size);
@@ -41,7 +42,7 @@ static py::array_t<double> solve(const py::array& gram_values, const py::array& 
   {
     py::gil_scoped_release release;
     for (py::ssize_t k = 0; k < n; ++k)
-      raco::solve(in + k * m * m, w, static_cast<int>(m), c, static_cast<raco::Rule>(rule),
+      raco::solve(in + k * m * m, w, static_cast<int>(m), c, static_cast<raco::Rule>(rule), option,
                   out + k * size);
   }
   return packed;
@@ -52,6 +53,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("MAX_OBJECTIVES") = raco::kMaxObjectives;
   module.attr("SCALARS") = static_cast<int>(raco::kScalars);
   module.def("solve", &solve, py::arg("gram"), py::arg("weights"), py::arg("c"), py::arg("rule"),
+             py::arg("option") = 1.0,
              "gram [m, m] or [n, m, m], weights [m] -> [3m + SCALARS] or [n, 3m + SCALARS]; "
              "csrc/solver/dual.hpp documents the layout of a row.");
   bind_cpu(module);

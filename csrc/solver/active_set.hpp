@@ -1,8 +1,9 @@
 // Active set on f itself, after Wolfe's "Finding the nearest point in a polytope" (1976).
 //
-// A corral is a set S of affinely independent objectives with a feasible p > 0 on it. On the affine
-// hull {1'p = 1, support S} the minimiser of f is closed form. With M' = M_S + sigma 11' (which
-// adds the constant sigma on the hull, and is positive definite where M_S need not be):
+// A corral is a set S of affinely independent points (points.hpp: objectives, or vertices under
+// caps) with p > 0 on it. On the affine hull {1'p = 1, support S} the minimiser of f is closed form.
+// With M' = M_S + sigma 11' (which adds the constant sigma on the hull, and is positive definite
+// where M_S need not be):
 //
 //   (1)  p0 = M'^-1 1 / (1'M'^-1 1)                       the shortest Gp on the hull
 //   (2)  v  = mu M'^-1 1 - M'^-1 b,  mu: 1'v = 0          so that Mv + b = mu 1
@@ -10,7 +11,7 @@
 //   (4)  stationary where tau = ||Gp|| / s:   tau = sqrt(mu0 / (s^2 - ||Gv||^2))
 //   (5)  if ||Gv|| >= s, f decreases along v for ever
 //
-// Minor cycle: go to p(tau), or as far as the simplex allows; an objective that reaches zero
+// Minor cycle: go to p(tau), or as far as the simplex allows; a point that reaches zero
 // leaves. Major step: y = b + Mq, q = p0 / tau + v (which is s p / ||Gp||, free of its
 // cancellation); an objective with y_j below the common level of the corral enters. f falls each
 // time, so no corral returns and no face is ever enumerated. The factorisation is LDL' by rows: one
@@ -29,6 +30,7 @@
 
 #include <algorithm>
 
+#include "points.hpp"
 #include "problem.hpp"
 
 namespace raco {
@@ -44,64 +46,60 @@ struct Precision<DD> {
   static constexpr double enter = 1e-24, pivot = 1e-27, rounding = 1e-28;
 };
 
-template <class Real>
+template <class Real, template <class> class Points>
 class Corral {
   using Limits = Precision<Real>;
 
  public:
-  explicit Corral(const Problem& problem) : P(problem) {}
+  explicit Corral(const Problem& problem) : points(problem), P(problem) {}
 
-  void start_at_best_vertex() {
-    int best = 0;
-    for (int i = 1; i < P.m; ++i)
-      if (vertex_value(i) < vertex_value(best)) best = i;
+  void start() {
     n = 1;
-    index[0] = best;
+    points.start();
     p[0] = Real(1.0);
   }
 
   template <class Other>
-  void start_from(const Corral<Other>& other) {
+  void start_from(const Corral<Other, Points>& other) {
     n = other.n;
-    for (int k = 0; k < n; ++k) {
-      index[k] = other.index[k];
-      p[k] = Real(other.p[k]);
-    }
+    points.start_from(other.points, n);
+    for (int k = 0; k < n; ++k) p[k] = Real(other.p[k]);
   }
 
   // Returns false when the cap on major steps was reached first.
   bool minimise() {
-    unsigned banned = 0;
+    points.allow_all();
     factored = 0;
     descend();
     price();
     for (int steps = 0; steps < 32 + 8 * P.m; ++steps) {
-      int j = most_violated(banned);
-      if (j < 0) return true;
-      double violation = static_cast<double>(level - y[j]);
+      double violation;
+      const double least = Limits::enter * y_magnitude;
+      const int name = points.propose(n, y, level, p_magnitude, least, violation);
+      if (name < 0) return true;
       Real before = value();
-      index[n] = j;
       p[n++] = Real(0.0);
-      if (rounding_only(j, violation)) {
+      if (rounding_only(violation)) {
         --n;
         factored = n;
-        banned |= 1u << j;
+        points.ban(name);
         continue;
       }
       descend();
-      banned = value() < before ? 0u : banned | 1u << j;
+      value() < before ? points.allow_all() : points.ban(name);
       price();
     }
     return false;
   }
 
   int n = 0;            // size of the corral
-  int index[N];         // its objectives
+  Points<Real> points;  // its points
   Real p[N];            // p on the corral, > 0
   Real q[N];            // the certificate on the corral: y = b + Mq, ||Gq|| <= s
   Real y[N];            // per objective
   Real level;           // y on the corral
   bool at_origin = false;  // Gp = 0 up to the rounding of M
+  bool at_face_value = false;  // to be set: M has no rounding
 
   const Real* shortest() const { return p0; }  // p0 of the final corral, p itself where Gp = 0
   bool shortest_is_feasible(double terms) const {
@@ -113,19 +111,14 @@ class Corral {
   double point_magnitude() const { return p_magnitude; }
 
  private:
-  double vertex_value(int i) const {
-    return static_cast<double>(P.b[i]) + static_cast<double>(P.s) * P.norm[i];
-  }
-
   // Row k of LDL' = M', with the forward substitutions L z = 1 and L z = b.
   void factor_row(int k) {
-    const int i = index[k];
     Real t[N];
-    Real diagonal = Real(P.M[i][i]) + Real(sigma);
+    Real diagonal = points.gram(k, k) + Real(sigma);
     const Real full = diagonal;
-    Real one(1.0), rhs = Real(P.b[i]);
+    Real one(1.0), rhs = points.linear(k);
     for (int r = 0; r < k; ++r) {
-      Real a = Real(P.M[i][index[r]]) + Real(sigma);
+      Real a = points.gram(k, r) + Real(sigma);
       for (int l = 0; l < r; ++l) a -= t[l] * L[r][l];
       t[r] = a;
       L[k][r] = a * inverse_d[r];
@@ -144,7 +137,7 @@ class Corral {
   void factor() {
     double smallest = 0.0;
     for (int k = 0; k < n; ++k) {
-      double d = P.M[index[k]][index[k]];
+      const double d = points.square(k);
       if (d > 0.0 && (smallest == 0.0 || d < smallest)) smallest = d;
     }
     if (smallest == 0.0) smallest = 1.0;
@@ -176,7 +169,7 @@ class Corral {
       mu = sumb * shifted;
       for (int k = 0; k < n; ++k) {
         v[k] = mu * x1[k] - xb[k];  // (2)
-        gv2 -= Real(P.b[index[k]]) * v[k];
+        gv2 -= points.linear(k) * v[k];
       }
     } else {
       for (int k = 0; k < n; ++k) v[k] = Real(0.0);
@@ -192,12 +185,12 @@ class Corral {
     unbounded = static_cast<double>(room) <= 0.0;  // (5)
     double terms = 0.0;
     for (int k = 0; k < n; ++k)
-      terms += std::fabs(static_cast<double>(p0[k])) * P.norm[index[k]];
+      terms += std::fabs(static_cast<double>(p0[k])) * points.terms(k);
     const double arithmetic = Limits::rounding * sigma;
     // Below kNoise, unless s itself is rounding (then f is, and the Gram is taken at face value).
     const bool small = root(kNoise) * terms < 1e-3 * static_cast<double>(P.s);
     at_origin = static_cast<double>(mu0) <= arithmetic ||
-                (static_cast<double>(mu0) <= kNoise * terms * terms && small &&
+                (!at_face_value && static_cast<double>(mu0) <= kNoise * terms * terms && small &&
                  shortest_is_feasible(terms));
     if (at_origin) {
       const double size = std::max(terms, root(sigma));
@@ -213,7 +206,7 @@ class Corral {
   // p0_k is rounding of M against Gp terms of this size.
   bool is_rounding(int k, double size) const {
     const double x = std::fabs(static_cast<double>(p0[k]));
-    return x <= 64.0 * kEps && x * P.norm[index[k]] <= 64.0 * kEps * size;
+    return x <= 64.0 * kEps && x * points.terms(k) <= 64.0 * kEps * size;
   }
 
   void descend() {
@@ -236,11 +229,9 @@ class Corral {
 
   void remove(int k) {
     if (factored > k) factored = k;
+    points.remove(k, n);
     --n;
-    for (; k < n; ++k) {
-      index[k] = index[k + 1];
-      p[k] = p[k + 1];
-    }
+    std::copy(p + k + 1, p + n + 1, p + k);
   }
 
   // y = b + Mq for every objective.
@@ -250,34 +241,19 @@ class Corral {
     const Real inverse_tau = Real(1.0) / tau;
     for (int k = 0; k < n; ++k) {
       q[k] = at_origin ? v[k] : p0[k] * inverse_tau + v[k];
-      terms += std::fabs(static_cast<double>(q[k])) * P.norm[index[k]];
-      p_magnitude += static_cast<double>(p[k]) * P.norm[index[k]];
+      terms += std::fabs(static_cast<double>(q[k])) * points.terms(k);
+      p_magnitude += static_cast<double>(p[k]) * points.terms(k);
     }
     y_magnitude = terms + P.scale;
     level = at_origin ? mu : mu + mu0 * inverse_tau;
-    for (int i = 0; i < P.m; ++i) {
-      Real sum = Real(P.b[i]);
-      for (int k = 0; k < n; ++k) sum += P.M[i][index[k]] * q[k];
-      y[i] = sum;
-    }
-  }
-
-  int most_violated(unsigned banned) const {
-    for (int k = 0; k < n; ++k) banned |= 1u << index[k];
-    int worst = -1;
-    double largest = Limits::enter * y_magnitude;
-    for (int i = 0; i < P.m; ++i) {
-      if (banned >> i & 1u) continue;
-      double violation = static_cast<double>(level - y[i]) / (P.norm[i] + p_magnitude);
-      if (violation > largest) largest = violation, worst = i;
-    }
-    return worst;
+    for (int i = 0; i < P.m; ++i) y[i] = Real(P.b[i]);
+    points.add_products(q, n, y);
   }
 
   // The newest objective depends on the corral up to the rounding of M, so its y differs from the
   // level by rounding alone: letting it in would chase noise from corral to corral.
-  bool rounding_only(int j, double violation) {
-    if (violation > 1e-13 * P.scale * (P.norm[j] + p_magnitude)) return false;
+  bool rounding_only(double violation) {
+    if (violation > 1e-13 * P.scale * (points.terms(n - 1) + p_magnitude)) return false;
     factor();
     return relative_pivot[n - 1] < 8.0 * P.m * kEps;
   }

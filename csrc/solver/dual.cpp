@@ -69,6 +69,21 @@ void round_to_double(const Problem& P, const DD* exact, double* p) {
   }
 }
 
+// (p^-q + w^-q)^(-1/q) as min (1 + (min / max)^q)^(-1/q): no power overflows, and 0 stays 0.
+double smooth_min(double p, double w, double q) {
+  const double low = std::min(p, w), high = std::max(p, w);
+  if (low == 0.0) return 0.0;
+  return low * std::exp(-std::log1p(std::pow(low / high, q)) / q);
+}
+
+void clip(const Problem& P, Rule rule, double option, const double* p, double* p_clipped) {
+  for (int i = 0; i < P.m; ++i) {
+    p_clipped[i] = p[i];
+    if (rule == Rule::kCagradClip) p_clipped[i] = std::min(p[i], P.w[i]);
+    if (rule == Rule::kSmooth) p_clipped[i] = smooth_min(p[i], P.w[i], option);
+  }
+}
+
 // Only the direction of p_clipped matters: clipping acts where p_clipped is no multiple of p.
 bool changes_direction(const double* p, const double* p_clipped, int m) {
   double smallest = 1.0, largest = 0.0;
@@ -81,9 +96,13 @@ bool changes_direction(const double* p, const double* p_clipped, int m) {
   return largest - smallest > 1e-12 * largest;
 }
 
-// What is known once M, norm and w are: b = Mw, s = c ||g0|| (mgda: 0 and 1). Returns ||g0||.
-DD state_problem(double c, Rule rule, Problem& P) {
-  const DD g0 = norm_or_zero(P, P.w);
+// What is known once M, norm and w are: b = Mw, s = c ||g0|| (mgda: 0 and 1), the caps. Returns
+// ||g0||.
+DD state_problem(double c, Rule rule, double option, Problem& P) {
+  const DD g0 = norm_or_zero(P, P.w), one(1.0);
+  P.capped = rule == Rule::kInside && std::isfinite(option);
+  for (int i = 0; i < P.m; ++i)
+    P.upper[i] = P.capped ? std::min(one, option * P.target[i]) : one;
   P.linear_term = rule != Rule::kMgda;
   P.s = P.linear_term ? DD(c) * g0 : DD(1.0);
   P.scale = P.linear_term ? g0.hi : 1.0;
@@ -126,25 +145,24 @@ void report_finding(double* packed, int m, Finding finding) {
 
 }  // namespace
 
-void solve(const double* gram, const double* weights, int m, double c, Rule rule, double* packed) {
+void solve(const double* gram, const double* weights, int m, double c, Rule rule, double option,
+           double* packed) {
   const Finding finding = inspect(gram, m);
   report_finding(packed, m, finding);
   if (finding.status != Status::kOk) return;
 
   Problem P;
   const int e = normalise(gram, weights, m, P);
-  const DD g0 = state_problem(c, rule, P);
+  const DD g0 = state_problem(c, rule, option, P);
   Optimum best;
   const bool trivial = rule == Rule::kLinear || g0.hi == 0.0;
   trivial ? weights_are_optimal(P, best) : minimise(P, best);
 
   double *p = packed, *p_clipped = packed + m, *alpha = packed + 2 * m, *scalar = packed + 3 * m;
   round_to_double(P, best.p, p);
-  bool clipped = false;
-  for (int i = 0; i < m; ++i) {
-    p_clipped[i] = rule == Rule::kCagradClip ? std::min(p[i], P.w[i]) : p[i];
-    clipped |= p_clipped[i] != p[i];
-  }
+  for (int i = 0; P.capped && i < m; ++i) p[i] = std::min(p[i], option * P.w[i]);
+  clip(P, rule, option, p, p_clipped);
+  const bool clipped = !std::equal(p, p + m, p_clipped);
   const DD gp = norm_or_zero(P, p), gp_clipped = clipped ? norm_or_zero(P, p_clipped) : gp;
   const DD value = linear_part(P, p) + P.s * gp;
   const DD update = combine(P, rule, g0, gp_clipped, p_clipped, alpha);
@@ -157,7 +175,7 @@ void solve(const double* gram, const double* weights, int m, double c, Rule rule
   scalar[kG0Norm] = g0.hi * unit;
   scalar[kGpNorm] = gp_clipped.hi * unit;
   scalar[kUpdateNorm] = update.hi * unit;
-  scalar[kClipActive] = clipped && changes_direction(p, p_clipped, m);
+  scalar[kClipActive] = best.cap_active || (clipped && changes_direction(p, p_clipped, m));
   if (!best.converged) scalar[kStatus] = static_cast<double>(Status::kUnconverged);
 }
 

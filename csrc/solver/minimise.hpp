@@ -7,8 +7,9 @@ namespace raco {
 
 struct Optimum {
   DD p[N];
-  DD lower;  // min_i y_i: a lower bound of f
+  DD lower;  // min over the feasible points of y'p: a lower bound of f
   bool converged = true;
+  bool cap_active = false;  // some p_i would be larger without its cap
 };
 
 // sqrt(x'Mx), and 0 where it is rounding of M: a direction made of noise must not be amplified.

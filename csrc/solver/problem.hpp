@@ -2,6 +2,7 @@
 //
 //   cagrad, cagrad-clip   b = Mw, s = c ||g0||, ||g0|| = sqrt(w'Mw)      (arXiv 2602.02495)
 //   mgda                  b = 0,  s = 1
+//   clip "inside"         as cagrad, and p <= kappa w
 //
 // Weights sum to 1 up to rounding only. f is homogeneous, so the problem is solved on the unit
 // simplex with w / total, and p = total * p is the answer on the simplex of w itself: identical
@@ -35,6 +36,8 @@ struct Problem {
   DD b[N];
   DD s;
   bool linear_term;  // false for mgda, where b = 0
+  bool capped;       // whether p <= upper holds too
+  DD upper[N];       // kappa w / total, at most 1; 1 where nothing is capped
   double scale;      // f changes by at most ~ scale * ||g_j|| when weight moves to objective j
 };
 

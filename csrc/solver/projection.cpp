@@ -64,8 +64,8 @@ DD dot(int n, const DD* a, const DD* b) {
 class LeastDistance {
  public:
   int dimension, constraints = 0;
-  DD normal[N + 1][N], bound[N + 1], t[N];
-  bool active[N + 1];
+  DD normal[2 * N + 1][N], bound[2 * N + 1], t[N];
+  bool active[2 * N + 1];
 
   bool solve() {
     for (int i = 0; i < constraints; ++i) active[i] = false;
@@ -170,9 +170,10 @@ void orthonormalise(int n, int k, DD (*Z)[N]) {
     }
 }
 
-// The null directions of {1'd = 0, Gd = 0} on E as rows of Z [k][n]; returns k.
+// The null directions of {1'd = 0, Gd = 0} on E as rows of Z [k][n]; returns k. `along` [m] is
+// -Mq, of which Gd may be a multiple where there is a ray.
 int null_directions(const Problem& P, const int* E, int n, double null_below, bool ray,
-                    DD (*Z)[N]) {
+                    const DD* along, DD (*Z)[N]) {
   PivotedGram gram;
   gram.n = n;
   double sigma = 0.0;
@@ -185,7 +186,7 @@ int null_directions(const Problem& P, const int* E, int n, double null_below, bo
     gram.order[i] = i;
     for (int j = 0; j < n; ++j) {
       gram.A[i][j] = DD(P.M[E[i]][E[j]]) + DD(sigma == 0.0 ? 1.0 : sigma);
-      if (ray) gram.A[i][j] -= P.b[E[i]] * P.b[E[j]] * inverse_s2;
+      if (ray) gram.A[i][j] -= along[E[i]] * along[E[j]] * inverse_s2;
     }
   }
   gram.factor(null_below);
@@ -206,11 +207,18 @@ int null_directions(const Problem& P, const int* E, int n, double null_below, bo
 bool closest_minimiser(const Problem& P, const DD* y, DD level, const double* y_slack,
                        double null_below, bool ray, DD* p) {
   int E[N], n = 0;
-  for (int i = 0; i < P.m; ++i)
-    if (p[i] > DD(0.0) || static_cast<double>(y[i] - level) <= y_slack[i]) E[n++] = i;
+  DD along[N], moved(1.0);  // -Mq, and the weight on E
+  for (int i = 0; i < P.m; ++i) {
+    const bool between = p[i] > DD(0.0) && (!P.capped || p[i] < P.upper[i]);
+    along[i] = P.capped ? P.b[i] - y[i] : P.b[i];  // without caps y = 0 on E, where f* = 0
+    if (between || std::fabs(static_cast<double>(y[i] - level)) <= y_slack[i])
+      E[n++] = i;
+    else
+      moved -= p[i];
+  }
   if (n < 2) return false;
   DD Z[N][N];
-  const int k = null_directions(P, E, n, null_below, ray, Z);
+  const int k = null_directions(P, E, n, null_below, ray, along, Z);
   if (k == 0) return false;
 
   LeastDistance problem;
@@ -225,26 +233,35 @@ bool closest_minimiser(const Problem& P, const DD* y, DD level, const double* y_
     for (int c = 0; c < k; ++c) problem.normal[i][c] = Z[c][i];
   }
   problem.constraints = n;
-  if (ray) {  // kappa >= 0: -b'p >= 0, since (Mq)_i = -b_i on E
-    DD bp(0.0), size = root(dot(P.m, P.b, P.b));
-    for (int i = 0; i < n; ++i) bp += P.b[E[i]] * p[E[i]];
-    problem.bound[n] = bp / size;
+  if (P.capped) {  // and <= upper
+    for (int i = 0; i < n; ++i) {
+      problem.bound[n + i] = p[E[i]] - P.upper[E[i]];
+      for (int c = 0; c < k; ++c) problem.normal[n + i][c] = -Z[c][i];
+    }
+    problem.constraints = 2 * n;
+  }
+  if (ray) {  // kappa >= 0: q'Mp >= 0
+    DD bp(0.0), size = root(dot(P.m, along, along));
+    const int last = problem.constraints++;
+    for (int i = 0; i < P.m; ++i)
+      if (p[i].hi != 0.0) bp += along[i] * p[i];
+    problem.bound[last] = bp / size;
     for (int c = 0; c < k; ++c) {
       DD sum(0.0);
-      for (int i = 0; i < n; ++i) sum += Z[c][i] * P.b[E[i]];
-      problem.normal[n][c] = -sum / size;
+      for (int i = 0; i < n; ++i) sum += Z[c][i] * along[E[i]];
+      problem.normal[last][c] = -sum / size;
     }
-    problem.constraints = n + 1;
   }
   if (!problem.solve()) return false;
   DD total(0.0);
   for (int i = 0; i < n; ++i) {
     DD x = p[E[i]] + dot(k, problem.normal[i], problem.t);
     p[E[i]] = problem.active[i] || x.hi < kNothing ? DD(0.0) : x;
+    if (P.capped && problem.active[n + i]) p[E[i]] = P.upper[E[i]];
     total += p[E[i]];
   }
   // Gradients twelve decades apart leave an error in 1'd = 0 that double-double cannot remove.
-  for (int i = 0; i < n; ++i) p[E[i]] = p[E[i]] / total;
+  for (int i = 0; i < n && total.hi > 0.0; ++i) p[E[i]] = p[E[i]] * moved / total;
   return true;
 }
 

@@ -105,8 +105,10 @@ def solution_metrics(solution: DualSolution, objectives: Sequence[str]) -> dict[
         "raco/clip_active": float("nan" if clip_active is None else clip_active),
         "raco/g0_norm": float(solution.g0_norm),
         "raco/update_norm": float(solution.update_norm),
+        "raco/c": float(solution.c),
     }
     for i, name in enumerate(objectives):
+        result[f"raco/weight/{name}"] = float(solution.weights[i])
         result[f"raco/p/{name}"] = float(solution.p[i])
         result[f"raco/coefficient/{name}"] = float(solution.coefficients[i])
         result[f"raco/grad_norm/{name}"] = float(solution.gram[i, i]) ** 0.5

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from raco_fast.backends.transfer import sent
 from raco_fast.dpo.data.packed_rows import PackedRows
 from raco_fast.dpo.decoders import decoder_of, unwrap
+from raco_fast.dpo.document_attention import by_document
 from raco_fast.dpo.logps import check_chunk, head_logps
 from raco_fast.dpo.sharded import as_forward, device_of
 from raco_fast.engine.declaration import sequences
@@ -57,10 +58,16 @@ def _placed_logps(
     """float32 [2B, longest response]: log-probabilities of the scored tokens, else 0."""
     causal_lm: Any = unwrap(model)
     dtype = causal_lm.get_input_embeddings().weight.dtype
-    with sequences(rows.sequence, shared_with=rows.shared_with):
-        output = decoder_of(causal_lm)(  # type: ignore[misc]
+    decoder: Any = decoder_of(causal_lm)
+    config = causal_lm.config.get_text_config()
+    masks = attention_masks(config, rows, dtype)
+    with (
+        sequences(rows.sequence, shared_with=rows.shared_with),
+        by_document(decoder, config, rows),
+    ):
+        output = decoder(
             input_ids=rows.input_ids,
-            attention_mask=attention_masks(causal_lm.config.get_text_config(), rows, dtype),
+            attention_mask=masks,
             position_ids=rows.position_ids,
             use_cache=False,
         )

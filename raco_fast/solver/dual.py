@@ -36,6 +36,8 @@ from raco_fast.solver.weights import Weights, check_c, checked_weights
 
 Array: TypeAlias = NDArray[np.float64] | torch.Tensor
 
+_LINEAR = Linear()
+
 
 def solve_dual(
     gram: Array | Sequence[Any],
@@ -53,9 +55,9 @@ def solve_dual(
             nested lists. Any scale. A Gram that is not finite is not an error (`finite` is False).
         weights: [m], on the simplex; see `check_weights`.
         c: radius in [0, 1) of "cagrad" and "cagrad-clip"; other rules do not use it.
-        rule: "cagrad-clip" (RACO), "cagrad", "linear" (coefficients = weights), "mgda"
-            (coefficients = argmin over the simplex of ||Gp||), another name of docs/rules.md,
-            {"name": name, option: value}, or a `raco_fast.Rule`.
+        rule: "cagrad-clip" (RACO; docs/rules.md has clips of our own), "cagrad", "linear"
+            (coefficients = weights), "mgda" (coefficients = argmin over the simplex of ||Gp||),
+            another name of docs/rules.md, {"name": name, option: value}, or a `raco_fast.Rule`.
         losses: [m] or [n, m], for rules that need them.
         state: of a rule with a memory, `state` of the solution before; None begins anew. Every
             problem of a batch begins from it, and a batch leaves none.
@@ -81,13 +83,13 @@ def solve_dual(
             f"got shape {matrix.shape}; pass one weight an objective"
         )
     certified = rule if isinstance(rule, DualRule) else None
-    packed = _C.solve(matrix, array, c, (certified or Linear).number)
+    packed = _C.solve(matrix, array, c, *(certified or _LINEAR).asked)
     if packed.ndim == 1:
         _raise_for_status(matrix, packed[3 * m :])
     if certified is not None:
         if state:
             checked_state(certified, m, state)  # raises: these rules have none
-        return DualSolution(names, array, c, certified.name, matrix, packed, tensor)
+        return DualSolution(names, array, c, label_of(certified), matrix, packed, tensor)
     after = _apply(rule, matrix, packed, array, c, losses, state)
     return DualSolution(names, array, c, label_of(rule), matrix, packed, tensor, after)
 

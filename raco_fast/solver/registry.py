@@ -11,6 +11,7 @@ from raco_fast.solver.rules.aligned_mtl import AlignedMTL
 from raco_fast.solver.rules.capped_mgda import CappedMGDA
 from raco_fast.solver.rules.chebyshev import Chebyshev
 from raco_fast.solver.rules.conflict_averse import DUAL_RULES
+from raco_fast.solver.rules.cr_mogm import CRMOGM
 from raco_fast.solver.rules.dualproj import DualProj
 from raco_fast.solver.rules.fairgrad import FairGrad
 from raco_fast.solver.rules.gapo import GAPO
@@ -39,6 +40,7 @@ OURS: dict[str, type[Rule]] = {
     "imtl-g": IMTLG,
     "aligned-mtl": AlignedMTL,
     "pcd": PCD,
+    "cr-mogm": CRMOGM,
 }
 """Name -> class of the rules that come with the library."""
 
@@ -105,7 +107,8 @@ def spec_of(rule: Rule) -> str | dict[str, Any]:
     """
     kind, fields = type(rule), _fields(type(rule))
     name = next((n for n, known in _TYPES.items() if known is kind), None)
-    options = {f.name: getattr(rule, f.name) for f in fields if getattr(rule, f.name) != f.default}
+    given = {f.name: getattr(rule, f.name) for f in fields if getattr(rule, f.name) != f.default}
+    options = {k: spec_of(v) if isinstance(v, Rule) else v for k, v in given.items()}
     if name is None:
         return {"name": f"{kind.__module__}.{kind.__qualname__}", **options}
     return {"name": name, **options} if options else name
@@ -117,7 +120,9 @@ def label_of(rule: Rule) -> str:
     spec = spec_of(rule)
     if isinstance(spec, str):
         return spec
-    options = ", ".join(f"{key}={value!r}" for key, value in spec.items() if key != "name")
+    values = {key: getattr(rule, key) for key in spec if key != "name"}
+    texts = {k: label_of(v) if isinstance(v, Rule) else repr(v) for k, v in values.items()}
+    options = ", ".join(f"{key}={text}" for key, text in texts.items())
     return f"{spec['name']}({options})"
 
 
@@ -138,7 +143,8 @@ def _build(name: str, options: dict[str, Any]) -> Rule:
             f"the rule {name!r} has the options {names}, got {options}: unknown {unknown}, "
             f"missing {missing}"
         )
-    return _checked(kind(**options))
+    rules = {f.name for f in fields if isinstance(f.default, Rule)}  # options that are rules
+    return _checked(kind(**{k: check_rule(v) if k in rules else v for k, v in options.items()}))
 
 
 def _fields(kind: type[Rule]) -> tuple[dataclasses.Field[Any], ...]:
@@ -149,10 +155,12 @@ def _checked(rule: Rule) -> Rule:
     _check_frozen(type(rule))
     for field in _fields(type(rule)):
         value = getattr(rule, field.name)
-        if not isinstance(value, int | float | str | None):
+        if isinstance(value, Rule):
+            _checked(value)
+        elif not isinstance(value, int | float | str | None):
             raise TypeError(
-                f"the options of a rule must be numbers, strings or booleans, got {field.name} = "
-                f"{value!r}; put what is computed from them into a method"
+                f"the options of a rule must be numbers, strings, booleans or rules, got "
+                f"{field.name} = {value!r}; put what is computed from them into a method"
             )
     return rule
 

@@ -60,9 +60,10 @@ class Problem:
 class Rule:
     """How m gradients become one: the base class of all rules.
 
-    Derive a frozen dataclass, so that its options are its fields (numbers, strings, booleans: they
-    travel in checkpoints as JSON), and define `coefficients`, or `step` and `initial_state` if
-    the rule remembers something. A rule itself holds no state: the optimizer keeps it.
+    Derive a frozen dataclass, so that its options are its fields (numbers, strings, booleans, or
+    rules where the default is one: they travel in checkpoints as JSON), and define `coefficients`,
+    or `step` and `initial_state` if the rule remembers something. A rule itself holds no state: the
+    optimizer keeps it.
     """
 
     needs_losses: ClassVar[bool] = False

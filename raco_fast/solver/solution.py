@@ -51,17 +51,20 @@ class DualSolution:
     Attributes:
         names, weights, c, rule: what was asked; weights is [m], rule its name with its options.
         gram: [m, m], the input as float64.
-        p: [m], the minimiser of f on the simplex that is closest to the weights.
-        p_clipped: [m], min(p, weights) under "cagrad-clip"; p under the other rules.
+        p: [m], the minimiser of f on the simplex that is closest to the weights; with the clip
+            "inside" among p <= kappa w.
+        p_clipped: [m], min(p, weights) under "cagrad-clip", its smooth minimum with the clip
+            "smooth"; p otherwise.
         coefficients: [m], the update is sum_i coefficients_i g_i.
-        gap: certificate of optimality, f(p) - min_i y_i >= 0, in the unit of `value`.
+        gap: certificate of optimality, f(p) minus a lower bound of f, >= 0, in the unit of `value`.
         value: f(p) (under "mgda" the norm ||Gp||).
         g0_norm, gp_norm, update_norm: ||g0||, ||G p_clipped||, ||sum_i coefficients_i g_i||; a norm
             that is rounding error of its own terms is 0.
         clip_active: clipping changed the direction of Gp, and so the update. (Where p is not the
             weights some p_i exceeds w_i, but at a vertex of the simplex only the length changes.)
+            With the clip "inside": some p_i would be larger without its cap.
         finite: False when the Gram holds NaN or infinity; every other result is NaN then.
-        converged: False if the solver stopped at its cap on steps (`gap` is valid all the same).
+        converged: False if the solver stopped before the optimum (`gap` is valid all the same).
         status: what became of the problem, in a word; for a batch a numpy array of n of them:
             "ok"; "non_finite"; "unconverged"; or, in a batch only, why the matrix is no Gram matrix
             and every other result is NaN: "negative_diagonal", "asymmetric", "not_gram"
@@ -132,7 +135,7 @@ class DualSolution:
     p = _part(0, "[.., m] the minimiser of f on the simplex that is closest to the weights.")
     p_clipped = _part(1, '[.., m] min(p, weights) under "cagrad-clip", p otherwise.')
     coefficients = _part(2, "[.., m] the coefficients of the gradients in the update.")
-    gap = _scalar(GAP, "f(p) - min_i y_i >= 0.")
+    gap = _scalar(GAP, "f(p) minus its lower bound, >= 0.")
     value = _scalar(VALUE, "f(p).")
     g0_norm = _scalar(G0_NORM, "||g0|| = sqrt(w'Mw).")
     gp_norm = _scalar(GP_NORM, "||G p_clipped||.")
@@ -151,7 +154,7 @@ class DualSolution:
 
     @property
     def converged(self) -> Any:
-        """Whether the solver finished below its cap on steps."""
+        """Whether the solver came to the optimum."""
         return self._flag(self._status() == 0.0)
 
     @property
@@ -201,7 +204,7 @@ class DualSolution:
         def norm(x: NDArray[np.float64], of: NDArray[np.float64] = M) -> float:
             return float(size(of[None], x[None])[0])
 
-        if self.rule in ("cagrad", "cagrad-clip"):
+        if self.rule.partition("(")[0] in ("cagrad", "cagrad-clip"):  # with whatever clip
             p[:] = shrinkage * p + (1.0 - shrinkage) * w
             of = M
             if c_mode == "signal":

@@ -92,9 +92,9 @@ def test_solution_metrics_have_the_names_of_the_design():
     gram = torch.tensor([[17.0, -5.0, 1.0], [-5.0, 2.0, 0.5], [1.0, 0.5, 4.0]])
     solution = solve_dual(gram, {"a": 0.2, "b": 0.5, "c": 0.3}, 0.5)
     metrics = solution_metrics(solution, ("a", "b", "c"))
-    per_objective = ("p", "coefficient", "grad_norm")
+    per_objective = ("weight", "p", "coefficient", "grad_norm")
     assert set(metrics) == {
-        *(f"raco/{name}" for name in ("gap", "clip_active", "g0_norm", "update_norm")),
+        *(f"raco/{name}" for name in ("gap", "clip_active", "g0_norm", "update_norm", "c")),
         *(f"raco/{name}/{objective}" for name in per_objective for objective in "abc"),
         "raco/cosine/a:b",
         "raco/cosine/a:c",
@@ -104,4 +104,5 @@ def test_solution_metrics_have_the_names_of_the_design():
     assert metrics["raco/cosine/b:c"] == pytest.approx(0.5 / math.sqrt(8))
     assert metrics["raco/grad_norm/c"] == pytest.approx(2.0)
     assert sum(metrics[f"raco/p/{name}"] for name in "abc") == pytest.approx(1.0)
+    assert (metrics["raco/c"], metrics["raco/weight/b"]) == (0.5, 0.5)
     assert all(type(value) is float for value in metrics.values())

@@ -9,7 +9,7 @@ import raco_fast
 from raco_fast.solver.registry import OURS
 
 WEIGHTS = {"a": 0.5, "b": 0.2, "c": 0.3}
-STATEFUL = ("pcgrad", "gradvac", "pcd")
+STATEFUL = ("pcgrad", "gradvac", "pcd", "cr-mogm")
 
 
 def network() -> nn.Sequential:
@@ -78,6 +78,23 @@ def test_every_rule_in_every_mode(name, mode):
     assert bool(opt.rule_state) == (name in STATEFUL)
     if name in STATEFUL:
         assert opt.rule_state["values"]["steps"] == 3.0
+
+
+@pytest.mark.parametrize("mode", [by_micro_batches, by_gram_first])
+@pytest.mark.parametrize("clip", [{"clip": "inside", "kappa": 1.4}, {"clip": "smooth", "q": 1.0}])
+def test_other_clips_in_a_step_and_a_checkpoint(clip, mode):
+    rule = {"name": "cagrad-clip", **clip}
+    model = network()
+    opt = raco_fast.ClippedCAGradAdamW(model.parameters(), lr=0.05, weights=WEIGHTS, rule=rule)
+    expected = truth(model, 15, rule, None)
+    mode(opt, model, 15)
+    opt.step()
+    np.testing.assert_allclose(opt.solution.coefficients, expected.coefficients, rtol=1e-7)
+    paper = truth(network(), 15, "cagrad-clip", None).coefficients
+    assert abs(opt.solution.coefficients - paper).max() > 1e-3
+    again = raco_fast.ClippedCAGradAdamW(network().parameters(), weights=WEIGHTS)
+    again.load_state_dict(opt.state_dict())
+    assert again.rule == opt.rule == rule
 
 
 @pytest.mark.parametrize("name", ["nash", "gradvac", "mgda-decoupled"])

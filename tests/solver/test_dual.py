@@ -363,7 +363,7 @@ def test_rounding_of_a_float32_gram_is_no_error() -> None:
         (np.zeros((2, 3)), np.ones(3), 2, "square"),
         (np.eye(2), np.ones(3), 2, "weights must be"),
         (np.zeros(3), np.ones(3), 2, "gram must be"),
-        (np.eye(2), np.array([0.5, 0.5]), 4, "rule must be"),
+        (np.eye(2), np.array([0.5, 0.5]), 6, "rule must be"),
     ],
 )
 def test_the_extension_refuses_what_would_break_memory(

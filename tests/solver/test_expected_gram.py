@@ -9,6 +9,7 @@ import torch
 from raco_fast.solver.dual import solve_dual
 from raco_fast.solver.expected_gram import Estimate, ExpectedGram
 from raco_fast.solver.gram_options import GramOptions
+from raco_fast.solver.registry import RuleLike
 from raco_fast.solver.u_statistic import SampleSums
 
 WEIGHTS = np.array([0.5, 0.3, 0.2])
@@ -52,7 +53,11 @@ def cosines(M: np.ndarray) -> np.ndarray:
     return M / np.outer(norms, norms)
 
 
-def coefficients(estimate: Estimate, rule: str = "cagrad-clip") -> np.ndarray:
+INSIDE = {"name": "cagrad-clip", "clip": "inside", "kappa": 1.5}
+SMOOTH = {"name": "cagrad-clip", "clip": "smooth", "q": 2.0}
+
+
+def coefficients(estimate: Estimate, rule: RuleLike = "cagrad-clip") -> np.ndarray:
     solution = solve_dual(estimate.gram, WEIGHTS, 0.4, rule)
     return solution.along(torch.from_numpy(TRUTH), estimate, "batch").coefficients
 
@@ -66,9 +71,17 @@ def test_it_begins_with_the_prior_for_which_rules_give_the_weighted_sum():
     for estimate in found:
         assert estimate.shrinkage == 0.0
         assert is_no_conflict(estimate.gram)
-        for rule in ("cagrad-clip", "cagrad", "mgda", "nash", "pcgrad"):
+        for rule in ("cagrad-clip", "cagrad", INSIDE, SMOOTH, "mgda", "nash", "cr-mogm"):
             found = coefficients(estimate, rule)
             np.testing.assert_allclose(found / found.sum(), WEIGHTS, rtol=1e-9)
+
+
+@pytest.mark.parametrize("rule", ["cagrad", "cagrad-clip", INSIDE, SMOOTH])
+def test_the_correction_keeps_its_length_whatever_is_believed(rule):
+    for estimate in after(40)[1][::6]:
+        correction = coefficients(estimate, rule) - WEIGHTS
+        length = np.sqrt(correction @ TRUTH @ correction)
+        assert length == pytest.approx(0.4 * np.sqrt(WEIGHTS @ TRUTH @ WEIGHTS))
 
 
 def test_errors_are_those_of_many_runs():

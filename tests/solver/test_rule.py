@@ -247,8 +247,9 @@ def test_the_table_of_the_page_is_the_registry() -> None:
         kind = registry.OURS[name.strip("`")]
         fields = {f.name: f.default for f in dataclasses.fields(kind)}
         assert dict(re.findall(r"`(\w+)` ([^,]+)", options)) == {
-            key: f'"{value}"' if isinstance(value, str) else repr(value)
+            key: f'"{spec}"' if isinstance(spec, str) else repr(spec)
             for key, value in fields.items()
+            for spec in [spec_of(value) if isinstance(value, Rule) else value]
         }
         assert (weights == "yes") == kind.uses_weights
         assert (certificate == "yes") == issubclass(kind, DualRule)

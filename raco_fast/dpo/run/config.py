@@ -16,6 +16,7 @@ from raco_fast.dpo.models import ModelOptions
 from raco_fast.dpo.run.parallel import ParallelOptions
 from raco_fast.engine.prepare import CHECK_EVERY
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
+from raco_fast.optim.schedules import SettingScheduler
 from raco_fast.settings.paths import expanded
 from raco_fast.solver.registry import check_rule, spec_of
 
@@ -38,6 +39,10 @@ class TrainConfig:
             None chooses it from the noise.
         c_mode: of `unbiased`: whose norms the length of the correction is found from, the `batch`'s
             or the `signal`'s.
+        c_schedule: {name: linear, start: 0.0, end: 0.4, steps: 500}: c as a function of the step,
+            constant, linear or cosine; what is left out is `c`, and all steps of the run.
+        weights_schedule: the same of weights; or {name: dirichlet, concentration: 10.0, seed: 0},
+            which draws them anew at every step, with `weights` as their mean.
         loss: preference loss by name, or {name: simpo, gamma: 1.0}; docs/losses.md lists them.
         loss_options: its options, where `loss` is a name: beta, label_smoothing and the like.
         losses: objective name -> loss of its own, written like `loss`; the others have `loss`.
@@ -107,6 +112,8 @@ class TrainConfig:
     gram: Literal["batch", "unbiased"] = "batch"
     gram_ema: float | None = None
     c_mode: Literal["batch", "signal"] = "batch"
+    c_schedule: dict[str, Any] | None = None
+    weights_schedule: dict[str, Any] | None = None
     loss: str | dict[str, float | str] = "sigmoid"
     loss_options: dict[str, float] = field(default_factory=dict)
     losses: dict[str, str | dict[str, float | str]] = field(default_factory=dict)
@@ -148,7 +155,8 @@ class TrainConfig:
         check_choices(self)
         object.__setattr__(self, "rule", spec_of(check_rule(self.rule)))  # as it is in YAML
         # The optimizer checks weights, c, lr and the like, here before a model is loaded.
-        ClippedCAGradAdamW([torch.zeros(1)], **self.optimizer_arguments)
+        optimizer = ClippedCAGradAdamW([torch.zeros(1)], **self.optimizer_arguments)
+        self.setting_scheduler(optimizer, steps=1)
         if not self.lr > 0:
             raise ValueError(
                 f"`lr` must be positive, got {self.lr}: nothing would be learnt; the "
@@ -251,6 +259,12 @@ class TrainConfig:
         of_gram = ("gram", "gram_ema", "c_mode")
         given = {name: getattr(self, name) for name in (*names, *of_gram, "seed")}
         return {**given, "rounding": self.rounding or "stochastic"}
+
+    def setting_scheduler(self, optimizer: ClippedCAGradAdamW, steps: int) -> SettingScheduler:
+        """What sets c and the weights of an optimizer in a run of so many steps."""
+        return SettingScheduler(
+            optimizer, c=self.c_schedule, weights=self.weights_schedule, steps=steps
+        )
 
     @property
     def objectives(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from raco_fast.report import markdown_table, share_with_interval
 from raco_fast.settings.paths import expanded
 from raco_fast.solver.registry import check_rule, label_of
 from raco_fast.solver.rules.conflict_averse import CAGrad, CAGradClip
+from raco_fast.solver.rules.cr_mogm import CRMOGM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,14 +109,17 @@ def _body(summary: TrainingSummary) -> str:
             f" (a loss or gradient was not finite), also the last {summary.skipped_at_the_end},"
         )
     rule = check_rule(config.rule)
-    paper = " (RACO, arXiv:2602.02495)" if isinstance(rule, CAGradClip) else ""
+    averaged = rule.of if isinstance(rule, CRMOGM) else rule
+    papers = isinstance(rule, CAGradClip) and rule.clip == "after"
+    paper = " (RACO, arXiv:2602.02495)" if papers else ""
     parts = [
         f"# {Path(config.model.name).stem} aligned with raco-fast",
         f"`{config.model.name}` trained by multi-objective DPO "
         f"({_how(config.model, summary.found)}) on preference pairs. "
         f"Gradients of the objectives were combined by `{label_of(rule)}`"
-        + (f" with c = {config.c}" if isinstance(rule, CAGrad | CAGradClip) else "")
-        + f"{paper}.",
+        + (f" with c = {config.c}" if isinstance(averaged, CAGrad | CAGradClip) else "")
+        + f"{paper}."
+        + _schedules(config),
         "## Objectives\n\n"
         + markdown_table(["objective", "weight", "labelled pairs", "loss"], objectives),
         f"## Data\n\n{summary.pairs} training pairs.\n\n" + "\n".join(files),
@@ -125,6 +130,13 @@ def _body(summary: TrainingSummary) -> str:
         table = result_table(config, summary.evaluations)
         parts.append("## Results on the held-out pairs\n\n" + table)
     return "\n\n".join(parts) + "\n"
+
+
+def _schedules(config: TrainConfig) -> str:
+    """A sentence on what changed from step to step; nothing where nothing did."""
+    both = {"c": config.c_schedule, "the weights": config.weights_schedule}
+    told = [f"{name} by `{json.dumps(given)}`" for name, given in both.items() if given is not None]
+    return f" From step to step changed {' and '.join(told)}." if told else ""
 
 
 def _how(model: ModelOptions, found: SavedAdapter | None) -> str:

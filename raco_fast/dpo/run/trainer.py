@@ -139,6 +139,7 @@ class Trainer:
                 noise,
             )
         self.state = self._new_state()
+        self._settings = config.setting_scheduler(self.state.optimizer, self.total_steps)
         contents = {what: self.state.run[what] for what in ("data", "model")}
         of_run = {**compared(self.state.run["settings"]), **contents}
         of_run["checkpoint"] = found and found.name
@@ -288,6 +289,7 @@ class Trainer:
         state, config = self.state, self.config
         pairs = self._pairs_of(state.step)
         lr = state.scheduler.get_last_lr()[0]
+        self._settings.at(state.step)
         with memory_named(f"step {state.step + 1}", to_run_a_model(config)):
             result = self._learn(pairs, next(self._coming))
         with warnings.catch_warnings():

@@ -22,6 +22,8 @@ VALID = {
     "weights": {"a": 0.5, "b": 0.5},
     "losses": {"a": {"name": "simpo", "gamma": 1.0}},
     "rule": {"name": "fairgrad", "alpha": 0.5},
+    "c_schedule": {"name": "linear", "start": 0.0, "steps": 9},
+    "weights_schedule": {"name": "cosine", "end": {"a": 1.0, "b": 0.0}},
     "tokens": {"max_length": 64, "plain": {"user": "U"}},
     "parallel": {"kind": "ddp"},
     "loss_options": {"beta": 0.2},

@@ -58,8 +58,8 @@ def test_metrics_have_the_names_of_the_design(runs, make_config):
         *("step", "epoch", "learning_rate"),
         *preference,
         *each,
-        *(f"raco/{name}" for name in ("gap", "clip_active", "g0_norm", "update_norm")),
-        *(f"raco/{n}/{o}" for n in ("p", "coefficient", "grad_norm") for o in objectives),
+        *(f"raco/{name}" for name in ("gap", "clip_active", "g0_norm", "update_norm", "c")),
+        *(f"raco/{n}/{o}" for n in ("weight", "p", "coefficient", "grad_norm") for o in objectives),
         *("raco/cosine/sure:kind", "raco/skipped_steps"),
     }
     for evaluation in runs.evaluations(config):
