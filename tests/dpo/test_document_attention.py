@@ -82,13 +82,15 @@ def test_checkpointed_layers_find_the_same_operations_again(model, calls):
 
 def test_the_models_own_attention_is_back_after_an_error(model):
     config = model.config.get_text_config()
-    decoder = decoder_of(model)
-    with (
-        pytest.raises(RuntimeError, match="inside"),
-        document_attention.by_document(decoder, config, rows()),
-    ):
-        assert config._attn_implementation == document_attention._NAME
-        raise RuntimeError("inside")
+    decoder, packed_rows = decoder_of(model), rows()
+
+    def fail() -> None:
+        with document_attention.by_document(decoder, config, packed_rows):
+            assert config._attn_implementation == document_attention._NAME
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
     assert config._attn_implementation == "sdpa"
 
 

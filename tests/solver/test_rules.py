@@ -524,3 +524,8 @@ def test_relatives() -> None:
 def test_bad_options(rule: Any, error_type: type[Exception], message: str) -> None:
     with pytest.raises(error_type, match=message):
         solve_dual(np.eye(2), [0.5, 0.5], 0.4, rule, losses=[1.0, 0.0])
+
+
+def test_orders_of_steps_beside_one_another_have_no_row_in_common():
+    drawn = np.stack([orders(3, step, 8) for step in range(12)])
+    assert len(np.unique(drawn.reshape(-1, 8), axis=0)) == 12 * 8

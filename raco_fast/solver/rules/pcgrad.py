@@ -43,5 +43,7 @@ class PCGrad(Rule):
 
 def orders(seed: int, step: int, m: int) -> NDArray[np.intp]:
     """[m, m]: row i is the order in which g_i meets the others, the same on every machine."""
-    numbers = np.random.Philox(key=seed % 2**64, counter=step).random_raw(m * m)
+    # The counter goes up by 1 with every draw, so steps beside one another would share draws.
+    generator = np.random.Philox(key=seed % 2**64, counter=step << 64)
+    numbers = generator.random_raw(m * m)
     return np.argsort(numbers.reshape(m, m), axis=1, kind="stable")
