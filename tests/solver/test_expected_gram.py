@@ -269,3 +269,41 @@ def test_its_length_comes_from_the_noise():
 def test_options_out_of_their_range(options, error, match):
     with pytest.raises(error, match=match):
         GramOptions(**options)
+
+
+def test_where_batches_correct_another_objective_than_the_one_that_loses():
+    """Norms, conflicts and noise of the sizes that pairs of people's preferences have.
+
+    The first two objectives share no pair, and the third, whose gradient is the longest, is against
+    the first: all of the correction belongs to the first, and batches of 16 give most to the third.
+    """
+    H = np.array([[23.1, -18.3, -52.6], [-18.3, 14.0, 36.0], [-52.6, 36.0, 129.0]])
+    values, V = np.linalg.eigh(H)
+    g = (V * np.sqrt(np.maximum(values, 0.0)))[:, None]  # [m, 1, 3]
+    noise, dimensions, n = 9000.0, 60, 16
+    draw, expected, weights = np.random.default_rng(0), ExpectedGram(3), np.array([0.35, 0.35, 0.3])
+    found, of_batch = [], []
+    for t in range(250):
+        labels = np.where(draw.random((3, n)) < 0.5, -1.0, 1.0)
+        first = draw.random(n) < 0.5
+        labels[0] *= first
+        labels[1] *= ~first
+        there = (labels != 0).astype(float)
+        pairs = draw.standard_normal((n, dimensions)) * np.sqrt(noise / dimensions)
+        v = labels[:, :, None] * pairs
+        v[:, :, :3] += there[:, :, None] * g
+        v /= there.sum(1)[:, None, None]
+        total = v.sum(1)
+        own, gram = np.einsum("ibd,jbd->ij", v, v, optimize=True), total @ total.T
+        sums = SampleSums(own, there.sum(1), there @ there.T, n)
+        expected.take(gram, sums)
+        if t >= 150:
+            estimate = expected.estimate(gram, sums.counts, weights, EVERYONE)
+            solution = solve_dual(estimate.gram, weights, 0.4)
+            found.append(solution.along(torch.from_numpy(gram), estimate, "batch").p_clipped)
+            of_batch.append(solve_dual(gram, weights, 0.4).p_clipped)
+    truth = solve_dual(g[:, 0] @ g[:, 0].T, weights, 0.4).p_clipped
+    assert truth[1:].max() == 0.0 < truth[0]
+    shares, batch_shares = (np.mean(p / np.sum(p, 1, keepdims=True), 0) for p in (found, of_batch))
+    assert shares[0] > 0.7
+    assert batch_shares[2] > 0.5 > 0.35 > batch_shares[0]
