@@ -74,3 +74,9 @@ def test_every_example_on_several_processes_does_what_one_does(tmp_path: Path) -
         for found in processes.run(world, updates, start, examples, folder=tmp_path, timeout=120):
             for update in found:
                 torch.testing.assert_close(update, truth, rtol=1e-4, atol=0.0)
+
+
+def test_the_page_on_conflict_tells_the_truth() -> None:
+    """Its cosines of batches and of their expectation are what they are said to be."""
+    (example,) = examples_of((ROOT / "docs" / "conflict.md").read_text(encoding="utf-8"))
+    exec(example, {})

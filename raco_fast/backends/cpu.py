@@ -6,7 +6,7 @@ for many small tensors, building them takes longer than the kernels.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -120,6 +120,7 @@ def weight_grad(
     out: Tensor,
     fresh: bool,
     products: bool = False,
+    look: Callable[[Tensor], None] | None = None,
 ) -> Tensor | None:
     """Write or add the m weight gradients of a layer, and their products while in the cache.
 
@@ -127,8 +128,9 @@ def weight_grad(
     """
     x, dy = plain.operand(x), plain.operand(dy)
     groups, (d_out, d_in) = len(bounds) - 1, out.shape[1:]
-    if U is None or not plain.folds(len(U), len(x), groups) or not _can_fold(x, out):
-        plain.weight_grad(x, dy, bounds, U, out, fresh)
+    folds = U is not None and (look is not None or plain.folds(len(U), len(x), groups))
+    if U is None or not folds or not _can_fold(x, out):
+        plain.weight_grad(x, dy, bounds, U, out, fresh, False, look)
         return None
     # A block's products are terms of their own where it ends with a chunk of the Gram matrix's sum.
     row_bytes = x.element_size() * groups * d_in
@@ -139,6 +141,8 @@ def weight_grad(
     sums = np.zeros((len(U), len(U))) if products and (whole or aligned) else None
     for start, stop in plain.blocks(d_out, rows):
         t = plain.of_groups(x, dy[:, start:stop], bounds)
+        if look is not None:
+            look(t.flatten(1))
         at = np.array([g.data_ptr() for g in out[:, start:stop].unbind()])
         n, dtype = (stop - start) * d_in, DTYPES[out.dtype]
         _C.fold(t.data_ptr(), n, U.numpy(), at, dtype, fresh, sums, torch.get_num_threads())

@@ -6,7 +6,7 @@ device. Nothing here waits for the device. Triton is imported at the first use o
 `import raco_fast` does not need it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
@@ -158,14 +158,16 @@ def weight_grad(
     out: Tensor,
     fresh: bool,
     products: bool = False,
+    look: Callable[[Tensor], None] | None = None,
 ) -> None:
     """Write or add the m weight gradients of a layer; for one objective that is a plain product.
 
     Rows that lie with gaps are copied. The table of k-blocks and the coefficients, alike for all
-    layers of one pass, are sent once.
+    layers of one pass, are sent once. The kernel holds no t_g that could be shown to `look`, for
+    which plain products form them.
     """
-    if U is None or len(U) == 1:
-        plain.weight_grad(x, dy, bounds, U, out, fresh)
+    if U is None or len(U) == 1 or look is not None:
+        plain.weight_grad(x, dy, bounds, U, out, fresh, False, look)
         return
     from raco_fast.kernels.weight_grad import weight_grad as launch
 

@@ -4,7 +4,7 @@ A `Plan` is for callers that repeat an operation on the same tensors; without on
 checked and built anew.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import compress
 
 import torch
@@ -147,6 +147,7 @@ def weight_grad(
     out: Tensor,
     fresh: bool,
     products: bool = False,
+    look: Callable[[Tensor], None] | None = None,
 ) -> Tensor | None:
     """Write or add the m weight gradients G_i = Σ_g U_ig dY_gᵀ X_g of one layer.
 
@@ -159,6 +160,8 @@ def weight_grad(
         U: [m, groups], best on the CPU; None stands for one group with coefficient 1.
         out: [m, d_out, d_in], of any floating dtype; overwritten where `fresh`, else added to.
         products: whether inner products of what `out` holds then are of use.
+        look: is shown dY_gᵀ X_g of all groups, [groups, n] for a block of rows of the weight at a
+            time; needs U.
     Returns:
         They, as `products` gives them: [m, m], where the backend has them on the way; else None.
     Raises:
@@ -166,7 +169,7 @@ def weight_grad(
     """
     check_rows(x, dy, bounds, U, out)
     call = Call("weight_grad", len(out), [[out]], [[x], [dy]], bounds=bounds)
-    return chosen(call).weight_grad(x, dy, bounds, U, out, fresh, products)
+    return chosen(call).weight_grad(x, dy, bounds, U, out, fresh, products, look)
 
 
 def within_cauchy_schwarz(M: Tensor) -> Tensor:

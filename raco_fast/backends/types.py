@@ -1,6 +1,6 @@
 """What operations are given, and what a backend is."""
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -157,6 +157,7 @@ class Backend(Protocol):
         out: Tensor,
         fresh: bool,
         products: bool = False,
+        look: Callable[[Tensor], None] | None = None,
     ) -> Tensor | None:
         """Write or add the m weight gradients of a layer.
 

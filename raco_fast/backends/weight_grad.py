@@ -7,7 +7,7 @@ GEMMs on scaled rows, whichever is cheaper. Sums are float32 (float64 for float6
 dtype of x and dY, so a bfloat16 gradient is rounded once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ def weight_grad(
     out: Tensor,
     fresh: bool,
     products: bool = False,
+    look: Callable[[Tensor], None] | None = None,
 ) -> None:
     """Write or add the m weight gradients of a layer; arguments as for `ops.weight_grad`."""
     x, dy = operand(x), operand(dy)
@@ -37,12 +38,14 @@ def weight_grad(
         return
     U = sent(U, x.device).to(widened(x[:0]).dtype)
     groups = len(bounds) - 1
-    if not folds(len(U), len(x), groups):
+    if look is None and not folds(len(U), len(x), groups):
         _add_scaled_rows(x, dy, bounds, U, out, fresh)
         return
     for start, stop in row_blocks(dy.shape[1], 4 * groups * x.shape[1]):
         # t [groups, rows of the block * d_in], folded with U [m, groups] while it is in a cache.
         t = of_groups(x, dy[:, start:stop], bounds).flatten(1)
+        if look is not None:
+            look(t)
         target = out[:, start:stop]
         if out.dtype != t.dtype or not target[0].is_contiguous():
             store(target, (U @ t).view_as(target), fresh)

@@ -12,6 +12,7 @@ from torch import Tensor
 from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.losses.pair_scores import PairScores, RankedScores
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
+from raco_fast.solver.expected_gram import Estimate
 from raco_fast.solver.solution import DualSolution
 
 
@@ -113,4 +114,29 @@ def solution_metrics(solution: DualSolution, objectives: Sequence[str]) -> dict[
         result[f"raco/grad_norm/{name}"] = float(solution.gram[i, i]) ** 0.5
         for j in range(i + 1, len(objectives)):
             result[f"raco/cosine/{name}:{objectives[j]}"] = float(solution.cosines[i, j])
+    if solution.expected is not None:
+        result |= expected_metrics(solution.expected, solution.coefficients, objectives)
+    return result
+
+
+def expected_metrics(
+    expected: Estimate, coefficients: Tensor, objectives: Sequence[str]
+) -> dict[str, float]:
+    """`raco/*` of gram="unbiased": what is known of the expected gradients; NaN where nothing is.
+
+    Args:
+        expected: of a solution.
+        coefficients: [m], of the gradients in its update.
+        objectives: in their order.
+    """
+    result = {"raco/shrinkage": expected.shrinkage, "raco/gram_steps": expected.steps}
+    descent = expected.mean @ torch.as_tensor(coefficients).numpy()
+    for i, name in enumerate(objectives):
+        result[f"raco/descent/{name}"] = float(descent[i])
+        result[f"raco/noise_share/{name}"] = float(expected.noise_share[i])
+        result[f"raco/noise_scale/{name}"] = float(expected.noise_scale[i])
+        for j in range(i + 1, len(objectives)):
+            pair = f"{name}:{objectives[j]}"
+            result[f"raco/cosine_unbiased/{pair}"] = float(expected.cosines[i, j])
+            result[f"raco/cosine_unbiased_se/{pair}"] = float(expected.cosine_errors[i, j])
     return result

@@ -104,6 +104,14 @@ def score_pairs(
     return {name: by_tail[loss.tail_weight] for name, loss in losses.items()}
 
 
+def scores_of_loss(
+    pairs: Tensor, loss: PreferenceLoss, references: Mapping[float, ReferenceLogps]
+) -> Tensor:
+    """Which of `pair_logps`'s scores a loss sees, given which of the B pairs: bool [k * 2B]."""
+    seen = [pairs if tail == loss.tail_weight else torch.zeros_like(pairs) for tail in references]
+    return torch.cat([of_pairs for of_tail in seen for of_pairs in (of_tail, of_tail)])
+
+
 def adapter_off(model: nn.Module) -> AbstractContextManager[None]:
     """A context in which a PEFT model computes what its base model does."""
     disable = getattr(model, "disable_adapter", None)

@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge
 from raco_fast.backends.transfer import sent
 from raco_fast.engine.gradient_collector import GradientCollector, Into
 from raco_fast.engine.graph import ScoreGraph
+from raco_fast.engine.sample_products import SampleProducts
 from raco_fast.engine.sequences import Factored
 from raco_fast.engine.tap import (
     ANCHOR,
@@ -238,7 +239,12 @@ def _of_every_sequence(
 
 
 def one_backward(
-    graph: ScoreGraph, factored: Factored, into: Into, *, retain_graph: bool = False
+    graph: ScoreGraph,
+    factored: Factored,
+    into: Into,
+    *,
+    retain_graph: bool = False,
+    samples: SampleProducts | None = None,
 ) -> None:
     """Add every objective's gradient to where it belongs, with one backward pass.
 
@@ -246,9 +252,10 @@ def one_backward(
         graph: of a prepared model, without an obstacle; it is used up unless `retain_graph`.
         factored: A = ∂L/∂scores.
         into: what they are added to.
+        samples: also gets what every sample has with itself, where that is wanted.
     """
     if factored.coefficients.shape[1]:
-        collector = GradientCollector(factored, into, graph.wanted)
+        collector = GradientCollector(factored, into, graph.wanted, samples)
         collect(collector.collect, graph, factored.seeds, retain_graph=retain_graph)
         collector.finish()
         into.finish()

@@ -16,6 +16,7 @@ rounded once.
 
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -26,7 +27,6 @@ from raco_fast.backends.transfer import sent
 from raco_fast.backends.weight_grad import (
     add_thin,
     batched_product,
-    blocks,
     of_groups,
     operand,
     product,
@@ -34,17 +34,14 @@ from raco_fast.backends.weight_grad import (
     store,
     widened,
 )
+from raco_fast.engine.inner_products import products, products_within
 from raco_fast.engine.sequences import Segments
 
-# Rows of a tied weight whose t_g exist at one time while its two uses are multiplied.
-_CROSS_ROWS = 1024
 # Numbers for which a call costs more than its arithmetic.
 _FEW = 1 << 18
 # How many times as long as its short side a matrix is that counts as thin: below, a product for
 # every further objective costs more than putting the rows in order.
 _THIN = 16
-# Products that are added in float32.
-_RUN = 1024
 
 
 class Rows(Protocol):
@@ -66,6 +63,20 @@ class Use(Rows, Protocol):
 
     def gram(self) -> Tensor:
         """K [groups, groups] float64 on the parameter's device."""
+
+    def within(self, each: int) -> Tensor:
+        """The blocks of K of so many consecutive groups: [groups / each, each, each] float64."""
+
+    def add_and_look(
+        self, out: Tensor, U: Tensor, fresh: bool, each: int, products: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """`add_to` and `within` at the price of one where t_g is formed for both.
+
+        Returns:
+            What `within` gives; with `products` also those of `out` where they are to be had.
+        """
+        self.add_to(out, U, fresh)
+        return self.within(each), None
 
 
 class MatrixUse(Use):
@@ -97,6 +108,45 @@ class MatrixUse(Use):
     ) -> Tensor | None:
         """As `Use.add_to`; returns the `products` of `out` where `ops.weight_grad` has them."""
         return ops.weight_grad(self._x, self._dy, self.bounds, U, out, fresh, products)
+
+    def add_and_look(
+        self, out: Tensor, U: Tensor, fresh: bool, each: int, products: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        if self._x.is_cuda:  # whose kernel forms no t_g
+            return super().add_and_look(out, U, fresh, each)
+        found: list[Tensor] = []
+
+        def look(t: Tensor) -> None:
+            found.append(products_within(t, each))
+
+        rows = self._x, self._dy, self.bounds
+        of_out = ops.weight_grad(*rows, U, out, fresh, products, look)
+        return torch.stack(found).sum(0), of_out
+
+    def within(self, each: int) -> Tensor:
+        """From token pairs or from blocks of t_g, whichever is the smaller product."""
+        d_out, d_in = self.dy.shape[1], self.x.shape[1]
+        sizes = torch.tensor(self.bounds[::each]).diff()
+        if int((sizes**2).sum()) * (d_out + d_in) < int(sizes.sum()) * d_out * d_in:
+            return self._within_of_token_pairs(each)
+        groups = len(self.bounds) - 1
+        K = self.x.new_zeros(groups // each, each, each, dtype=torch.float64)
+        for start, stop in row_blocks(d_out, 4 * groups * d_in):
+            K += products_within(self._t(self.dy[:, start:stop]).flatten(1), each)
+        return K
+
+    def _within_of_token_pairs(self, each: int) -> Tensor:
+        found = self.x.new_zeros(len(self.bounds) - 1, each, dtype=torch.float64)
+        for first in range(0, len(found), each):
+            ends = self.bounds[first : first + each + 1]
+            rows = slice(ends[0], ends[-1])
+            pairs = product(self.x[rows], self.x[rows].T)
+            pairs.mul_(product(self.dy[rows], self.dy[rows].T))
+            sizes = [stop - start for start, stop in pairwise(ends)]
+            for k, of_group in enumerate(torch.split(pairs, sizes)):
+                columns = of_group.sum(0, dtype=torch.float64)
+                found[first + k] = torch.stack([c.sum() for c in torch.split(columns, sizes)])
+        return found.view(-1, each, each)
 
     def gram(self) -> Tensor:
         """From token pairs where that is the smaller product ("ghost"), else from blocks of t_g."""
@@ -151,6 +201,9 @@ class EntryUse(Use):
 
     def gram(self) -> Tensor:
         return products(self.segments.summed(self.t).flatten(1))
+
+    def within(self, each: int) -> Tensor:
+        return products_within(self.segments.summed(self.t).flatten(1), each)
 
     def at(self, ids: Tensor) -> Tensor:
         return self.segments.summed(self.t).index_select(1, ids)
@@ -214,6 +267,15 @@ class ThinUse(Use):
     def gram(self) -> Tensor:
         return self._arranged.gram()
 
+    def within(self, each: int) -> Tensor:
+        return self._arranged.within(each)
+
+    def add_and_look(
+        self, out: Tensor, U: Tensor, fresh: bool, each: int, products: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows have to be put in order for t_g, which then gives the gradients as well."""
+        return self._arranged.add_and_look(out, U, fresh, each, products)
+
     def at(self, ids: Tensor) -> Tensor:
         return self._arranged.at(ids)
 
@@ -272,6 +334,12 @@ class LookupUse(Use):
             K += products(self.at(self.ids[start:stop]).flatten(1))
         return K
 
+    def within(self, each: int) -> Tensor:
+        K = self.dy.new_zeros(self.count // each, each, each, dtype=torch.float64)
+        for start, stop in self.blocks():
+            K += products_within(self.at(self.ids[start:stop]).flatten(1), each)
+        return K
+
     def at(self, ids: Tensor) -> Tensor:
         t = self.dy.new_zeros(self.count, len(ids), self.dy.shape[1])
         place = torch.searchsorted(ids, self.all_ids).clamp_(max=len(ids) - 1)
@@ -285,42 +353,12 @@ class LookupUse(Use):
         return row_blocks(len(self.ids), row_bytes)
 
 
-def cross(a: Rows, b: Rows, parameter: Tensor, groups: int) -> Tensor:
-    """⟨t_g, t'_h⟩ between two uses of one parameter.
-
-    Returns:
-        [groups, groups] float64 on its device. A lookup has few rows that are not zero, and only
-        those are formed of the other use.
-    """
-    lookup = next((use for use in (a, b) if isinstance(use, LookupUse)), None)
-    ids = torch.arange(len(parameter), device=parameter.device) if lookup is None else lookup.ids
-    K = _zeros(groups, parameter)
-    for start, stop in blocks(len(ids), _CROSS_ROWS):
-        here = ids[start:stop]
-        K += products(a.at(here).flatten(1), b.at(here).flatten(1))
-    return K
-
-
 def _check_arranged(rows: Tensor, segments: Segments) -> None:
     if rows.ndim != 3 or len(rows) != segments.offsets[-1]:
         raise ValueError(
             f"the rows of a use must have shape [{segments.offsets[-1]} entries, inner, d], got "
             f"{list(rows.shape)}; order them by segments.arranged(rows)"
         )
-
-
-def products(a: Tensor, b: Tensor | None = None) -> Tensor:
-    """⟨a_g, b_h⟩ of the rows of a and b (else a) [groups, n], float64 on their device.
-
-    How one product adds up long rows depends on the machine: half a million numbers were off by
-    2e-5. In float32 only runs of `_RUN` are added, which costs about as much.
-    """
-    b = a if b is None else b
-    runs = a.shape[1] // _RUN
-    whole = runs * _RUN
-    of_a, of_b = (t[:, :whole].view(len(t), runs, _RUN).transpose(0, 1) for t in (a, b))
-    K = torch.bmm(of_a, of_b.transpose(1, 2)).sum(0, dtype=torch.float64)
-    return K.add_(a[:, whole:] @ b[:, whole:].T)
 
 
 def _zeros(groups: int, like: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from raco_fast.backends.weight_grad import batched_product
 from raco_fast.engine.contributions import EntryUse, FactorsUse, MatrixUse
+from raco_fast.engine.inner_products import products_within
+from raco_fast.engine.sample_products import SampleProducts
 from raco_fast.engine.sequences import Factored, Segments
 from raco_fast.engine.tap import EVERY_ROW, Call, plainly
 
@@ -72,10 +74,17 @@ class GradientCollector:
         factored: A = U · seeds.
         into: what they are added to.
         wanted: the parameters whose gradients count.
+        samples: also gets what every sample has with itself, where that is wanted.
     """
 
-    def __init__(self, factored: Factored, into: Into, wanted: Iterable[Tensor]) -> None:
-        self._factored, self._into = factored, into
+    def __init__(
+        self,
+        factored: Factored,
+        into: Into,
+        wanted: Iterable[Tensor],
+        samples: SampleProducts | None = None,
+    ) -> None:
+        self._factored, self._into, self._samples = factored, into, samples
         self._wanted = {id(p) for p in wanted}  # Tensor's own hash is Python code
         self._plans: dict[Hashable, tuple[Segments, int, int]] = {}
         self._waiting: dict[tuple[int, torch.dtype], _Waiting] = {}
@@ -85,9 +94,12 @@ class GradientCollector:
         segments, small, together = self._plan(call)
         out: dict[Tensor, tuple[Tensor, bool]] = {}
         inner: dict[Tensor, Tensor | None] = {}
+        used: set[Tensor] = set()
         for p, rows, use in call.uses(segments):
             if id(p) not in self._wanted:
                 continue
+            if self._samples is not None:
+                used.add(p)
             if rows is EVERY_ROW and isinstance(use, EntryUse):
                 numbers = use.segments.entries * p.numel()
                 if 0 < numbers <= small and p.numel() % _ALIGNED == 0:
@@ -97,14 +109,20 @@ class GradientCollector:
                 out[p] = self._into.buffers(p)
             gradients, fresh = out[p]
             target, U = gradients[:, rows], self._factored.coefficients
-            if isinstance(use, MatrixUse) and rows is EVERY_ROW:
-                wanted = self._into.wants_inner_products(p)
+            whole = isinstance(use, MatrixUse) and rows is EVERY_ROW
+            wanted = whole and self._into.wants_inner_products(p)
+            if self._samples is not None:
+                blocks, inner[p] = use.add_and_look(target, U, fresh, self._factored.each, wanted)
+                self._samples.add(blocks)
+            elif isinstance(use, MatrixUse):
                 inner[p] = use.add_to(target, U, fresh, products=wanted)
             else:
                 use.add_to(target, U, fresh)
                 inner[p] = None
         if inner:
             self._into.filled(inner)
+        if self._samples is not None:
+            self._samples.note(call, used)
 
     def _plan(self, call: Call) -> tuple[Segments, int, int]:
         """(How rows belong to groups, numbers of a t that waits, of all that wait)."""
@@ -123,13 +141,15 @@ class GradientCollector:
         if waiting is None:
             waiting = self._waiting[key] = _Waiting(use.segments)
         elif id(p) in waiting.params or waiting.numbers + numbers > together:
-            waiting.write(self._factored.coefficients, self._into)
+            waiting.write(self._factored, self._into, self._samples)
         waiting.add(p, use, numbers)
 
     def finish(self) -> None:
         """Add what was kept; once, after the pass."""
         for waiting in self._waiting.values():
-            waiting.write(self._factored.coefficients, self._into)
+            waiting.write(self._factored, self._into, self._samples)
+        if self._samples is not None:
+            self._samples.finish()
 
 
 class _Waiting:
@@ -155,7 +175,7 @@ class _Waiting:
         else:
             self._formed.append((p, use.t.flatten(1)))
 
-    def write(self, U: Tensor, into: Into) -> None:
+    def write(self, factored: Factored, into: Into, samples: SampleProducts | None) -> None:
         """Hand all over."""
         if not self.params:
             return
@@ -167,7 +187,9 @@ class _Waiting:
                 params += [p for p, _ in alike]
                 ts.append(_of_layers([use for _, use in alike]))
             t = ts[0] if len(ts) == 1 else torch.cat(ts, 1)
-            into.add_products(params, self._segments.spread(U, t), t)
+            if samples is not None:
+                samples.add(products_within(self._segments.summed(t), factored.each))
+            into.add_products(params, self._segments.spread(factored.coefficients, t), t)
         into.filled(dict.fromkeys(params))
 
     def _device(

@@ -7,14 +7,17 @@ calls use also needs the products between its uses, so those calls are kept to t
 
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Sequence
+from functools import partial
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from raco_fast.backends.transfer import sent
-from raco_fast.engine.contributions import Use, cross
+from raco_fast.engine.between_uses import cross
+from raco_fast.engine.contributions import Use
 from raco_fast.engine.gradient_collector import arranged
+from raco_fast.engine.sample_products import blocks_of, products_of_blocks
 from raco_fast.engine.sequences import Factored
 from raco_fast.engine.tap import Call
 
@@ -81,6 +84,11 @@ class GramCollector:
     def gram(self) -> Tensor:
         """M = U K Uᵀ, float64 [m, m] on the CPU."""
         return self._of_objectives(self._K)
+
+    def sample_products(self) -> Callable[[], Tensor]:
+        """As `SampleProducts.products`; the groups have to be parted by sample."""
+        blocks = blocks_of(self._K, self.factored.each)
+        return partial(products_of_blocks, self.factored.coefficients, blocks)
 
     def grams(self) -> dict[Tensor, Tensor]:
         """Each parameter's part of M, where they were kept apart."""

@@ -118,12 +118,14 @@ class Factored:
     """A = U · seeds: what one backward pass needs to serve all objectives.
 
     `seeds`: float64 [B]; `coefficients` U: float64 [m, groups]; `group`: [B], -1 where every
-    objective's A_ib is zero. All on the CPU.
+    objective's A_ib is zero. All on the CPU. `each`: as many consecutive groups belong to one
+    sample, where `by_sample` has parted them, else 0.
     """
 
     seeds: Tensor
     coefficients: Tensor
     group: Tensor
+    each: int = 0
     _arranged: dict[tuple[int | None, int, torch.device], tuple[Declared | None, Segments]] = field(
         default_factory=dict
     )
@@ -167,6 +169,32 @@ class Factored:
                 parallel, groups = [groups], groups + 1
             group[b] = parallel[0]
         return cls(torch.where(used, seeds, 0.0), found[:groups].T, group)
+
+    def by_sample(self, sample: Tensor) -> "Factored":
+        """The same with groups that lie in one sample each, sample after sample.
+
+        All samples get as many groups; some of them have no rows where directions are fewer.
+
+        Args:
+            sample: int64 [B], of each score, any numbers.
+        """
+        used = (self.group >= 0).nonzero().flatten().tolist()
+        of_sample: dict[int, dict[int, None]] = {}  # sample -> its groups, as they come
+        for b in used:
+            of_sample.setdefault(int(sample[b]), {})[int(self.group[b])] = None
+        each = max(map(len, of_sample.values()), default=1)
+        place = {
+            (s, g): first * each + k
+            for first, (s, groups) in enumerate(of_sample.items())
+            for k, g in enumerate(groups)
+        }
+        group = torch.full_like(self.group, -1)
+        for b in used:
+            group[b] = place[int(sample[b]), int(self.group[b])]
+        U = self.coefficients.new_zeros(len(self.coefficients), len(of_sample) * each)
+        for (_, g), k in place.items():
+            U[:, k] = self.coefficients[:, g]
+        return Factored(self.seeds, U, group, each)
 
     def spread_over(self, size: int) -> "Factored":
         """For a pass whose gradients are summed over so many processes to averages.

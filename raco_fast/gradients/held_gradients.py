@@ -20,9 +20,11 @@ from raco_fast.distributed.processes import GroupLike, Processes
 from raco_fast.distributed.replicas import check_replicas
 from raco_fast.engine.exactness import Exactness
 from raco_fast.gradients.buffer_pool import HostMemory
+from raco_fast.gradients.expectation import Expectation
 from raco_fast.gradients.faster_mode import FasterMode
 from raco_fast.gradients.lending import Lent, left_in_private, lend, take_back, versions
 from raco_fast.gradients.objective_grad import (
+    ObjectiveGrad,
     Touched,
     along_p_grad,
     of_objectives,
@@ -34,6 +36,9 @@ from raco_fast.gradients.own_gradients import refuse_own
 from raco_fast.gradients.pass_count import PassCount
 from raco_fast.gradients.reduced import Reduced
 from raco_fast.gradients.rule_memory import RuleMemory
+from raco_fast.solver.gram_options import GramOptions
+from raco_fast.solver.registry import RuleLike
+from raco_fast.solver.solution import DualSolution
 from raco_fast.solver.weights import ReadOnlyWeights, check_weights, weights_of
 
 
@@ -47,6 +52,9 @@ class HeldGradients:
         *,
         keep_losses: bool = False,
         process_group: GroupLike = "world",
+        gram: str = "batch",
+        gram_ema: float | None = None,
+        c_mode: str = "batch",
     ) -> None:
         self.processes = Processes(process_group)
         note_sharded()
@@ -71,6 +79,8 @@ class HeldGradients:
         self.passes = PassCount()
         self._memory = HostMemory()
         self.for_rules = RuleMemory(keep_losses, self.processes)
+        options = GramOptions(gram, gram_ema, c_mode)
+        self.expectation = Expectation(self.names, options, self.processes)
 
     @property
     def weights(self) -> ReadOnlyWeights:
@@ -127,6 +137,12 @@ class HeldGradients:
                 p.grad was filled outside of any.
             TypeError: the block left a sparse gradient.
         """
+        if self.expectation.wanted:
+            raise RuntimeError(
+                f"gram='unbiased' has to see what every sample has with itself, which "
+                f"`with objective({name!r}):` does not show; use backward(losses, scores=scores), "
+                f"or gram='batch'"
+            )
         if self._several:
             self.together.agree(lambda: refuse_own(self.parameters()), 0)
         with self._objective(name):
@@ -174,7 +190,8 @@ class HeldGradients:
     def of(self, p: Tensor) -> dict[str, Tensor | None]:
         """The accumulated gradient of each objective at `p`; None where it did not touch p.
 
-        They are the memory that a step reads, and may be written to.
+        They are the memory that a step reads, and may be written to; not with gram="unbiased",
+        which would not see it.
         """
         if len(self.names) == 1:
             return {self.names[0]: p.grad}
@@ -255,6 +272,37 @@ class HeldGradients:
         """The same for gradients that are known."""
         return Reduced(groups, len(self.names), self.processes, self.plan)
 
+    def solve(
+        self,
+        M: Tensor,
+        c: float,
+        rule: RuleLike,
+        *,
+        present: Sequence[str] | None = None,
+        scale: float = 1.0,
+    ) -> DualSolution:
+        """The coefficients for a step's Gram matrix; all processes call it.
+
+        Args:
+            M: [m, m] float64 on the CPU, of unscaled gradients where `scale` is known.
+            present: the objectives that take part; by default `self.present`.
+            scale: GradScaler's factor, which the gradients had when they were formed.
+        Raises:
+            RuntimeError: as `RuleMemory.solve`, or `Expectation.solve`.
+        """
+        present = self.present if present is None else present
+        rules, weights = self.for_rules, self.weights
+        if not self.expectation.wanted:
+            return rules.solve(M, weights, present, c, rule)
+        factor = self._unscaled() / scale
+        return self.expectation.solve(M, weights, present, c, rule, rules, factor)
+
+    def _unscaled(self) -> float:
+        """By what a GradScaler has multiplied the gradients since they were formed."""
+        stand_ins = (p.grad for p in self.parameters())
+        factors = (g.unscaled for g in stand_ins if isinstance(g, ObjectiveGrad))
+        return next((float(f) for f in factors if f is not None), 1.0)
+
     def zero(self, set_to_none: bool = True) -> None:
         """Forget the gradients of all objectives.
 
@@ -274,6 +322,7 @@ class HeldGradients:
         self.passes.forget()
         self._held, self._in_private = False, None
         self.for_rules.forget_losses()
+        self.expectation.samples.forget()
 
     def _notice_cleared(self, params: Sequence[Tensor]) -> None:
         """model.zero_grad() empties p.grad without telling us: then no objective has run."""

@@ -28,7 +28,9 @@ def clip_factor(norm: float, max_grad_norm: float | None) -> float:
     return 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))
 
 
-def along(grad: Tensor, norm: float, limit: float | None, rule: Rule) -> Tensor:
+def along(
+    grad: Tensor, norm: float, limit: float | None, rule: Rule, *, unbiased: bool = False
+) -> Tensor:
     """One parameter's part of a common direction, as p.grad holds it until it is unscaled.
 
     Args:
@@ -36,12 +38,15 @@ def along(grad: Tensor, norm: float, limit: float | None, rule: Rule) -> Tensor:
         norm: of the whole direction, over all parameters, before it was clipped.
         limit: max_grad_norm.
         rule: that gave the coefficients.
+        unbiased: they are of gram="unbiased", which goes on from the gradients of steps before.
     """
-    if limit is None and rule.scale_invariant:
+    invariant = rule.scale_invariant and not unbiased
+    if limit is None and invariant:
         return grad
+    name = label_of(rule) + " with gram='unbiased'" * unbiased
     if is_dtensor(grad):
-        return from_local(ScaledShard.of(local(grad), label_of(rule)), grad)
-    return ClippedGrad.of(grad, norm, limit, None if rule.scale_invariant else label_of(rule))
+        return from_local(ScaledShard.of(local(grad), name), grad)
+    return ClippedGrad.of(grad, norm, limit, None if invariant else name)
 
 
 class ClippedGrad(torch.Tensor):

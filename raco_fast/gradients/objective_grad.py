@@ -38,7 +38,8 @@ class ObjectiveGrad(torch.Tensor):
     (None: that objective did not touch p). Where `unreduced` is not None they are this process's
     own, and are to be averaged over those processes when a step is taken. `products` are those of
     the buffers where a pass has taken them, and only as long as nobody else has `escaped` buffers,
-    whose writes torch need not count. Zeroing, GradScaler's unscaling and the conversions of a
+    whose writes torch need not count. `unscaled` is what GradScaler has
+    multiplied them by, None where nothing. Zeroing, GradScaler's unscaling and the conversions of a
     module (`model.to`, ...) reach every buffer; any other operation raises RuntimeError.
     """
 
@@ -47,6 +48,7 @@ class ObjectiveGrad(torch.Tensor):
     unreduced: Processes | None
     products: Products | None
     escaped: bool
+    unscaled: Tensor | None
 
     # Attribute reads (shape, device, is_sparse) need no override and stay fast.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -59,7 +61,7 @@ class ObjectiveGrad(torch.Tensor):
         )
         grad.objectives = objectives
         grad.buffers = [None] * len(objectives)
-        grad.unreduced = grad.products = None
+        grad.unreduced = grad.products = grad.unscaled = None
         grad.escaped = False
         return grad
 
@@ -121,7 +123,7 @@ class ObjectiveGrad(torch.Tensor):
     ) -> Any:
         # Below autograd, and unscaling anywhere, nothing counts that a buffer was written.
         if func is _aten.zero_.default:
-            args[0].products = None
+            args[0].products = args[0].unscaled = None
             for buffer in args[0].present:
                 buffer.zero_()
             return args[0]
@@ -131,6 +133,7 @@ class ObjectiveGrad(torch.Tensor):
                 for g in args[0]:
                     if isinstance(g, ObjectiveGrad):
                         g.products = None
+                        g.unscaled = None if func is not _UNSCALE else _times(g.unscaled, args[2])
             nested = [g.present if isinstance(g, ObjectiveGrad) else [g] for g in args[0]]
             flat = [buffer for buffers in nested for buffer in buffers]
             if flat:
@@ -158,6 +161,7 @@ class ObjectiveGrad(torch.Tensor):
             like = convert(torch.empty(self.shape, dtype=self.dtype, device=self.device))
         converted = ObjectiveGrad(like, self.objectives)
         converted.buffers, converted.unreduced = buffers, self.unreduced
+        converted.unscaled = self.unscaled
         return converted
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
@@ -167,6 +171,10 @@ class ObjectiveGrad(torch.Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> "ObjectiveGrad":
         memo[id(self)] = copy = self._converted(torch.clone)
         return copy
+
+
+def _times(factor: Tensor | None, another: Tensor) -> Tensor:
+    return another.clone() if factor is None else factor * another
 
 
 def in_one(buffers: Sequence[Tensor | None]) -> Tensor | None:

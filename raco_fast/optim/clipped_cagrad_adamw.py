@@ -21,6 +21,7 @@ from raco_fast.distributed.processes import GroupLike
 from raco_fast.gradients.norm_clip import clip_factor
 from raco_fast.gradients.objective_grad import Touched, along_p_grad, here, joined
 from raco_fast.gradients.reduced import Reduced
+from raco_fast.gradients.samples import Labelled
 from raco_fast.optim.adamw_part import asks_for_states, make_states, stepping, updates
 from raco_fast.optim.direction import Direction, refuse_scaled
 from raco_fast.optim.gram_first import gram_first
@@ -28,6 +29,7 @@ from raco_fast.optim.lost_updates import LostUpdates
 from raco_fast.optim.settings import AdamWWithSettings, check_group
 from raco_fast.solver import on_device
 from raco_fast.solver.dual import solve_dual
+from raco_fast.solver.gram_options import GramOptions
 from raco_fast.solver.on_device import DeviceStep
 from raco_fast.solver.registry import RuleLike, label_of
 from raco_fast.solver.solution import DualSolution
@@ -52,10 +54,10 @@ class ClippedCAGradAdamW(AdamWWithSettings):
     `solution.finite` is False. GradScaler works as with any optimizer: scale each loss, then
     `scaler.step(opt)`; also with `scaler.unscale_(opt)`.
 
-    The settings `weights`, `c`, `rule`, `max_grad_norm`, `rounding` and `seed` are attributes that
-    may be set between steps, and are checked then: `opt.weights = {"helpful": 0.7, ...}`. An
-    objective of weight 0 needs no loss; a step without one is solved for the others, and has zeros
-    for it in `solution`.
+    The settings `weights`, `c`, `rule`, `gram`, `gram_ema`, `c_mode`, `max_grad_norm`, `rounding`
+    and `seed` are attributes that may be set between steps, and are checked then: `opt.weights =
+    {"helpful": 0.7, ...}`. An objective of weight 0 needs no loss; a step without one is solved for
+    the others, and has zeros for it in `solution`.
 
     Args:
         params: parameters or parameter groups (own lr, betas, eps, weight_decay, ... per group).
@@ -75,6 +77,14 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         process_group: the processes that train together, each on its own part of a batch: "world"
             (all, once torch.distributed is initialised), a process group, or None for this process
             alone beside independent runs. docs/distributed.md says what they send.
+        gram: which Gram matrix the coefficients are found from: "batch", that of a step's
+            gradients, as in the paper; "unbiased", an estimate of that of their expectation, which
+            the noise of a batch does not bias (docs/conflict.md; this library's own method). It
+            needs `backward(losses, scores=scores)`; the update stays that of the batch's gradients.
+        gram_ema: of "unbiased": what a step keeps of the average over those before, in (0, 1).
+            None chooses it from the noise: an average over 20 to 200 steps.
+        c_mode: of "unbiased": whose norms the length of CAGrad's correction is found from: the
+            "batch"'s, as in the paper, or the "signal"'s, which noise does not lengthen.
         amsgrad, maximize, foreach, capturable, differentiable, fused: as in `torch.optim.AdamW`.
             With `capturable` in every group, parameters on one CUDA device and at most 2
             objectives, `step()` never waits for the device and can be captured in a CUDA graph,
@@ -103,6 +113,9 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         rounding: str = "nearest",
         seed: int = 0,
         process_group: GroupLike = "world",
+        gram: str = "batch",
+        gram_ema: float | None = None,
+        c_mode: str = "batch",
         amsgrad: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -110,7 +123,8 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        self.settle(weights, c, rule, max_grad_norm, rounding, seed, process_group)
+        options = GramOptions(gram, gram_ema, c_mode)
+        self.settle(weights, c, rule, max_grad_norm, rounding, seed, process_group, options)
         self._solution: DualSolution | None = None
         self._skipped_on_host = 0
         self._on_device: DeviceStep | None = None
@@ -157,13 +171,15 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         *,
         scores: Tensor | None = None,
         mode: str | None = None,
+        samples: Sequence[int] | Tensor | None = None,
+        labelled: Labelled | None = None,
         keep_dy: bool = False,
         step_in_backward: bool = False,
     ) -> None:
         """Backpropagate every objective's loss; see `ObjectiveGradients.backward`.
 
         Args:
-            losses, scores: as there.
+            losses, scores, samples, labelled: as there.
             mode: as there, or "gram_first": the common direction is found before any gradient is
                 formed, and p.grad holds it until `step()`; see `raco_fast.gram_first`.
             keep_dy: of "gram_first".
@@ -180,7 +196,9 @@ class ClippedCAGradAdamW(AdamWWithSettings):
                     f"`keep_dy` and `step_in_backward` need mode='gram_first', got mode={mode!r}"
                 )
             self._leave_direction()
-            self.gradients.backward(losses, scores=scores, mode=mode)
+            self.gradients.backward(
+                losses, scores=scores, mode=mode, samples=samples, labelled=labelled
+            )
             return
         on_gradient = None
         if step_in_backward:
@@ -193,6 +211,8 @@ class ClippedCAGradAdamW(AdamWWithSettings):
             c=self.c,
             rule=self._rule,
             max_grad_norm=self.max_grad_norm if step_in_backward else None,
+            samples=samples,
+            labelled=labelled,
             keep_dy=keep_dy,
             on_gradient=on_gradient,
         )
@@ -266,6 +286,8 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         """Why a step has to wait for the device; None if it need not."""
         if not all(group["capturable"] for group in self.param_groups):
             return "a parameter group has capturable=False"
+        if self.gradients.expectation.wanted:
+            return "gram='unbiased' is estimated on the host"
         if self.gradients.present != self.objective_names:
             return "an objective of weight 0 has no loss"
         if reduced.waits is not None:
@@ -284,9 +306,7 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         """The general step: one wait for the device, for the Gram matrix."""
         self._leave_device()
         M, scale = self._gram(reduced)
-        present = self.gradients.present
-        solver = self.gradients.for_rules
-        self._solution = solution = solver.solve(M, self.weights, present, self.c, self._rule)
+        self._solution = solution = self.gradients.solve(M, self.c, self._rule, scale=scale)
         self._update(reduced, solution, scale)
 
     def _leave_direction(self) -> None:
@@ -325,7 +345,8 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         """What a step depends on besides gradients; numbers on a device are not waited for."""
         names = ("lr", "betas", "eps", "weight_decay")
         own = self._settings()
-        del own["rule_state"], own["skipped_steps"]  # results, not settings
+        for result in ("rule_state", "gram_state", "skipped_steps"):
+            del own[result]
         groups = [[group[name] for name in names] for group in self.param_groups]
         return {**own, "groups": [[x for x in g if not isinstance(x, Tensor)] for g in groups]}
 
@@ -386,6 +407,7 @@ class ClippedCAGradAdamW(AdamWWithSettings):
             "c": self.c,
             "rule": label_of(self._rule),
             "max_grad_norm": self.max_grad_norm,
+            "gram": self.gram,
             "rounding": self.rounding,
             "backend": ", ".join(dict.fromkeys(backends)),
         }

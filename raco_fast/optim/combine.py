@@ -32,7 +32,8 @@ def combine(
     unscaled afterwards, and raises RuntimeError when a GradScaler does it all the same.
 
     Args:
-        gradients: accumulated gradients of every objective.
+        gradients: accumulated gradients of every objective; also say which Gram matrix is solved
+            (`gram`), as passes have to know before.
         c: radius, 0 <= c < 1.
         rule: as for `raco_fast.solve_dual`. `gradients` keeps the state of one that has a memory,
             until another rule is asked for.
@@ -46,8 +47,10 @@ def combine(
     """
     max_grad_norm, rule = check_max_grad_norm(max_grad_norm), check_rule(rule)
     reduced = gradients.reduced()
-    M, _ = reduced.gram([], lambda: (dict(gradients.weights), c, spec_of(rule), max_grad_norm))
-    solution = gradients.for_rules.solve(M, gradients.weights, gradients.present, c, rule)
+    options = gradients.expectation.options
+    settings = dict(gradients.weights), c, spec_of(rule), max_grad_norm, options
+    M, _ = reduced.gram([], lambda: settings)
+    solution = gradients.solve(M, c, rule)
     if not solution.finite:
         gradients.zero()
         leave_overflow(joined(reduced.groups).params)
@@ -57,5 +60,5 @@ def combine(
     params, directions = reduced.combined(torch.as_tensor(solution.coefficients) * factor)
     gradients.zero()
     for p, g in zip(params, directions, strict=True):
-        p.grad = along(g, norm, max_grad_norm, rule)
+        p.grad = along(g, norm, max_grad_norm, rule, unbiased=gradients.expectation.wanted)
     return solution

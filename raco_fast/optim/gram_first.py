@@ -28,6 +28,7 @@ from raco_fast.gradients.objective_grad import is_zero
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
 from raco_fast.gradients.overflow import clear_overflow, leave_overflow
 from raco_fast.gradients.reduced import check_settings
+from raco_fast.gradients.samples import Labelled, Said
 from raco_fast.optim.combine import combine
 from raco_fast.optim.scattered_passes import average_in_p_grad, gram_of
 from raco_fast.solver.registry import RuleLike, check_rule, spec_of
@@ -44,6 +45,8 @@ def gram_first(
     c: float = 0.4,
     rule: RuleLike = "cagrad-clip",
     max_grad_norm: float | None = None,
+    samples: Sequence[int] | Tensor | None = None,
+    labelled: Labelled | None = None,
     keep_dy: bool = False,
     on_gradient: Callable[[Tensor], None] | None = None,
     backward: Callable[[Tensor], None] | None = None,
@@ -59,6 +62,7 @@ def gram_first(
         losses, scores: as for `ObjectiveGradients.backward`, of the whole batch of a step.
         c, rule, max_grad_norm: as for `raco_fast.combine`; with a GradScaler only rules whose
             coefficients do not change with the scale of the gradients.
+        samples, labelled: as for `ObjectiveGradients.backward`.
         keep_dy: keep the gradient of every layer's output until α is known, and form G0 with one
             product per layer instead of a second backward pass: faster, at the price of memory
             that grows with the number of tokens.
@@ -77,7 +81,8 @@ def gram_first(
         ValueError, TypeError: as for `ObjectiveGradients.backward` and `raco_fast.combine`.
     """
     rule = check_rule(rule)
-    wish = _Wish(c, rule, check_max_grad_norm(max_grad_norm), keep_dy, on_gradient, backward)
+    limit, said = check_max_grad_norm(max_grad_norm), Said(samples, labelled)
+    wish = _Wish(c, rule, limit, said, keep_dy, on_gradient, backward)
     gradients.for_rules.keep_losses |= rule.needs_losses
     if scores is None:
         raise ValueError(
@@ -94,7 +99,8 @@ def gram_first(
     with torch.autocast(scores.device.type, enabled=False):
         collected = None
         if len(ordered) > 1:
-            check_settings((dict(gradients.weights), c, spec_of(rule)), gradients.together)
+            options = gradients.expectation.options
+            check_settings((dict(gradients.weights), c, spec_of(rule), options), gradients.together)
             gradients.check_replicas()
             with gradients.alone():
                 collected = _collected(gradients, ordered, scores, wish)
@@ -106,7 +112,7 @@ def gram_first(
             "warning); leave `backward` out, or mend the model"
         )
     # One backward pass is not exact here: m of them, and what they give is combined.
-    gradients.backward(losses, scores=scores, mode="autograd")
+    gradients.backward(losses, scores=scores, mode="autograd", samples=samples, labelled=labelled)
     solution = combine(gradients, c=c, rule=rule, max_grad_norm=max_grad_norm)
     if on_gradient is not None and not solution.finite:
         gradients.zero()
@@ -123,6 +129,7 @@ class _Wish:
     c: float
     rule: Rule
     max_grad_norm: float | None
+    said: Said
     keep_dy: bool
     on_gradient: Callable[[Tensor], None] | None
     backward: Callable[[Tensor], None] | None
@@ -158,7 +165,7 @@ def _follow(
     solver = gradients.for_rules
     solver.forget_losses()
     solver.add(zip(gradients.names, losses, strict=True))
-    solution = solver.solve(collected.M, gradients.weights, given, wish.c, wish.rule)
+    solution = gradients.solve(collected.M, wish.c, wish.rule, present=given)
     if not solution.finite:
         if wish.on_gradient is None and wish.backward is None:
             leave_overflow(wanted)
@@ -179,7 +186,8 @@ def _follow(
         _ordinary_pass(graph, seeds, wish.on_gradient)
     for p in wanted:
         if p.grad is not None:
-            p.grad = along(p.grad, norm, wish.max_grad_norm, wish.rule)
+            unbiased = gradients.expectation.wanted
+            p.grad = along(p.grad, norm, wish.max_grad_norm, wish.rule, unbiased=unbiased)
     return solution
 
 
@@ -218,9 +226,15 @@ def _collected(
     served = gradients.look(losses, scores, scattered, hooks_run=wish.backward is not None)
     if served is None:
         return None
+    served, samples = gradients.parted(served, wish.said)
     graph, check = served.graph, served.check
+    of_step = gradients.expectation.samples
+    of_step.forget()
     if scattered:
-        M = gram_of(served, len(losses), gradients.exactness, gradients.processes)
+        products = gradients.products_of(served)
+        M = gram_of(served, len(losses), gradients.exactness, gradients.processes, products)
+        if M is not None and samples is not None and products is not None:
+            of_step.add(products.products(), samples.weights, divided=True)
         return None if M is None else _Collected(graph, served.A, M, None)
     apart, keep = check is not None, wish.keep_dy
     collector = GramCollector(served.factored, graph.wanted, graph.shared(), keep=keep, apart=apart)
@@ -236,6 +250,8 @@ def _collected(
     elif not gradients.exactness.checked(graph, check, run):
         return None
     graph.retained = retained
+    if samples is not None:
+        of_step.add(collector.sample_products(), samples.weights)
     return _Collected(graph, served.A, ops.within_cauchy_schwarz(collector.gram()), collector)
 
 

@@ -15,22 +15,30 @@ from raco_fast.engine.backward import collect, propagate
 from raco_fast.engine.exactness import Exactness, Pass
 from raco_fast.engine.gradient_collector import GradientCollector
 from raco_fast.engine.graph import ScoreGraph
+from raco_fast.engine.sample_products import SampleProducts
 from raco_fast.engine.scattered_check import ScatteredCheck
 from raco_fast.gradients.scattered_gram import ScatteredGram
 
 
-def gram_of(served: Pass, m: int, exactness: Exactness, processes: Processes) -> Tensor | None:
+def gram_of(
+    served: Pass,
+    m: int,
+    exactness: Exactness,
+    processes: Processes,
+    samples: SampleProducts | None = None,
+) -> Tensor | None:
     """M of the averages over processes by pass one, float64 [m, m]; None where it would be wrong.
 
-    The graph is kept.
+    The graph is kept. `samples` also gets what every sample has with itself.
     """
     graph, check = served.graph, served.check
     assert check is None or isinstance(check, ScatteredCheck), "parts are compared with parts"
     into = ScatteredGram(graph, m, processes, None if check is None else check.look)
 
     def run() -> str | None:
-        collector = GradientCollector(served.factored, into, graph.wanted)
+        collector = GradientCollector(served.factored, into, graph.wanted, samples)
         collect(collector.collect, graph, served.factored.seeds, retain_graph=True)
+        collector.finish()
         into.finish()
         return (
             None if check is None else check.mismatch([p for p in graph.uses if not is_dtensor(p)])

@@ -18,10 +18,12 @@ from torch.optim import AdamW, Optimizer
 
 from raco_fast.backends.rounding import check_rounding, check_seed
 from raco_fast.distributed.processes import GroupLike, Processes
+from raco_fast.gradients.expectation import Expectation
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
 from raco_fast.gradients.rule_memory import RuleMemory
 from raco_fast.optim.adamw_part import make_residuals
 from raco_fast.optim.saved_state import fitting
+from raco_fast.solver.gram_options import GramOptions
 from raco_fast.solver.registry import RuleLike, check_rule, spec_of
 from raco_fast.solver.weights import ReadOnlyWeights, check_c, check_max_grad_norm, weights_of
 
@@ -32,7 +34,10 @@ state_dict is read by the keys that the optimizer's own groups have."""
 _OBJECTIVES = f"{_KEY}, objectives: "
 """Begins the key of state_dict's groups that checkpoints of other objectives do not have."""
 
-_OF_ALL_GROUPS = ("weights", "c", "rule", "max_grad_norm", "seed")
+_OF_ALL_GROUPS = (
+    *("weights", "c", "rule", "max_grad_norm", "seed"),
+    *("gram", "gram_ema", "c_mode"),
+)
 
 
 class ParametersOf:
@@ -77,6 +82,7 @@ class AdamWWithSettings(AdamW):
         rounding: str,
         seed: int,
         process_group: GroupLike,
+        options: GramOptions,
     ) -> None:
         """Take the first settings; before AdamW's own constructor, which adds groups."""
         self._c = check_c(c)
@@ -89,6 +95,7 @@ class AdamWWithSettings(AdamW):
             weights,
             keep_losses=rule.needs_losses,
             process_group=process_group,
+            **vars(options),
         )
 
     @property
@@ -127,6 +134,51 @@ class AdamWWithSettings(AdamW):
     @rule_state.setter
     def rule_state(self, saved: Mapping[str, Any]) -> None:
         self.gradients.for_rules.restore(self._rule, self.gradients.names, saved)
+
+    @property
+    def gram(self) -> str:
+        """Which Gram matrix is solved: "batch" or "unbiased"."""
+        return self.gradients.expectation.options.gram
+
+    @gram.setter
+    def gram(self, gram: str) -> None:
+        self.gram_options = {**self.gram_options, "gram": gram}
+
+    @property
+    def gram_ema(self) -> float | None:
+        """What a step keeps of the average of gram="unbiased"; None: chosen from the noise."""
+        return self.gradients.expectation.options.gram_ema
+
+    @gram_ema.setter
+    def gram_ema(self, gram_ema: float | None) -> None:
+        self.gram_options = {**self.gram_options, "gram_ema": gram_ema}
+
+    @property
+    def c_mode(self) -> str:
+        """Which norms the length of CAGrad's correction has: "batch" or "signal"."""
+        return self.gradients.expectation.options.c_mode
+
+    @c_mode.setter
+    def c_mode(self, c_mode: str) -> None:
+        self.gram_options = {**self.gram_options, "c_mode": c_mode}
+
+    @property
+    def gram_options(self) -> dict[str, Any]:
+        """`gram`, `gram_ema` and `c_mode`, which mean something together."""
+        return dict(vars(self.gradients.expectation.options))
+
+    @gram_options.setter
+    def gram_options(self, options: Mapping[str, Any]) -> None:
+        self.gradients.expectation.options = GramOptions(**options)
+
+    @property
+    def gram_state(self) -> dict[str, Any]:
+        """What gram="unbiased" goes on from, as plain JSON; {} without any step of it."""
+        return self.gradients.expectation.state()
+
+    @gram_state.setter
+    def gram_state(self, saved: Mapping[str, Any]) -> None:
+        self.gradients.expectation.restore(saved)
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -200,7 +252,8 @@ class AdamWWithSettings(AdamW):
                 fit.
         """
         saved = _own_part(state_dict)
-        own = {**self._settings(), **({"rule_state": {}} if "rule" in saved else {}), **saved}
+        anew: dict[str, Any] = {"rule_state": {}, "gram_state": {}} if "rule" in saved else {}
+        own = {**self._settings(), **anew, **saved}
         if set(own["weights"]) != set(self.gradients.names):
             raise ValueError(
                 f"`state_dict` is of an optimizer for the objectives {tuple(own['weights'])}, this "
@@ -218,6 +271,8 @@ class AdamWWithSettings(AdamW):
         rule = own["rule"] = self._rule if own["rule"] == self.rule else check_rule(own["rule"])
         fitted = fitting(state_dict, self.param_groups, saved.get("rounding"))
         RuleMemory(False, Processes(None)).restore(rule, self.gradients.names, own["rule_state"])
+        names, options = self.gradients.names, GramOptions(**own["gram_options"])
+        Expectation(names, options, Processes(None)).restore(own["gram_state"])
         check_max_grad_norm(own["max_grad_norm"])
         check_rounding(own["rounding"], any(group.get("differentiable") for group in plain))
         check_seed(own["seed"])
@@ -231,6 +286,8 @@ class AdamWWithSettings(AdamW):
             "c": self.c,
             "rule": self.rule,
             "rule_state": self.rule_state,
+            "gram_options": self.gram_options,
+            "gram_state": self.gram_state,
             "max_grad_norm": self.max_grad_norm,
             "rounding": self.rounding,
             "seed": self.seed,

@@ -7,7 +7,8 @@ import torch
 from numpy.typing import NDArray
 
 from raco_fast import _C
-from raco_fast.solver.rule import State
+from raco_fast.solver.expected_gram import Estimate
+from raco_fast.solver.rule import State, size
 
 # The scalars behind p, p_clipped and coefficients in a packed row: enum Scalar of
 # csrc/solver/dual.hpp.
@@ -70,9 +71,22 @@ class DualSolution:
             (|M_ij| > ||g_i|| ||g_j||).
         cosines: [m, m] between gradients, 0 where a gradient is zero.
         state: what a rule with a memory goes on from; {} for others, and for a batch.
+        expected: with gram="unbiased" the estimate that was solved in place of `gram`, with its
+            errors; p, gap, value and clip_active are of that problem, p_clipped is what is made of
+            it (`along`), and the norms are those of `gram`, the batch's. None otherwise.
     """
 
-    __slots__ = ("_gram", "_packed", "_tensor", "_weights", "c", "names", "rule", "state")
+    __slots__ = (
+        "_gram",
+        "_packed",
+        "_tensor",
+        "_weights",
+        "c",
+        "expected",
+        "names",
+        "rule",
+        "state",
+    )
 
     def __init__(
         self,
@@ -90,6 +104,7 @@ class DualSolution:
         self.c = c
         self.rule = rule
         self.state = state or {}
+        self.expected: Estimate | None = None
         self._weights = weights
         self._gram = gram
         self._packed = packed
@@ -169,6 +184,45 @@ class DualSolution:
         return DualSolution(
             names, weights, self.c, self.rule, gram, packed, self._tensor, self.state
         )
+
+    def along(self, gram: torch.Tensor, estimate: Estimate, c_mode: str) -> "DualSolution":
+        """What an estimate's solution comes to for gradients with the Gram matrix `gram`.
+
+        It counts λ, and 1 - λ the weights: with CAGrad, p̃ = λ p̃ + (1 - λ) w; with other rules
+        α = λ α + (1 - λ) (Σ |α_i|) w.
+
+        Args:
+            gram: [m, m] float64 on the CPU, finite.
+            estimate: whose Gram matrix was solved, and λ.
+            c_mode: of which matrix the norms in CAGrad's α = w + (c ‖g0‖ / ‖G̃p‖) p̃ are: "batch",
+                of `gram`; "signal", of the estimate (1 - λ: of gradients that are all one).
+        """
+        m, packed, M = len(self.names), self._packed.copy(), gram.numpy()
+        coefficients, p, w = packed[2 * m : 3 * m], packed[m : 2 * m], self._weights
+        shrinkage = estimate.shrinkage
+
+        def norm(x: NDArray[np.float64], of: NDArray[np.float64] = M) -> float:
+            return float(size(of[None], x[None])[0])
+
+        if self.rule.partition("(")[0] in ("cagrad", "cagrad-clip"):  # with whatever clip
+            p[:] = shrinkage * p + (1.0 - shrinkage) * w
+            of = M
+            if c_mode == "signal":
+                one = float(w @ np.diagonal(estimate.gram))
+                of = shrinkage * estimate.gram + (1.0 - shrinkage) * one
+            length = norm(p, of)
+            coefficients[:] = w + (self.c * norm(w, of) / length if length > 0.0 else 0.0) * p
+        else:
+            prior = abs(coefficients).sum() * w
+            coefficients[:] = shrinkage * coefficients + (1.0 - shrinkage) * prior
+        g0_norm, gp_norm = norm(w), np.nan if np.isnan(p).any() else norm(p)
+        packed[[3 * m + k for k in (G0_NORM, GP_NORM)]] = g0_norm, gp_norm
+        packed[3 * m + UPDATE_NORM] = norm(coefficients)
+        found = DualSolution(
+            self.names, self._weights, self.c, self.rule, M, packed, self._tensor, self.state
+        )
+        found.expected = estimate
+        return found
 
     def __repr__(self) -> str:
         """One line a part for one problem, one line in all for a batch."""

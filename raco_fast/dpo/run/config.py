@@ -32,6 +32,13 @@ class TrainConfig:
         weights: objective name -> weight; at least 0, summing to 1.
         c: radius of the correction, in [0, 1); 0 is the weighted sum.
         rule: how the gradients are combined: a name of docs/rules.md, or {name: ..., option: ...}.
+        gram: the Gram matrix that the combination is found from: `batch`, that of a step's
+            gradients; `unbiased`, an estimate of that of their expectation, which the noise of a
+            step does not bias (docs/conflict.md). Not with `gradient_mode: autograd`.
+        gram_ema: of `unbiased`: what a step keeps of the average over the steps before, in (0, 1);
+            None chooses it from the noise.
+        c_mode: of `unbiased`: whose norms the length of the correction is found from, the `batch`'s
+            or the `signal`'s.
         c_schedule: {name: linear, start: 0.0, end: 0.4, steps: 500}: c as a function of the step,
             constant, linear or cosine; what is left out is `c`, and all steps of the run.
         weights_schedule: the same of weights; or {name: dirichlet, concentration: 10.0, seed: 0},
@@ -102,6 +109,9 @@ class TrainConfig:
     eval_data: list[DataSource] = field(default_factory=list)
     c: float = 0.4
     rule: str | dict[str, Any] = "cagrad-clip"
+    gram: Literal["batch", "unbiased"] = "batch"
+    gram_ema: float | None = None
+    c_mode: Literal["batch", "signal"] = "batch"
     c_schedule: dict[str, Any] | None = None
     weights_schedule: dict[str, Any] | None = None
     loss: str | dict[str, float | str] = "sigmoid"
@@ -186,6 +196,7 @@ class TrainConfig:
                 f"chooses it"
             )
         self._check_saving()
+        self._check_gram()
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"`warmup_ratio` must be in [0, 1], got {self.warmup_ratio}")
         if self.gradient_mode == "gram_first" and self.pairs_per_micro_batch < self.pairs_per_step:
@@ -205,6 +216,20 @@ class TrainConfig:
             raise ValueError(
                 "`tensorboard: true` needs the package tensorboard; "
                 "pip install 'raco-fast[tensorboard]'"
+            )
+
+    def _check_gram(self) -> None:
+        if self.gram == "batch":
+            return
+        if self.gradient_mode == "autograd":
+            raise ValueError(
+                "`gram: unbiased` needs the products of single pairs, which `gradient_mode` "
+                "'autograd' does not have; use 'one_backward', 'gram_first' or 'auto'"
+            )
+        if self.pairs_per_step < 2:
+            raise ValueError(
+                f"`gram: unbiased` needs products between pairs of one step, got "
+                f"{self.pairs_per_step} `pairs_per_step`; set it to 2 at least, better to 16"
             )
 
     def _check_saving(self) -> None:
@@ -231,7 +256,8 @@ class TrainConfig:
     def optimizer_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `ClippedCAGradAdamW`."""
         names = ("lr", "betas", "eps", "weight_decay", "weights", "c", "rule", "max_grad_norm")
-        given = {name: getattr(self, name) for name in (*names, "seed")}
+        of_gram = ("gram", "gram_ema", "c_mode")
+        given = {name: getattr(self, name) for name in (*names, *of_gram, "seed")}
         return {**given, "rounding": self.rounding or "stochastic"}
 
     def setting_scheduler(self, optimizer: ClippedCAGradAdamW, steps: int) -> SettingScheduler:

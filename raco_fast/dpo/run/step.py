@@ -17,7 +17,7 @@ from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.losses.objective_losses import preference_losses
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 from raco_fast.dpo.metrics import PreferenceMetrics, solution_metrics
-from raco_fast.dpo.scoring import ReferenceLogps, pair_logps, score_pairs
+from raco_fast.dpo.scoring import ReferenceLogps, pair_logps, score_pairs, scores_of_loss
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 from raco_fast.solver.solution import DualSolution
 
@@ -140,7 +140,7 @@ class PreferenceStep:
                 counts=divisors,
                 pair_weights=batch.pair_weights,
             )
-            self._backward(losses, logps)
+            self._backward(losses, logps, batch.labels)
             preference.add(scores, batch.labels)
             totals = {name: losses[name].detach() + totals[name] for name in totals}
         self.optimizer.step()
@@ -151,8 +151,10 @@ class PreferenceStep:
         of_step = preference, solution, skipped, token_count(pairs)
         return StepResult(taken, objectives, *of_step, self.processes)
 
-    def _backward(self, losses: dict[str, Tensor], logps: Tensor) -> None:
-        """Every objective's gradient.
+    def _backward(
+        self, losses: dict[str, Tensor], logps: Tensor, labels: Mapping[str, Tensor]
+    ) -> None:
+        """Every objective's gradient; each pair is a sample.
 
         A loss that is not finite makes its gradient so too, which skips the step: clamped losses
         (hinge) can be NaN with a finite gradient.
@@ -161,4 +163,12 @@ class PreferenceStep:
         if not any(loss.requires_grad for loss in honest.values()):
             # A micro-batch of ties only: gradients of zero, where constants alone would be refused.
             honest = {name: loss + 0.0 * logps.sum() for name, loss in honest.items()}
-        self.optimizer.backward(honest, scores=logps, mode=self.mode)
+        labelled = {
+            name: scores_of_loss(label != 0, self.losses[name], self.references)
+            for name, label in labels.items()
+        }
+        pairs = len(next(iter(labels.values())))
+        samples = torch.arange(pairs).repeat(len(logps) // pairs)
+        self.optimizer.backward(
+            honest, scores=logps, mode=self.mode, samples=samples, labelled=labelled
+        )
