@@ -1,4 +1,4 @@
-"""`raco-fast train config.yaml --lr 2e-5`, `raco-fast demo` and others: `raco-fast --help`.
+"""The commands: `raco-fast train`, `verify`, `conflict`, `sweep`, `pareto` and `demo`.
 
 `train` also runs on several processes: `torchrun --nproc-per-node 8 $(which raco-fast) train ...`.
 """
@@ -24,16 +24,17 @@ if TYPE_CHECKING:
 EXIT_NOT_EXACT = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-
-_OF_A_RUN = ("train", "verify", "conflict")  # their config file may stand without its flag
+# Commands that take a config file, which may stand without its flag.
+_OF_A_FILE = ("train", "verify", "conflict", "sweep")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the process's exit status.
 
     0 done, 1 `verify` found that one backward pass is not exact, 2 bad input, a run that diverged,
-    a full disk, no more memory, or another process of the run is gone (a message on stderr says
-    what and how to mend it), 130 stopped by Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP.
+    a full disk, no more memory, another process of the run is gone, or a run of a sweep failed (a
+    message on stderr says what and how to mend it), 130 stopped by Ctrl-C, SIGTERM, SIGUSR1 or
+    SIGHUP.
     """
     with _stopped_by_signals():
         try:
@@ -65,13 +66,14 @@ def _stopped_by_signals() -> Iterator[None]:
 
 def _run(arguments: list[str]) -> int:
     command = arguments[0] if arguments else None
-    named = command in _OF_A_RUN and len(arguments) > 1
-    if named and not arguments[1].startswith("-"):
+    if command in _OF_A_FILE and len(arguments) > 1 and not arguments[1].startswith("-"):
         arguments.insert(1, "--config")
     runs = {
         "train": _run_train,
         "verify": _run_verify,
         "conflict": _run_conflict,
+        "sweep": _run_sweep,
+        "pareto": _run_pareto,
         "demo": _run_demo,
     }
     try:
@@ -110,26 +112,46 @@ def _parser(command: str | None) -> ArgumentParser:
     conflict.add_argument("--pairs", type=int, default=256, help=measured)
     out = "folder of conflict.json and conflict.png; by default output_dir/conflict"
     conflict.add_argument("--out", type=str, default=None, help=out)
+    sweep = new_parser(
+        usage="raco-fast sweep sweep.yaml [--jobs 4] [any setting of the file]",
+        description="Training runs for every point of a grid; run it again to go on.",
+    )
+    pareto = new_parser(
+        usage="raco-fast pareto FOLDER ... [--by '[c]'] [any setting]",
+        description="Compare the fronts of finished runs.",
+    )
+    pareto.add_argument("runs", nargs="+", help="folders of finished runs or of sweeps")
     demo = new_parser(description="A miniature of the paper's study; needs no download.")
     demo.add_argument("--quick", action=ActionYesNo, default=False, help="a few seconds' version")
     kind = _kind(command)
-    parsers = {"train": train, "verify": verify, "conflict": conflict, "demo": demo}
-    for name, of_run in parsers.items():
+    for name, of_run, what in (
+        ("train", train, "align a model on preference data"),
+        ("verify", verify, "are the gradients of this run exact?"),
+        ("conflict", conflict, "what conflict is there, before training?"),
+        ("sweep", sweep, "train with every combination of some settings"),
+        ("pareto", pareto, "compare the fronts of finished runs"),
+        ("demo", demo, "compare the rules on an embedded toy task"),
+    ):
         if command == name and kind is not None:
-            add_settings(of_run, kind, skip={"quick"})
-    commands.add_subcommand("train", train, help="align a model on preference data")
-    commands.add_subcommand("verify", verify, help="are the gradients of this run exact?")
-    commands.add_subcommand("conflict", conflict, help="what conflict is there, before training?")
-    commands.add_subcommand("demo", demo, help="compare the rules on an embedded toy task")
+            add_settings(of_run, kind, skip={"quick", "runs"})
+        commands.add_subcommand(name, of_run, help=what)
     return parser
 
 
 def _kind(command: str | None) -> type | None:
     """The dataclass of a command's settings."""
-    if command in _OF_A_RUN:
+    if command in ("train", "verify", "conflict"):
         from raco_fast.dpo.run.config import TrainConfig
 
         return TrainConfig
+    if command == "sweep":
+        from raco_fast.studies.sweep_config import SweepConfig
+
+        return SweepConfig
+    if command == "pareto":
+        from raco_fast.studies.pareto_config import ParetoConfig
+
+        return ParetoConfig
     if command == "demo":
         from raco_fast.demo.config import DemoConfig
 
@@ -223,6 +245,34 @@ def _stopped_at_once(config: TrainConfig) -> str:
     if found is None:
         return "stopped before any checkpoint was written; run the same command again"
     return f"stopped; {found} is the last checkpoint. Run the same command with --resume to go on"
+
+
+def _run_sweep(parser: ArgumentParser, values: Any) -> int:
+    from raco_fast.studies.sweep import sweep, table
+    from raco_fast.studies.sweep_config import SweepConfig
+
+    _refuse_many("sweep")
+    config = made(parser, values, SweepConfig)
+    result = sweep(config)
+    print(f"\n{table(result)}\n\nruns, with their numbers: {config.folder / 'runs.json'}")
+    for run in result.failed:
+        print(f"raco-fast: failed: {run.name}: {result.end_of(run).reason}", file=sys.stderr)
+    if result.is_whole:
+        return 0
+    if result.failed and not result.stopped:
+        return EXIT_BAD_INPUT
+    print("raco-fast: stopped; run the same command again to go on", file=sys.stderr)
+    return EXIT_INTERRUPTED
+
+
+def _run_pareto(parser: ArgumentParser, values: Any) -> int:
+    from raco_fast.studies.pareto import pareto
+    from raco_fast.studies.pareto_config import ParetoConfig
+
+    _refuse_many("pareto")
+    config = made(parser, values, ParetoConfig)
+    print(f"{pareto(config)}\n\nreport: {config.folder / 'report.html'}")
+    return 0
 
 
 def _run_demo(parser: ArgumentParser, values: Any) -> int:

@@ -1,4 +1,4 @@
-"""What every report is made of: Markdown tables, and shares with their uncertainty."""
+"""What every report is made of: tables, and shares with their uncertainty."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -43,3 +43,10 @@ def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table without a final newline."""
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def text_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table for a terminal, its columns aligned, without a final newline."""
+    lines = [titles, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)

@@ -31,6 +31,7 @@ ROOMS = [
     "dpo.data",
     "dpo",
     "dpo.run",
+    "studies",
     "demo",
     "cli",
 ]
@@ -146,13 +147,40 @@ def test_public_names() -> None:
     assert all(hasattr(raco_fast, name) for name in raco_fast.__all__)
 
 
-def test_importing_is_light() -> None:
-    code = (
-        "import sys, raco_fast; "
-        "print([m for m in ('transformers', 'peft', 'triton', 'jsonargparse') if m in sys.modules])"
+def test_type_checkers_know_where_public_names_are() -> None:
+    (only_for_types,) = (
+        node
+        for node in ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8")).body
+        if isinstance(node, ast.If)
     )
+    places = {
+        alias.name: (node.module or "").removeprefix("raco_fast.")
+        for node in only_for_types.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert places == raco_fast._PLACES
+    assert {*places} == {*raco_fast.__all__} - {"__version__"} | {"register_rule"}
+    with pytest.raises(AttributeError, match="has no attribute 'combined'"):
+        _ = raco_fast.combined
+
+
+def modules_after(code: str, *names: str) -> list[str]:
+    """Those of the modules that an interpreter has imported after running some code."""
+    code = f"import sys; {code}; print([m for m in {names} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert out.stdout.strip() == "[]"
+    found: list[str] = ast.literal_eval(out.stdout.splitlines()[-1])
+    return found
+
+
+def test_importing_is_light() -> None:
+    assert not modules_after("import raco_fast", "torch", "numpy", "jsonargparse")
+    of_a_name = "import raco_fast; raco_fast.ClippedCAGradAdamW"
+    assert not modules_after(of_a_name, "transformers", "peft", "triton", "jsonargparse")
+    of_help = (
+        "from raco_fast.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint()"
+    )
+    assert not modules_after(of_help, "torch", "transformers", "matplotlib")
 
 
 def test_no_broad_except() -> None:

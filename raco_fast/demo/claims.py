@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 from raco_fast.demo.judges import OBJECTIVES
-from raco_fast.demo.summary import CERTAINTY, Row, Spread, dominates
+from raco_fast.demo.summary import Row, dominates
+from raco_fast.studies.spread import CERTAINTY, Spread
 
 
 def claims(rows: Sequence[Row]) -> list[str]:

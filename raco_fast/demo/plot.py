@@ -8,16 +8,11 @@ from typing import TYPE_CHECKING
 
 from raco_fast.demo.summary import Row
 from raco_fast.dpo.run.files import atomic_file
+from raco_fast.studies.pictures import LOOKS, NO_PICTURE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# One for each rule: Okabe and Ito's colors, told apart by color-blind readers too, and hollow
-# markers of different shapes, as rules may lie on each other.
-_LOOKS = {
-    "color": ("black", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"),
-    "marker": ("*", "o", "s", "^", "D", "v", "P"),
-}
 _PANELS = (("brevity", "coverage"), ("brevity", "faithfulness"))
 
 
@@ -31,10 +26,7 @@ def plot_scores(rows: Sequence[Row], destination: Path) -> str:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        return (
-            "The plot is left out because matplotlib is not installed: "
-            "pip install 'raco-fast[plot]'"
-        )
+        return NO_PICTURE
     figure = Figure(figsize=(11, 5.2), layout="constrained")
     panels = figure.subplots(1, len(_PANELS))
     for axes, (x, y) in zip(panels, _PANELS, strict=True):
@@ -55,7 +47,7 @@ def plot_scores(rows: Sequence[Row], destination: Path) -> str:
 
 def _draw_panel(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:
     annotated: set[tuple[float, ...]] = {()}
-    axes.set_prop_cycle(**_LOOKS)
+    axes.set_prop_cycle(**LOOKS)
     for rule in dict.fromkeys(row.rule for row in rows):
         line = sorted((row for row in rows if row.rule == rule), key=lambda row: row.weights)
         xs, ys = ([row.scores[name] for row in line] for name in (x, y))

@@ -14,7 +14,7 @@ from raco_fast.demo.plot import plot_scores
 from raco_fast.demo.summary import Row, summarize
 from raco_fast.dpo.run.files import atomic_file
 from raco_fast.dpo.run.metrics_file import MetricsFile
-from raco_fast.report import markdown_table
+from raco_fast.report import markdown_table, text_table
 
 _HEADER = ("rule", "weights", *OBJECTIVES, "clipped", "cosine")
 _QUICK = "**Quick form: the model is too small and too little trained to conclude from.**\n\n"
@@ -74,16 +74,14 @@ def write_reports(
     plot_note = plot_scores(rows, folder / "pareto.png")
     with atomic_file(folder / "report.md") as partial:
         partial.write_text(markdown(config, rows, plot_note, seconds), encoding="utf-8")
-    print(f"\n{text_table(rows)}\n\n{_bullets(rows)}")
+    print(f"\n{terminal_table(rows)}\n\n{_bullets(rows)}")
     print(plot_note or f"\nplot: {folder / 'pareto.png'}")
     print(f"report: {folder / 'report.md'}; metrics: {folder / 'metrics.jsonl'}")
 
 
-def text_table(rows: Sequence[Row]) -> str:
-    """The table for a terminal, columns aligned."""
-    lines = [_HEADER, *(_cells(row) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+def terminal_table(rows: Sequence[Row]) -> str:
+    """The table for a terminal."""
+    return text_table(_HEADER, map(_cells, rows))
 
 
 def markdown(config: DemoConfig, rows: Sequence[Row], plot_note: str, seconds: float) -> str:

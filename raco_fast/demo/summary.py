@@ -12,49 +12,12 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from raco_fast.demo.jobs import Judged
 from raco_fast.demo.judges import OBJECTIVES
-
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
-CERTAINTY = 0.95
-
-
-@dataclass(frozen=True)
-class Spread:
-    """One number per seed."""
-
-    values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        """Mean over seeds."""
-        return statistics.fmean(self.values)
-
-    @property
-    def deviation(self) -> float:
-        """Sample standard deviation over seeds; 0 with one seed."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
-
-    def __sub__(self, other: Spread) -> Spread:
-        """The difference seed by seed."""
-        return Spread(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))
-
-    def __str__(self) -> str:
-        """Mean ± deviation; the mean alone for one seed."""
-        return f"{self.mean:.3f}" + f" ± {self.deviation:.3f}" * (len(self.values) > 1)
-
-    def interval(self) -> float:
-        """Half width of the 95 % interval of the mean; infinite with one seed."""
-        n = len(self.values)
-        if n == 1:
-            return math.inf
-        # Beyond the table the last quantile is a little too wide, never too narrow.
-        return _T95[min(n - 1, len(_T95)) - 1] * self.deviation / math.sqrt(n)
-
-    def is_clear(self) -> bool:
-        """Whether the 95 % interval of the mean leaves out zero."""
-        return abs(self.mean) > self.interval()
+from raco_fast.studies import fronts
+from raco_fast.studies.spread import Spread
 
 
 @dataclass(frozen=True)
@@ -125,5 +88,5 @@ def _mean(numbers: Iterable[float]) -> float:
 
 def dominates(a: Row, b: Row) -> bool:
     """Whether a's mean scores are nowhere below b's and somewhere above."""
-    differences = [a.scores[name].mean - b.scores[name].mean for name in OBJECTIVES]
-    return min(differences) >= 0 and max(differences) > 0
+    means = (np.array([row.scores[name].mean for name in OBJECTIVES]) for row in (a, b))
+    return bool(fronts.dominates(*means))

@@ -27,7 +27,6 @@ from raco_fast.backends.transfer import sent
 from raco_fast.backends.weight_grad import (
     add_thin,
     batched_product,
-    blocks,
     of_groups,
     operand,
     product,
@@ -35,17 +34,14 @@ from raco_fast.backends.weight_grad import (
     store,
     widened,
 )
+from raco_fast.engine.inner_products import products, products_within
 from raco_fast.engine.sequences import Segments
 
-# Rows of a tied weight whose t_g exist at one time while its two uses are multiplied.
-_CROSS_ROWS = 1024
 # Numbers for which a call costs more than its arithmetic.
 _FEW = 1 << 18
 # How many times as long as its short side a matrix is that counts as thin: below, a product for
 # every further objective costs more than putting the rows in order.
 _THIN = 16
-# Products that are added in float32.
-_RUN = 1024
 
 
 class Rows(Protocol):
@@ -357,68 +353,12 @@ class LookupUse(Use):
         return row_blocks(len(self.ids), row_bytes)
 
 
-def cross(a: Rows, b: Rows, parameter: Tensor, groups: int) -> Tensor:
-    """⟨t_g, t'_h⟩ between two uses of one parameter.
-
-    Returns:
-        [groups, groups] float64 on its device. A lookup has few rows that are not zero, and only
-        those are formed of the other use.
-    """
-    lookup = next((use for use in (a, b) if isinstance(use, LookupUse)), None)
-    ids = torch.arange(len(parameter), device=parameter.device) if lookup is None else lookup.ids
-    K = _zeros(groups, parameter)
-    for start, stop in blocks(len(ids), _CROSS_ROWS):
-        here = ids[start:stop]
-        K += products(a.at(here).flatten(1), b.at(here).flatten(1))
-    return K
-
-
-def cross_within(a: Rows, b: Rows, parameter: Tensor, groups: int, each: int) -> Tensor:
-    """The blocks of `cross` of so many consecutive groups: [groups / each, each, each]."""
-    lookup = next((use for use in (a, b) if isinstance(use, LookupUse)), None)
-    ids = torch.arange(len(parameter), device=parameter.device) if lookup is None else lookup.ids
-    shape = (groups // each, each, each)
-    K = torch.zeros(shape, dtype=torch.float64, device=parameter.device)
-    for start, stop in blocks(len(ids), _CROSS_ROWS):
-        here = ids[start:stop]
-        K += products_within(a.at(here).flatten(1), each, b.at(here).flatten(1))
-    return K
-
-
 def _check_arranged(rows: Tensor, segments: Segments) -> None:
     if rows.ndim != 3 or len(rows) != segments.offsets[-1]:
         raise ValueError(
             f"the rows of a use must have shape [{segments.offsets[-1]} entries, inner, d], got "
             f"{list(rows.shape)}; order them by segments.arranged(rows)"
         )
-
-
-def products(a: Tensor, b: Tensor | None = None) -> Tensor:
-    """⟨a_g, b_h⟩ of the rows of a and b (else a) [groups, n], float64 on their device.
-
-    How one product adds up long rows depends on the machine: half a million numbers were off by
-    2e-5. In float32 only runs of `_RUN` are added, which costs about as much.
-    """
-    b = a if b is None else b
-    runs = a.shape[1] // _RUN
-    whole = runs * _RUN
-    of_a, of_b = (t[:, :whole].view(len(t), runs, _RUN).transpose(0, 1) for t in (a, b))
-    K = torch.bmm(of_a, of_b.transpose(1, 2)).sum(0, dtype=torch.float64)
-    return K.add_(a[:, whole:] @ b[:, whole:].T)
-
-
-def products_within(a: Tensor, each: int, b: Tensor | None = None) -> Tensor:
-    """`products` of so many consecutive rows among themselves: [rows / each, each, each]."""
-    whole = a.shape[1] // _RUN * _RUN
-    if each == 1 and b is None:  # in one reading
-        runs = a[:, :whole].reshape(len(a), -1, _RUN)
-        squares: Tensor = torch.linalg.vector_norm(runs, dim=2).double().square_().sum(1)
-        if whole < a.shape[1]:
-            squares += torch.linalg.vector_norm(a[:, whole:], dim=1).double().square_()
-        return squares.view(-1, 1, 1)
-    b = a if b is None else b
-    found = [products(a[start:stop], b[start:stop]) for start, stop in blocks(len(a), each)]
-    return torch.stack(found) if found else a.new_zeros(0, each, each, dtype=torch.float64)
 
 
 def _zeros(groups: int, like: Tensor) -> Tensor:

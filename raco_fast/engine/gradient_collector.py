@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from raco_fast.backends.weight_grad import batched_product
-from raco_fast.engine.contributions import EntryUse, FactorsUse, MatrixUse, products_within
+from raco_fast.engine.contributions import EntryUse, FactorsUse, MatrixUse
+from raco_fast.engine.inner_products import products_within
 from raco_fast.engine.sample_products import SampleProducts
 from raco_fast.engine.sequences import Factored, Segments
 from raco_fast.engine.tap import EVERY_ROW, Call, plainly

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from raco_fast.backends.transfer import sent
-from raco_fast.engine.contributions import Use, cross
+from raco_fast.engine.between_uses import cross
+from raco_fast.engine.contributions import Use
 from raco_fast.engine.gradient_collector import arranged
 from raco_fast.engine.sample_products import blocks_of, products_of_blocks
 from raco_fast.engine.sequences import Factored

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from raco_fast.backends.transfer import sent
-from raco_fast.engine.contributions import cross_within
+from raco_fast.engine.between_uses import cross_within
 from raco_fast.engine.sequences import Factored, Segments
 from raco_fast.engine.tap import Call
 

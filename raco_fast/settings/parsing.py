@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
 from jsonargparse import (  # type: ignore[attr-defined] # its __all__ is computed
@@ -45,9 +45,13 @@ class _ConfigFile(ActionConfigFile):
                 raise ValueError("`config` is no setting; give --config once for each file")
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        # Not the path, which it would read again, without the limits; YAML has no bare DEL.
-        text = json.dumps(given).replace("\x7f", "\\u007f")
-        super().__call__(parser, cfg, text, option_string)  # type: ignore[no-untyped-call]
+        # Not the path, which it would read again, without the limits.
+        super().__call__(parser, cfg, _text(given), option_string)  # type: ignore[no-untyped-call]
+
+
+def _text(given: Mapping[str, Any]) -> str:
+    """Settings as jsonargparse reads them; YAML has no bare DEL."""
+    return json.dumps(given).replace("\x7f", "\\u007f")
 
 
 def add_settings(parser: ArgumentParser, kind: type, skip: set[str]) -> None:
@@ -69,12 +73,16 @@ def parsed(parser: ArgumentParser, arguments: Sequence[str], kind: type | None) 
     try:
         return parser.parse_args(list(arguments))
     except ArgumentError as error:
-        message = " ".join(str(error).split())
         reasons = [reason for value, reason in refused if value in str(error)]
-        if kind and (unknown := _UNKNOWN.search(message)):
-            near = difflib.get_close_matches(unknown[1], {*_names(kind)} - {unknown[1]}, 1)
-            reasons += [f"did you mean {near[0]!r}?"] if near else []
-        raise ArgumentError(None, "; ".join([message[:2000], *reasons])) from error
+        raise ArgumentError(None, _explained(error, kind, reasons)) from error
+
+
+def _explained(error: ArgumentError, kind: type | None, reasons: Sequence[str] = ()) -> str:
+    """The message in one line, with the nearest name of a setting and other `reasons`."""
+    message, near = " ".join(str(error).split()), []
+    if kind and (unknown := _UNKNOWN.search(message)):
+        near = difflib.get_close_matches(unknown[1], {*_names(kind)} - {unknown[1]}, 1)
+    return "; ".join([message[:2000], *reasons, *(f"did you mean {name!r}?" for name in near)])
 
 
 def _check_argument(argument: str) -> tuple[str, str] | None:
@@ -99,15 +107,46 @@ def _names(kind: Any, prefix: str = "") -> Iterator[str]:
 
 
 def made(parser: ArgumentParser, values: Any, kind: type[Kind]) -> Kind:
-    """The `kind` that parsed values stand for.
+    """The `kind` that parsed values of a subcommand stand for.
 
     Raises:
         ValueError: as `check`, or what `kind` itself refuses.
     """
-    plain, names = values[values.subcommand].as_dict(), fields_of(kind)
+    command = values.subcommand
+    return _built(kind, values[command], lambda: parser.instantiate(values)[command])
+
+
+def from_settings(kind: type[Kind], given: Mapping[str, Any]) -> Kind:
+    """The `kind` that plain values stand for, as the same in a config file would.
+
+    Raises:
+        ValueError: as `parsed` and `made`.
+    """
+    check(given, "", kind)
+    parser = _parser_of(kind)
+    try:
+        values = parser.parse_string(_text(given))
+    except ArgumentError as error:
+        raise ValueError(_explained(error, kind)) from error
+    return _built(kind, values, lambda: parser.instantiate(values))
+
+
+_PARSERS: dict[type, ArgumentParser] = {}
+
+
+def _parser_of(kind: type) -> ArgumentParser:
+    """Built once: reading all types of a config takes seconds."""
+    if kind not in _PARSERS:
+        _PARSERS[kind] = new_parser()
+        add_settings(_PARSERS[kind], kind, skip=set())
+    return _PARSERS[kind]
+
+
+def _built(kind: type[Kind], values: Any, instantiated: Callable[[], Any]) -> Kind:
+    plain, names = values.as_dict(), fields_of(kind)
     check({name: plain[name] for name in names}, "", kind)
     try:
-        options = parser.instantiate(values)[values.subcommand]
+        options = instantiated()
         return kind(**{name: options[name] for name in names})
     except TypeError as error:  # of a value within, such as a rule's option of another kind
         raise ValueError(str(error)) from error

@@ -204,7 +204,7 @@ class DualSolution:
         def norm(x: NDArray[np.float64], of: NDArray[np.float64] = M) -> float:
             return float(size(of[None], x[None])[0])
 
-        if self.rule.partition("(")[0] in ("cagrad", "cagrad-clip"):
+        if self.rule.partition("(")[0] in ("cagrad", "cagrad-clip"):  # with whatever clip
             p[:] = shrinkage * p + (1.0 - shrinkage) * w
             of = M
             if c_mode == "signal":

@@ -14,8 +14,8 @@ from raco_fast.demo.config import DemoConfig
 from raco_fast.demo.jobs import Judged
 from raco_fast.demo.judges import OBJECTIVES
 from raco_fast.demo.plot import plot_scores
-from raco_fast.demo.report import markdown, text_table, write_reports
-from raco_fast.demo.summary import Spread, dominates, summarize
+from raco_fast.demo.report import markdown, terminal_table, write_reports
+from raco_fast.demo.summary import dominates, summarize
 
 HIGH = {"coverage": 0.65, "brevity": 0.15, "faithfulness": 0.2}
 LOW = {"coverage": 0.15, "brevity": 0.65, "faithfulness": 0.2}
@@ -63,20 +63,7 @@ def sentences(cells: dict, **options) -> str:
     return "\n".join(claims(summarize(study(cells, **options))))
 
 
-def test_spread_is_the_mean_the_deviation_and_students_interval() -> None:
-    spread = Spread((0.1, 0.4, 0.7))
-    assert spread.mean == pytest.approx(0.4)
-    assert spread.deviation == pytest.approx(0.3)
-    assert spread.interval() == pytest.approx(4.303 * 0.3 / math.sqrt(3))
-    assert not spread.is_clear()
-    assert Spread((0.39, 0.4, 0.41)).is_clear()
-    assert not Spread((-0.1, 0.0, 0.1)).is_clear()
-    assert (spread - Spread((0.0, 0.1, 0.4))).values == pytest.approx((0.1, 0.3, 0.3))
-
-
 def test_one_seed_never_gives_a_clear_difference() -> None:
-    assert Spread((0.9,)).deviation == 0.0
-    assert not Spread((0.9,)).is_clear()
     text = sentences(CLEAR, seeds=1)
     assert "none of 6 differences is clear" in text
     assert "(one seed)" in text
@@ -133,7 +120,7 @@ def test_clipping_that_never_happened_and_skipped_steps_are_told() -> None:
 
 def test_table_has_a_row_for_the_start_and_every_point() -> None:
     rows = summarize(study(CLEAR))
-    lines = text_table(rows).splitlines()
+    lines = terminal_table(rows).splitlines()
     assert len(lines) == 1 + 1 + len(CLEAR)
     assert re.fullmatch(r"start +- +0.400 ± 0.010 +0.500 ± 0.000 +0.600 ± 0.000 +- +-", lines[1])
     assert lines[4].startswith("cagrad-clip  0.65/0.15/0.2  0.750 ± 0.010  0.200 ± 0.010")

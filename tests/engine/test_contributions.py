@@ -5,12 +5,12 @@ import torch
 from torch import Tensor
 
 from raco_fast.backends import weight_grad
-from raco_fast.engine import contributions
+from raco_fast.engine import between_uses, contributions, inner_products
+from raco_fast.engine.between_uses import cross
 from raco_fast.engine.contributions import (
     LookupUse,
     MatrixUse,
     ThinUse,
-    cross,
     vector_use_of_arranged,
 )
 from raco_fast.engine.sequences import ALL_ROWS, Segments
@@ -143,12 +143,15 @@ def test_inner_products_of_groups(monkeypatch, kind, inner, block_bytes):
         assert bool(((K - t @ t.T).abs() <= tolerance * norms[:, None] * norms).all())
 
 
-@pytest.mark.parametrize("n", [1, contributions._RUN - 1, contributions._RUN, 400_003])
+@pytest.mark.parametrize("n", [1, inner_products._RUN - 1, inner_products._RUN, 400_003])
 def test_long_rows_cost_no_accuracy(n):
     # Roundings one after another walk this far, if chance leads them, on the slowest way to add.
-    far = contributions._RUN**0.5 * torch.finfo(torch.float32).eps / 2
+    far = inner_products._RUN**0.5 * torch.finfo(torch.float32).eps / 2
     a, b = randn(2, 3, n, seed=4, dtype=torch.float32) + 0.1
-    for K, (x, y) in ((contributions.products(a), (a, a)), (contributions.products(a, b), (a, b))):
+    for K, (x, y) in (
+        (inner_products.products(a), (a, a)),
+        (inner_products.products(a, b), (a, b)),
+    ):
         x, y = x.double(), y.double()
         assert K.dtype == torch.float64
         size = x.norm(dim=1)[:, None] * y.norm(dim=1)
@@ -224,7 +227,7 @@ def test_some_rows_without_the_others(kind):
     ],
 )
 def test_products_between_two_uses_of_a_parameter(monkeypatch, first, second, rows):
-    monkeypatch.setattr(contributions, "_CROSS_ROWS", rows)
+    monkeypatch.setattr(between_uses, "_CROSS_ROWS", rows)
     a, b = Case(first, 3, torch.float64), Case(second, 2, torch.float64, seed=20)
     K = cross(a.use(), b.use(), a.parameter, 4)
     torch.testing.assert_close(K, a.t.flatten(1) @ b.t.flatten(1).T)

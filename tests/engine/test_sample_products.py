@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from raco_fast.engine import contributions
 from raco_fast.engine.backward import collect, one_backward, sensitivities
+from raco_fast.engine.between_uses import cross, cross_within
 from raco_fast.engine.contributions import (
     EntryUse,
     FactorsUse,
@@ -13,12 +14,10 @@ from raco_fast.engine.contributions import (
     MatrixUse,
     ThinUse,
     Use,
-    cross,
-    cross_within,
-    products_within,
 )
 from raco_fast.engine.gram_collector import GramCollector
 from raco_fast.engine.graph import ScoreGraph
+from raco_fast.engine.inner_products import products_within
 from raco_fast.engine.prepare import prepare
 from raco_fast.engine.sample_products import SampleProducts
 from raco_fast.engine.sequences import Factored, Segments

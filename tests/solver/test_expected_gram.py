@@ -9,6 +9,7 @@ import torch
 from raco_fast.solver.dual import solve_dual
 from raco_fast.solver.expected_gram import Estimate, ExpectedGram
 from raco_fast.solver.gram_options import GramOptions
+from raco_fast.solver.registry import RuleLike
 from raco_fast.solver.u_statistic import SampleSums
 
 WEIGHTS = np.array([0.5, 0.3, 0.2])
@@ -52,7 +53,11 @@ def cosines(M: np.ndarray) -> np.ndarray:
     return M / np.outer(norms, norms)
 
 
-def coefficients(estimate: Estimate, rule: str = "cagrad-clip") -> np.ndarray:
+INSIDE = {"name": "cagrad-clip", "clip": "inside", "kappa": 1.5}
+SMOOTH = {"name": "cagrad-clip", "clip": "smooth", "q": 2.0}
+
+
+def coefficients(estimate: Estimate, rule: RuleLike = "cagrad-clip") -> np.ndarray:
     solution = solve_dual(estimate.gram, WEIGHTS, 0.4, rule)
     return solution.along(torch.from_numpy(TRUTH), estimate, "batch").coefficients
 
@@ -66,9 +71,17 @@ def test_it_begins_with_the_prior_for_which_rules_give_the_weighted_sum():
     for estimate in found:
         assert estimate.shrinkage == 0.0
         assert is_no_conflict(estimate.gram)
-        for rule in ("cagrad-clip", "cagrad", "mgda", "nash", "pcgrad"):
+        for rule in ("cagrad-clip", "cagrad", INSIDE, SMOOTH, "mgda", "nash", "cr-mogm"):
             found = coefficients(estimate, rule)
             np.testing.assert_allclose(found / found.sum(), WEIGHTS, rtol=1e-9)
+
+
+@pytest.mark.parametrize("rule", ["cagrad", "cagrad-clip", INSIDE, SMOOTH])
+def test_the_correction_keeps_its_length_whatever_is_believed(rule):
+    for estimate in after(40)[1][::6]:
+        correction = coefficients(estimate, rule) - WEIGHTS
+        length = np.sqrt(correction @ TRUTH @ correction)
+        assert length == pytest.approx(0.4 * np.sqrt(WEIGHTS @ TRUTH @ WEIGHTS))
 
 
 def test_errors_are_those_of_many_runs():
@@ -256,3 +269,41 @@ def test_its_length_comes_from_the_noise():
 def test_options_out_of_their_range(options, error, match):
     with pytest.raises(error, match=match):
         GramOptions(**options)
+
+
+def test_where_batches_correct_another_objective_than_the_one_that_loses():
+    """Norms, conflicts and noise of the sizes that pairs of people's preferences have.
+
+    The first two objectives share no pair, and the third, whose gradient is the longest, is against
+    the first: all of the correction belongs to the first, and batches of 16 give most to the third.
+    """
+    H = np.array([[23.1, -18.3, -52.6], [-18.3, 14.0, 36.0], [-52.6, 36.0, 129.0]])
+    values, V = np.linalg.eigh(H)
+    g = (V * np.sqrt(np.maximum(values, 0.0)))[:, None]  # [m, 1, 3]
+    noise, dimensions, n = 9000.0, 60, 16
+    draw, expected, weights = np.random.default_rng(0), ExpectedGram(3), np.array([0.35, 0.35, 0.3])
+    found, of_batch = [], []
+    for t in range(250):
+        labels = np.where(draw.random((3, n)) < 0.5, -1.0, 1.0)
+        first = draw.random(n) < 0.5
+        labels[0] *= first
+        labels[1] *= ~first
+        there = (labels != 0).astype(float)
+        pairs = draw.standard_normal((n, dimensions)) * np.sqrt(noise / dimensions)
+        v = labels[:, :, None] * pairs
+        v[:, :, :3] += there[:, :, None] * g
+        v /= there.sum(1)[:, None, None]
+        total = v.sum(1)
+        own, gram = np.einsum("ibd,jbd->ij", v, v, optimize=True), total @ total.T
+        sums = SampleSums(own, there.sum(1), there @ there.T, n)
+        expected.take(gram, sums)
+        if t >= 150:
+            estimate = expected.estimate(gram, sums.counts, weights, EVERYONE)
+            solution = solve_dual(estimate.gram, weights, 0.4)
+            found.append(solution.along(torch.from_numpy(gram), estimate, "batch").p_clipped)
+            of_batch.append(solve_dual(gram, weights, 0.4).p_clipped)
+    truth = solve_dual(g[:, 0] @ g[:, 0].T, weights, 0.4).p_clipped
+    assert truth[1:].max() == 0.0 < truth[0]
+    shares, batch_shares = (np.mean(p / np.sum(p, 1, keepdims=True), 0) for p in (found, of_batch))
+    assert shares[0] > 0.7
+    assert batch_shares[2] > 0.5 > 0.35 > batch_shares[0]

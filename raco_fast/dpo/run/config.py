@@ -32,10 +32,6 @@ class TrainConfig:
         weights: objective name -> weight; at least 0, summing to 1.
         c: radius of the correction, in [0, 1); 0 is the weighted sum.
         rule: how the gradients are combined: a name of docs/rules.md, or {name: ..., option: ...}.
-        c_schedule: {name: linear, start: 0.0, end: 0.4, steps: 500}: c as a function of the step,
-            constant, linear or cosine; what is left out is `c`, and all steps of the run.
-        weights_schedule: the same of weights; or {name: dirichlet, concentration: 10.0, seed: 0},
-            which draws them anew at every step, with `weights` as their mean.
         gram: the Gram matrix that the combination is found from: `batch`, that of a step's
             gradients; `unbiased`, an estimate of that of their expectation, which the noise of a
             step does not bias (docs/conflict.md). Not with `gradient_mode: autograd`.
@@ -43,6 +39,10 @@ class TrainConfig:
             None chooses it from the noise.
         c_mode: of `unbiased`: whose norms the length of the correction is found from, the `batch`'s
             or the `signal`'s.
+        c_schedule: {name: linear, start: 0.0, end: 0.4, steps: 500}: c as a function of the step,
+            constant, linear or cosine; what is left out is `c`, and all steps of the run.
+        weights_schedule: the same of weights; or {name: dirichlet, concentration: 10.0, seed: 0},
+            which draws them anew at every step, with `weights` as their mean.
         loss: preference loss by name, or {name: simpo, gamma: 1.0}; docs/losses.md lists them.
         loss_options: its options, where `loss` is a name: beta, label_smoothing and the like.
         losses: objective name -> loss of its own, written like `loss`; the others have `loss`.
@@ -109,11 +109,11 @@ class TrainConfig:
     eval_data: list[DataSource] = field(default_factory=list)
     c: float = 0.4
     rule: str | dict[str, Any] = "cagrad-clip"
-    c_schedule: dict[str, Any] | None = None
-    weights_schedule: dict[str, Any] | None = None
     gram: Literal["batch", "unbiased"] = "batch"
     gram_ema: float | None = None
     c_mode: Literal["batch", "signal"] = "batch"
+    c_schedule: dict[str, Any] | None = None
+    weights_schedule: dict[str, Any] | None = None
     loss: str | dict[str, float | str] = "sigmoid"
     loss_options: dict[str, float] = field(default_factory=dict)
     losses: dict[str, str | dict[str, float | str]] = field(default_factory=dict)

@@ -53,8 +53,8 @@ CHANGES: dict[str, Change] = {
     **dict.fromkeys(("model.dtype", "model.dropout", "model.lora"), _N),
     **dict.fromkeys(("model.adapter", "model.reference"), _N),
     **dict.fromkeys(("weights", "c", "rule", "losses", "max_grad_norm", "seed"), _N),
-    **dict.fromkeys(("c_schedule", "weights_schedule"), _N),
     **dict.fromkeys(("gram", "gram_ema", "c_mode"), _N),
+    **dict.fromkeys(("c_schedule", "weights_schedule"), _N),
     **dict.fromkeys(("lr", "betas", "eps", "weight_decay", "schedule", "warmup_ratio"), _N),
     **dict.fromkeys(("pairs_per_step",), _N),
 }
@@ -141,7 +141,7 @@ def _differences(config: TrainConfig, saved: Mapping[str, Any], kind: Change) ->
     before, now = dict(_flat(saved)), dict(_flat(identity(config)))
     for key in sorted(before.keys() | now.keys()):
         # A setting that did not exist when the checkpoint was written had its default.
-        was = before[key] if key in before else _default(key)
+        was = before[key] if key in before else default_of(key)
         if change_of(key) is kind and was != now.get(key):
             yield _difference(key, was, now.get(key))
 
@@ -162,8 +162,11 @@ def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _default(key: str) -> Any:
-    """The default of a setting as plain JSON; None where it has none."""
+def default_of(key: str) -> Any:
+    """The default of a setting as plain JSON; None where it has none.
+
+    A setting that did not exist when a run noted its own had this value.
+    """
     group, _, name = key.rpartition(".")
     kind = {"model": ModelOptions, "tokens": TokenOptions}.get(group, TrainConfig)
     for field in dataclasses.fields(kind):

@@ -10,13 +10,15 @@ roundings, in bfloat16 some tenths of a nat of a margin; the reference is scored
 that a training step will have, so that they cancel. A run that is resumed with other micro-batches
 takes what there is.
 
-Of several processes each scores its share, and the first reads and writes the cache.
+Of several processes each scores its share, and the first reads and writes the cache. Several runs
+may use one cache at the same time: of those that would score the same, one does, and the others
+wait for it.
 """
 
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ from raco_fast.dpo.modes import evaluating
 from raco_fast.dpo.run.checksums import DamagedError, load_checked, save_checked
 from raco_fast.dpo.run.files import atomic_file
 from raco_fast.dpo.run.reference_parts import ReferenceParts
+from raco_fast.dpo.run.reference_turns import turn
 from raco_fast.dpo.run.together import by_first
 from raco_fast.dpo.scoring import ReferenceLogps, adapter_off, pair_logps
 from raco_fast.dpo.sharded import free_gathered
@@ -91,12 +94,17 @@ def reference_logps(
     key, shape = _digest(f"{model_hash}{data}{tails!r}"), (len(pairs), 2 * len(tails))
     of_rounds = _digest(f"{layout.kind}{_places(pairs, rounds)}")
     file, processes = cache_dir / f"reference-{key}-{of_rounds}.safetensors", Processes()
-    found = by_first(processes, lambda: _read(_cached(file, key, any_rounds), shape))
-    (known,) = processes.agree(lambda: [found is not None], 1)
-    if known:
-        values = processes.sum(torch.zeros(shape) if found is None else found)
-    else:
-        parts = ReferenceParts(file.with_suffix(".parts"), shape)
+    parts = ReferenceParts(file.with_suffix(".parts"), shape)
+    with ExitStack() as until_cached:
+        # Several processes wait for no other run: the collective of all but the first times out.
+        if processes.size == 1 and not file.exists():
+            until_cached.enter_context(turn(parts.folder))
+        found = by_first(processes, lambda: _read(_cached(file, key, any_rounds), shape))
+        (known,) = processes.agree(lambda: [found is not None], 1)
+        if known:
+            by_first(processes, parts.remove)
+            values = processes.sum(torch.zeros(shape) if found is None else found)
+            return _by_tail(pairs, values, tails)
         values = _scored(model, pairs, rounds, layout, chunk_tokens, tails, as_reference, parts)
         wrong = [p.id for p, ok in zip(pairs, values.isfinite().all(dim=1), strict=True) if not ok]
         if wrong:
@@ -107,7 +115,7 @@ def reference_logps(
                 "weights and `model.dtype`"
             )
         by_first(processes, lambda: _write(file, values, parts))
-    return _by_tail(pairs, values, tails)
+        return _by_tail(pairs, values, tails)
 
 
 def _digest(text: str) -> str:

@@ -34,7 +34,7 @@ class ReferenceParts:
     """
 
     def __init__(self, folder: Path, shape: tuple[int, int]) -> None:
-        self._folder, (self._n, self._columns) = folder, shape
+        self.folder, (self._n, self._columns) = folder, shape
         self._file = folder / f"part-{uuid.uuid4().hex}.safetensors"
         self._indices: list[int] = []
         self._values: list[Tensor] = []
@@ -44,7 +44,7 @@ class ReferenceParts:
     def load(self) -> Tensor:
         """What earlier runs have left: float32 of `shape`, -inf where there is nothing."""
         values, parts = torch.full((self._n, self._columns), -torch.inf), 0
-        for file in sorted(self._folder.glob("part-*.safetensors")):
+        for file in sorted(self.folder.glob("part-*.safetensors")):
             try:
                 found = load_checked(file)
                 indices, logps = found["indices"], found["logps"]
@@ -87,4 +87,4 @@ class ReferenceParts:
 
     def remove(self) -> None:
         """Remove all parts: they are in the cache."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -85,7 +85,7 @@ def expected_gram(v: np.ndarray, labels: np.ndarray, kept: np.ndarray) -> np.nda
 
 @pytest.mark.parametrize(
     "room",
-    [pytest.param(None, id="kept"), pytest.param(0, id="two passes", marks=pytest.mark.slow)],
+    [pytest.param(None, id="kept", marks=pytest.mark.slow), pytest.param(0, id="two passes")],
 )
 def test_sums_are_those_of_single_pairs(config, folder, monkeypatch, room):
     v, labels = gradients_of_pairs(config, folder)
@@ -125,6 +125,7 @@ def test_products_of_two_sets_are_those_of_any_number_of_objectives():
     np.testing.assert_allclose(found, rows @ columns.T, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_is_the_same_in_both_passes(make_config, monkeypatch):
     config = make_config()  # its attention drops, so that the reference is another model
     kept = measure(config, BLOCKS)

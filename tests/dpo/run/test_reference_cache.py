@@ -1,6 +1,7 @@
 import math
 from contextlib import nullcontext
 from dataclasses import replace
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.losses.margin_losses import Sigmoid
 from raco_fast.dpo.models import LoraOptions
 from raco_fast.dpo.policy import add_adapter
-from raco_fast.dpo.run import reference_cache, reference_parts
+from raco_fast.dpo.run import reference_cache, reference_parts, reference_turns
 from raco_fast.dpo.run.reference_cache import data_hash, reference_logps
 from raco_fast.dpo.scoring import ReferenceLogps, adapter_off, pair_logps, score_pairs
 
@@ -265,3 +266,40 @@ def test_a_damaged_cache_is_computed_again(make_model, tmp_path, computed, caplo
     assert "the reference cache cannot be used and is computed again" in caplog.text
     assert reference(model, pairs, tmp_path).by_id == first.by_id
     assert len(computed) == 2
+
+
+def test_of_runs_that_start_together_one_scores_and_the_others_wait(
+    make_model, tmp_path, monkeypatch, caplog
+):
+    caplog.set_level("INFO")
+    model, pairs = make_model(), make_pairs(11)
+    scored: list[int] = []
+    waiting, others = Event(), []
+
+    def logps(model, batch, *args):
+        if not others:  # in the middle of the first pass the others begin
+            others.extend(Thread(target=lambda: found.append(again())) for _ in range(2))
+            for thread in others:
+                thread.start()
+            assert waiting.wait(30)
+        scored.append(len(batch.ids))
+        return pair_logps(model, batch, *args)
+
+    def again():
+        return reference(model, pairs, tmp_path).by_id
+
+    def wait(descriptor, parts, original=reference_turns._wait):
+        if others:
+            waiting.set()
+        original(descriptor, parts)
+
+    found: list[dict[str, tuple[float, float]]] = []
+    monkeypatch.setattr(reference_cache, "pair_logps", logps)
+    monkeypatch.setattr(reference_turns, "_wait", wait)
+    first = again()
+    for thread in others:
+        thread.join(30)
+    assert scored == [4, 4, 3]
+    assert found == [first, first]
+    assert "another run computes reference-" in caplog.text
+    assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"]
