@@ -104,8 +104,8 @@ def test_domination_is_told_with_the_right_names() -> None:
     text = sentences(CLEAR)
     expected = (
         "By mean scores, whatever their intervals, 4 of 6 rows are dominated by no other "
-        "one; dominated: linear at 0.65/0.15/0.2 (by cagrad-clip at 0.65/0.15/0.2), mgda (by linear "
-        "at 0.15/0.65/0.2, cagrad-clip at 0.15/0.65/0.2)."
+        "one; dominated: linear at 0.65/0.15/0.2 (by cagrad-clip at 0.65/0.15/0.2), mgda (by "
+        "linear at 0.15/0.65/0.2, cagrad-clip at 0.15/0.65/0.2)."
     )
     assert expected in text
     rows = {row.name: row for row in summarize(study(CLEAR))}
