@@ -191,13 +191,15 @@ class HeldGradients:
         """The accumulated gradient of each objective at `p`; None where it did not touch p.
 
         They are the memory that a step reads, and may be written to; not with gram="unbiased",
-        which would not see it.
+        whose products of samples would be of other gradients: the next pass or step refuses.
         """
         if len(self.names) == 1:
             return {self.names[0]: p.grad}
         held = stand_in_of(p, self.names)
         if held is not None:
             held.escape()
+            if self.expectation.wanted and held.handed_out is None:
+                held.handed_out = held.versions
         buffers = [None] * len(self.names) if held is None else held.buffers
         return dict(zip(self.names, buffers, strict=True))
 
@@ -294,8 +296,27 @@ class HeldGradients:
         rules, weights = self.for_rules, self.weights
         if not self.expectation.wanted:
             return rules.solve(M, weights, present, c, rule)
+        self._handed_out()
         factor = self._unscaled() / scale
         return self.expectation.solve(M, weights, present, c, rule, rules, factor)
+
+    def _handed_out(self) -> list[ObjectiveGrad]:
+        """Gradients that `of` gave, of gram="unbiased".
+
+        Raises:
+            RuntimeError: somebody has written to them.
+        """
+        stand_ins = (p.grad for p in self.parameters())
+        found = [g for g in stand_ins if isinstance(g, ObjectiveGrad) and g.handed_out is not None]
+        for g in found:
+            if g.handed_out != g.versions:
+                raise RuntimeError(
+                    f"gradients of a parameter of shape {list(g.shape)}, which opt.gradients.of(p) "
+                    f"gave, have been written to: gram='unbiased' knows what the samples of a pass "
+                    f"have with themselves, not what was made of it. Write to copies, limit the "
+                    f"update with max_grad_norm, or set gram='batch'"
+                )
+        return found
 
     def _unscaled(self) -> float:
         """By what a GradScaler has multiplied the gradients since they were formed."""

@@ -39,8 +39,9 @@ class ObjectiveGrad(torch.Tensor):
     own, and are to be averaged over those processes when a step is taken. `products` are those of
     the buffers where a pass has taken them, and only as long as nobody else has `escaped` buffers,
     whose writes torch need not count. `unscaled` is what GradScaler has
-    multiplied them by, None where nothing. Zeroing, GradScaler's unscaling and the conversions of a
-    module (`model.to`, ...) reach every buffer; any other operation raises RuntimeError.
+    multiplied them by, None where nothing; `handed_out` are the buffers' versions when somebody got
+    them who may not write. Zeroing, GradScaler's unscaling and the conversions of a module
+    (`model.to`, ...) reach every buffer; any other operation raises RuntimeError.
     """
 
     objectives: tuple[str, ...]  # not `names`: torch 2.11's named tensors own that attribute
@@ -49,6 +50,7 @@ class ObjectiveGrad(torch.Tensor):
     products: Products | None
     escaped: bool
     unscaled: Tensor | None
+    handed_out: tuple[int, ...] | None
 
     # Attribute reads (shape, device, is_sparse) need no override and stay fast.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -61,7 +63,7 @@ class ObjectiveGrad(torch.Tensor):
         )
         grad.objectives = objectives
         grad.buffers = [None] * len(objectives)
-        grad.unreduced = grad.products = grad.unscaled = None
+        grad.unreduced = grad.products = grad.unscaled = grad.handed_out = None
         grad.escaped = False
         return grad
 
@@ -96,6 +98,11 @@ class ObjectiveGrad(torch.Tensor):
         """Note that somebody else has the buffers, and may write to them in ways nobody counts."""
         self.products, self.escaped = None, True
 
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """What changes when somebody writes to the buffers in a way that torch counts."""
+        return tuple(local(g)._version for g in self.present)
+
     def allocate(self, host_memory: HostMemory) -> Tensor:
         """Fresh memory [m, *shape] for all objectives, whose slices become the buffers."""
         shape = (len(self.objectives), *self.shape)
@@ -123,7 +130,7 @@ class ObjectiveGrad(torch.Tensor):
     ) -> Any:
         # Below autograd, and unscaling anywhere, nothing counts that a buffer was written.
         if func is _aten.zero_.default:
-            args[0].products = args[0].unscaled = None
+            args[0].products = args[0].unscaled = args[0].handed_out = None
             for buffer in args[0].present:
                 buffer.zero_()
             return args[0]

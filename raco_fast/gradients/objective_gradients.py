@@ -112,6 +112,7 @@ class ObjectiveGradients(HeldGradients):
         absent = set(self.names) - set(given) - self._ran
         if self.for_rules.keep_losses and all(p.grad is None for p in self.parameters()):
             self.for_rules.forget_losses()  # model.zero_grad() does not say so
+        handed_out = self._handed_out()
         try:
             said = Said(samples, labelled)
             if mode == "auto" and scores is not None and not self.expectation.wanted:
@@ -121,6 +122,8 @@ class ObjectiveGradients(HeldGradients):
                 self._propagate(ordered, scores, mode != "autograd", said)
         finally:
             self._ran -= absent
+            for g in handed_out:  # as this pass has left them
+                g.handed_out = g.versions
         self.for_rules.add((n, x) for n, x in zip(self.names, ordered, strict=True) if n in given)
 
     def checked_losses(

@@ -481,6 +481,24 @@ def test_what_cannot_be_seen_is_refused():
         opt.backward(losses, scores=scores, mode="autograd", samples=torch.arange(6).repeat(2))
 
 
+@pytest.mark.parametrize("then", ["step", "backward"])
+def test_gradients_may_be_read_and_not_written(then):
+    model, (x, labels) = prepared(), data(6, 0)
+    opt = optimizer_of(model)
+    p = next(iter(model.parameters()))
+    for written in (False, True):
+        opt.zero_grad()
+        for _ in range(2):
+            backward(opt, model, x, labels)
+            (one, *_) = opt.gradients.of(p).values()
+        if not written:
+            opt.step()
+            continue
+        one.mul_(0.5)
+        with pytest.raises(RuntimeError, match=r"have been written to: gram='unbiased'"):
+            opt.step() if then == "step" else backward(opt, model, x, labels)
+
+
 def test_scores_that_share_rows_are_samples_by_themselves():
     x, labels = torch.randn(4, 3, D), data(4, 0)[1]
     model = prepared()
