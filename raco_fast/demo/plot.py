@@ -35,7 +35,9 @@ def plot_scores(rows: Sequence[Row], destination: Path) -> str:
     for axes, (x, y) in zip(panels, _PANELS, strict=True):
         _draw_panel(axes, rows, x, y)
     _, labels = legend = panels[0].get_legend_handles_labels()
-    figure.legend(*legend, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
+    figure.legend(
+        *legend, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=8.5
+    )
     seeds = len(rows[0].scores["coverage"].values)
     figure.suptitle(
         f"Judged scores of generated summaries, mean and 95 % interval over {seeds} seed"

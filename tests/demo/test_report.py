@@ -86,9 +86,8 @@ def test_clear_numbers_are_called_clear() -> None:
     )
     assert text.count("the weights trade one for the other") == 2
     assert "coverage changed by +0.400" in text
-    assert (
-        "From the start's 0.4000 ± 0.0248, coverage went to between 0.2800 ± 0.0248 (mgda)" in text
-    )
+    low = r"0\.(?:2799|2800|2801) ± 0\.02\d\d \(mgda\)"
+    assert re.search(rf"From the start's 0.4000 ± 0.0248, coverage went to between {low}", text)
     assert "clearly up in 2, clearly down in 3 of 5 rows" in text
     assert "Clipping changed the update in 50% ± 0% of cagrad-clip's steps." in text
 
@@ -128,7 +127,7 @@ BOTH_GRAMS = CLEAR | {
 }
 
 
-def steps_of_boxes(points, seed: int) -> float:
+def volume_of_two(points, seed: int) -> float:
     """The volume of two boxes from the origin: what each has, less what they share."""
     a, b = ([score + JITTER[seed] for score in point] for point in points)
     return math.prod(a) + math.prod(b) - math.prod(map(min, a, b))
@@ -139,7 +138,7 @@ def test_hypervolumes_stand_side_by_side_with_their_intervals() -> None:
     by_method = {}
     for method in ("linear", "cagrad-clip", "unbiased cagrad-clip"):
         points = [BOTH_GRAMS[method, weights] for weights in ("high", "low")]
-        by_method[method] = np.array([steps_of_boxes(points, seed) for seed in range(3)])
+        by_method[method] = np.array([volume_of_two(points, seed) for seed in range(3)])
 
     def told(values, sign: str = "") -> str:
         half = T95_OF_3 * values.std(ddof=1) / math.sqrt(3)
