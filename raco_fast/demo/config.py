@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raco_fast.solver.registry import check_rule, spec_of
-from raco_fast.solver.rules.conflict_averse import RULES
+from raco_fast.solver.gram_options import GRAMS
+from raco_fast.solver.registry import RuleLike, check_rule, label_of, spec_of
 from raco_fast.solver.weights import check_c
 
 _QUICK: dict[str, Any] = {
@@ -34,6 +34,9 @@ class DemoConfig:
         seed: first seed.
         seeds: number of seeds; each has its own model, data and sampling.
         rules: the rules to compare: names of docs/rules.md, or {name: ..., option: ...}.
+            `cagrad`, which cagrad-clip clips, is left out for the time it takes.
+        grams: "batch", "unbiased" or both: the Gram matrix that rules find a conflict in. linear,
+            which looks for none, runs once, as "batch".
         coverage_weights: one weight vector for each of these weights of coverage; what is left
             beside the weight of faithfulness goes to brevity.
         faithfulness_weight: weight of faithfulness in every weight vector.
@@ -55,7 +58,8 @@ class DemoConfig:
     quick: bool = False
     seed: int = 0
     seeds: int = 5
-    rules: tuple[str | dict[str, Any], ...] = RULES
+    rules: tuple[str | dict[str, Any], ...] = ("linear", "cagrad-clip", "mgda")
+    grams: tuple[str, ...] = GRAMS
     coverage_weights: tuple[float, ...] = (0.65, 0.4, 0.15)
     faithfulness_weight: float = 0.2
     c: float = 0.4
@@ -91,7 +95,9 @@ class DemoConfig:
                 f"lie in [0, {rest:g}], which is what `faithfulness_weight` leaves",
             ),
         ]
-        for name in ("rules", "coverage_weights"):
+        known = all(gram in GRAMS for gram in self.grams)
+        conditions.append(("grams", known, f"be of {', '.join(GRAMS)}"))
+        for name in ("rules", "grams", "coverage_weights"):
             values = getattr(self, name)
             distinct = values and all(v not in values[:i] for i, v in enumerate(values))
             conditions.append((name, distinct, "hold different values, at least one"))
@@ -112,11 +118,15 @@ class DemoConfig:
         )
 
     @property
-    def points(self) -> list[tuple[str | dict[str, Any], dict[str, float] | None]]:
-        """Every rule with every weight vector; a rule that ignores weights once, with None."""
+    def points(self) -> list[tuple[RuleLike, str, dict[str, float] | None]]:
+        """Every rule with every Gram matrix and weight vector.
+
+        A rule that ignores weights once, with None; one that ignores the Gram, with "batch".
+        """
         return [
-            (rule, weights)
+            (rule, gram, weights)
             for rule in self.rules
+            for gram in (("batch",) if label_of(check_rule(rule)) == "linear" else self.grams)
             for weights in (self.weight_vectors if check_rule(rule).uses_weights else [None])
         ]
 

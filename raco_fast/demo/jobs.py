@@ -54,6 +54,7 @@ class Judged:
     Args:
         seed: the seed.
         rule: by which it was aligned; "start" for the warmed-up model that the others begin as.
+        gram: "batch" or "unbiased"; None for the start.
         weights: None for the start, and for a rule that ignores weights.
         scores: objective -> mean judged score of the summaries it writes.
         steps: of the warm-up, with the loss per summary token in nats, or of the alignment.
@@ -61,6 +62,7 @@ class Judged:
 
     seed: int
     rule: str
+    gram: str | None
     weights: Weights
     scores: dict[str, float]
     steps: Steps
@@ -103,11 +105,13 @@ def warm_up_job(config: DemoConfig, seed: int) -> WarmStart:
     pairs = [pair for batch in of_seed.preferences() for pair in batch]
     reference = compute_reference(model, pairs, of_seed.layout(config.batch_size))[1.0]
     state = {name: value.numpy() for name, value in model.state_dict().items()}
-    return WarmStart(of_seed.judged(model, "start", None, steps), state, reference)
+    return WarmStart(of_seed.judged(model, "start", None, None, steps), state, reference)
 
 
 @_one_thread()
-def align_job(config: DemoConfig, start: WarmStart, rule: RuleLike, weights: Weights) -> Judged:
+def align_job(
+    config: DemoConfig, start: WarmStart, rule: RuleLike, gram: str, weights: Weights
+) -> Judged:
     """Align the warmed-up model of a seed by one rule and judge what it writes then.
 
     Every rule sees the same pairs in the same order. `weights` is None for a rule that ignores
@@ -124,6 +128,7 @@ def align_job(config: DemoConfig, start: WarmStart, rule: RuleLike, weights: Wei
         c=config.c,
         rule=rule,
         max_grad_norm=1.0,
+        gram=gram,
     )
     rise = max(1, config.steps // 10)
     schedule = LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / rise))
@@ -137,7 +142,7 @@ def align_job(config: DemoConfig, start: WarmStart, rule: RuleLike, weights: Wei
             lr = float(schedule.get_last_lr()[0])
             steps.append({"step": number, "learning_rate": lr, **learn(pairs).metrics()})
             schedule.step()
-    return of_seed.judged(model, label_of(check_rule(rule)), weights, steps)
+    return of_seed.judged(model, label_of(check_rule(rule)), gram, weights, steps)
 
 
 class _Seed:
@@ -173,14 +178,21 @@ class _Seed:
         """The batches of the alignment."""
         return self.batches("pairs", self.config.steps, self.config.batch_size)
 
-    def judged(self, model: LlamaForCausalLM, rule: str, weights: Weights, steps: Steps) -> Judged:
+    def judged(
+        self,
+        model: LlamaForCausalLM,
+        rule: str,
+        gram: str | None,
+        weights: Weights,
+        steps: Steps,
+    ) -> Judged:
         """Let every judge score one sampled summary of every held-out document."""
         rng = self._rng("held-out")
         documents = [make_document(rng) for _ in range(self.config.documents)]
         texts = write_summaries(model, self.tokenizer, documents, self.seed)
         judged = [judge(document, text) for document, text in zip(documents, texts, strict=True)]
         scores = {name: statistics.fmean(each[name] for each in judged) for name in OBJECTIVES}
-        return Judged(self.seed, rule, weights, scores, steps)
+        return Judged(self.seed, rule, gram, weights, scores, steps)
 
     def _rng(self, purpose: str) -> random.Random:
         """Independent random numbers for each use of the seed."""

@@ -1,14 +1,17 @@
-"""The picture of the study: judged scores, one line a rule, one point a weight vector."""
+"""The picture of the study: judged scores, one line a rule and Gram, one point a weight vector."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from raco_fast.demo.hypervolumes import fronts_of
 from raco_fast.demo.summary import Row
 from raco_fast.dpo.run.files import atomic_file
 from raco_fast.studies.pictures import LOOKS, NO_PICTURE
+from raco_fast.studies.spread import Spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,10 +35,12 @@ def plot_scores(rows: Sequence[Row], destination: Path) -> str:
     for axes, (x, y) in zip(panels, _PANELS, strict=True):
         _draw_panel(axes, rows, x, y)
     _, labels = legend = panels[0].get_legend_handles_labels()
-    figure.legend(*legend, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.legend(
+        *legend, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=8.5
+    )
     seeds = len(rows[0].scores["coverage"].values)
     figure.suptitle(
-        f"Judged scores of generated summaries, mean and standard deviation over {seeds} seed"
+        f"Judged scores of generated summaries, mean and 95 % interval over {seeds} seed"
         + "s" * (seeds > 1)
         + "; weights are coverage/brevity/faithfulness",
         fontsize=11,
@@ -48,18 +53,20 @@ def plot_scores(rows: Sequence[Row], destination: Path) -> str:
 def _draw_panel(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:
     annotated: set[tuple[float, ...]] = {()}
     axes.set_prop_cycle(**LOOKS)
-    for rule in dict.fromkeys(row.rule for row in rows):
-        line = sorted((row for row in rows if row.rule == rule), key=lambda row: row.weights)
+    volumes = {front.method: front.volume.with_interval() for front in fronts_of(rows[1:])}
+    for method in dict.fromkeys(row.method for row in rows):
+        line = sorted((row for row in rows if row.method == method), key=lambda row: row.weights)
         xs, ys = ([row.scores[name] for row in line] for name in (x, y))
         axes.errorbar(
             [spread.mean for spread in xs],
             [spread.mean for spread in ys],
-            xerr=[spread.deviation for spread in xs],
-            yerr=[spread.deviation for spread in ys],
+            xerr=[_bar(spread) for spread in xs],
+            yerr=[_bar(spread) for spread in ys],
             elinewidth=0.5,
             markersize=9,
             markerfacecolor="none",
-            label=rule,
+            linestyle="--" if line[0].gram == "unbiased" else "-",
+            label=method + (f", hypervolume {volumes[method]}" if method in volumes else ""),
         )
         # Each weight vector is written once, beside the first rule's point: others' are near it.
         for row in line:
@@ -72,3 +79,9 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:
     axes.margins(0.12)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _bar(spread: Spread) -> float:
+    """The half width of the interval; one seed has none, and no bar."""
+    half = spread.interval()
+    return half if math.isfinite(half) else 0.0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from raco_fast.demo.claims import claims
+from raco_fast.demo.claims import claims, difference
 from raco_fast.demo.config import DemoConfig
+from raco_fast.demo.hypervolumes import REFERENCE, Front, fronts_of
 from raco_fast.demo.jobs import Judged
 from raco_fast.demo.judges import OBJECTIVES
 from raco_fast.demo.plot import plot_scores
@@ -15,8 +16,11 @@ from raco_fast.demo.summary import Row, summarize
 from raco_fast.dpo.run.files import atomic_file
 from raco_fast.dpo.run.metrics_file import MetricsFile
 from raco_fast.report import markdown_table, text_table
+from raco_fast.solver.gram_options import GRAMS
+from raco_fast.studies.spread import Spread
 
-_HEADER = ("rule", "weights", *OBJECTIVES, "clipped", "cosine")
+_HEADER = ("rule", "gram", "weights", *OBJECTIVES, "clipped", "cosine")
+_VOLUME_HEADER = ("rule", "points", *(f"hypervolume, {gram}" for gram in GRAMS), "unbiased - batch")
 _QUICK = "**Quick form: the model is too small and too little trained to conclude from.**\n\n"
 _REPORT = """\
 # Three conflicting preferences in miniature
@@ -24,30 +28,44 @@ _REPORT = """\
 A small Llama is taught to summarise generated documents from summaries of mixed quality, then \
 aligned by DPO on pairs labelled for coverage, brevity and faithfulness by exact rule-based \
 judges. The same judges score one sampled summary of each of {documents} held-out documents a \
-seed. Mean ± standard deviation over {seeds}; every score lies in [0, 1] and higher is better. \
-Weights are coverage/brevity/faithfulness. `clipped` is the share of steps in which clipping \
-changed the update, `cosine` the mean cosine between the gradients of two objectives.
+seed. Mean over {seeds} ± half of its 95 % Student interval; every score lies in [0, 1] and higher \
+is better. Weights are coverage/brevity/faithfulness. `gram` is the Gram matrix that a rule finds \
+a conflict in: of a batch's gradients, as in the paper, or the unbiased estimate of that of their \
+expectation, which is ours. `clipped` is the share of steps in which clipping changed the update, \
+`cosine` the mean cosine between the gradients of two objectives in a step.
 
 {warning}{table}
 
 {plot}
 
+## Hypervolume
+
+The volume of scores that a rule's weight vectors reach together, above the scores {reference}: \
+that of each seed, then mean and interval. It grows with the number of points.
+
+{volumes}
+
 ## What was found
 
 A difference is called clear when the 95 % Student interval of its mean over seeds, taken seed by \
-seed, leaves out zero (intervals are given after ±).
+seed, leaves out zero (intervals are given after ±). What is not clear is said first.
 
 {claims}
 
 ## Conflict between objectives
 
-Mean cosine between the gradients of two objectives, before weighting:
+Mean cosine between the gradients of two objectives in a step, before weighting:
 
 {cosines}
-
+{expected}
 ## Settings
 
 {seconds:.0f} s in all. {settings}
+"""
+_EXPECTED = """
+Cosine between their expected gradients, as it is estimated at the last step:
+
+{table}
 """
 
 
@@ -65,7 +83,7 @@ def write_reports(
     rows = summarize(results)
     metrics = MetricsFile(folder / "metrics.jsonl")
     for result in results:
-        of_model = {"seed": result.seed, "rule": result.rule, "weights": result.weights}
+        of_model = {name: getattr(result, name) for name in ("seed", "rule", "gram", "weights")}
         phase = "warm-up" if result.rule == "start" else "alignment"
         for step in result.steps:
             metrics.write({"phase": phase, **of_model, **step})
@@ -74,7 +92,8 @@ def write_reports(
     plot_note = plot_scores(rows, folder / "pareto.png")
     with atomic_file(folder / "report.md") as partial:
         partial.write_text(markdown(config, rows, plot_note, seconds), encoding="utf-8")
-    print(f"\n{terminal_table(rows)}\n\n{_bullets(rows)}")
+    volumes = text_table(_VOLUME_HEADER, _volumes(rows))
+    print(f"\n{terminal_table(rows)}\n\n{volumes}\n\n{_bullets(rows)}")
     print(plot_note or f"\nplot: {folder / 'pareto.png'}")
     print(f"report: {folder / 'report.md'}; metrics: {folder / 'metrics.jsonl'}")
 
@@ -89,7 +108,6 @@ def markdown(config: DemoConfig, rows: Sequence[Row], plot_note: str, seconds: f
     _, *aligned = rows
     seeds = len(rows[0].scores["coverage"].values)
     settings = dataclasses.asdict(config).items()
-    cosines = [(row.rule, row.weights_text, *map(str, row.cosines.values())) for row in aligned]
     return _REPORT.format(
         documents=config.documents,
         seeds=f"{seeds} seed{'s' * (seeds > 1)}",
@@ -97,7 +115,10 @@ def markdown(config: DemoConfig, rows: Sequence[Row], plot_note: str, seconds: f
         table=markdown_table(_HEADER, map(_cells, rows)),
         plot=plot_note or "![judged scores](pareto.png)",
         claims=_bullets(rows),
-        cosines=markdown_table(("rule", "weights", *aligned[0].cosines), cosines),
+        cosines=_cosine_table(aligned, {row.name: row.cosines for row in aligned}),
+        expected=_expected(aligned),
+        reference="/".join(f"{worst:g}" for worst in REFERENCE),
+        volumes=markdown_table(_VOLUME_HEADER, _volumes(rows)),
         seconds=seconds,
         settings=", ".join(f"{name} = {value}" for name, value in settings),
     )
@@ -112,5 +133,41 @@ def _cells(row: Row) -> tuple[str, ...]:
     if row.clipped is not None:
         clipped = f"{row.clipped.mean:.0%}"
         cosine = f"{sum(c.mean for c in row.cosines.values()) / len(row.cosines):+.2f}"
-    scores = (str(row.scores[name]) for name in OBJECTIVES)
-    return (row.rule, row.weights_text, *scores, clipped, cosine)
+    scores = (row.scores[name].with_interval() for name in OBJECTIVES)
+    return (row.rule, row.gram or "-", row.weights_text, *scores, clipped, cosine)
+
+
+def _volumes(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """A line a rule, its Gram matrices side by side."""
+    _, *aligned = rows
+    by_rule: dict[str, dict[str | None, Front]] = {}
+    for front in fronts_of(aligned):
+        by_rule.setdefault(front.rule, {})[front.gram] = front
+    lines = []
+    for rule, of_rule in by_rule.items():
+        found = [of_rule.get(gram) for gram in GRAMS]
+        batch, unbiased = found
+        gain = difference(unbiased.volume - batch.volume) if batch and unbiased else "-"
+        volumes = (front.volume.with_interval() if front else "-" for front in found)
+        points = len(next(iter(of_rule.values())).weights)
+        lines.append((rule, str(points), *volumes, gain))
+    return lines
+
+
+def _cosine_table(rows: Sequence[Row], cosines: Mapping[str, Mapping[str, Spread]]) -> str:
+    """A line a row, a column a pair of objectives; a dash where there is no estimate."""
+    pairs = list(rows[0].cosines)
+    lines = []
+    for row in rows:
+        of_row = cosines[row.name]
+        cells = (of_row[pair].with_interval() if pair in of_row else "-" for pair in pairs)
+        lines.append((row.rule, row.gram or "-", row.weights_text, *cells))
+    return markdown_table(("rule", "gram", "weights", *pairs), lines)
+
+
+def _expected(aligned: Sequence[Row]) -> str:
+    rows = [row for row in aligned if row.expected]
+    if not rows:
+        return ""
+    table = _cosine_table(rows, {row.name: row.expected for row in rows})
+    return _EXPECTED.format(table=table)

@@ -22,21 +22,27 @@ from raco_fast.studies.spread import Spread
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a rule at a weight vector, over all seeds.
+    """One line of the table: a rule with a Gram matrix at a weight vector, over all seeds.
 
     Args:
         rule: the rule, or "start" for the model before alignment.
+        gram: "batch" or "unbiased"; None for the start.
         weights: in the order of the objectives; empty for a rule that ignores them.
         scores: objective -> judged score.
         metrics: those of a step that begin with raco/ -> mean over the steps in which it is finite;
             empty for the start.
+        expected: "a:b" -> cosine between the objectives' expected gradients as it is estimated
+            at the last step, of those of the pairs where every seed has an estimate; empty unless
+            the Gram matrix is the unbiased one.
         skipped_steps: steps not taken, over all seeds.
     """
 
     rule: str
+    gram: str | None
     weights: tuple[float, ...]
     scores: dict[str, Spread]
     metrics: dict[str, Spread]
+    expected: dict[str, Spread]
     skipped_steps: int
 
     @property
@@ -46,9 +52,8 @@ class Row:
 
     @property
     def cosines(self) -> dict[str, Spread]:
-        """ "a:b" -> mean cosine between the objectives' gradients; empty for the start."""
-        prefix = "raco/cosine/"
-        return {k.removeprefix(prefix): v for k, v in self.metrics.items() if k.startswith(prefix)}
+        """ "a:b" -> mean cosine between the gradients of a step; empty for the start."""
+        return _below("raco/cosine/", self.metrics)
 
     @property
     def weights_text(self) -> str:
@@ -56,28 +61,40 @@ class Row:
         return "/".join(f"{weight:g}" for weight in self.weights) or "-"
 
     @property
+    def method(self) -> str:
+        """How sentences call its rule and Gram matrix; the batch's, the paper's, goes unsaid."""
+        return f"unbiased {self.rule}" if self.gram == "unbiased" else self.rule
+
+    @property
     def name(self) -> str:
         """How sentences call this row."""
-        return f"{self.rule} at {self.weights_text}" if self.weights else self.rule
+        return f"{self.method} at {self.weights_text}" if self.weights else self.method
 
 
 def summarize(results: Sequence[Judged]) -> list[Row]:
-    """The table: a row for each rule and weight vector, in the order of the results."""
-    groups: dict[tuple[str, tuple[float, ...]], list[Judged]] = {}
+    """The table: rules, Gram matrices and weight vectors, in the order of the results."""
+    groups: dict[tuple[str, str | None, tuple[float, ...]], list[Judged]] = {}
     for result in results:
         weights = tuple(result.weights[name] for name in OBJECTIVES) if result.weights else ()
-        groups.setdefault((result.rule, weights), []).append(result)
+        groups.setdefault((result.rule, result.gram, weights), []).append(result)
     rows = []
-    for (rule, weights), group in groups.items():
+    for (rule, gram, weights), group in groups.items():
         scores = {name: Spread(tuple(r.scores[name] for r in group)) for name in OBJECTIVES}
         metrics = {
             name: Spread(tuple(_mean(step[name] for step in r.steps) for r in group))
             for name in group[0].steps[0]
             if name.startswith("raco/")
         }
+        last = {k: Spread(tuple(r.steps[-1][k] for r in group)) for k in metrics}
+        expected = _below("raco/cosine_unbiased/", last)
+        expected = {pair: v for pair, v in expected.items() if math.isfinite(v.mean)}
         skipped = sum(round(r.steps[-1].get("raco/skipped_steps", 0)) for r in group)
-        rows.append(Row(rule, weights, scores, metrics, skipped))
+        rows.append(Row(rule, gram, weights, scores, metrics, expected, skipped))
     return rows
+
+
+def _below(prefix: str, metrics: dict[str, Spread]) -> dict[str, Spread]:
+    return {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
 
 
 def _mean(numbers: Iterable[float]) -> float:

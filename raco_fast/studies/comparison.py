@@ -18,7 +18,6 @@ import numpy as np
 from raco_fast.studies.fronts import (
     Points,
     epsilon_additive,
-    has_hypervolume,
     hypervolume,
     ray_distance,
 )
@@ -54,7 +53,7 @@ class Comparison:
         points: how many settings both have.
         gains: objective -> how much better the first is, over those points and seeds; empty where
             they have none in common.
-        hypervolume: how much larger that of the first is; None without moocore or a common seed.
+        hypervolume: how much larger that of the first is; None without a common seed.
         epsilon: of the first over the second, and of the second over the first, one a seed.
     """
 
@@ -68,8 +67,8 @@ class Comparison:
 
 
 def hypervolumes(group: Group, study: Study) -> Spread | None:
-    """Of each seed's front; None without moocore, or where no seed has all points."""
-    if not (has_hypervolume() and group.seeds):
+    """Of each seed's front; None where no seed has all points."""
+    if not group.seeds:
         return None
     return Spread(tuple(hypervolume(group.at(seed), study.reference) for seed in group.seeds))
 
@@ -103,11 +102,9 @@ def _compared(a: Group, b: Group, study: Study, resamples: int, seed: int) -> Co
         means = np.einsum("bp,bs,psm->bm", of_settings, of_seeds, by_run)
         for k, name in enumerate(study.objectives):
             gains[name] = _estimate(float(by_run[..., k].mean()), means[:, k], most)
-    volume = None
-    if has_hypervolume():
-        one, other = ([hypervolume(g.at(s), study.reference) for s in seeds] for g in (a, b))
-        gain = np.subtract(one, other, dtype=np.float64)
-        volume = _estimate(float(gain.mean()), of_seeds @ gain, len(seeds))
+    one, other = ([hypervolume(g.at(s), study.reference) for s in seeds] for g in (a, b))
+    gain = np.subtract(one, other, dtype=np.float64)
+    volume = _estimate(float(gain.mean()), of_seeds @ gain, len(seeds))
     epsilon = (
         Spread(tuple(epsilon_additive(a.at(s), b.at(s)) for s in seeds)),
         Spread(tuple(epsilon_additive(b.at(s), a.at(s)) for s in seeds)),

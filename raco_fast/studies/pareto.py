@@ -11,7 +11,6 @@ from typing import Any
 from raco_fast.dpo.run.files import atomic_file
 from raco_fast.report import text_table
 from raco_fast.studies.comparison import compared_groups
-from raco_fast.studies.fronts import NO_HYPERVOLUME, has_hypervolume
 from raco_fast.studies.groups import Study, study_of
 from raco_fast.studies.html_page import html_page
 from raco_fast.studies.json_content import json_content
@@ -101,7 +100,5 @@ def _what_is_missing(study: Study, unfinished: Sequence[Path]) -> Iterator[str]:
             )
     if unfinished:
         yield f"Not finished, and left out: {len(unfinished)} runs, the first {unfinished[0]}."
-    if not has_hypervolume():
-        yield NO_HYPERVOLUME
     if not has_pictures():
         yield NO_PICTURE

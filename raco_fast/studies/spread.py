@@ -31,10 +31,6 @@ class Spread:
         """The difference seed by seed."""
         return Spread(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))
 
-    def __str__(self) -> str:
-        """Mean ± deviation; the mean alone for one seed."""
-        return f"{self.mean:.3f}" + f" ± {self.deviation:.3f}" * (len(self.values) > 1)
-
     def interval(self) -> float:
         """Half width of the 95 % interval of the mean; infinite with one seed."""
         n = len(self.values)

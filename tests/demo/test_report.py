@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from raco_fast.demo.claims import claims
@@ -20,21 +21,28 @@ from raco_fast.demo.summary import dominates, summarize
 HIGH = {"coverage": 0.65, "brevity": 0.15, "faithfulness": 0.2}
 LOW = {"coverage": 0.15, "brevity": 0.65, "faithfulness": 0.2}
 JITTER = (-0.01, 0.0, 0.01)
+T95_OF_3 = 4.302653  # Student's two-sided 95 % quantile of two degrees of freedom
+PAIRS = ("coverage:brevity", "coverage:faithfulness", "brevity:faithfulness")
+SEEN = {PAIRS[0]: (-0.7, -0.8, -0.9), PAIRS[1]: (-0.9, -0.2, 0.5), PAIRS[2]: (0.1, math.nan, 0.2)}
+MORE = (0.1, 0.2, 0.15)
 
 
 def start(seed: int, scores: tuple[float, float, float]) -> Judged:
     steps = [{"step": 1, "loss": 4.5}, {"step": 2, "loss": 0.9}]
-    return Judged(seed, "start", None, dict(zip(OBJECTIVES, scores, strict=True)), steps)
+    return Judged(seed, "start", None, None, dict(zip(OBJECTIVES, scores, strict=True)), steps)
 
 
-def aligned(seed, rule, weights, scores, clip=(0.0, 1.0), skipped=0) -> Judged:
+def aligned(seed, rule, weights, scores, clip=(0.0, 1.0), skipped=0, seen=SEEN) -> Judged:
     step = {f"raco/cosine/{pair}": -0.4 for pair in PAIRS} | {"raco/skipped_steps": float(skipped)}
+    gram = "unbiased" if rule.startswith("unbiased ") else "batch"
+    if gram == "unbiased":
+        step |= {f"raco/cosine_unbiased/{p}": seen[p][seed] for p in PAIRS}
     steps = [{"step": i, "raco/clip_active": active} | step for i, active in enumerate(clip, 1)]
     steps[0]["rewards/margins/coverage"] = 0.1  # a step whose pairs all tie has none
-    return Judged(seed, rule, weights, dict(zip(OBJECTIVES, scores, strict=True)), steps)
-
-
-PAIRS = ("coverage:brevity", "coverage:faithfulness", "brevity:faithfulness")
+    if gram == "unbiased":
+        steps[0] |= {f"raco/cosine_unbiased/{p}": math.nan for p in PAIRS}  # no estimate as yet
+    named = dict(zip(OBJECTIVES, scores, strict=True))
+    return Judged(seed, rule.removeprefix("unbiased "), gram, weights, named, steps)
 
 
 def study(cells: dict, seeds: int = 3, noise: float = 0.0, **options) -> list[Judged]:
@@ -74,13 +82,14 @@ def test_clear_numbers_are_called_clear() -> None:
     text = sentences(CLEAR, noise=0.02)
     assert "1 of 6 differences are clear" in text
     assert re.search(
-        r"linear at 0.65/0.15/0.2 scores -0.050 ± 0\.\d+ in coverage against cagrad", text
+        r"linear at 0.65/0.15/0.2 scores -0.0499 ± 0\.\d+ in coverage against cagrad", text
     )
     assert text.count("the weights trade one for the other") == 2
     assert "coverage changed by +0.400" in text
-    assert "From the start's 0.400, coverage went to between 0.280" in text
+    low = r"0\.(?:2799|2800|2801) ± 0\.02\d\d \(mgda\)"
+    assert re.search(rf"From the start's 0.4000 ± 0.0248, coverage went to between {low}", text)
     assert "clearly up in 2, clearly down in 3 of 5 rows" in text
-    assert "Clipping changed the update in 50% of cagrad-clip's steps." in text
+    assert "Clipping changed the update in 50% ± 0% of cagrad-clip's steps." in text
 
 
 def test_the_same_means_under_noise_lie_within_the_spread() -> None:
@@ -93,9 +102,9 @@ def test_the_same_means_under_noise_lie_within_the_spread() -> None:
 def test_domination_is_told_with_the_right_names() -> None:
     text = sentences(CLEAR)
     expected = (
-        "By mean scores, 4 of 6 rows are dominated by no other one; dominated: linear at "
-        "0.65/0.15/0.2 (by cagrad-clip at 0.65/0.15/0.2), mgda (by linear at 0.15/0.65/0.2, "
-        "cagrad-clip at 0.15/0.65/0.2)."
+        "By mean scores, whatever their intervals, 4 of 6 rows are dominated by no other "
+        "one; dominated: linear at 0.65/0.15/0.2 (by cagrad-clip at 0.65/0.15/0.2), mgda (by "
+        "linear at 0.15/0.65/0.2, cagrad-clip at 0.15/0.65/0.2)."
     )
     assert expected in text
     rows = {row.name: row for row in summarize(study(CLEAR))}
@@ -108,7 +117,83 @@ def test_swapping_the_rules_swaps_the_verdict() -> None:
         ({"linear": "cagrad-clip", "cagrad-clip": "linear"}.get(rule, rule), weights): scores
         for (rule, weights), scores in CLEAR.items()
     }
-    assert "cagrad-clip at 0.65/0.15/0.2 scores -0.050" in sentences(swapped, noise=0.02)
+    assert "cagrad-clip at 0.65/0.15/0.2 scores -0.0499" in sentences(swapped, noise=0.02)
+
+
+BOTH_GRAMS = CLEAR | {
+    ("unbiased cagrad-clip", "high"): (0.70, 0.2, 0.6),
+    ("unbiased cagrad-clip", "low"): (0.3, 0.6, 0.6),
+    ("unbiased mgda", None): (0.28, 0.6, 0.5),
+}
+
+
+def volume_of_two(points, seed: int) -> float:
+    """The volume of two boxes from the origin: what each has, less what they share."""
+    a, b = ([score + JITTER[seed] for score in point] for point in points)
+    return math.prod(a) + math.prod(b) - math.prod(map(min, a, b))
+
+
+def test_hypervolumes_stand_side_by_side_with_their_intervals() -> None:
+    text = markdown(DemoConfig(), summarize(study(BOTH_GRAMS)), "", 9.0)
+    by_method = {}
+    for method in ("linear", "cagrad-clip", "unbiased cagrad-clip"):
+        points = [BOTH_GRAMS[method, weights] for weights in ("high", "low")]
+        by_method[method] = np.array([volume_of_two(points, seed) for seed in range(3)])
+
+    def told(values, sign: str = "") -> str:
+        half = T95_OF_3 * values.std(ddof=1) / math.sqrt(3)
+        return f"{values.mean():{sign}.4f} ± {half:.4f}"
+
+    batch, unbiased = by_method["cagrad-clip"], by_method["unbiased cagrad-clip"]
+    gain = told(unbiased - batch, "+")
+    assert f"| linear | 2 | {told(by_method['linear'])} | - | - |" in text
+    assert f"| cagrad-clip | 2 | {told(batch)} | {told(unbiased)} | {gain} |" in text
+    assert "| mgda | 1 | " in text
+    assert f"Hypervolume of unbiased cagrad-clip against cagrad-clip: {gain}, clearly smaller." in (
+        text
+    )
+    assert "Hypervolume of cagrad-clip against linear: +0.0" in text
+    assert "Hypervolume of unbiased mgda against mgda: +0.0000 ± 0.0000, not a clear" in text
+    assert "mgda against linear" not in text, "one point and two make different fronts"
+
+
+def test_what_is_not_clear_is_said_first() -> None:
+    found = claims(summarize(study(BOTH_GRAMS)))
+    (insignificant,) = (i for i, text in enumerate(found) if "unbiased mgda against mgda" in text)
+    (clear,) = (i for i, text in enumerate(found) if "unbiased cagrad-clip against cagrad" in text)
+    trade = min(i for i, text in enumerate(found) if "trade one for the other" in text)
+    dominated = min(i for i, text in enumerate(found) if "By mean scores" in text)
+    assert max(insignificant, dominated) < min(clear, trade)
+
+
+def test_the_conflict_of_batches_stands_beside_that_of_the_expectation() -> None:
+    rows = summarize(study(BOTH_GRAMS))
+    text = markdown(DemoConfig(), rows, "", 9.0)
+    half = T95_OF_3 * 0.1 / math.sqrt(3)
+    assert (
+        f"Cosine between coverage and brevity: -0.4000 ± 0.0000 in a step's gradients, -0.8000 ± "
+        f"{half:.4f} in the estimate of the expected ones at the last step; batches show less "
+        "conflict than the estimate."
+    ) in text
+    assert re.search(r"coverage and faithfulness: .*-0\.2000 ± 1\.7\d+ .*no clear difference", text)
+    assert "between brevity and faithfulness" not in text, "a seed has no estimate of it"
+    half = f"{half:.4f}"
+    assert f"| mgda | unbiased | - | -0.8000 ± {half} | -0.2000 ± 1.7390 | - |" in text
+    assert "expected gradients" not in markdown(DemoConfig(), summarize(study(CLEAR)), "", 9.0)
+    assert "more conflict than the estimate" in sentences(
+        BOTH_GRAMS, seen=dict.fromkeys(PAIRS, MORE)
+    )
+
+
+def test_terminal_and_report_say_the_same(tmp_path: Path, capsys) -> None:
+    write_reports(tmp_path, DemoConfig(), study(BOTH_GRAMS), seconds=1.0)
+    printed, report = capsys.readouterr().out, (tmp_path / "report.md").read_text(encoding="utf-8")
+    sentences = [line for line in printed.splitlines() if line.startswith("- ")]
+    assert len(sentences) > 10
+    assert all(sentence in report.splitlines() for sentence in sentences)
+    for line in printed.splitlines():
+        if line.startswith(("linear  ", "cagrad-clip  ", "mgda  ")):
+            assert f"| {' | '.join(re.split('  +', line))} |" in report
 
 
 def test_clipping_that_never_happened_and_skipped_steps_are_told() -> None:
@@ -122,8 +207,12 @@ def test_table_has_a_row_for_the_start_and_every_point() -> None:
     rows = summarize(study(CLEAR))
     lines = terminal_table(rows).splitlines()
     assert len(lines) == 1 + 1 + len(CLEAR)
-    assert re.fullmatch(r"start +- +0.400 ± 0.010 +0.500 ± 0.000 +0.600 ± 0.000 +- +-", lines[1])
-    assert lines[4].startswith("cagrad-clip  0.65/0.15/0.2  0.750 ± 0.010  0.200 ± 0.010")
+    assert re.fullmatch(
+        r"start +- +- +0.4000 ± 0.0248 +0.5000 ± 0.0000 +0.6000 ± 0.0000 +- +-", lines[1]
+    )
+    assert lines[4].startswith(
+        "cagrad-clip  batch  0.65/0.15/0.2  0.7500 ± 0.0248  0.2000 ± 0.0248"
+    )
     assert lines[-1].split()[-2:] == ["50%", "-0.40"]
 
 
@@ -147,7 +236,7 @@ def test_numbers_that_are_not_finite_become_null_and_stay_out_of_means(tmp_path:
 
 def test_a_study_of_one_point_is_told_too() -> None:
     text = sentences({("linear", "high"): (0.5, 0.5, 0.5)}, seeds=1)
-    assert "coverage went to between 0.490 (linear at 0.65/0.15/0.2) and 0.490 (linear" in text
+    assert "coverage went to between 0.4900 (linear at 0.65/0.15/0.2) and 0.4900 (linear" in text
     assert "Between rules" not in text
 
 

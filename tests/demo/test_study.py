@@ -19,7 +19,6 @@ from raco_fast.dpo.data.batches import pair_length
 from raco_fast.dpo.data.collation import collate
 from raco_fast.dpo.data.tokenization import EncodedPair
 
-RULES = ("linear", "cagrad", "cagrad-clip", "mgda")
 PAIRS = ("coverage:brevity", "coverage:faithfulness", "brevity:faithfulness")
 
 
@@ -48,7 +47,7 @@ def test_metrics_are_finite_and_complete(quick: Path) -> None:
     for seed in (0, 1):
         assert len(of(records, phase="warm-up", seed=seed)) == config.warm_up_steps
     steps = of(records, phase="alignment")
-    points = 3 * len(config.weight_vectors) + 1
+    points = 3 * len(config.weight_vectors) + 2
     assert len(steps) == 2 * points * config.steps
     assert len(of(records, phase="judged")) == 2 * (points + 1)
     for record in records:
@@ -76,7 +75,15 @@ def test_each_rule_did_what_its_name_says(quick: Path) -> None:
             assert sum(alpha) > 1
         if record["rule"] != "cagrad-clip":
             assert record["raco/clip_active"] == 0
-    assert any(record["raco/clip_active"] == 1 for record in of(steps, rule="cagrad-clip"))
+        assert ("raco/shrinkage" in record) == (record["gram"] == "unbiased")
+    clipped = of(steps, rule="cagrad-clip", gram="batch")
+    assert any(record["raco/clip_active"] == 1 for record in clipped)
+    assert {record["gram"] for record in of(steps, rule="linear")} == {"batch"}
+    for rule in ("cagrad-clip", "mgda"):
+        by_gram = [of(steps, rule=rule, gram=gram) for gram in ("batch", "unbiased")]
+        alphas = [[r["raco/coefficient/coverage"] for r in records] for records in by_gram]
+        assert len(alphas[0]) == len(alphas[1])
+        assert alphas[0] != alphas[1], "the Gram matrix did not reach the optimizer"
 
 
 def test_rules_share_start_and_pairs_and_then_part(quick: Path) -> None:
@@ -87,30 +94,34 @@ def test_rules_share_start_and_pairs_and_then_part(quick: Path) -> None:
             {math.log(2)},
             {first[0][f"loss/{name}"]},
         )
-        assert len({record[f"raco/grad_norm/{name}"] for record in first}) == 1
-    clipped = [r["weights"] for r in of(steps, rule="cagrad-clip") if r["raco/clip_active"]]
-    # Where nothing was clipped, cagrad-clip is cagrad.
-    parted = [r for r in last if r["rule"] != "cagrad-clip" or r["weights"] in clipped]
-    assert len({r["raco/grad_norm/coverage"] for r in parted}) == len(parted) > len(last) - 3
+        for gram in ("batch", "unbiased"):
+            norms = {record[f"raco/grad_norm/{name}"] for record in of(first, gram=gram)}
+            assert len(norms) == 1
+            # The unbiased Gram needs the batch in parts, and their sum rounds otherwise.
+            assert norms.pop() == pytest.approx(first[0][f"raco/grad_norm/{name}"], rel=1e-6)
+    parted = of(last, gram="batch")
+    assert len({r["raco/grad_norm/coverage"] for r in parted}) == len(parted) == 3 + 3 + 1
 
 
 def test_table_agrees_with_the_metrics(quick: Path) -> None:
     records, report = read_metrics(quick), (quick / "report.md").read_text(encoding="utf-8")
-    table = [line for line in report.splitlines() if line.startswith("|")][2:13]
-    assert len(table) == 1 + 3 * 3 + 1
+    table = [line for line in report.splitlines() if line.startswith("|")][2:14]
+    assert len(table) == 1 + 3 * 3 + 2
     for line in table:
-        rule, weights, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        rule, gram, weights, *cells = (cell.strip() for cell in line.strip("|").split("|"))
         judged = [
             record
-            for record in of(records, phase="judged", rule=rule)
+            for record in of(records, phase="judged", rule=rule, gram=None if gram == "-" else gram)
             if weights in ("-", "/".join(f"{w:g}" for w in (record.get("weights") or {}).values()))
         ]
         assert len(judged) == 2
         for name, cell in zip(OBJECTIVES, cells, strict=False):
             values = [record[f"judge/{name}"] for record in judged]
-            mean, deviation = map(float, cell.split("±"))
-            assert mean == pytest.approx(statistics.fmean(values), abs=6e-4)
-            assert deviation == pytest.approx(statistics.stdev(values), abs=6e-4)
+            mean, half = map(float, cell.split("±"))
+            assert mean == pytest.approx(statistics.fmean(values), abs=6e-5)
+            # Student's 95 % quantile of one degree of freedom is 12.706.
+            expected = 12.706 * statistics.stdev(values) / math.sqrt(2)
+            assert half == pytest.approx(expected, abs=6e-5, rel=1e-4)
 
 
 def test_claims_agree_with_the_metrics(quick: Path) -> None:
@@ -121,20 +132,22 @@ def test_claims_agree_with_the_metrics(quick: Path) -> None:
         means: dict[str, list[float]] = {}
         for record in judged:
             if record["rule"] != "start":
-                key = f"{record['rule']} {record['weights']}"
+                key = f"{record['rule']} {record['gram']} {record['weights']}"
                 means.setdefault(key, []).append(record[f"judge/{name}"])
         low, *_, high = sorted(map(statistics.fmean, means.values()))
         assert re.search(
-            rf"start's {start:.3f}, {name} went to between {low:.3f} \(.*\) and {high:.3f} \(",
+            rf"start's {start:.4f} ± [\d.]+, {name} went to between {low:.4f} ± [\d.]+ \(.*\) "
+            rf"and {high:.4f} ± [\d.]+ \(",
             report,
         )
 
 
 def test_a_result_depends_on_its_seed_and_not_on_what_else_runs(quick: Path, tmp_path) -> None:
-    again = run(DemoConfig(str(tmp_path), quick=True, rules=("mgda", "cagrad-clip")))
-    for rule in ("start", "mgda", "cagrad-clip"):
-        expected, got = of(read_metrics(quick), rule=rule), of(read_metrics(again), rule=rule)
-        assert expected == got != []
+    config = DemoConfig(str(tmp_path), quick=True, rules=("mgda", "cagrad-clip"), grams=("batch",))
+    again = read_metrics(run(config))
+    for rule, gram in (("start", None), ("mgda", "batch"), ("cagrad-clip", "batch")):
+        expected = of(read_metrics(quick), rule=rule, gram=gram)
+        assert expected == of(again, rule=rule) != []
 
 
 def test_worker_processes_give_the_same_numbers(tmp_path: Path) -> None:
@@ -166,6 +179,11 @@ def test_worker_processes_give_the_same_numbers(tmp_path: Path) -> None:
         ({"rules": ("linear", "cagrad", "linear")}, "`rules` must hold different values"),
         ({"rules": ("pcgrab",)}, "pcgrab"),
         ({"c": 1.0}, "`c`"),
+        (
+            {"grams": ("batch", "ema")},
+            r"`grams` must be of batch, unbiased, got \('batch', 'ema'\)",
+        ),
+        ({"grams": ()}, "`grams` must hold different values, at least one"),
         ({"faithfulness_weight": 1.2}, r"`faithfulness_weight` must be in \[0, 1\], got 1.2"),
         ({"coverage_weights": ()}, "`coverage_weights` must hold"),
         ({"coverage_weights": (0.9,)}, r"`coverage_weights` must lie in \[0, 0.8\].* got \(0.9,\)"),

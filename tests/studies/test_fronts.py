@@ -1,23 +1,23 @@
 """Domination, fronts and indicators against loops and formulas of their own."""
 
 import math
+import sys
 from itertools import combinations
 
 import numpy as np
 import pytest
 
+from raco_fast.studies import fronts
 from raco_fast.studies.fronts import (
     dominates,
     epsilon_additive,
     front,
-    has_hypervolume,
     hypervolume,
     ray_distance,
+    volume_of_boxes,
 )
 
-needs_moocore = pytest.mark.skipif(
-    not has_hypervolume(), reason="moocore is not installed (extra `sweep`)"
-)
+NO_MOOCORE = "moocore is not installed (extra `sweep`)"
 CASES = [(m, n) for m in (2, 3, 4, 6) for n in (1, 2, 5, 9)]
 
 
@@ -76,18 +76,36 @@ def test_the_distance_from_a_ray_is_what_pythagoras_leaves():
     assert ray_distance(point, reference, 7 * weights) == pytest.approx(expected, rel=1e-12)
 
 
-@needs_moocore
+@pytest.mark.parametrize("with_moocore", [False, True])
 @pytest.mark.parametrize(("m", "n"), CASES)
-def test_hypervolume_is_that_of_the_boxes(m, n):
+def test_hypervolume_is_that_of_the_boxes(m, n, with_moocore, monkeypatch):
+    if with_moocore:
+        pytest.importorskip("moocore", reason=NO_MOOCORE)
+    else:
+        monkeypatch.setitem(sys.modules, "moocore", None)  # importing it would raise
+        monkeypatch.setattr(fronts, "find_spec", lambda name: None)
     for points, least in ((draw(m, n), 0.2), (-draw(m, n), -1.0)):
         reference = np.full(m, least)
         assert hypervolume(points, reference) == pytest.approx(volume(points, reference), abs=1e-12)
 
 
-@needs_moocore
+def test_no_points_have_no_volume(monkeypatch):
+    monkeypatch.setattr(fronts, "find_spec", lambda name: None)
+    assert hypervolume(np.array([[0.2, 0.9], [0.9, 0.1]]), np.array([0.2, 0.1])) == 0.0
+
+
+@pytest.mark.parametrize(("m", "n"), [(2, 60), (3, 60), (4, 30), (6, 15)])
+def test_the_volume_of_large_fronts_is_that_of_moocore(m, n):
+    moocore = pytest.importorskip("moocore", reason=NO_MOOCORE)
+    points = np.abs(np.random.default_rng(m).normal(size=(n, m)))
+    points /= np.linalg.norm(points, axis=1, keepdims=True)  # none dominates another one
+    expected = moocore.hypervolume(points, ref=np.zeros(m), maximise=True)
+    assert volume_of_boxes(points) == pytest.approx(float(expected), rel=1e-12)
+
+
 @pytest.mark.parametrize(("m", "n"), CASES)
 def test_the_indicator_is_that_of_moocore(m, n):
-    moocore = pytest.importorskip("moocore")
+    moocore = pytest.importorskip("moocore", reason=NO_MOOCORE)
     a, b = draw(m, n), draw(m, n + 1)
     expected = moocore.epsilon_additive(a, ref=b, maximise=True)
     assert epsilon_additive(a, b) == pytest.approx(float(expected), abs=1e-12)
