@@ -32,15 +32,14 @@ def by_document(decoder: nn.Module, config: Any, rows: PackedRows) -> Iterator[N
         decoder: transformers'; its masks have been made.
         config: of its attention layers.
     """
-    lengths = torch.unique_consecutive(rows.document, return_counts=True)[1].tolist()
     if (
         config._attn_implementation != "sdpa"
         or rows.document.device.type != "cpu"
-        or len(lengths) == 1
         or any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
     ):
         yield
         return
+    lengths = torch.unique_consecutive(rows.document, return_counts=True)[1].tolist()
     _register()
     token = _lengths.set(lengths)
     config._attn_implementation = _NAME
