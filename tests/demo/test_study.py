@@ -150,6 +150,7 @@ def test_a_result_depends_on_its_seed_and_not_on_what_else_runs(quick: Path, tmp
         assert expected == of(again, rule=rule) != []
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_numbers(tmp_path: Path) -> None:
     config = replace(
         DemoConfig(str(tmp_path / "one"), quick=True).sized(),
