@@ -99,3 +99,13 @@ def test_eager_attention_stays_the_models_own(model, calls):
         model.set_attn_implementation("eager")
     scores_and_gradients(model)
     assert calls == []
+
+
+def test_other_rows_are_attended_as_ever(model):
+    """Another pass of the model in the block, with rows that the documents are not of."""
+    config, packed_rows = model.config.get_text_config(), rows()
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad(), document_attention.by_document(decoder_of(model), config, packed_rows):
+        found = model(input_ids=ids, use_cache=False).logits
+    with torch.no_grad():
+        assert torch.equal(found, model(input_ids=ids, use_cache=False).logits)

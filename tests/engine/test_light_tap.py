@@ -176,6 +176,28 @@ def _saved_on_cpu(model: nn.Module, x: Tensor) -> Tensor:
         return model(x)
 
 
+class Same(torch.autograd.Function):
+    """A function in Python that gives what it gets."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dy
+
+
+def test_what_a_layer_only_passes_on_is_not_its_own():
+    z = randn(2, 6).requires_grad_().exp()
+    x = z.view(3, 4)
+    of_call: Any = None
+    assert not light_tap.left(of_call, z, z)
+    assert not light_tap.left(of_call, x, x)
+    assert not light_tap.left(of_call, x.view(4, 3), x)
+    assert not light_tap.left(of_call, Same.apply(x), x)
+
+
 def test_a_layer_of_which_more_than_its_output_is_used_is_not_exact():
     torch.manual_seed(0)
     layer = First(4, 3, bias=False)

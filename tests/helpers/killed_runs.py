@@ -54,11 +54,13 @@ def _report(outcome: Path, function: Callable[..., Any], args: tuple[Any, ...]) 
     tqdm.set_lock(
         threading.RLock()
     )  # its own is one of processes, which a killed one leaves behind
+    result = failure = None
     try:
-        result, failure = function(*args), None
-    except BaseException:  # noqa: BLE001 - the parent is told
-        result, failure = None, traceback.format_exc()
-    outcome.write_bytes(pickle.dumps((result, failure)))
+        result = function(*args)
+    finally:
+        if sys.exc_info()[0] is not None:
+            failure = traceback.format_exc()
+        outcome.write_bytes(pickle.dumps((result, failure)))
 
 
 def forked(
@@ -87,9 +89,9 @@ def forked(
             if at_call is not None:
                 _kill_at_call(*at_call)
             status = int(function() or 0)
-        except BaseException:  # noqa: BLE001 - printed for whoever looks
-            traceback.print_exc()
-        finally:
+        finally:  # whatever happens, this fork goes no further
+            if sys.exc_info()[0] is not None:
+                traceback.print_exc()
             os._exit(status)
     if after is not None:
         time.sleep(after)
