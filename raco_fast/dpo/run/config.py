@@ -13,6 +13,7 @@ from raco_fast.dpo.data.sources import DataSource
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 from raco_fast.dpo.losses.registry import make_loss
 from raco_fast.dpo.models import ModelOptions
+from raco_fast.dpo.run.moving_reference import ReferenceOptions
 from raco_fast.dpo.run.parallel import ParallelOptions
 from raco_fast.engine.prepare import CHECK_EVERY
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
@@ -46,6 +47,7 @@ class TrainConfig:
         loss: preference loss by name, or {name: simpo, gamma: 1.0}; docs/losses.md lists them.
         loss_options: its options, where `loss` is a name: beta, label_smoothing and the like.
         losses: objective name -> loss of its own, written like `loss`; the others have `loss`.
+        reference: lets the reference follow the policy; None: it stays what it is at the start.
         tokens: chat template, lengths and truncation.
         concise: objective whose labels are derived from length (the shorter response is
             preferred); None derives none.
@@ -117,6 +119,7 @@ class TrainConfig:
     loss: str | dict[str, float | str] = "sigmoid"
     loss_options: dict[str, float] = field(default_factory=dict)
     losses: dict[str, str | dict[str, float | str]] = field(default_factory=dict)
+    reference: ReferenceOptions | None = None
     tokens: TokenOptions = field(default_factory=TokenOptions)
     concise: str | None = None
     lr: float = 5e-6
@@ -169,6 +172,8 @@ class TrainConfig:
                 f"{sorted(self.weights)}; add them there or correct the names"
             )
         _ = self.objective_losses  # raises where a loss or an option is wrong
+        if self.reference is not None:
+            self.reference.check_policy(self.model, None)
         if not self.data:
             raise ValueError("`data` must name at least one file of preference pairs, got none")
         if self.concise is not None and self.concise not in self.weights:

@@ -52,6 +52,7 @@ CHANGES: dict[str, Change] = {
     **dict.fromkeys(("epochs", "max_steps", "rounding"), _T),
     **dict.fromkeys(("model.dtype", "model.dropout", "model.lora"), _N),
     **dict.fromkeys(("model.adapter", "model.reference"), _N),
+    **dict.fromkeys(("reference",), _N),
     **dict.fromkeys(("weights", "c", "rule", "losses", "max_grad_norm", "seed"), _N),
     **dict.fromkeys(("gram", "gram_ema", "c_mode"), _N),
     **dict.fromkeys(("c_schedule", "weights_schedule"), _N),

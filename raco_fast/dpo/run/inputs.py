@@ -26,6 +26,7 @@ from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.divergence import names_of_not_finite
 from raco_fast.dpo.run.template_date import keep_date, with_date
 from raco_fast.dpo.run.together import by_first, together
+from raco_fast.dpo.saved_adapters import find_adapter
 from raco_fast.dpo.sharded import device_of, shard
 
 if TYPE_CHECKING:
@@ -77,9 +78,12 @@ def load_inputs(
     Raises:
         ValueError, FileNotFoundError: bad model path; unreadable files, bad rows (file and line
             named), an objective for which no training pair is labelled, soft labels for a loss that
-            has no form for them; pairs that the model cannot read; weights that are not finite.
+            has no form for them; pairs that the model cannot read; weights that are not finite; a
+            `reference` that an adapter cannot have.
     """
     torch.manual_seed(config.seed)
+    if config.reference is not None:
+        config.reference.check_policy(config.model, find_adapter(config.model))
     tokenizer = load_tokenizer(config.model)
     training, printed = _encoded(config, tokenizer, config.data, "data")
     held_out, printed_too = _encoded(config, tokenizer, config.eval_data, "eval_data")

@@ -26,6 +26,7 @@ VALID = {
     "weights_schedule": {"name": "cosine", "end": {"a": 1.0, "b": 0.0}},
     "tokens": {"max_length": 64, "plain": {"user": "U"}},
     "parallel": {"kind": "ddp"},
+    "reference": {"sync_steps": 3, "mixup_alpha": 1.0},
     "loss_options": {"beta": 0.2},
     "betas": [0.9, 0.99],
 }

@@ -21,7 +21,7 @@ from raco_fast.dpo.run.identity import (
 )
 from raco_fast.dpo.run.trainer import Trainer, train
 
-GROUPS_OF_ONE_KIND = {"eval_data", "parallel", "model.lora", "tokens.plain"}
+GROUPS_OF_ONE_KIND = {"eval_data", "parallel", "model.lora", "tokens.plain", "reference"}
 
 
 def test_every_setting_is_classified_and_nothing_else_is():
