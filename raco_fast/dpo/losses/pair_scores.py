@@ -1,6 +1,6 @@
 """Scores of preference pairs: as responses a and b, and as preferred and other response."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class RankedScores:
         """In float64, where the device has it."""
         if self.logps_w.device.type == "mps":
             return self
-        return RankedScores(*(None if t is None else t.double() for t in _tensors(self)))
+        return replace(self, **{name: t.double() for name, t in _given(self).items()})
 
     @property
     def ratio_w(self) -> Tensor:
@@ -101,7 +101,7 @@ class PairScores:
 
     def __getitem__(self, index: Tensor) -> "PairScores":
         """The pairs at an int64 [n] index."""
-        return PairScores(*(None if t is None else t[index] for t in _tensors(self)))
+        return replace(self, **{name: t[index] for name, t in _given(self).items()})
 
     def labelled(self, label: Tensor) -> tuple[Tensor, RankedScores]:
         """The n pairs of a [B] label that is not 0: their int64 [n] index and ranked scores.
@@ -130,5 +130,7 @@ class PairScores:
         )
 
 
-def _tensors(scores: RankedScores | PairScores) -> list[Tensor | None]:
-    return [getattr(scores, field.name) for field in fields(scores)]
+def _given(scores: RankedScores | PairScores) -> dict[str, Tensor]:
+    """The fields that are not None."""
+    named = {field.name: getattr(scores, field.name) for field in fields(scores)}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}

@@ -104,7 +104,7 @@ def load_inputs(
         )
     base = load_base_model(config.model, device)
     _check_can_be_cut(config, base)
-    _check_pairs_fit(base, [*training, *held_out], len(tokenizer))
+    check_pairs_fit(base, [*training, *held_out], len(tokenizer))
     pad_id = tokenizer.pad_token_id
     pad_id = pad_id if isinstance(pad_id, int) and pad_id < _known_tokens(base) else 0
     policy = make_policy(base, config.model, keep_base)
@@ -123,30 +123,39 @@ def load_on_all(config: TrainConfig, processes: Processes) -> RunInputs:
 
     if processes.rank > 0:
         disable_progress_bar()
-    device, parallel = pick_device(config.model.device), config.parallel
-    sharded = parallel.kind == "fsdp2"
-    # A model that is to be sharded may have room on no GPU.
-    first = torch.device("cpu") if sharded else device
     keep = partial(keep_base, config.folder, writes=processes.rank == 0)
     dated = with_date(config, processes)
-    inputs = together(processes, lambda: load_inputs(dated, first, keep))
+    inputs = together(processes, lambda: load_inputs(dated, first_device(config), keep))
     if inputs.prints_date and (day := dated.tokens.date):
         logger.info("the chat template prints the date; it is %s in this run", day)
         by_first(processes, lambda: keep_date(config, day))
-    if sharded:
-        shard(
-            inputs.model,
-            decoder_layers(inputs.model),
-            device,
-            parallel.mesh_shape(processes.size),
-            cpu_offload=parallel.cpu_offload,
-            reshard=parallel.reshard,
-        )
+    spread(inputs.model, config, processes)
     inputs.check_causal()
     if processes.size > 1:
         # Until here all have drawn the same: an adapter's first values. Dropout is each one's own.
         torch.manual_seed(config.seed + processes.rank)
     return inputs
+
+
+def first_device(config: TrainConfig) -> torch.device:
+    """Where a model is loaded to: one that is to be sharded may have room on no GPU."""
+    return (
+        torch.device("cpu") if config.parallel.kind == "fsdp2" else pick_device(config.model.device)
+    )
+
+
+def spread(model: nn.Module, config: TrainConfig, processes: Processes) -> None:
+    """Shard a model over the processes, in place, if the config says so."""
+    parallel = config.parallel
+    if parallel.kind == "fsdp2":
+        shard(
+            model,
+            decoder_layers(model),
+            pick_device(config.model.device),
+            parallel.mesh_shape(processes.size),
+            cpu_offload=parallel.cpu_offload,
+            reshard=parallel.reshard,
+        )
 
 
 def workers_to_tokenize(pairs: int, cores: int) -> int:
@@ -204,7 +213,7 @@ def _check_finite(name: str, model: nn.Module) -> None:
         )
 
 
-def _check_pairs_fit(model: PreTrainedModel, pairs: Sequence[EncodedPair], tokens: int) -> None:
+def check_pairs_fit(model: PreTrainedModel, pairs: Sequence[EncodedPair], tokens: int) -> None:
     """Raise ValueError if a pair is longer than the model can read or uses tokens it lacks.
 
     Without this the embedding or the head would fail with an index out of range, in the middle of

@@ -89,11 +89,14 @@ class References:
         total, count = processes.sum(sums.double()).tolist()
         return math.sqrt(total / count)
 
-    def held_out(self) -> HeldOut:
+    def held_out(self, rewards: Mapping[str, ReferenceLogps] | None = None) -> HeldOut:
         """The held-out pairs with their scores; without a graph twice as many fit at once.
 
         Their reference is that of the beginning, also where that of the training moves: one measure
         for all evaluations of a run.
+
+        Args:
+            rewards: as in `score_pairs`.
         """
         pairs, layout = self._inputs.held_out, self.layout.scaled(2)
         rounds = layout.rounds(pairs, self._processes.size)
@@ -105,6 +108,7 @@ class References:
             self._config.objective_losses,
             chunk_tokens=self._config.chunk_tokens,
             processes=self._processes,
+            rewards=rewards or {},
         )
 
     def _scored(

@@ -20,6 +20,7 @@ from raco_fast.dpo.metrics import PreferenceMetrics, solution_metrics
 from raco_fast.dpo.run.moving_reference import MovingReference
 from raco_fast.dpo.scoring import (
     KnownReferences,
+    ReferenceLogps,
     pair_logps,
     score_pairs,
     scores_of_loss,
@@ -100,6 +101,7 @@ class PreferenceStep:
         chunk_tokens: as in `sequence_logps`.
         mode: as in `ClippedCAGradAdamW.backward`.
         processes: those that the step's pairs are dealt to; each is called with all of them.
+        rewards: as in `score_pairs`.
     """
 
     model: nn.Module
@@ -110,6 +112,7 @@ class PreferenceStep:
     chunk_tokens: int = 256
     mode: str = "one_backward"
     processes: Processes = field(default_factory=Processes)
+    rewards: Mapping[str, ReferenceLogps] = field(default_factory=dict)
 
     def batches(self, pairs: Sequence[EncodedPair]) -> list[PairBatch]:
         """The micro-batches of this process, of a step's pairs."""
@@ -139,7 +142,7 @@ class PreferenceStep:
         batches = self.batches(pairs) if batches is None else batches
         for batch, references in zip(batches, self._references(batches), strict=True):
             logps = pair_logps(self.model, batch, self.chunk_tokens, references)
-            scores = score_pairs(logps, batch, references, self.losses)
+            scores = score_pairs(logps, batch, references, self.losses, self.rewards)
             losses = preference_losses(
                 scores,
                 batch.labels,

@@ -34,6 +34,7 @@ from raco_fast.dpo.run.interrupt import Interrupt
 from raco_fast.dpo.run.keeping import Best, Checkpoints, evaluated
 from raco_fast.dpo.run.length import odd_settings, warm_up_steps
 from raco_fast.dpo.run.lock import held
+from raco_fast.dpo.run.margin_rewards import margin_rewards
 from raco_fast.dpo.run.metrics_file import MetricsFile
 from raco_fast.dpo.run.moving_reference import MovingReference
 from raco_fast.dpo.run.parallel import process_group
@@ -130,7 +131,10 @@ class Trainer:
                 "the losses weigh tokens in %d ways, so every sequence is run as often in a step",
                 len(tails),
             )
-        self.held_out = references.held_out() if self.inputs.held_out else None
+        sets = (self.pairs, self.inputs.held_out)
+        self.rewards = margin_rewards(config, self.inputs, self.processes, *sets)
+        own, of_held_out = self.rewards.of_sets
+        self.held_out = references.held_out(of_held_out) if self.inputs.held_out else None
         self._of_run: dict[str, float] = {}
         later_epochs = self.total_steps > self.batches.steps_per_epoch
         if found is None and later_epochs and not isinstance(self.references, MovingReference):
@@ -144,7 +148,8 @@ class Trainer:
             )
         self.state = self._new_state()
         self._settings = config.setting_scheduler(self.state.optimizer, self.total_steps)
-        contents = {what: self.state.run[what] for what in ("data", "model")}
+        read = ("data", "model", "margin_rewards")
+        contents = {what: self.state.run.get(what) for what in read}
         of_run = {**compared(self.state.run["settings"]), **contents}
         of_run["checkpoint"] = found and found.name
         check_alike(self.processes, of_run)
@@ -157,6 +162,7 @@ class Trainer:
             config.chunk_tokens,
             {"auto": "one_backward"}.get(config.gradient_mode, config.gradient_mode),
             self.processes,
+            own,
         )
         best = None
         if config.keep_best is not None:
@@ -348,6 +354,7 @@ class Trainer:
             "settings": identity(config),
             "data": data_hash(self.pairs),
             "model": self.inputs.policy.model_hash,
+            **({"margin_rewards": self.rewards.hashes} if config.margin_rewards else {}),
             "held_out": held_out,
             "held_out_at_first": held_out,
             "total_steps": self.total_steps,

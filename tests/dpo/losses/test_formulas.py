@@ -91,7 +91,7 @@ def formula(name, o, pi_w, pi_l, ref_w, ref_l, n_w, n_l, other_w, other_l):
 
 @cache
 def truth(name, pair, sign):
-    """(loss, slope in logps_a, slope in logps_b) of one pair of fields in the order of FIELDS, OTHER."""
+    """(loss, slope in logps_a, slope in logps_b) of one pair, its fields as in FIELDS, OTHER."""
     options = {key: mpf(value) for key, value in OPTIONS[name].items()}
     order = (0, 1, 2, 3, 4, 5, 6, 7) if sign > 0 else (1, 0, 3, 2, 5, 4, 7, 6)
     pair = (*pair, 0.0, 0.0)[:8]

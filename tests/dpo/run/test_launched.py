@@ -391,6 +391,18 @@ def adapted(tmp_path, save_tiny):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_processes_share_the_scoring_of_reward_models(runs, new_run, save_tiny, adapted, kind):
+    rewards = [
+        {"name": adapted["name"], "weight": 0.3, "beta": 0.5},
+        {"name": str(save_tiny(seed=5)), "reference": str(save_tiny()), "weight": 0.2},
+    ]
+    losses = {"sure": {"name": "modpo", "weight": 0.5}}
+    changes = {"losses": losses, "margin_rewards": {"sure": rewards}}
+    check_against_one(runs, new_run, 2, {"kind": kind}, **changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("way", ["continue", "base", "merge", "reference"])
 def test_processes_go_on_with_an_adapter_as_one_does(runs, new_run, adapted, kind, way):
     model = {

@@ -69,8 +69,8 @@ def losses_by_hand(policy, reference) -> dict[str, torch.Tensor]:
     ("mode", "kind", "alpha", "every"),
     [
         ("one_backward", "packed", 0.4, 2),
-        ("gram_first", "padded", 0.05, 1),
-        ("autograd", "padded", 1.0, 2),
+        pytest.param("gram_first", "padded", 0.05, 1, marks=pytest.mark.slow),
+        pytest.param("autograd", "padded", 1.0, 2, marks=pytest.mark.slow),
     ],
 )
 def test_steps_are_those_of_a_second_model_that_is_averaged_by_hand(
@@ -154,13 +154,15 @@ def test_what_was_interrupted_leaves_the_policy(make_model, monkeypatch):
     assert torch.equal(model.lm_head.weight, own)
 
 
-@pytest.mark.parametrize("model", [{}, LORA | {"dropout": False}], ids=["full", "lora"])
-def test_a_reference_that_is_the_policy_makes_every_loss_ln_2(runs, make_config, model):
+@pytest.mark.parametrize(
+    "lora", [pytest.param(None, marks=pytest.mark.slow), {"r": 4, "alpha": 8}], ids=["full", "lora"]
+)
+def test_a_reference_that_is_the_policy_makes_every_loss_ln_2(runs, make_config, lora):
     """Held-out pairs are compared with the reference of the beginning."""
-    if "lora" in model:
-        model = {"lora": {"r": 4, "alpha": 8}}
     options = ReferenceOptions(sync_steps=1, mixup_alpha=1.0)
-    config = make_config(model | {"dropout": False}, reference=options, epochs=1, batching="padded")
+    config = make_config(
+        {"lora": lora, "dropout": False}, reference=options, epochs=1, batching="padded"
+    )
     last = train(config)
     for record in runs.steps(config):
         assert record["loss/sure"] == pytest.approx(math.log(2), abs=1e-6)
