@@ -22,7 +22,8 @@ from transformers import LlamaForCausalLM
 
 from raco_fast.demo.config import DemoConfig
 from raco_fast.demo.documents import make_document
-from raco_fast.demo.judges import OBJECTIVES, draw_pairs, judge
+from raco_fast.demo.judges import draw_pairs, judge
+from raco_fast.demo.labelling import labelled
 from raco_fast.demo.model import (
     PAD,
     build_model,
@@ -124,7 +125,7 @@ def align_job(
         model.parameters(),
         lr=config.lr,
         weight_decay=0.0,
-        weights=weights or dict.fromkeys(OBJECTIVES, 1 / len(OBJECTIVES)),
+        weights=weights or dict.fromkeys(config.names, 1 / config.objectives),
         c=config.c,
         rule=rule,
         max_grad_norm=1.0,
@@ -132,7 +133,7 @@ def align_job(
     )
     rise = max(1, config.steps // 10)
     schedule = LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / rise))
-    losses = dict.fromkeys(OBJECTIVES, Sigmoid(beta=config.beta))
+    losses = dict.fromkeys(config.names, Sigmoid(beta=config.beta))
     references = {1.0: start.reference}
     layout = of_seed.layout(config.batch_size)
     learn = PreferenceStep(model, optimizer, references, losses, layout)
@@ -165,7 +166,8 @@ class _Seed:
         Those of eight steps are sorted by length before they are cut: there is half the padding.
         """
         rng = self._rng(purpose)
-        pairs = encode(self.tokenizer, draw_pairs(steps * size, rng))
+        drawn = labelled(draw_pairs(steps * size, rng), self.config, self._rng("labels"))
+        pairs = encode(self.tokenizer, drawn)
         batches = []
         for start in range(0, len(pairs), 8 * size):
             some = pairs[start : start + 8 * size]
@@ -191,7 +193,9 @@ class _Seed:
         documents = [make_document(rng) for _ in range(self.config.documents)]
         texts = write_summaries(model, self.tokenizer, documents, self.seed)
         judged = [judge(document, text) for document, text in zip(documents, texts, strict=True)]
-        scores = {name: statistics.fmean(each[name] for each in judged) for name in OBJECTIVES}
+        scores = {
+            name: statistics.fmean(each[name] for each in judged) for name in self.config.names
+        }
         return Judged(self.seed, rule, gram, weights, scores, steps)
 
     def _rng(self, purpose: str) -> random.Random:
