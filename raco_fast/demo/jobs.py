@@ -12,7 +12,7 @@ import random
 import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy.typing as npt
@@ -103,10 +103,20 @@ def warm_up_job(config: DemoConfig, seed: int) -> WarmStart:
     batches = of_seed.batches("warm-up", config.warm_up_steps, config.warm_up_batch_size)
     losses = enumerate(warm_up(model, batches, config.warm_up_lr), start=1)
     steps = [{"step": step, "loss": loss} for step, loss in losses]
-    pairs = [pair for batch in of_seed.preferences() for pair in batch]
-    reference = compute_reference(model, pairs, of_seed.layout(config.batch_size))[1.0]
     state = {name: value.numpy() for name, value in model.state_dict().items()}
-    return WarmStart(of_seed.judged(model, "start", None, None, steps), state, reference)
+    judged = of_seed.judged(model, "start", None, None, steps)
+    return WarmStart(judged, state, of_seed.reference(model))
+
+
+@_one_thread()
+def with_pairs_of(config: DemoConfig, start: WarmStart) -> WarmStart:
+    """The same warmed-up model for a config with other pairs: it scores those.
+
+    Args:
+        config: differs from that of `start` in nothing that the warm-up sees.
+    """
+    of_seed = _Seed(config, start.judged.seed)
+    return replace(start, reference=of_seed.reference(of_seed.model_of(start)))
 
 
 @_one_thread()
@@ -119,8 +129,7 @@ def align_job(
     them; the optimizer is then given equal ones.
     """
     of_seed = _Seed(config, start.judged.seed)
-    model = of_seed.build_model()
-    model.load_state_dict({name: torch.tensor(value) for name, value in start.state.items()})
+    model = of_seed.model_of(start)
     optimizer = ClippedCAGradAdamW(
         model.parameters(),
         lr=config.lr,
@@ -155,6 +164,17 @@ class _Seed:
     def build_model(self) -> LlamaForCausalLM:
         """A fresh model."""
         return build_model(self.tokenizer, self.config.hidden_size, self.config.layers, self.seed)
+
+    def model_of(self, start: WarmStart) -> LlamaForCausalLM:
+        """The warmed-up model."""
+        model = self.build_model()
+        model.load_state_dict({name: torch.tensor(value) for name, value in start.state.items()})
+        return model
+
+    def reference(self, model: LlamaForCausalLM) -> ReferenceLogps:
+        """The log-probabilities of all preference pairs under `model`."""
+        pairs = [pair for batch in self.preferences() for pair in batch]
+        return compute_reference(model, pairs, self.layout(self.config.batch_size))[1.0]
 
     def layout(self, pairs: int) -> Layout:
         """Padded: for so small a model the mask of a packed row is more work than the padding."""
