@@ -109,6 +109,17 @@ def _conflict(parser: ArgumentParser, values: Any) -> int:
     return 0
 
 
+def _check(parser: ArgumentParser, values: Any) -> int:
+    from raco_fast.dpo.run.check_report import check
+
+    speaks()
+    found = check(made(parser, values, _settings()))
+    print("\n\n".join(found.paragraphs))
+    for failure in found.failures:
+        print(f"raco-fast: training would fail: {failure}", file=sys.stderr)
+    return EXIT_FOUND_WRONG if found.failures else 0
+
+
 OF_RUNS = (
     Command(
         "train",
@@ -119,6 +130,14 @@ OF_RUNS = (
         usage="raco-fast train config.yaml [--resume] [--lr 2e-5] [any setting of the file]",
         options=_train_options,
         processes=True,
+    ),
+    Command(
+        "check",
+        "what is in the data of a run, and what would fail?",
+        "Read the data as a run would: labels, lengths, examples, and what would fail later.",
+        _check,
+        _settings,
+        usage="raco-fast check config.yaml [any setting of the file]",
     ),
     Command(
         "verify",

@@ -172,7 +172,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_rest_is_the_uninterrupted_run(
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=300)
     assert process.returncode == INTERRUPTED
-    assert "raco-fast: data: EncodeReport(pairs=40, kept=40," in err
+    assert "raco-fast: data: 40 of 40 pairs kept" in err
     assert "finishing this step, then saving; Ctrl-C again stops without saving" in err
     assert "Run the same command with --resume to go on" in err
     assert "Traceback" not in err
