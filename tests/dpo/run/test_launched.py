@@ -99,10 +99,11 @@ def assert_close(runs: SimpleNamespace, a: Run, b: Run) -> None:
 
 def check_against_one(runs, new_run, processes: int, parallel: dict[str, Any], **changes) -> None:
     one, many = new_run("one", **changes), new_run("many", parallel, **changes)
-    assert_done(one.end(1))
-    ended = many.end(processes)
-    assert_done(ended)
+    alone, ended = one.end(1), many.end(processes)
+    assert_done([*alone, *ended])
     assert_close(runs, one, many)
+    padded = ["cannot be run on packed rows" in told[0].printed for told in (alone, ended)]
+    assert padded[0] == padded[1]
     assert len(runs.steps(many)) == 10
     assert "saved" in ended[0].printed
     assert "one pass per objective" not in ended[0].printed
