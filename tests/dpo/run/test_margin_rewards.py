@@ -74,25 +74,24 @@ def test_the_first_loss_is_that_of_the_rewards_alone(
     """Where the policy is its reference, R_w - R_l = -(sum of the others' differences) / w."""
     config = make_config({"dropout": False}, margin_rewards={"sure": sources}, max_steps=1, **MODPO)
     runner = Trainer(config)
-    for pairs, known in zip(
-        (runner.pairs, runner.inputs.held_out), runner.rewards.of_sets, strict=True
-    ):
-        expected = rewards_by_hand(pairs, adapter, other, tiny)
+    sets = (runner.pairs, runner.inputs.held_out)
+    expected = [rewards_by_hand(pairs, adapter, other, tiny) for pairs in sets]
+    for of_set, known in zip(expected, runner.rewards.of_sets, strict=True):
         assert list(known) == ["sure"]
-        for pair in pairs:
-            assert known["sure"].by_id[pair.id] == pytest.approx(expected[pair.id], abs=2e-5)
+        assert known["sure"].by_id.keys() == of_set.keys()
+        for id, by_hand in of_set.items():
+            assert known["sure"].by_id[id] == pytest.approx(by_hand, abs=2e-5)
     runner.run()
     (first,) = runs.steps(config)
     evaluation = runs.evaluations(config)[0]
     of_step = [runner.pairs[i] for i in runner.batches.indices(0)]
-    for pairs, found in (
-        (of_step, first["loss/sure"]),
-        (runner.inputs.held_out, evaluation["eval_loss/sure"]),
+    for pairs, by_hand, found in (
+        (of_step, expected[0], first["loss/sure"]),
+        (sets[1], expected[1], evaluation["eval_loss/sure"]),
     ):
-        expected = rewards_by_hand(pairs, adapter, other, tiny)
         losses = []
         for pair in pairs:
-            a, b = expected[pair.id]
+            a, b = by_hand[pair.id]
             if pair.labels["sure"]:
                 losses.append(math.log1p(math.exp(pair.labels["sure"] * (a - b) / 0.4)))
         assert found == pytest.approx(sum(losses) / len(losses), rel=1e-4)
