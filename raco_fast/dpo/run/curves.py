@@ -30,14 +30,12 @@ class _Panel:
         prefix: of the metrics, one line for each name that begins with it.
         evaluated: whether evaluations have it too, with the prefix `eval_`.
         share: a share of pairs, whose evaluations have Wilson's interval.
-        log: the y axis.
     """
 
     title: str
     prefix: str
     evaluated: bool = False
     share: bool = False
-    log: bool = False
 
 
 _PANELS = (
@@ -47,7 +45,7 @@ _PANELS = (
     _Panel("cosine between gradients in a step", "raco/cosine/"),
     _Panel("cosine between expected gradients, estimated", "raco/cosine_unbiased/"),
     _Panel("coefficient in the update", "raco/coefficient/"),
-    _Panel("norm of the gradient", "raco/grad_norm/", log=True),
+    _Panel("norm of the gradient", "raco/grad_norm/"),
     _Panel("share of steps that clipping changed", "raco/clip_active"),
 )
 
@@ -91,8 +89,6 @@ def _draw(axes: Axes, panel: _Panel, runs: Mapping[str, Sequence[Record]]) -> No
             if panel.evaluated:
                 _draw_evaluations(axes, panel, records, name, color)
     axes.set_title(panel.title, fontsize=10)
-    if panel.log:
-        axes.set_yscale("log")
     if panel.share:
         axes.axhline(0.5, color="gray", linewidth=0.8)
     plain(axes)
