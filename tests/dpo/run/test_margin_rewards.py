@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from raco_fast.dpo.models import trainable
 from raco_fast.dpo.run.conflict import measure
 from raco_fast.dpo.run.margin_rewards import margin_rewards
+from raco_fast.dpo.run.moving_reference import ReferenceOptions
 from raco_fast.dpo.run.reward_source import RewardSource
+from raco_fast.dpo.run.trained import evaluate_trained
 from raco_fast.dpo.run.trainer import Interrupted, Trainer, train
 from raco_fast.dpo.run.verification import verify_run
 
@@ -163,6 +165,22 @@ def test_the_other_commands_know_the_rewards(make_config, sources):
     assert abs(measured.losses[0] - math.log(2)) > 1e-3
     assert measured.losses[1] == pytest.approx(plain.losses[1])
     assert not config.cache_folder.exists()
+
+
+@pytest.mark.slow
+def test_a_trained_model_is_evaluated_with_the_rewards_and_the_first_reference(
+    make_config, sources
+):
+    config = make_config(
+        margin_rewards={"sure": sources},
+        reference=ReferenceOptions(sync_steps=1, mixup_alpha=0.5),
+        max_steps=4,
+        **MODPO,
+    )
+    at_the_end, found = train(config), evaluate_trained(config)
+    for name, value in found.items():
+        assert value == pytest.approx(at_the_end[name], rel=1e-4, abs=1e-6), name
+    assert abs(found["eval_rewards/margins/sure"]) > 1e-3
 
 
 def test_rewards_and_losses_go_together(make_config):
