@@ -13,8 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,9 @@ from raco_fast.dpo.run.reward_source import RewardSource
 from raco_fast.dpo.run.together import together
 from raco_fast.dpo.saved_adapters import find_adapter
 from raco_fast.dpo.scoring import ReferenceLogps, adapter_off
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 AsModel = Callable[[nn.Module], AbstractContextManager[None]]
 
@@ -118,17 +122,11 @@ class _Ratios:
         return self._known[place]
 
     def _of_adapter(self, source: RewardSource) -> tuple[list[str], list[Tensor], list[Tensor]]:
-        options = self._options(source.name, base=source.base)
-
         def load() -> tuple[nn.Module, list[str]]:
-            if find_adapter(options) is None:
-                raise ValueError(
-                    "it is a whole model; name the one that it was trained from as its `reference`"
-                )
+            (options,) = _options_of(source, self._config)
             base = load_base_model(options, first_device(self._config))
-            of_base = self._options(source.name, base=source.base, reference="base")
-            policy = make_policy(base, of_base)
             self._check_tokens(options, base)
+            policy = make_policy(base, replace(options, reference="base"))
             return policy.model, [policy.model_hash, policy.reference_hash]
 
         model, hashes = together(self._processes, load)
@@ -138,40 +136,23 @@ class _Ratios:
         return hashes, scores, self._scores(model, of_base, adapter_off)
 
     def _of_model(self, source: RewardSource) -> tuple[list[str], list[Tensor], list[Tensor]]:
-        assert source.reference is not None
         found = []
-        for name in (source.name, source.reference):
-            model, one = together(self._processes, partial(self._load_model, name))
+        for options in together(self._processes, lambda: _options_of(source, self._config)):
+            model, one = together(self._processes, partial(self._load_model, options))
             spread(model, self._config, self._processes)
             found.append((one, self._scores(model, one, adapter_off)))
         (of_model, scores), (of_reference, reference) = found
         return [of_model, of_reference], scores, reference
 
-    def _load_model(self, name: str) -> tuple[nn.Module, str]:
-        options = self._options(name)
-        if find_adapter(options) is not None:
-            raise ValueError(
-                f"{name!r} is an adapter, and `reference` is for whole models; an adapter's "
-                f"reference is its base: leave `reference` out"
-            )
-        model = load_causal_lm(name, options, changed_by=None)
+    def _load_model(self, options: ModelOptions) -> tuple[nn.Module, str]:
+        model = load_causal_lm(options.name, options, changed_by=None)
         self._check_tokens(options, model)
         return to_device(model, first_device(self._config)), fingerprint(model)
 
-    def _options(self, name: str, **more: str | None) -> ModelOptions:
-        policy = self._config.model
-        given = {"dtype": policy.dtype, "device": policy.device, "attention": policy.attention}
-        return ModelOptions(name, **given, **more)  # type: ignore[arg-type]
-
-    def _check_tokens(self, options: ModelOptions, model: nn.Module) -> None:
-        tokenizer = load_tokenizer(options)
-        if tokenizer.get_vocab() != self._inputs.tokenizer.get_vocab():
-            raise ValueError(
-                "it must have the vocabulary of the policy, whose token ids it is to score, got "
-                "another; use a model of the policy's family"
-            )
+    def _check_tokens(self, options: ModelOptions, model: PreTrainedModel) -> None:
+        _check_vocabulary(options, self._inputs.tokenizer)
         for pairs in self._sets:
-            check_pairs_fit(model, pairs, len(tokenizer))
+            check_pairs_fit(model, pairs, len(self._inputs.tokenizer))
 
     def _scores(self, model: nn.Module, content: str, way: AsModel) -> list[Tensor]:
         """float64 [n, 2] of each set, of the model as it is in the context that `way` gives."""
@@ -197,6 +178,49 @@ class _Ratios:
         else:
             known = compute_reference(model, pairs, self._layout, chunk, as_reference=way)[1.0]
         return torch.tensor([known.by_id[pair.id] for pair in pairs], dtype=torch.float64)
+
+
+def check_sources(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError where a reward source would fail, as far as can be seen without weights.
+
+    Args:
+        tokenizer: of the policy.
+    """
+    for source in (each for sources in config.margin_rewards.values() for each in sources):
+        with _named(source):
+            for options in _options_of(source, config):
+                _check_vocabulary(options, tokenizer)
+
+
+def _options_of(source: RewardSource, config: TrainConfig) -> list[ModelOptions]:
+    """Of an adapter; or of a whole model, and of its reference."""
+    policy = config.model
+    of_policy = ModelOptions(
+        policy.name, dtype=policy.dtype, device=policy.device, attention=policy.attention
+    )
+    if source.reference is None:
+        options = replace(of_policy, name=source.name, base=source.base)
+        if find_adapter(options) is None:
+            raise ValueError(
+                "it is a whole model; name the one that it was trained from as its `reference`"
+            )
+        return [options]
+    found = [replace(of_policy, name=name) for name in (source.name, source.reference)]
+    for options in found:
+        if find_adapter(options) is not None:
+            raise ValueError(
+                f"{options.name!r} is an adapter, and `reference` is for whole models; an "
+                f"adapter's reference is its base: leave `reference` out"
+            )
+    return found
+
+
+def _check_vocabulary(options: ModelOptions, tokenizer: PreTrainedTokenizerBase) -> None:
+    if load_tokenizer(options).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            "it must have the vocabulary of the policy, whose token ids it is to score, got "
+            "another; use a model of the policy's family"
+        )
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """MODPO: other objectives' rewards, from models that were trained for them."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raco_fast.dpo.models import trainable
+from raco_fast.dpo.run.check_report import check
 from raco_fast.dpo.run.conflict import measure
 from raco_fast.dpo.run.margin_rewards import margin_rewards
 from raco_fast.dpo.run.moving_reference import ReferenceOptions
@@ -220,3 +222,5 @@ def test_what_cannot_score_is_named(make_config, adapter, other, tiny, tmp_path,
         config = make_config(margin_rewards={"sure": [source]}, **MODPO)
         with pytest.raises(ValueError, match=rf"`margin_rewards`: '{source.name}': .*{message}"):
             margin_rewards(config, runner.inputs, runner.processes, runner.pairs)
+        (failure,) = check(config).failures
+        assert re.match(rf"`margin_rewards`: '{source.name}': .*{message}", failure)
