@@ -37,12 +37,14 @@ class Row:
         number: 1-based number of the row in its file.
         data: the JSON object.
         use: which fields of the file were used.
+        sides: which two of the row's answers are a pair, counted from 0, where it has several.
     """
 
     where: str
     number: int
     data: dict[str, Any]
     use: FieldUse = field(default_factory=FieldUse, compare=False, repr=False)
+    sides: tuple[int, int] | None = None
 
     def error(self, field: str, rule: str, found: str, cure: str) -> RowError:
         """The error for a field that breaks a rule; `found` is made with `show` or `shape`."""

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 
 from raco_fast.dpo.data.choices import check_choices
+from raco_fast.dpo.data.data_source import DataSource
 from raco_fast.dpo.data.rendering import TokenOptions
-from raco_fast.dpo.data.sources import DataSource
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 from raco_fast.dpo.losses.registry import make_loss
 from raco_fast.dpo.models import ModelOptions

@@ -14,8 +14,9 @@ from torch import nn
 from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.causality import check_causal
 from raco_fast.dpo.data.batches import pair_length
+from raco_fast.dpo.data.data_source import DataSource
 from raco_fast.dpo.data.pairs import ConciseRule
-from raco_fast.dpo.data.sources import DataSource, read_sources
+from raco_fast.dpo.data.sources import read_sources
 from raco_fast.dpo.data.tokenization import EncodedPair, encode_pairs, token_counter
 from raco_fast.dpo.launch import launched, share_of_cores
 from raco_fast.dpo.losses.registry import check_soft

@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from raco_fast.dpo.data.sources import DataSource, read_sources
+from raco_fast.dpo.data.data_source import DataSource
+from raco_fast.dpo.data.sources import read_sources
 
 ROW = '{"prompt": "why?", "chosen": "yes", "rejected": "no"}\n'
 TABLE = 'prompt,chosen,rejected\n"why, then?",yes,no\n'

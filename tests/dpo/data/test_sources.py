@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pair_files import read_pairs
 
+from raco_fast.dpo.data.data_source import DataSource
 from raco_fast.dpo.data.pairs import ConciseRule, PreferencePair
 from raco_fast.dpo.data.rows import RowError
-from raco_fast.dpo.data.sources import DataSource, read_sources
+from raco_fast.dpo.data.sources import read_sources
 
 USER = {"role": "user", "content": "why?"}
 
@@ -247,7 +248,12 @@ def test_files_of_one_name_get_different_ids(write, tmp_path):
     [
         ({"objective": "polite"}, r"`objective` of .* must name objectives of the run .*'polite'"),
         ({"objective": []}, r"`objective` of .* must name at least one objective, got \[\]"),
-        ({"columns": {"polite": "x"}}, r"`columns` of .* must name objectives .*\['polite'\]"),
+        ({"objectives": {"polite": "x"}}, r"`objectives` of .* must name obj.*\['polite'\]"),
+        ({"pairs_per_row": 0}, r"`pairs_per_row` of .* must be at least 1, got 0"),
+        (
+            {"objective": "helpful", "objectives": {"helpful": "x"}},
+            r"`objectives` of .* must be the only one .* got `objective` 'helpful' beside it",
+        ),
         ({"limit": 0}, r"`limit` of .* must be at least 1, got 0"),
         ({"on_bad": "ignore"}, r"`on_bad` of .* must be 'error' or 'skip', got 'ignore'"),
     ],

@@ -18,14 +18,17 @@ def _label(row: Row, objective: str) -> int | None:
         raise row.error(
             "preferences", "map objectives to labels", shape(preferences), "write an object"
         )
-    if objective not in preferences:
-        return None
-    return as_label(row, f"preferences.{objective}", preferences[objective])
+    given, soft = preferences.get(objective), row.data.get("preference_probabilities")
+    if objective not in preferences or (
+        given is None and isinstance(soft, dict) and soft.get(objective) is not None
+    ):
+        return None  # tables have every objective in both objects, with null in one of them
+    return as_label(row, f"preferences.{objective}", given)
 
 
 FORMAT = Format(
     "raco",
-    {"response_a", "response_b", "preferences"}.issubset,
+    {"response_a", "response_b", "preferences"},
     _content,
     _label,
     label_fields=lambda row: row.data["preferences"],

@@ -23,4 +23,4 @@ def _content(row: Row) -> Content:
     return split_sides(row, [("text", transcript(row, "text", text)) for text in texts])
 
 
-FORMAT = Format("text-score", {"text", "score"}.issubset, _content)
+FORMAT = Format("text-score", {"text", "score"}, _content)
