@@ -8,10 +8,12 @@ from raco_fast.dpo.data.label_columns import LabelColumn
 
 @dataclass(frozen=True)
 class DataSource:
-    """One file of a run.
+    """One file, or several alike, of a run.
 
     Args:
-        path: JSON Lines or a JSON list, gzip or not.
+        path: JSON Lines, a JSON list or CSV, gzip or not; Parquet or Arrow; a folder that
+            `save_to_disk` of the `datasets` library wrote; a pattern of such (`shards/*.jsonl`);
+            `hub:org/name`, a data set of the Hugging Face hub; `-`, standard input.
         objective: the objective(s) this file labels; None: every objective of the run, or those
             that `objectives` names.
         objectives: the objectives this file labels, each with the field that does: its name, or
@@ -22,6 +24,8 @@ class DataSource:
         limit: read only the first `limit` usable pairs.
         pairs_per_row: of a row with several answers, at most so many of its pairs, drawn by a hash
             of their ids; None: each two answers that an objective tells apart.
+        config, split, revision: of a data set of the hub; `split` also of a saved one. None: the
+            only config or split that there is, and the newest revision.
         on_bad: "error", or "skip" to leave out every row with something wrong in it (a line that
             is no JSON, a missing field, an unknown label, identical responses ...), with a warning
             that counts them. What is wrong with the file itself, a JSON list that is no JSON
@@ -34,6 +38,9 @@ class DataSource:
     format: str = "auto"
     limit: int | None = None
     pairs_per_row: int | None = None
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
     on_bad: Literal["error", "skip"] = "error"
 
     @property

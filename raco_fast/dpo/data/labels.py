@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from raco_fast.dpo.data.formats.cells import spelled
 from raco_fast.dpo.data.formats.fields import as_float
 from raco_fast.dpo.data.formats.format import Format
 from raco_fast.dpo.data.label_columns import LabelColumn, sign_times
@@ -179,4 +180,4 @@ def _optional(row: Row, name: str) -> Any:
         raise row.error(
             name, "stand in a row that is a pair", "one response's", "use the 'raco' format"
         )
-    return row.data.get(name)
+    return spelled(row.data.get(name))

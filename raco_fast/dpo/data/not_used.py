@@ -50,6 +50,15 @@ class NotUsed:
             raise error
         self.bad.add(str(error))
 
+    def why(self) -> str:
+        """Why there is no pair at all, in a clause."""
+        if self.bad.count:
+            return f"{self.bad.count} left out, the first because: {self.bad.first}"
+        return (
+            f"of its answers, {self.same.count} pairs are the same and {self.tied.count} others "
+            f"are told apart by no objective"
+        )
+
     def note_contradiction(self, row: Row, found: str | None) -> None:
         """Count a row that speaks against its labels, if it does."""
         if found is not None:

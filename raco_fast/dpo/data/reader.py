@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from raco_fast.dpo.data.data_source import DataSource
 from raco_fast.dpo.data.field_use import FieldUse
+from raco_fast.dpo.data.files import read_rows
 from raco_fast.dpo.data.formats.context import tools, with_system
 from raco_fast.dpo.data.formats.format import Format
 from raco_fast.dpo.data.formats.registry import find_format, format_named, unknown_format
@@ -15,7 +16,7 @@ from raco_fast.dpo.data.formats.turns import answer_parts
 from raco_fast.dpo.data.labels import Labelling, pair_weights
 from raco_fast.dpo.data.not_used import NotUsed
 from raco_fast.dpo.data.pairs import ConciseRule, PreferencePair, SameAnswersError, check_content
-from raco_fast.dpo.data.rows import Row, RowError, read_rows
+from raco_fast.dpo.data.rows import Row, RowError
 from raco_fast.dpo.data.values import is_empty, show
 
 logger = logging.getLogger(__name__)
@@ -32,9 +33,13 @@ class Reader:
     seen: dict[str, str]
 
     def pairs(self) -> Iterator[PreferencePair]:
-        """The usable pairs; says at the end which rows and which fields were not used."""
+        """The usable pairs; says at the end which rows and which fields were not used.
+
+        Raises:
+            OSError, ValueError: as `read_sources`.
+        """
         source, left_out, kept = self.source, NotUsed(self.source.on_bad), 0
-        form, rows = self._format(_readable(read_rows(source.path), left_out), left_out)
+        form, rows = self._format(_readable(read_rows(source), left_out), left_out)
         use = FieldUse()
         for of_row in _of_each_row(form.join(_noted(rows, form))):
             use = of_row[0].use
@@ -48,8 +53,7 @@ class Reader:
         if not kept:
             raise ValueError(
                 f"{source.path}: a source must give at least one pair, got none "
-                f"({left_out.bad.count} left out, the first because: {left_out.bad.first}); "
-                "mend the rows or remove the source"
+                f"({left_out.why()}); mend the rows or remove the source"
             )
         self._report(left_out, use)
 
@@ -70,8 +74,7 @@ class Reader:
             raise unknown
         raise ValueError(
             f"{self.source.path}: a source must hold a row that can be read, got none "
-            f"({left_out.bad.count} left out, the first because: {left_out.bad.first}); write it "
-            "again"
+            f"({left_out.why()}); write it again"
         )
 
     def _of_row(self, rows: list[Row], form: Format, left_out: NotUsed) -> list[PreferencePair]:

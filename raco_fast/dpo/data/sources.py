@@ -14,9 +14,11 @@ Which labels a source must carry is decided per source:
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from raco_fast.dpo.data.data_source import DataSource
+from raco_fast.dpo.data.files import STDIN, files_of
 from raco_fast.dpo.data.label_columns import as_columns
 from raco_fast.dpo.data.labels import Labelling
 from raco_fast.dpo.data.pairs import ConciseRule, PreferencePair
@@ -56,11 +58,17 @@ def read_sources(
     derived = None if concise is None else concise.objective
     for source in files:
         source.check(names)
-        stem = Path(source.path).name
-        stems[stem] += 1
-        prefix = stem if stems[stem] == 1 else f"{stem}#{stems[stem]}"
-        labelling = Labelling(names, source.declared, as_columns(source.objectives), derived)
-        pairs += Reader(source, labelling, concise, prefix, seen).pairs()
+        before = len(pairs)
+        for path in files_of(source.path):
+            left = None if source.limit is None else source.limit - (len(pairs) - before)
+            if left == 0:
+                break
+            stem = "stdin" if path == STDIN else Path(path).name
+            stems[stem] += 1
+            prefix = stem if stems[stem] == 1 else f"{stem}#{stems[stem]}"
+            labelling = Labelling(names, source.declared, as_columns(source.objectives), derived)
+            file = replace(source, path=path, limit=left)
+            pairs += Reader(file, labelling, concise, prefix, seen).pairs()
     return pairs
 
 

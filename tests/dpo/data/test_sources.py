@@ -123,7 +123,7 @@ def test_truncated_gzip_names_the_line(write):
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"`path` must be a data file, got '.*none\.jsonl'"):
         read_pairs(tmp_path / "none.jsonl", ["helpful"])
-    with pytest.raises(FileNotFoundError, match="which is a folder; name a file in it"):
+    with pytest.raises(FileNotFoundError, match="which is a folder, which no `save_to_disk`"):
         read_pairs(tmp_path, ["helpful"])
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
-from raco_fast.dpo.data.formats.fields import above, as_object, as_rating, field
+from raco_fast.dpo.data.formats.fields import above, as_list, as_object, as_rating, field
 from raco_fast.dpo.data.rows import Row
 from raco_fast.dpo.data.values import shape
 
@@ -21,8 +21,7 @@ def each_two(name: str) -> Callable[[Iterable[Row]], Iterator[Row]]:
 
     def join(rows: Iterable[Row]) -> Iterator[Row]:
         for row in rows:
-            given = row.data.get(name)
-            count = len(given) if isinstance(given, list) else 0
+            count = len(as_list(row.data.get(name)) or ())
             if count < 2:
                 yield row
             for a, b in combinations(range(count), 2):
@@ -37,11 +36,10 @@ def two_of(row: Row, name: str) -> list[tuple[str, dict[str, Any]]]:
     Raises:
         RowError: no list of two answers or more, or one of the two is no object.
     """
-    given = field(row, name)
-    if not isinstance(given, list) or row.sides is None:
-        raise row.error(
-            name, "be a list of two answers at least", shape(given), "remove the row: no pair"
-        )
+    given = as_list(field(row, name))
+    if given is None or row.sides is None:
+        found = shape(row.data[name])
+        raise row.error(name, "be a list of two answers at least", found, "remove the row: no pair")
     return [(f"{name}[{k}]", as_object(row, f"{name}[{k}]", given[k])) for k in row.sides]
 
 

@@ -4,6 +4,7 @@ TRL's preference formats, Anthropic's transcripts, and the many data sets like t
 binarized, Capybara, Tulu 3, Skywork). The one objective's label is +1.
 """
 
+from raco_fast.dpo.data.formats.cells import spelled
 from raco_fast.dpo.data.formats.conversation import two_sides
 from raco_fast.dpo.data.formats.format import Format
 from raco_fast.dpo.data.rows import Row
@@ -24,7 +25,7 @@ def scored_below(row: Row) -> str | None:
     """What speaks against a row's labels: the chosen response is scored below the rejected one."""
     for chosen, rejected in _SCORES:
         if chosen in row.data and rejected in row.data:
-            a, b = row.data[chosen], row.data[rejected]
+            a, b = spelled(row.data[chosen]), spelled(row.data[rejected])
             if is_number(a) and is_number(b) and a < b:
                 return f"`{chosen}` is below `{rejected}`"
     return None

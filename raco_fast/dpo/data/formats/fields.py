@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from raco_fast.dpo.data.formats.cells import spelled
 from raco_fast.dpo.data.rows import Row, RowError
 from raco_fast.dpo.data.strict_json import decode
 from raco_fast.dpo.data.values import is_number, shape, show
@@ -39,11 +40,12 @@ def as_text(row: Row, name: str, value: object) -> str:
     """A value that has to be text; `name` says in messages where it stands."""
     if not isinstance(value, str):
         raise row.error(name, "be text", shape(value), "write a string")
-    return value
+    return str(value)
 
 
 def as_object(row: Row, name: str, value: object) -> dict[str, Any]:
     """A value that has to be an object."""
+    value = spelled(value)
     if not isinstance(value, dict):
         raise row.error(name, "be an object", shape(value), "write an object")
     return value
@@ -113,13 +115,21 @@ def above(a: float | None, b: float | None) -> float:
     return 0.0 if a is None or b is None else a - b
 
 
+def as_list(value: object) -> list[Any] | None:
+    """A list, or the one that a cell spells; None of any other value."""
+    value = spelled(value)
+    return value if isinstance(value, list) else None
+
+
 def as_float(value: object) -> float:
     """A number as float64, NaN where it is none; whole numbers of a file are never too large."""
+    value = spelled(value)
     return float(value) if is_number(value) else math.nan
 
 
 def as_label(row: Row, name: str, value: object) -> int:
     """A label written as a number: +1, -1 or 0; null is 0, not labelled."""
+    value = spelled(value)
     if value is None:
         return 0
     if not is_number(value) or value not in (-1, 0, 1):
@@ -135,6 +145,8 @@ def as_choice(row: Row, name: str, value: object, choices: Sequence[object], rul
 
     Null is 0, not labelled. Of choices that are numbers, true and false are none.
     """
+    if not isinstance(choices[0], str):
+        value = spelled(value)
     if value is None:
         return 0
     for choice, label in zip(choices, (1, -1), strict=True):
@@ -145,6 +157,7 @@ def as_choice(row: Row, name: str, value: object, choices: Sequence[object], rul
 
 def as_graded(row: Row, name: str, value: object, most: int) -> float:
     """A graded label: a whole number from -most to most; null is 0, not labelled."""
+    value = spelled(value)
     if value is None:
         return 0.0
     if not is_number(value) or value not in range(-most, most + 1):

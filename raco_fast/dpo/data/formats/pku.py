@@ -5,6 +5,7 @@ v2 has response_0_severity_level and response_1_severity_level besides: `severit
 that prefers the less severe one.
 """
 
+from raco_fast.dpo.data.formats.cells import spelled
 from raco_fast.dpo.data.formats.conversation import prompt_turns
 from raco_fast.dpo.data.formats.fields import above, as_choice, as_rating, text
 from raco_fast.dpo.data.formats.format import Content, Format
@@ -33,12 +34,12 @@ def _label(row: Row, objective: str) -> float | None:
 
 def _contradiction(row: Row) -> str | None:
     """The safer response is said to be unsafe, and the other one safe; or it is more severe."""
-    safer = row.data.get("safer_response_id")
+    safer = spelled(row.data.get("safer_response_id"))
     if safer not in (0, 1):
         return None
     if [row.data.get(f"is_response_{k}_safe") for k in (safer, 1 - safer)] == [False, True]:
         return "`safer_response_id` names the response that is not safe"
-    levels = [row.data.get(_SEVERITIES[k]) for k in (safer, 1 - safer)]
+    levels = [spelled(row.data.get(_SEVERITIES[k])) for k in (safer, 1 - safer)]
     if is_number(levels[0]) and is_number(levels[1]) and levels[0] > levels[1]:
         return "`safer_response_id` names the response of the higher severity level"
     return None

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import combinations
 
-from raco_fast.dpo.data.formats.fields import as_choice, field, text
+from raco_fast.dpo.data.formats.fields import as_choice, as_list, field, text
 from raco_fast.dpo.data.formats.format import Content, Format
 from raco_fast.dpo.data.rows import Row
 from raco_fast.dpo.data.values import shape
@@ -33,10 +33,10 @@ def _content(row: Row) -> Content:
 def _label(row: Row, name: str) -> float | None:
     if name != "preference":
         return None
-    given = field(row, name)
-    if not isinstance(given, list) or len(given) != len(_PAIRS):
+    given = as_list(field(row, name))
+    if given is None or len(given) != len(_PAIRS):
         rule, cure = f"be a list of {len(_PAIRS)}", "give a number for each two predictions"
-        raise row.error(name, rule, shape(given), cure)
+        raise row.error(name, rule, shape(row.data[name]), cure)
     assert row.sides is not None
     k = _PAIRS.index(row.sides)
     value = None if given[k] == 0 and given[k] is not False else given[k]

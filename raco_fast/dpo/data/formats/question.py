@@ -10,7 +10,7 @@
 from collections.abc import Set
 
 from raco_fast.dpo.data.formats.chosen_rejected import scored_below
-from raco_fast.dpo.data.formats.fields import as_text, text
+from raco_fast.dpo.data.formats.fields import as_list, as_text, text
 from raco_fast.dpo.data.formats.format import Content, Format
 from raco_fast.dpo.data.formats.turns import Turn
 from raco_fast.dpo.data.rows import Row
@@ -52,7 +52,7 @@ def _history(row: Row) -> list[Turn]:
     """Earlier turns: a list of [question, answer]."""
     given = row.data.get("history") or []
     turns: list[Turn] = []
-    for k, said in enumerate(given if isinstance(given, list) else [given]):
+    for k, said in enumerate([given] if (listed := as_list(given)) is None else listed):
         if not isinstance(said, list) or len(said) != 2:
             rule, cure = "be a list of [question, answer]", "write both texts"
             raise row.error(f"history[{k}]", rule, shape(said), cure)

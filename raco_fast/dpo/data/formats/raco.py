@@ -1,5 +1,8 @@
 """`raco`, our own: prompt (turns), response_a, response_b, preferences {objective: +1, -1, 0}."""
 
+from typing import Any
+
+from raco_fast.dpo.data.formats.cells import spelled
 from raco_fast.dpo.data.formats.fields import as_label, field
 from raco_fast.dpo.data.formats.format import Content, Format
 from raco_fast.dpo.data.formats.turns import as_answer, as_turns
@@ -12,13 +15,19 @@ def _content(row: Row) -> Content:
     return as_turns(row, "prompt", field(row, "prompt")), a, b
 
 
-def _label(row: Row, objective: str) -> int | None:
-    preferences = field(row, "preferences")
+def _preferences(row: Row) -> dict[str, Any]:
+    preferences = spelled(field(row, "preferences"))
     if not isinstance(preferences, dict):
         raise row.error(
             "preferences", "map objectives to labels", shape(preferences), "write an object"
         )
-    given, soft = preferences.get(objective), row.data.get("preference_probabilities")
+    return preferences
+
+
+def _label(row: Row, objective: str) -> int | None:
+    preferences = _preferences(row)
+    given = preferences.get(objective)
+    soft = spelled(row.data.get("preference_probabilities"))
     if objective not in preferences or (
         given is None and isinstance(soft, dict) and soft.get(objective) is not None
     ):
@@ -31,5 +40,5 @@ FORMAT = Format(
     {"response_a", "response_b", "preferences"},
     _content,
     _label,
-    label_fields=lambda row: row.data["preferences"],
+    label_fields=_preferences,
 )

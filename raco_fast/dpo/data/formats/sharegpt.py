@@ -6,7 +6,8 @@ its text.
 
 from typing import Any
 
-from raco_fast.dpo.data.formats.fields import as_text, field, listed
+from raco_fast.dpo.data.formats.cells import spelled
+from raco_fast.dpo.data.formats.fields import as_list, as_text, field, listed
 from raco_fast.dpo.data.formats.format import Content, Format
 from raco_fast.dpo.data.formats.turns import Turn, as_answer, as_turns
 from raco_fast.dpo.data.rows import Row
@@ -45,10 +46,11 @@ def _in_a_list(calls: str) -> str:
 
 
 def _content(row: Row) -> Content:
-    given = field(row, "conversations")
-    if not isinstance(given, list):
+    given = as_list(field(row, "conversations"))
+    if given is None:
         cure = 'write [{"from": .., "value": ..}]'
-        raise row.error("conversations", "be a list of turns", shape(given), cure)
+        found = shape(row.data["conversations"])
+        raise row.error("conversations", "be a list of turns", found, cure)
     turns = [_turn(row, f"conversations[{k}]", each) for k, each in enumerate(given)]
     a, b = (_answer(row, name) for name in ("chosen", "rejected"))
     return as_turns(row, "conversations", turns), a, b
@@ -56,7 +58,10 @@ def _content(row: Row) -> Content:
 
 def _answer(row: Row, name: str) -> str | Turn:
     value = field(row, name)
-    return value if isinstance(value, str) else as_answer(row, name, _turn(row, name, value))
+    inner = spelled(value)
+    if isinstance(value, str) and not isinstance(inner, dict):
+        return as_text(row, name, value)
+    return as_answer(row, name, _turn(row, name, inner))
 
 
 FORMAT = Format("sharegpt", {"conversations", "chosen", "rejected"}, _content)

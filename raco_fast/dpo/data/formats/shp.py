@@ -3,6 +3,7 @@
 `score_ratio`, by how many times the votes of one exceed the other's, is a label of the same sign.
 """
 
+from raco_fast.dpo.data.formats.cells import spelled
 from raco_fast.dpo.data.formats.fields import as_choice, as_number, text
 from raco_fast.dpo.data.formats.format import Content, Format
 from raco_fast.dpo.data.rows import Row
@@ -22,7 +23,7 @@ def _label(row: Row, name: str) -> float | None:
 
 
 def _contradiction(row: Row) -> str | None:
-    a, b, label = (row.data.get(name) for name in ("score_A", "score_B", "labels"))
+    a, b, label = (spelled(row.data.get(name)) for name in ("score_A", "score_B", "labels"))
     if is_number(a) and is_number(b) and label in (0, 1) and (a < b if label else b < a):
         return "`labels` names the response of the lower score"
     return None

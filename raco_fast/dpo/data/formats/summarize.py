@@ -11,8 +11,18 @@ The prompt is the text, as its readers saw it, with "TL;DR:" behind it.
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import combinations
+from typing import Any
 
-from raco_fast.dpo.data.formats.fields import above, as_choice, as_object, as_rating, as_text, field
+from raco_fast.dpo.data.formats.cells import spelled
+from raco_fast.dpo.data.formats.fields import (
+    above,
+    as_choice,
+    as_list,
+    as_object,
+    as_rating,
+    as_text,
+    field,
+)
 from raco_fast.dpo.data.formats.format import Content, Format
 from raco_fast.dpo.data.formats.turns import Turn
 from raco_fast.dpo.data.rows import Row
@@ -40,9 +50,10 @@ def _summary(row: Row, name: str, value: object) -> str:
 
 
 def _compared(row: Row) -> Content:
-    given = field(row, "summaries")
-    if not isinstance(given, list) or len(given) != 2:
-        raise row.error("summaries", "be a list of two", shape(given), "give both summaries")
+    given = as_list(field(row, "summaries"))
+    if given is None or len(given) != 2:
+        found = shape(row.data["summaries"])
+        raise row.error("summaries", "be a list of two", found, "give both summaries")
     a, b = (_summary(row, f"summaries[{k}]", value) for k, value in enumerate(given))
     return _prompt(row), a, b
 
@@ -60,7 +71,7 @@ def _by_text(rows: Iterable[Row]) -> Iterator[Row]:
     """
     texts: dict[object, dict[object, list[Row]]] = {}
     for row in rows:
-        info, summary = row.data.get("info"), row.data.get("summary")
+        info, summary = spelled(row.data.get("info")), spelled(row.data.get("summary"))
         key = info.get("id") if isinstance(info, dict) else None
         said = summary.get("text") if isinstance(summary, dict) else None
         of_text = texts.setdefault(key if isinstance(key, (str, int)) else id(row), {})
@@ -96,12 +107,16 @@ def _axis(row: Row, name: str) -> float | None:
 
 def _ratings(rows: list[Row], name: str) -> list[float | None]:
     """The ratings that people gave a summary on an axis; None where one left it out."""
-    axes = [as_object(row, "summary.axes", row.data["summary"].get("axes")) for row in rows]
     return [
-        as_rating(row, f"summary.axes.{name}", each[name])
-        for row, each in zip(rows, axes, strict=True)
-        if name in each
+        as_rating(row, f"summary.axes.{name}", axes[name])
+        for row, axes in zip(rows, map(_axes, rows), strict=True)
+        if name in axes
     ]
+
+
+def _axes(row: Row) -> dict[str, Any]:
+    summary = as_object(row, "summary", field(row, "summary"))
+    return as_object(row, "summary.axes", summary.get("axes"))
 
 
 def _mean(ratings: list[float | None]) -> float | None:
@@ -122,5 +137,5 @@ AXES = Format(
     _rated,
     _axis,
     join=_by_text,
-    label_fields=lambda row: row.data["rows_a"][0].data["summary"]["axes"],
+    label_fields=lambda row: _axes(row.data["rows_a"][0]),
 )

@@ -5,9 +5,10 @@ import pytest
 from pair_files import read_pairs
 
 from raco_fast.dpo.data.data_source import DataSource
+from raco_fast.dpo.data.files import read_rows
 from raco_fast.dpo.data.formats.registry import FORMATS, find_format
 from raco_fast.dpo.data.label_columns import LabelColumn
-from raco_fast.dpo.data.rows import RowError, read_rows
+from raco_fast.dpo.data.rows import RowError
 from raco_fast.dpo.data.sources import read_sources
 
 USER = {"role": "user", "content": "why?"}
@@ -118,7 +119,10 @@ def test_labelled_formats(read, tmp_path, rows, name, objectives, labels):
     (pair,) = read(*rows, run=objectives)
     assert content(pair) == ([USER], "yes", "no")
     assert pair.preferences == dict(zip(objectives, labels, strict=True))
-    assert find_format(set(next(read_rows(tmp_path / "rows.jsonl")).data)) is FORMATS[name]
+    assert (
+        find_format(set(next(read_rows(DataSource(str(tmp_path / "rows.jsonl")))).data))
+        is FORMATS[name]
+    )
     assert read(*rows, run=objectives, format=name) == [pair]
 
 
