@@ -30,10 +30,16 @@ class Labelling:
     columns: Mapping[str, LabelColumn]
     derived: str | None
     found: set[str] = field(default_factory=set)
+    _of_all: dict[str, LabelColumn] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """An objective that no setting names has the field of its own name."""
+        of_all = {name: self.columns.get(name) or LabelColumn(name) for name in self.names}
+        object.__setattr__(self, "_of_all", of_all)
 
     def key(self, objective: str) -> str:
         """What the objective is called in a row's own objects: its field's name, or its own."""
-        return self.columns[objective].column if objective in self.columns else objective
+        return self._of_all[objective].column
 
     def of(self, row: Row, form: Format) -> dict[str, float]:
         """The labels this row carries; an objective the source is not said to label is left out.
@@ -69,7 +75,7 @@ class Labelling:
     def _label(
         self, row: Row, form: Format, label_of: Callable[[Row, str], float | None], name: str
     ) -> float | None:
-        column = self.columns.get(name, LabelColumn(name))
+        column = self._of_all[name]
         grade = label_of(row, column.column)
         if grade is None and form.only is not None and name not in self.columns:
             grade = label_of(row, form.only)
@@ -128,6 +134,9 @@ def soft_label(row: Row, column: str) -> float | None:
     given = _optional(row, "preference_probabilities")
     if given is None:
         return None
+    if row.sides is not None:
+        name, rule = "preference_probabilities", "stand in a row that is one pair"
+        raise row.error(name, rule, "several answers", "use the 'raco' format")
     if not isinstance(given, dict):
         name, rule = "preference_probabilities", "map objectives to probabilities"
         raise row.error(name, rule, shape(given), "write an object")
@@ -175,9 +184,10 @@ def pair_weights(row: Row, columns: Mapping[str, str]) -> dict[str, float]:
 
 def _optional(row: Row, name: str) -> Any:
     """A field of a row that is a pair by itself; refused where two rows make one pair."""
-    sides = (row.data.get("ratings_a"), row.data.get("ratings_b"))
-    if any(isinstance(side, dict) and name in side for side in sides):
-        raise row.error(
-            name, "stand in a row that is a pair", "one response's", "use the 'raco' format"
-        )
+    if "ratings_a" in row.data:
+        sides = (row.data["ratings_a"], row.data.get("ratings_b"))
+        if any(isinstance(side, dict) and name in side for side in sides):
+            raise row.error(
+                name, "stand in a row that is a pair", "one response's", "use the 'raco' format"
+            )
     return spelled(row.data.get(name))

@@ -55,6 +55,7 @@ class Reader:
                 f"{source.path}: a source must give at least one pair, got none "
                 f"({left_out.why()}); mend the rows or remove the source"
             )
+        logger.info("%s: %d pairs, read as the format %r", source.path, kept, form.name)
         self._report(left_out, use)
 
     def _format(self, rows: Iterator[Row], left_out: NotUsed) -> tuple[Format, Iterator[Row]]:
@@ -94,6 +95,8 @@ class Reader:
                 continue
             left_out.note_contradiction(row, form.contradiction(row))
             pairs.append(pair)
+        if self.source.pairs_per_row is None or len(pairs) <= self.source.pairs_per_row:
+            return pairs
         drawn = {pair.id for pair in sorted(pairs, key=_hash)[: self.source.pairs_per_row]}
         return [pair for pair in pairs if pair.id in drawn]
 

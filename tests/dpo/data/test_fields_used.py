@@ -214,7 +214,7 @@ def test_turns_that_no_template_could_write(read, prompt, match):
 def test_what_is_not_used_is_named_once_with_its_count(read, caplog):
     turns = [USER | {"weight": 0, "date": "today"}]
     row = ROWS["raco"][0] | {"source": "somewhere", "empty": None}
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.WARNING):
         read(row | {"prompt": turns}, row | {"meta": {"private": "text"}}, row)
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.endswith(

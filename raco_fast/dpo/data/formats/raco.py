@@ -26,12 +26,13 @@ def _preferences(row: Row) -> dict[str, Any]:
 
 def _label(row: Row, objective: str) -> int | None:
     preferences = _preferences(row)
-    given = preferences.get(objective)
-    soft = spelled(row.data.get("preference_probabilities"))
-    if objective not in preferences or (
-        given is None and isinstance(soft, dict) and soft.get(objective) is not None
-    ):
-        return None  # tables have every objective in both objects, with null in one of them
+    if objective not in preferences:
+        return None
+    given = preferences[objective]
+    if given is None:  # tables have every objective in both objects, with null in one of them
+        soft = spelled(row.data.get("preference_probabilities"))
+        if isinstance(soft, dict) and soft.get(objective) is not None:
+            return None
     return as_label(row, f"preferences.{objective}", given)
 
 

@@ -60,6 +60,7 @@ BAD = [
     (rated("good"), r"`completions\[1\]\.annotations\.honesty\.Rating` must be a number, or text"),
     (rated(True), r"honesty\.Rating` must be a finite number for both responses, got True"),
     (changed("UltraFeedback", completions=COMPLETIONS[:1]), r"a list of two answers at least, got"),
+    (changed("UltraFeedback", preference_probabilities={"x": 1}), "stand in a row that is one"),
     (changed("UltraFeedback", completions=["a", "b"]), r"`completions\[0\]` must be an object"),
     (changed("HelpSteer 3", overall_preference=4), "must be a whole number from -3 to 3, got 4"),
     (changed("HelpSteer 3", overall_preference=0.5), "must be a whole number .*, got 0.5"),

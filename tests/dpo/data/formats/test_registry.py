@@ -49,6 +49,15 @@ def test_unknown_format_says_what_it_found(read):
         read({f"k{n:02}": 0 for n in range(30)})
 
 
+@pytest.mark.parametrize("name", registry.FORMATS)
+def test_the_page_has_a_row_for_every_format(name):
+    """By the fields that its files begin with, of which some rows give the first and the last."""
+    lines = (DOCS / "data.md").read_text().splitlines()
+    (line,) = [line for line in lines if f"| `{name}` |" in line]
+    named = {"raco-s": {"raco_s_<objective>"}, "qa-feedback": {"prediction 1", "prediction 4"}}
+    assert all(f"`{each}`" in line for each in named.get(name, registry.FORMATS[name].needs))
+
+
 def test_the_documented_format_reads_rows_as_strictly_as_the_others(read):
     (example,) = re.findall(r"```python\n(.*?)```", (DOCS / "data.md").read_text(), re.DOTALL)
     exec(example, {})
