@@ -2,6 +2,8 @@ import gzip
 import json
 import logging
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -333,13 +335,18 @@ REAL = [
 ]
 
 
+@cache
+def real_pairs(shared: Path, name: str, part: str) -> list[PreferencePair]:
+    (objectives,) = (each for file, each, *_ in REAL if file == name)
+    return read_pairs(shared / "data" / f"{name}.{part}.jsonl.gz", list(objectives))
+
+
 @pytest.mark.parametrize(
     ("name", "objectives", "n_train", "n_test"), REAL, ids=[r[0] for r in REAL]
 )
 def test_real_data_counts(shared, name, objectives, n_train, n_test):
-    folder = shared / "data"
-    train = read_pairs(folder / f"{name}.train.jsonl.gz", objectives)
-    test = read_pairs(folder / f"{name}.test.jsonl.gz", objectives)
+    train, test = (real_pairs(shared, name, part) for part in ("train", "test"))
+    assert {tuple(pair.preferences) for pair in train} == {objectives}
     assert (len(train), len(test)) == (n_train, n_test)
     for pairs in (train, test):
         assert {sum(c.values()) for c in label_counts(pairs).values()} == {len(pairs)}
@@ -362,15 +369,14 @@ DISAGREEMENT = [
 
 @pytest.mark.parametrize(("name", "one", "other", "per_cent"), DISAGREEMENT)
 def test_real_disagreement(shared, name, one, other, per_cent):
-    files = [str(shared / "data" / f"{name}.{part}.jsonl.gz") for part in ("train", "test")]
-    pairs = read_sources(files, [one, other])
+    pairs = [pair for part in ("train", "test") for pair in real_pairs(shared, name, part)]
     products = [p.preferences[one] * p.preferences[other] for p in pairs]
     both = [x for x in products if x]
     assert 100 * both.count(-1) / len(both) == pytest.approx(per_cent, abs=1)
 
 
 def test_real_label_counts(shared):
-    pairs = read_pairs(shared / "data/hh_rlhf.train.jsonl.gz", ["helpful", "harmless", "concise"])
+    pairs = real_pairs(shared, "hh_rlhf", "train")
     assert label_counts(pairs) == {
         "helpful": {1: 730, -1: 742, 0: 1569},
         "harmless": {1: 800, -1: 769, 0: 1472},
