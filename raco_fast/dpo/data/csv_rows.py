@@ -34,7 +34,7 @@ def csv_rows(file: str, stream: BinaryIO, use: FieldUse) -> Iterator[Row | RowEr
     """
     lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     csv.field_size_limit(_LONGEST)
-    number = 0
+    number = before = 0
     try:
         header = lines.readline()
         mark = max(_MARKS, key=header.count)
@@ -60,11 +60,11 @@ def csv_rows(file: str, stream: BinaryIO, use: FieldUse) -> Iterator[Row | RowEr
         ) from error
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{file}: text must be UTF-8, got byte 0x{error.object[error.start]:02x} behind row "
-            f"{number}; convert the file"
+            f"{file}:{before + 1}: text must be UTF-8, got byte "
+            f"0x{error.object[error.start]:02x} there or soon after; convert the file"
         ) from error
     except CUT_OFF as error:
-        raise ValueError(cut_off(f"{file} (behind row {number})", error)) from error
+        raise ValueError(cut_off(f"{file}:{before + 1}", error)) from error
     finally:
         lines.detach()  # the stream is its opener's to close
 

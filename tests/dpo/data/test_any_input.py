@@ -2,7 +2,9 @@
 of its text: valid rows of every format with parts exchanged, and bytes that are nobody's."""
 
 import copy
+import csv
 import gzip
+import io
 import json
 import math
 import re
@@ -102,7 +104,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         | {"score_A": 3, "score_B": 2, "score_ratio": 1.5}
     ],
     "summarize-comparisons": [
-        {"info": {"post": ASK, "title": SECRET}, "summaries": [{"text": YES}, {"text": NO}]}
+        {"info": {"post": ASK, "title": f"{SECRET} 7"}, "summaries": [{"text": YES}, {"text": NO}]}
         | {"choice": 1}
     ],
     "summarize-axes": [
@@ -139,9 +141,11 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         | {"prediction 2": NO, "prediction 3": f"{SECRET} 5", "prediction 4": f"{SECRET} 6"}
     ],
     "argilla": [{"instruction": ASK, "chosen_response": YES, "rejected_response": NO}],
-    "orca": [{"system": SECRET, "question": ASK, "chosen": YES, "rejected": NO, "status": "tie"}],
+    "orca": [
+        {"system": f"{SECRET} 7", "question": ASK, "chosen": YES, "rejected": NO, "status": "tie"}
+    ],
     "alpaca": [
-        {"instruction": ASK, "input": SECRET, "chosen": YES, "rejected": NO}
+        {"instruction": ASK, "input": f"{SECRET} 7", "chosen": YES, "rejected": NO}
         | {"history": [[ASK, YES]]}
     ],
     "sharegpt": [
@@ -149,7 +153,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
             "conversations": [
                 {"from": "human", "value": ASK},
                 {"from": "function_call", "value": json.dumps(CALL["function"])},
-                {"from": "observation", "value": SECRET},
+                {"from": "observation", "value": f"{SECRET} 7"},
             ],
             "chosen": {"from": "gpt", "value": YES},
             "rejected": {"from": "gpt", "value": NO},
@@ -284,13 +288,28 @@ def mutated(draw: st.DrawFn, rows: list[dict[str, Any]]) -> bytes:
             change(draw, found)
     plain = draw(st.booleans())
     text = "\n".join(json.dumps(row, ensure_ascii=plain) for row in rows)
-    if draw(st.integers(0, 3)) == 3:
+    container = draw(st.integers(0, 4))
+    if container == 3:
         text = "[" + text.replace("\n", ",\n") + "]"
+    if container == 4 and all(isinstance(row, dict) for row in rows):
+        text = as_csv(rows)
     if draw(st.integers(0, 15)) == 15:
         text = text.replace("{", '{"id": 1, "prompt": "", ', 1)  # keys that are there
     for name, spelling in SPELLED.items():
         text = text.replace(name, spelling)
     return damaged(draw, text)
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    """A table of the rows: texts as they are, other values as JSON, null as nothing."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(names)
+    for row in rows:
+        cells = [row.get(name) for name in names]
+        writer.writerow([cell if isinstance(cell, str) else json.dumps(cell) for cell in cells])
+    return out.getvalue().replace("null", "")
 
 
 def change(draw: st.DrawFn, found: list[tuple[Any, Any]]) -> None:

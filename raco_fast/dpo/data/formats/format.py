@@ -32,7 +32,8 @@ class Format:
         label_fields: row -> the names that a label can be asked for by, for messages.
         is_label: (field name, value) -> whether the field is a label, of another run's objective if
             not of this one's; other fields that nothing reads are reported as not used.
-        contradiction: row -> what in it speaks against its own labels; None where nothing does.
+        contradiction: row -> what in it speaks against its own labels; None where nothing does, or
+            where what else it says cannot be read.
     """
 
     name: str

@@ -7,7 +7,7 @@ texts.
 
 from raco_fast.dpo.data.formats.fields import above, as_choice, as_spelled_rating, text
 from raco_fast.dpo.data.formats.format import Content, Format
-from raco_fast.dpo.data.rows import Row
+from raco_fast.dpo.data.rows import Row, RowError
 
 _PREFERENCE = "orig_preference"
 _SCORES = ("orig_score_A", "orig_score_B")
@@ -33,8 +33,12 @@ def _score(row: Row) -> float:
 def _contradiction(row: Row) -> str | None:
     if not set(_SCORES) <= row.data.keys():
         return None
-    worse = {"A": -1.0, "B": 1.0}.get(str(row.data[_PREFERENCE]), 0.0)
-    return "the preferred response has the lower score" if worse * _score(row) > 0 else None
+    worse = {"A": -1.0, "B": 1.0}.get(str(row.data.get(_PREFERENCE)), 0.0)
+    try:
+        lower = worse * _score(row) > 0
+    except RowError:  # scores that no objective asks for may be anything
+        return None
+    return "the preferred response has the lower score" if lower else None
 
 
 FORMAT = Format(
