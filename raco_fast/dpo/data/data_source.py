@@ -52,6 +52,13 @@ class DataSource:
             return None
         return (self.objective,) if isinstance(self.objective, str) else tuple(self.objective)
 
+    @property
+    def described(self) -> str:
+        """The path, and what of a data set is read."""
+        named = ((name, getattr(self, name)) for name in ("config", "split", "revision"))
+        parts = [f"{name} {value}" for name, value in named if value is not None]
+        return f"{self.path} ({', '.join(parts)})" if parts else self.path
+
     def check(self, names: tuple[str, ...]) -> None:
         """Raise ValueError for a setting that does not fit a run with these objectives."""
         if self.objective is not None and self.objectives:

@@ -11,6 +11,7 @@ from raco_fast.dpo.run.identity import identity
 from raco_fast.dpo.run.inputs import load_on_all
 from raco_fast.dpo.run.trainer import Trainer
 from raco_fast.settings.parsing import from_settings
+from raco_fast.studies.finished import inputs_of
 
 PLAIN = {"model": {"name": "m", "device": "cpu"}, "weights": {"short": 0.5, "good": 0.5}}
 
@@ -24,6 +25,7 @@ def test_a_config_says_which_field_labels_an_objective():
     column = LabelColumn("verbosity", "lower", {1.0: 0.75, 2.5: 1.0})
     assert read.objectives == {"short": column, "good": "helpfulness"}
     assert (read.config, read.split, read.pairs_per_row) == ("c", "train", 2)
+    assert read.described == "x.csv (config c, split train)"
     again = from_settings(TrainConfig, json.loads(json.dumps(identity(config) | {"losses": {}})))
     assert again.data == config.data
 
@@ -49,6 +51,18 @@ def test_standard_input_is_read_once_and_by_one_process(make_config):
     match = r"`data.path` must be no standard input \('-'\) where several processes run, got 2"
     with pytest.raises(ValueError, match=match):
         load_on_all(make_config(data=source), SimpleNamespace(size=2, rank=0))
+
+
+def test_a_sweep_knows_its_files_by_content_those_of_a_pattern_too(make_config, tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text(name)
+    data = [{"path": str(tmp_path / "*.jsonl")}, {"path": "hub:org/name"}]
+    known = inputs_of(make_config(data=data, eval_data=[{"path": "-"}]))
+    (tmp_path / "b.jsonl").write_text("changed")
+    now = inputs_of(make_config(data=data, eval_data=[{"path": "-"}]))
+    assert {name for name in known if known[name] != now[name]} == {str(tmp_path / "b.jsonl")}
+    assert str(tmp_path / "a.jsonl") in known
+    assert not {"-", "hub:org/name"} & known.keys()
 
 
 def test_a_label_that_prefers_neither_counts_in_the_unbiased_gram(
