@@ -126,7 +126,17 @@ def test_csrc_knows_neither_torch_nor_parameters() -> None:
 def test_public_names_of_dpo() -> None:
     import raco_fast.dpo
 
-    assert raco_fast.dpo.__all__ == ["PackedRows", "packed_logps", "pair_rows"]
+    assert raco_fast.dpo.__all__ == [
+        "Callback",
+        "PackedRows",
+        "TrainedRun",
+        "packed_logps",
+        "pair_rows",
+        "train",
+    ]
+    assert all(hasattr(raco_fast.dpo, name) for name in raco_fast.dpo.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'trained'"):
+        _ = raco_fast.dpo.trained
 
 
 def test_public_names() -> None:

@@ -7,13 +7,19 @@ gradient.
 
 from __future__ import annotations
 
-import logging
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from raco_fast.dpo.causal_lm_checks import (
+    check_complete,
+    check_dense,
+    check_kind,
+    quantization_of,
+)
+from raco_fast.dpo.data.memory_rows import MEMORY
 from raco_fast.dpo.load_errors import LoadErrors
 from raco_fast.dpo.models import DTYPES, ModelOptions, enable_checkpointing
 from raco_fast.settings.paths import expanded
@@ -21,10 +27,7 @@ from raco_fast.settings.paths import expanded
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
-
 _CURE = "use a complete copy of it, as `save_pretrained` or a download writes it"
-_NOT_LANGUAGE = ("Classification", "QuestionAnswering", "MaskedLM", "MultipleChoice", "RewardModel")
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"),
     *("spiece.model", "sentencepiece.bpe.model", "tekken.json"),
@@ -37,6 +40,11 @@ def source_of(name: str, argument: str = "model.name") -> tuple[str, dict[str, s
     Raises:
         ValueError: there is no such folder or file, or the package gguf is missing.
     """
+    if name.startswith(MEMORY):
+        raise ValueError(
+            f"`{argument}` must be a folder, a .gguf file or a hub name, got {name!r}, which "
+            "stands for an object in the memory of another program; save that, and name its folder"
+        )
     path = expanded(name, argument)
     try:
         there, folder = path.exists(), bool(name) and path.is_dir()
@@ -90,10 +98,15 @@ def load_tokenizer_of(name: str, argument: str) -> PreTrainedTokenizerBase:
     source, of_file = source_of(name, argument)
     cure = "use a complete copy of it, or name another tokenizer as `model.tokenizer`"
     with LoadErrors(argument, name, cure):
-        tokenizer = AutoTokenizer.from_pretrained(source, **of_file)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer = with_padding(AutoTokenizer.from_pretrained(source, **of_file))
         len(tokenizer(" a b").input_ids)  # a damaged file may be read and fail at the first text
+    return tokenizer
+
+
+def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer itself; its padding token defaults to its EOS."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
@@ -160,22 +173,52 @@ def load_causal_lm(
     else:
         arguments["revision"] = revision or "main"
         config = config_of(name, argument, revision)
-        _check_kind(name, argument, config)
-        _check_quantized(name, argument, config, changed_by)
+        check_kind(name, argument, config)
+        check_dense(name, argument, config, changed_by)
     with LoadErrors(argument, name, _CURE):
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
-    _check_complete(name, argument, model, found)
+    check_complete(name, argument, model, found)
+    if of_file and getattr(model, "hf_quantizer", None) is not None:
+        # The weights are dense now; left marked as GGUF they could not be saved or trained.
+        model.hf_quantizer.remove_quantization_config(model)
+    return _made_ready(name, argument, model, options)
+
+
+def check_loaded(
+    name: str, model: PreTrainedModel, options: ModelOptions, *, changed_by: str | None
+) -> PreTrainedModel:
+    """A causal LM that somebody else has loaded, with the switches of `options`.
+
+    Args:
+        name: for messages.
+        changed_by: as in `load_causal_lm`.
+    Raises:
+        ValueError: it is no causal LM, or is not in one memory; it is quantized and its own weights
+            would change, or its method cannot train.
+    """
+    check_kind(name, "model", model.config)
+    check_dense(name, "model", model.config, changed_by)
+    places = {str(p.device) for p in model.parameters()}
+    if len(places) > 1 or "meta" in places:
+        raise ValueError(
+            f"`model` must have its weights on one device, got {name} with some on each of "
+            f"{sorted(places)}; load it without `device_map`"
+        )
+    return _made_ready(name, "model", model, options)
+
+
+def _made_ready(
+    name: str, argument: str, model: PreTrainedModel, options: ModelOptions
+) -> PreTrainedModel:
+    """A loaded model with the switches of `options`; ValueError where it cannot train."""
     _set_attention(name, model, options.attention)
     quantizer = getattr(model, "hf_quantizer", None)
-    if of_file and quantizer is not None:
-        # The weights are dense now; left marked as GGUF they could not be saved or trained.
-        quantizer.remove_quantization_config(model)
-    elif quantizer is not None and not quantizer.is_trainable:
+    if quantizer is not None and not quantizer.is_trainable:
         raise ValueError(
             f"`{argument}`: no adapter can be trained on {name!r}, whose quantization "
-            f"({_method(model.config)}) has no gradients; use the model it was made from"
+            f"({quantization_of(model.config)}) has no gradients; use the model it was made from"
         )
     # RWKV divides its weights in place whenever it is evaluated, and would save them so.
     if getattr(model.config, "rescale_every", 0):
@@ -189,90 +232,3 @@ def to_device(model: Any, device: torch.device) -> Any:
     """A model on `device`; quantized weights may have to stay where they were loaded."""
     quantized = getattr(model, "hf_quantizer", None) is not None
     return model if quantized and model.device == device else model.to(device)
-
-
-def _check_kind(name: str, argument: str, config: PreTrainedConfig) -> None:
-    """Raise ValueError, before weights are loaded, unless a config is of a causal LM."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    made_for, own = _architectures(config), getattr(config, "auto_map", None)
-    own_class = isinstance(own, dict) and "AutoModelForCausalLM" in own
-    kind = None
-    if getattr(config, "is_encoder_decoder", False):
-        kind = "an encoder with a decoder"
-    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_class:
-        kind = "not among the causal LMs of the installed transformers"
-    elif any(word in a for a in made_for for word in _NOT_LANGUAGE):
-        kind = "not trained to write text"
-    if kind is not None:
-        raise ValueError(
-            f"`{argument}` must be a causal language model, got {name!r} "
-            f"({', '.join(made_for) or type(config).__name__}, model_type "
-            f"{config.model_type!r}), which is {kind}; use a model of the kind *ForCausalLM"
-        )
-
-
-def _check_quantized(
-    name: str, argument: str, config: PreTrainedConfig, changed_by: str | None
-) -> None:
-    if changed_by is not None and (method := _method(config)) is not None:
-        raise ValueError(
-            f"`{argument}`: the weights of {name!r} are quantized ({method}), which {changed_by} "
-            f"cannot change; train an adapter on them (`model.lora: {{r: 16, alpha: 32}}`), or use "
-            f"the model that they were made from"
-        )
-
-
-def _method(config: PreTrainedConfig) -> str | None:
-    """The quantization method that a config names, such as `bitsandbytes, 4 bits`."""
-    given = getattr(config, "quantization_config", None)
-    if given is None:
-        given = getattr(config.get_text_config(), "quantization_config", None)
-    if given is None:
-        return None
-    values = given.to_dict() if hasattr(given, "to_dict") else given
-    values = values if isinstance(values, dict) else {}
-    method = values.get("quant_method")
-    bits = next((b for b in (4, 8) if values.get(f"load_in_{b}bit")), values.get("bits"))
-    text = str(getattr(method, "value", method) or "bitsandbytes")
-    return f"{text}, {bits} bits" if bits else text
-
-
-def _check_complete(
-    name: str, argument: str, model: PreTrainedModel, found: dict[str, Any]
-) -> None:
-    """Raise ValueError where weights were not in the files; say once what was there in vain."""
-    lacking = sorted(found["missing_keys"])
-    if lacking:
-        made_for = _architectures(model.config)
-        raise ValueError(
-            f"`{argument}`: {name!r} lacks {len(lacking)} weights of a {type(model).__name__}, "
-            f"which would be random: {_some(lacking)} (its config.json says {made_for}); use a "
-            f"complete causal language model"
-        )
-    if mismatched := sorted(found["mismatched_keys"], key=str):
-        shapes = [f"{key} is {list(a)} for {list(b)}" for key, a, b in mismatched]
-        raise ValueError(
-            f"`{argument}`: {name!r} has weights of another shape than its config.json says: "
-            f"{_some(shapes)}; use the config.json that belongs to the weights"
-        )
-    if unexpected := sorted(found["unexpected_keys"]):
-        logger.warning(
-            "`%s`: %d weights of %s are no part of a %s and were left out: %s",
-            argument,
-            len(unexpected),
-            name,
-            type(model).__name__,
-            _some(unexpected),
-        )
-
-
-def _architectures(config: PreTrainedConfig) -> list[str]:
-    """The classes that config.json names; none where it is damaged there."""
-    given = getattr(config, "architectures", None)
-    return [a for a in given if isinstance(a, str)] if isinstance(given, list) else []
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -166,11 +166,16 @@ def fingerprint(model: nn.Module) -> str:
 
     A CRC-32 of each tensor and SHA-256 over those: fast enough beside reading them from disk.
     """
+    return hash_of(model, [*model.named_parameters(), *model.named_buffers()])
+
+
+def hash_of(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash of a model's configuration and of some of its tensors, by their names."""
     config = unwrap(model).config.to_diff_dict()
     for name in ("_name_or_path", "transformers_version"):
         config.pop(name, None)  # neither changes what the model computes
     digest = hashlib.sha256(repr(sorted(config.items())).encode())
-    hash_of_tensors(digest, [*model.named_parameters(), *model.named_buffers()])
+    hash_of_tensors(digest, tensors)
     return digest.hexdigest()
 
 

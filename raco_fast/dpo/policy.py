@@ -13,7 +13,7 @@ base - it was unpacked from a GGUF file, or an adapter was merged into it - it i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from raco_fast.dpo.data.memory_rows import MEMORY
 from raco_fast.dpo.load_errors import LoadErrors
 from raco_fast.dpo.loading import (
     config_of,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
 _REFERENCE = "reference"  # the adapter of that name; the trained one is PEFT's "default"
 
-KeepBase = Callable[["PreTrainedModel", str], str]
+KeepBase = Callable[["PreTrainedModel", str, "Mapping[str, torch.Tensor] | None"], str]
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ def make_policy(
     """What is trained, on the base that `load_base_model` has loaded; `base` itself is changed.
 
     Args:
-        keep_base: saves a base that no folder or hub name gives, and returns where it is.
+        keep_base: saves a base that no folder or hub name gives, and returns where it is; the
+            last argument is its weights, where they are not those of the model.
     Raises:
         ValueError: the adapter does not fit its base or cannot be used as `options` ask; it is
             continued, and `model.lora` says something else.
@@ -142,7 +144,7 @@ def make_policy(
         base_hash = fingerprint(base)
     home = source_of(options.name if found is None else found.base)[0]
     if keep_base is not None and base_is_nowhere(options, found):
-        home = keep_base(base, base_hash)
+        home = keep_base(base, base_hash, None)
     if found is None or options.adapter == "merge":
         model = add_adapter(base, options.lora, home)
         return Policy(model, found, base_hash, base_hash, adapter_off)
@@ -161,7 +163,8 @@ def base_is_nowhere(options: ModelOptions, found: SavedAdapter | None) -> bool:
     if not trains_adapter(options, found):
         return False
     merged = found is not None and options.adapter == "merge"
-    return merged or (options.name if found is None else found.base).endswith(".gguf")
+    base = options.name if found is None else found.base
+    return merged or base.endswith(".gguf") or base.startswith(MEMORY)
 
 
 def add_adapter(

@@ -87,17 +87,8 @@ def find_adapter(options: ModelOptions) -> SavedAdapter | None:
 
     with LoadErrors("model.name", options.name, _CURE):
         config = PeftConfig.from_pretrained(source)
-        kind = config.peft_type.value
-    if config.is_prompt_learning or config.is_adaption_prompt:
-        raise ValueError(
-            f"`model.name`: an adapter of the kind {kind} adds tokens to the prompt, which is not "
-            f"trained here, got {options.name!r}; use LoRA or another kind that changes layers"
-        )
-    if config.task_type not in (None, "CAUSAL_LM"):
-        raise ValueError(
-            f"`model.name`: {options.name!r} was trained for {config.task_type}, where a causal LM "
-            f"(CAUSAL_LM) is needed; use an adapter of a language model"
-        )
+        _ = config.peft_type.value
+    check_kind_of_adapter("model.name", options.name, config)
     given = "model.base" if options.base is not None else _RECORDED
     base = options.base if options.base is not None else config.base_model_name_or_path
     if not isinstance(base, str) or not base:
@@ -113,6 +104,25 @@ def find_adapter(options: ModelOptions) -> SavedAdapter | None:
             f"it as `model.base`"
         ) from error
     return SavedAdapter(options.name, source, config, base, given)
+
+
+def check_kind_of_adapter(argument: str, name: str, config: PeftConfig) -> None:
+    """Raise ValueError for an adapter that is trained by no change of layers, or for another task.
+
+    Args:
+        argument: the setting that names the adapter, or gives it.
+    """
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        raise ValueError(
+            f"`{argument}`: an adapter of the kind {config.peft_type.value} adds tokens to the "
+            f"prompt, which is not trained here, got {name!r}; use LoRA or another kind that "
+            f"changes layers"
+        )
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise ValueError(
+            f"`{argument}`: {name!r} was trained for {config.task_type}, where a causal LM "
+            f"(CAUSAL_LM) is needed; use an adapter of a language model"
+        )
 
 
 def attached(base: PreTrainedModel, found: SavedAdapter, name: str, *, trained: bool) -> Any:

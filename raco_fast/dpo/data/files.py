@@ -1,5 +1,7 @@
 """Rows of whatever a source's path names: a file of some kind, standard input, or a data set."""
 
+from __future__ import annotations
+
 import gzip
 import shutil
 import sys
@@ -8,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import glob, has_magic
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from raco_fast.dpo.data.arrow_rows import arrow_rows
 from raco_fast.dpo.data.csv_rows import csv_rows
@@ -17,8 +19,12 @@ from raco_fast.dpo.data.field_use import FieldUse
 from raco_fast.dpo.data.file_kinds import GZIP_MAGIC, readable_kind
 from raco_fast.dpo.data.hub_rows import HUB, hub_rows, saved_rows, saved_to_disk
 from raco_fast.dpo.data.json_rows import CUT_OFF, json_rows
+from raco_fast.dpo.data.memory_rows import MEMORY, memory_rows
 from raco_fast.dpo.data.rows import Row, RowError
 from raco_fast.settings.paths import expanded
+
+if TYPE_CHECKING:
+    from raco_fast.dpo.data.memory_rows import Rows
 
 STDIN = "-"
 """The path of a source that is read from standard input."""
@@ -27,8 +33,8 @@ _HEAD = 4096  # bytes that show what kind of file it is
 
 
 def is_file(path: str) -> bool:
-    """Whether a path names something on a disk, which neither a hub's data set nor stdin is."""
-    return path != STDIN and not path.startswith(HUB)
+    """Whether a path names something on a disk: no data set of the hub, stdin or rows in memory."""
+    return path != STDIN and not path.startswith((HUB, MEMORY))
 
 
 def files_of(path: str) -> list[str]:
@@ -48,7 +54,7 @@ def files_of(path: str) -> list[str]:
     return found
 
 
-def read_rows(source: DataSource) -> Iterator[Row | RowError]:
+def read_rows(source: DataSource, given: Rows | None = None) -> Iterator[Row | RowError]:
     """Yield the rows of a source in order, without reading further than asked.
 
     A row that cannot be read is yielded as the error that says why.
@@ -56,13 +62,14 @@ def read_rows(source: DataSource) -> Iterator[Row | RowError]:
     Args:
         source: its path is no pattern (`files_of`). What a file is, is decided by its content:
             JSON Lines or a list in UTF-8, gzip or not; CSV; Parquet or Arrow.
+        given: the rows of a path that stands for some in memory.
     Raises:
         OSError: no such file, a folder of something else, or not readable.
         ValueError: no rows; a file of another kind; a damaged one; settings that are not for this
             kind of source. Names the file, and the line where there is one.
     """
     row = None
-    for row in _rows(source, FieldUse()):
+    for row in _rows(source, given, FieldUse()):
         yield row
     if row is None:
         once = "pipe rows into it, of which one process can read it once"
@@ -72,11 +79,11 @@ def read_rows(source: DataSource) -> Iterator[Row | RowError]:
         )
 
 
-def _rows(source: DataSource, use: FieldUse) -> Iterator[Row | RowError]:
+def _rows(source: DataSource, given: Rows | None, use: FieldUse) -> Iterator[Row | RowError]:
     if source.path.startswith(HUB):
         return hub_rows(source.path, source.config, source.split, source.revision, use)
-    path = Path(STDIN) if source.path == STDIN else expanded(source.path)
-    is_data_set = source.path != STDIN and path.is_dir() and saved_to_disk(path)
+    path = expanded(source.path) if is_file(source.path) else Path(source.path)
+    is_data_set = is_file(source.path) and path.is_dir() and saved_to_disk(path)
     for setting in ("config", "revision") if is_data_set else ("config", "split", "revision"):
         if getattr(source, setting) is not None:
             raise ValueError(
@@ -85,7 +92,14 @@ def _rows(source: DataSource, use: FieldUse) -> Iterator[Row | RowError]:
             )
     if is_data_set:
         return saved_rows(path, source.split, use)
-    return _rows_of_file(path, use)
+    if not source.path.startswith(MEMORY):
+        return _rows_of_file(path, use)
+    if given is None:
+        raise ValueError(
+            f"`path` must name a file, got {source.path!r}, which stands for rows in the memory of "
+            f"another program; write them to a file, or call raco_fast.dpo.train with them"
+        )
+    return memory_rows(source.path, given, use)
 
 
 def _rows_of_file(path: Path, use: FieldUse) -> Iterator[Row | RowError]:

@@ -69,7 +69,7 @@ def _row_of_line(where: str, number: int, line: str | RowError, use: FieldUse) -
         value, fault = decode(line)
     except json.JSONDecodeError as error:
         return _bad_json(where, error, begins_object=line.strip() == "{")
-    return _checked(where, number, value, fault, use)
+    return checked_row(where, number, value, fault, use)
 
 
 def _decoded_lines(file: str, stream: BinaryIO) -> Iterator[tuple[int, str | RowError]]:
@@ -124,7 +124,7 @@ def _list_rows(file: str, text: str, use: FieldUse) -> Iterator[Row | RowError]:
             value, at, fault = decode_at(text, at)
         except json.JSONDecodeError as error:
             raise ValueError(str(_bad_json(where, error))) from error
-        yield _checked(where, item, value, fault, use)
+        yield checked_row(where, item, value, fault, use)
         at = skip_space(text, at)
         mark = text[at : at + 1]
         if mark not in (",", "]"):
@@ -144,9 +144,10 @@ def _mark(mark: str) -> str:
     return repr(mark) if mark else "the end"
 
 
-def _checked(
+def checked_row(
     where: str, number: int, value: object, fault: Fault | None, use: FieldUse
 ) -> Row | RowError:
+    """The row that a decoded JSON value is, or why it is none."""
     if fault is not None:
         what = "a row" if fault.field is None else f"`{ascii(fault.field[:40])[1:-1]}`"
         return RowError(f"{where}: {what} must {fault.rule}, got {fault.found}; {fault.cure}")

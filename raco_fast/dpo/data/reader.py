@@ -1,10 +1,13 @@
 """The pairs of one source: from rows to prompt, answers, labels and weights."""
 
+from __future__ import annotations
+
 import hashlib
 import itertools
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from raco_fast.dpo.data.data_source import DataSource
 from raco_fast.dpo.data.field_use import FieldUse
@@ -19,18 +22,28 @@ from raco_fast.dpo.data.pairs import ConciseRule, PreferencePair, SameAnswersErr
 from raco_fast.dpo.data.rows import Row, RowError
 from raco_fast.dpo.data.values import is_empty, show
 
+if TYPE_CHECKING:
+    from raco_fast.dpo.data.memory_rows import Rows
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads one source of a run; `prefix` begins the ids it makes, `seen` are ids and places."""
+    """Reads one source of a run.
+
+    Args:
+        prefix: begins the ids it makes.
+        seen: ids and their places.
+        given: the rows of a source in memory.
+    """
 
     source: DataSource
     labelling: Labelling
     concise: ConciseRule | None
     prefix: str
     seen: dict[str, str]
+    given: Rows | None = None
 
     def pairs(self) -> Iterator[PreferencePair]:
         """The usable pairs; says at the end which rows and which fields were not used.
@@ -39,7 +52,7 @@ class Reader:
             OSError, ValueError: as `read_sources`.
         """
         source, left_out, kept = self.source, NotUsed(self.source.on_bad), 0
-        form, rows = self._format(_readable(read_rows(source), left_out), left_out)
+        form, rows = self._format(_readable(read_rows(source, self.given), left_out), left_out)
         use = FieldUse()
         for of_row in _of_each_row(form.join(_noted(rows, form))):
             use = of_row[0].use

@@ -12,10 +12,13 @@ Which labels a source must carry is decided per source:
 - an objective derived from length (`ConciseRule`) needs no field anywhere.
 """
 
+from __future__ import annotations
+
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from raco_fast.dpo.data.data_source import DataSource
 from raco_fast.dpo.data.files import STDIN, files_of
@@ -24,12 +27,16 @@ from raco_fast.dpo.data.labels import Labelling
 from raco_fast.dpo.data.pairs import ConciseRule, PreferencePair
 from raco_fast.dpo.data.reader import Reader
 
+if TYPE_CHECKING:
+    from raco_fast.dpo.data.memory_rows import Rows
+
 
 def read_sources(
     sources: Sequence[DataSource | str],
     objectives: Sequence[str],
     *,
     concise: ConciseRule | None = None,
+    given: Mapping[str, Rows] | None = None,
 ) -> list[PreferencePair]:
     """Read the pairs of several files, each labelling its own objectives.
 
@@ -37,6 +44,7 @@ def read_sources(
         sources: files, in order; a plain string is a `DataSource` with that path.
         objectives: names of the run; every pair gets a label for each.
         concise: derives one objective from length where the data has no label for it.
+        given: path -> rows, of the sources that stand for rows in memory.
     Returns:
         The pairs of all sources, in order. A row without an id gets "<file name>:<row number>"; a
         pair of a row with several answers "/1-3" behind it, the numbers of the two.
@@ -68,7 +76,8 @@ def read_sources(
             prefix = stem if stems[stem] == 1 else f"{stem}#{stems[stem]}"
             labelling = Labelling(names, source.declared, as_columns(source.objectives), derived)
             file = replace(source, path=path, limit=left)
-            pairs += Reader(file, labelling, concise, prefix, seen).pairs()
+            rows = None if given is None else given.get(path)
+            pairs += Reader(file, labelling, concise, prefix, seen, rows).pairs()
     return pairs
 
 

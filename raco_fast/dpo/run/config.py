@@ -1,7 +1,6 @@
 """The configuration of a training run: one dataclass, one YAML file, one CLI."""
 
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ from raco_fast.dpo.data.rendering import TokenOptions
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 from raco_fast.dpo.losses.registry import make_loss
 from raco_fast.dpo.models import ModelOptions
+from raco_fast.dpo.run.loggers import check_loggers
 from raco_fast.dpo.run.moving_reference import ReferenceOptions
 from raco_fast.dpo.run.parallel import ParallelOptions
 from raco_fast.dpo.run.reward_source import RewardSource, check_rewards
@@ -101,7 +101,8 @@ class TrainConfig:
         log_every: steps between records in metrics.jsonl.
         output_dir: where checkpoints, metrics and the trained model go.
         cache_dir: where reference log-probabilities are kept between runs.
-        tensorboard: also write the metrics for TensorBoard.
+        loggers: who is told of the metrics beside metrics.jsonl: `tensorboard`, `wandb`, `mlflow`,
+            each with the extra of its name (docs/metrics.md).
         report: write `output_dir/report.html` at the end, with curves where matplotlib is there.
         workers: processes beside this one that prepare pairs: that tokenize them, before the
             training, and then one that packs those of the coming steps. 0: none. None: as many as
@@ -155,7 +156,7 @@ class TrainConfig:
     log_every: int = 1
     output_dir: str = "runs/dpo"
     cache_dir: str = "runs/cache"
-    tensorboard: bool = False
+    loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = field(default_factory=list)
     report: bool = True
     workers: int | None = None
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
@@ -229,11 +230,7 @@ class TrainConfig:
                 f"needs the whole step in one micro-batch, got {self.tokens_per_micro_batch}; "
                 f"leave it out, or use 'one_backward'"
             )
-        if self.tensorboard and find_spec("tensorboard") is None:
-            raise ValueError(
-                "`tensorboard: true` needs the package tensorboard; "
-                "pip install 'raco-fast[tensorboard]'"
-            )
+        check_loggers(self.loggers)
 
     def _check_gram(self) -> None:
         if self.gram == "batch":

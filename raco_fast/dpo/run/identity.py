@@ -45,9 +45,7 @@ CHANGES: dict[str, Change] = {
     **dict.fromkeys(("batching", "pairs_per_micro_batch", "tokens_per_micro_batch"), _F),
     **dict.fromkeys(("chunk_tokens", "gradient_mode"), _F),
     **dict.fromkeys(("check_every", "eval_every", "save_every", "log_every"), _F),
-    **dict.fromkeys(
-        ("output_dir", "cache_dir", "tensorboard", "report", "parallel", "workers"), _F
-    ),
+    **dict.fromkeys(("output_dir", "cache_dir", "loggers", "report", "parallel", "workers"), _F),
     **dict.fromkeys(("max_skipped_steps", "save_minutes", "keep", "keep_best"), _F),
     # They are compared in `losses`, where they are worked out.
     **dict.fromkeys(("loss", "loss_options"), _F),

@@ -22,19 +22,20 @@ from raco_fast.dpo.data.tokenization import EncodedPair, encode_pairs, token_cou
 from raco_fast.dpo.launch import launched, share_of_cores
 from raco_fast.dpo.losses.registry import check_soft
 from raco_fast.dpo.models import decoder_layers, pick_device
-from raco_fast.dpo.policy import KeepBase, Policy, load_base_model, load_tokenizer, make_policy
+from raco_fast.dpo.policy import KeepBase, Policy
 from raco_fast.dpo.run.base_folder import keep_base
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.divergence import names_of_not_finite
+from raco_fast.dpo.run.given import NOTHING, Given
 from raco_fast.dpo.run.template_date import keep_date, with_date
 from raco_fast.dpo.run.together import by_first, together
-from raco_fast.dpo.saved_adapters import find_adapter
 from raco_fast.dpo.sharded import device_of, shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
 
 _WORTH_STARTING = 12_000  # pairs: 3 s / 0.25 ms
 _MOST_WORKERS = 8
@@ -70,13 +71,17 @@ class RunInputs:
 
 
 def load_inputs(
-    config: TrainConfig, device: torch.device | None = None, keep_base: KeepBase | None = None
+    config: TrainConfig,
+    device: torch.device | None = None,
+    keep_base: KeepBase | None = None,
+    given: Given = NOTHING,
 ) -> RunInputs:
     """Load what a config names and check that it fits together; seeds torch's generators.
 
     Args:
         device: where the model is put instead of its own place.
         keep_base: as in `make_policy`.
+        given: what is in memory already.
     Raises:
         ValueError, FileNotFoundError: bad model path; unreadable files, bad rows (file and line
             named), an objective for which no training pair is labelled, soft labels for a loss that
@@ -84,20 +89,20 @@ def load_inputs(
             `reference` that an adapter cannot have.
     """
     torch.manual_seed(config.seed)
-    tokenizer = load_tokenizer(config.model)
-    training, held_out, prints_date = load_pairs(config, tokenizer)
-    base = load_base_model(config.model, device)
+    tokenizer = given.tokenizer_of(config.model)
+    training, held_out, prints_date = load_pairs(config, tokenizer, given)
+    base = given.base_of(config.model, device)
     _check_can_be_cut(config, base)
     check_pairs_fit(base, [*training, *held_out], len(tokenizer))
     pad_id = tokenizer.pad_token_id
     pad_id = pad_id if isinstance(pad_id, int) and pad_id < _known_tokens(base) else 0
-    policy = make_policy(base, config.model, keep_base)
+    policy = given.policy_of(base, config.model, keep_base)
     _check_finite(config.model.name, policy.model)
     return RunInputs(tokenizer, pad_id, training, held_out, policy, prints_date)
 
 
 def load_pairs(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, given: Given = NOTHING
 ) -> tuple[list[EncodedPair], list[EncodedPair], bool]:
     """The training pairs, those held out, and whether the chat template writes the date.
 
@@ -105,9 +110,9 @@ def load_pairs(
         ValueError, OSError: as `load_inputs`, of the data and of what an adapter cannot have.
     """
     if config.reference is not None:
-        config.reference.check_policy(config.model, find_adapter(config.model))
-    training, printed = _encoded(config, tokenizer, config.data, "data")
-    held_out, printed_too = _encoded(config, tokenizer, config.eval_data, "eval_data")
+        config.reference.check_policy(config.model, given.adapter_of(config.model))
+    training, printed = _encoded(config, tokenizer, config.data, "data", given)
+    held_out, printed_too = _encoded(config, tokenizer, config.eval_data, "eval_data", given)
     for name, loss in config.objective_losses.items():
         if any(abs(pair.labels[name]) not in (0, 1) for pair in (*training, *held_out)):
             check_soft(name, loss)
@@ -126,7 +131,7 @@ def load_pairs(
     return training, held_out, printed or printed_too
 
 
-def load_on_all(config: TrainConfig, processes: Processes) -> RunInputs:
+def load_on_all(config: TrainConfig, processes: Processes, given: Given = NOTHING) -> RunInputs:
     """`load_inputs` on every process, the model sharded over them if the config says so.
 
     Raises:
@@ -144,7 +149,7 @@ def load_on_all(config: TrainConfig, processes: Processes) -> RunInputs:
         )
     keep = partial(keep_base, config.folder, writes=processes.rank == 0)
     dated = with_date(config, processes)
-    inputs = together(processes, lambda: load_inputs(dated, first_device(config), keep))
+    inputs = together(processes, lambda: load_inputs(dated, first_device(config), keep, given))
     if inputs.prints_date and (day := dated.tokens.date):
         logger.info("the chat template prints the date; it is %s in this run", day)
         by_first(processes, lambda: keep_date(config, day))
@@ -192,6 +197,7 @@ def _encoded(
     tokenizer: PreTrainedTokenizerBase,
     sources: Sequence[DataSource],
     argument: str,
+    given: Given,
 ) -> tuple[list[EncodedPair], bool]:
     """The pairs of some sources, and whether the chat template writes the date into them."""
     if not sources:
@@ -199,7 +205,7 @@ def _encoded(
     concise = None
     if config.concise is not None:
         concise = ConciseRule(token_counter(tokenizer), config.concise)
-    pairs = read_sources(sources, config.objectives, concise=concise)
+    pairs = read_sources(sources, config.objectives, concise=concise, given=given.rows)
     workers = config.workers
     if workers is None:
         workers = workers_to_tokenize(len(pairs), share_of_cores())

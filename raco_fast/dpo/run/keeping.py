@@ -96,20 +96,24 @@ class Checkpoints:
         late = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
         return late or (self._best is not None and self._best.beaten(self.folder, evaluation))
 
-    def save(self) -> None:
+    def save(self) -> bool:
         """Write a checkpoint, unless this very state is on disk, and remove those not kept.
 
         All processes save together.
 
+        Returns:
+            Whether one was written.
         Raises:
             OSError: as `TrainingState.save`; a checkpoint could not be removed.
         """
         state = self._state
-        if self._on_disk != (state.step, state.evaluation):
+        new = self._on_disk != (state.step, state.evaluation)
+        if new:
             state.save(self.folder)
             self.is_on_disk()
         by_first(state.processes, self._remove_others)
         self._saved_at = time.monotonic()
+        return new
 
     def _remove_others(self) -> None:
         clear_leftovers(self.folder)

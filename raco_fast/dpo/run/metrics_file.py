@@ -1,4 +1,4 @@
-"""The JSON Lines file that metrics go to, and TensorBoard's beside it."""
+"""The JSON Lines file that metrics go to."""
 
 import json
 import math
@@ -34,19 +34,13 @@ class MetricsFile:
             are written again. None starts a new file.
         evaluated: whether the last of these steps has been evaluated; if not, a record of that is
             dropped too.
-        tensorboard: also write event files to `tensorboard/` beside it.
     Raises:
         ValueError: as `read_records`.
-        OSError: one of the files could not be written.
+        OSError: the file could not be written.
     """
 
     def __init__(
-        self,
-        path: Path,
-        *,
-        resumed_at: int | None = None,
-        evaluated: bool = True,
-        tensorboard: bool = False,
+        self, path: Path, *, resumed_at: int | None = None, evaluated: bool = True
     ) -> None:
         self.path = path
         kept = []
@@ -59,18 +53,12 @@ class MetricsFile:
             ]
         with atomic_file(path) as partial:
             partial.write_text("".join(f"{json.dumps(r)}\n" for r in kept), encoding="utf-8")
-        self._board: Any = None
-        self._board_folder = path.parent / "tensorboard"
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
 
-            first = 0 if resumed_at is None else resumed_at + 1
-            with reported(self._board_folder):
-                self._board = SummaryWriter(str(self._board_folder), purge_step=first)
-
-    def write(self, record: Mapping[str, Any]) -> None:
+    def write(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Append one record; `record["step"]` counts completed optimizer steps.
 
+        Returns:
+            It as it stands in the file.
         Raises:
             OSError: it could not be written; the records before are whole.
         """
@@ -80,25 +68,12 @@ class MetricsFile:
         }
         with reported(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean, allow_nan=False) + "\n")
-        if self._board is not None:
-            with reported(self._board_folder):
-                for name, value in clean.items():
-                    if name != "step" and isinstance(value, (int, float)):
-                        self._board.add_scalar(name, value, clean["step"])
+        return clean
 
     def sync(self) -> None:
         """Force to disk what has been written, before a checkpoint that relies on it."""
         with reported(self.path):
             sync(self.path)
-        if self._board is not None:
-            with reported(self._board_folder):
-                self._board.flush()
-
-    def close(self) -> None:
-        """Flush what TensorBoard still holds."""
-        if self._board is not None:
-            with reported(self._board_folder):
-                self._board.close()
 
 
 def _records(path: Path, torn_after: int | None) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from raco_fast.dpo.data.memory_rows import MEMORY
 from raco_fast.dpo.data.saved_template import saved_template
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 from raco_fast.dpo.losses.registry import described
@@ -83,7 +84,7 @@ def model_card(summary: TrainingSummary) -> str:
 
     model, found = summary.config.model, summary.found
     base = model.name if found is None else found.base
-    on_this_machine = expanded(base, "model.name").exists()
+    on_this_machine = base.startswith(MEMORY) or expanded(base, "model.name").exists()
     header = ModelCardData(
         library_name="peft" if trains_adapter(model, found) else "transformers",
         base_model=None if on_this_machine else base,  # the hub takes hub names only

@@ -12,6 +12,7 @@ from raco_fast.dpo.run.checkpoint import TrainingState, check_whole, latest, rea
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.identity import check_same_content, check_same_run
 from raco_fast.dpo.run.length import check_total, follow_schedule
+from raco_fast.dpo.run.loggers import LEFT_BEHIND
 from raco_fast.dpo.run.together import by_first, together
 
 logger = logging.getLogger(__name__)
@@ -80,10 +81,11 @@ def remove_run(folder: Path) -> None:
     Raises:
         OSError: a file could not be removed.
     """
-    for name in ("checkpoints", "model", "tensorboard"):
+    for name in ("checkpoints", "model", "metrics.jsonl", *LEFT_BEHIND):
         if (folder / name).is_dir():
             shutil.rmtree(folder / name)
-    (folder / "metrics.jsonl").unlink(missing_ok=True)
+        else:
+            (folder / name).unlink(missing_ok=True)
 
 
 def go_on_from(checkpoint: Path, state: TrainingState, config: TrainConfig, total: int) -> bool:

@@ -3,6 +3,7 @@
 import logging
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.models import pick_device, trainable
 from raco_fast.dpo.modes import begin_training, has_dropout
 from raco_fast.dpo.run.batching import layout_of
+from raco_fast.dpo.run.callbacks import Callback, Callbacks, RunStart
 from raco_fast.dpo.run.checkpoint import TrainingState
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.divergence import check_weights, ended_skipping, note_skipped
@@ -28,12 +30,14 @@ from raco_fast.dpo.run.failures import (
     what_is_left,
 )
 from raco_fast.dpo.run.first_step import check_first_scores
-from raco_fast.dpo.run.identity import compared, identity
-from raco_fast.dpo.run.inputs import load_on_all
+from raco_fast.dpo.run.given import NOTHING, Given
+from raco_fast.dpo.run.identity import compared, identity, settings_of
+from raco_fast.dpo.run.inputs import RunInputs, load_on_all
 from raco_fast.dpo.run.interrupt import Interrupt
 from raco_fast.dpo.run.keeping import Best, Checkpoints, evaluated
 from raco_fast.dpo.run.length import odd_settings, warm_up_steps
 from raco_fast.dpo.run.lock import held
+from raco_fast.dpo.run.loggers import LOGGERS
 from raco_fast.dpo.run.margin_rewards import margin_rewards
 from raco_fast.dpo.run.metrics_file import MetricsFile
 from raco_fast.dpo.run.moving_reference import MovingReference
@@ -49,7 +53,7 @@ from raco_fast.dpo.run.together import by_first, check_alike, together
 from raco_fast.dpo.run.weight_dtype import with_dtype
 from raco_fast.dpo.scoring import KnownReferences, tail_weights
 from raco_fast.dpo.sharded import device_of, is_sharded, whole_state_dict
-from raco_fast.engine.prepare import prepare
+from raco_fast.engine.prepare import Prepared, prepare
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 
 logger = logging.getLogger(__name__)
@@ -67,6 +71,17 @@ class Interrupted(Exception):  # noqa: N818 - not an error
 
 
 def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """`run_training` of what a config names; its metrics."""
+    return run_training(config, resume, overwrite)[1]
+
+
+def run_training(
+    config: TrainConfig,
+    resume: bool = False,
+    overwrite: bool = False,
+    given: Given = NOTHING,
+    callbacks: Sequence[Callback] = (),
+) -> tuple[RunInputs, dict[str, Any]]:
     """Run a whole training: load, score the reference, train, evaluate, save.
 
     Every process that a launcher has started for the run calls this.
@@ -75,9 +90,11 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
         resume: go on from the newest checkpoint in `config.output_dir`.
         overwrite: remove the run that `config.output_dir` holds, once model, data and reference
             of the new one are ready.
+        given: what is in memory already, in place of what the config names.
+        callbacks: told of the run's course, with those that `config.loggers` names.
     Returns:
-        The last evaluation's record in metrics.jsonl (empty without `eval_data`, and on every
-        process but the first).
+        What the run began with, its model trained; and the last evaluation's record in
+        metrics.jsonl (empty without `eval_data`, and on every process but the first).
     Raises:
         ValueError: bad configuration, data, model path, checkpoint or launcher; another run holds
             `output_dir`.
@@ -86,6 +103,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
         OtherProcessError: another process has failed or is gone.
         DivergedError: steps could not be taken, because a loss, a gradient or the weights are not
             finite (`max_skipped_steps`, or at the end of the run).
+        CallbackError: a callback has raised, after a checkpoint was written; a ValueError.
         Interrupted: Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP, on any process, after a checkpoint was
             written.
         KeyboardInterrupt: Ctrl-C before the first step, or twice.
@@ -95,13 +113,22 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
         run.enter_context(memory_named("the run", to_run_a_model(config)))
         run.enter_context(process_group(config.parallel, pick_device(config.model.device)))
         run.enter_context(held(config.folder, Processes()))
-        return Trainer(config, resume=resume, overwrite=overwrite).run()
+        trainer = Trainer(config, resume, overwrite, given, callbacks)
+        run.callback(trainer.prepared.remove)  # a model in memory is its owner's again
+        return trainer.inputs, trainer.run()
 
 
 class Trainer:
     """One run. `Trainer(config).run()` is `train(config)`, once `output_dir` is held by it."""
 
-    def __init__(self, config: TrainConfig, resume: bool = False, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        resume: bool = False,
+        overwrite: bool = False,
+        given: Given = NOTHING,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
         self.losses = config.objective_losses
         self.processes = Processes()
         for folder, name in ((config.folder, "output_dir"), (config.cache_folder, "cache_dir")):
@@ -109,7 +136,7 @@ class Trainer:
         found = checkpoint_to_resume(config, resume, overwrite, self.processes)
         self.config = config = with_dtype(config, self.processes, found)
         with memory_named("loading the model", to_hold_a_model(config)):
-            self.inputs = load_on_all(config, self.processes)
+            self.inputs = load_on_all(config, self.processes, given)
         self.model, self.pairs = self.inputs.model, self.inputs.training
         rounding = config.optimizer_arguments["rounding"]
         trained = trainable(self.model).values()
@@ -122,9 +149,10 @@ class Trainer:
         self._warm_up = warm_up_steps(config.warmup_ratio, self.total_steps)
         for odd in odd_settings(config, len(self.pairs), self.total_steps):
             logger.warning("%s", odd)
+        self.prepared = Prepared(())
         if config.gradient_mode != "autograd":
             strict = config.gradient_mode != "auto"
-            prepare(self.model, strict=strict, check_every=config.check_every)
+            self.prepared = prepare(self.model, strict=strict, check_every=config.check_every)
         self.layout = layout_of(config, self.inputs, self.processes)
         references = References(config, self.inputs, self.layout, self.processes)
         self.references = references.of_training(self.batches, any_rounds=found is not None)
@@ -179,19 +207,33 @@ class Trainer:
             self.checkpoints.is_on_disk()
         if overwrite:
             by_first(self.processes, partial(remove_run, config.folder))
+        self._resumed_at = None if found is None else self.state.step
         # Of the first process alone: the others have no metrics to write.
         self.metrics = by_first(
             self.processes,
             lambda: MetricsFile(
                 config.folder / "metrics.jsonl",
-                resumed_at=None if found is None else self.state.step,
+                resumed_at=self._resumed_at,
                 evaluated=evaluated_before,
-                tensorboard=config.tensorboard,
             ),
         )
+        told = [*(LOGGERS[name]() for name in config.loggers), *callbacks]
+        self.callbacks = Callbacks(told if self.processes.rank == 0 else [])
 
     def run(self) -> dict[str, Any]:
         """Train to the end, evaluate before and after, save the model and its card."""
+        config, result = self.config, None
+        start = RunStart(config.folder, settings_of(config), self.total_steps, self._resumed_at)
+        try:
+            together(self.processes, lambda: self.callbacks.start(start))
+            result = self._run()
+        finally:
+            self.callbacks.end(result)
+        saved = f"the run is whole, and its model saved as {config.folder / 'model'}"
+        together(self.processes, lambda: self.callbacks.check(saved))
+        return result
+
+    def _run(self) -> dict[str, Any]:
         begin_training(self.model, noise=self.config.model.dropout)
         if self.state.step == 0:
             self._check_first_scores()
@@ -231,15 +273,22 @@ class Trainer:
             last = state.step == self.total_steps
             whole = self._evaluate(interrupt)
             # The clock of one process decides for all.
-            stop, now = self.processes.agree(
-                lambda: [interrupt.requested, self.processes.rank == 0 and wanted()], 2
+            stop, now, failed = self.processes.agree(
+                lambda: [
+                    interrupt.requested,
+                    self.processes.rank == 0 and wanted(),
+                    self.callbacks.failure is not None,
+                ],
+                3,
             )
             # Not amid skipped steps: the checkpoint before them is the better one.
             due = (now or _due(state.step, self.config.save_every)) and not state.skipped_in_a_row
-            if state.step and (stop or due or last):
+            if state.step and (stop or due or last or failed):
                 self._save()
                 # The signal may have come while it was written.
                 (stop,) = self.processes.agree(lambda: [interrupt.requested], 1)
+            if failed:
+                self._check_callbacks()
             if stop and not state.step:
                 raise KeyboardInterrupt  # there is nothing to save yet
             if stop and not (last and whole):
@@ -276,7 +325,17 @@ class Trainer:
         # Whoever goes on from the checkpoint counts on the records before it.
         together(self.processes, lambda: None if metrics is None else metrics.sync())
         with memory_named("writing a checkpoint", to_hold_a_model(self.config)):
-            self.checkpoints.save()
+            written = self.checkpoints.save()
+        if written:
+            self.callbacks.saved(self.checkpoints.newest)
+
+    def _check_callbacks(self) -> None:
+        """End the run on all processes, as a callback has failed on the first."""
+        step, left = self.state.step, "nothing was trained"
+        if step:
+            left = f"the run has ended after step {step}: mend it or leave it out, "
+            left += f"then add --resume to go on from {self.checkpoints.newest}"
+        together(self.processes, lambda: self.callbacks.check(left))
 
     def _check_first_scores(self) -> None:
         """See `check_first_scores`; with noise there is nothing to compare."""
@@ -297,7 +356,6 @@ class Trainer:
         self, weights: dict[str, Tensor] | None, untrained: dict[str, float] | None
     ) -> dict[str, Any]:
         assert self.metrics is not None
-        self.metrics.close()
         self.checkpoints.tell_best()
         of_run = (self.config, self.inputs, self.state)
         return save_result(*of_run, weights, untrained, self.metrics.path)
@@ -339,8 +397,13 @@ class Trainer:
         note_skipped(result, state, config.max_skipped_steps, self.checkpoints.folder)
 
     def _write(self, record: dict[str, Any]) -> None:
+        """To metrics.jsonl, and then to whoever is told."""
         metrics = self.metrics
-        together(self.processes, lambda: None if metrics is None else metrics.write(record))
+        written = together(
+            self.processes, lambda: None if metrics is None else metrics.write(record)
+        )
+        if written is not None:
+            self.callbacks.record(written)
 
     def _pairs_of(self, step: int) -> list[EncodedPair]:
         return [self.pairs[i] for i in self.batches.indices(step)]

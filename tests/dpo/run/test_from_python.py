@@ -1,0 +1,138 @@
+"""Runs from Python with a model, a tokenizer and rows in memory: as a config file would have them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import build_tokenizer
+
+import raco_fast.dpo
+from raco_fast.dpo.models import fingerprint
+from raco_fast.dpo.run import trainer
+from raco_fast.dpo.run.checkpoint import latest, read_state
+
+WORDS = {"sure": "yes", "kind": "calm"}
+LORA = {"r": 4, "alpha": 8, "dropout": 0.0}
+
+
+@pytest.fixture
+def asked(settings, tmp_path):
+    """Keywords of a short run without model and data: two steps, one of them short."""
+    kept = {k: v for k, v in settings.items() if k not in ("model", "data", "eval_data")}
+    return kept | {"epochs": 1, "max_steps": 2, "output_dir": tmp_path / "from_python"}
+
+
+@pytest.fixture
+def rows(preference_files):
+    return [json.loads(line) for line in Path(preference_files[0]).read_text().splitlines()]
+
+
+def loaded(tiny):
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(tiny)
+
+
+def test_objects_in_memory_are_trained_as_the_same_files_are(
+    tiny, rows, preference_files, asked, make_config, runs
+):
+    _, test_file = preference_files
+    model, tokenizer = loaded(tiny), build_tokenizer()
+    before, template = json.dumps(rows), tokenizer.chat_template
+    held_out = [json.loads(line) for line in Path(test_file).read_text().splitlines()]
+    run = raco_fast.dpo.train(
+        {"name": model, "device": "cpu", "dropout": True},
+        tokenizer,
+        data=rows,
+        eval_data=[{"path": held_out[:9]}, {"path": held_out[9:]}],
+        **asked,
+    )
+    config = make_config(epochs=1, max_steps=2)
+    metrics = trainer.train(config)
+    runs.assert_same_run(run, config)
+    assert run.metrics == metrics
+    assert run.folder == asked["output_dir"]
+    assert run.model is model
+    assert not model.training
+    saved = loaded(run.folder / "model")
+    assert fingerprint(saved) == fingerprint(model)
+    assert json.dumps(rows) == before
+    assert tokenizer.chat_template == template
+    assert not any(module._forward_hooks for module in model.modules())
+    card = (run.folder / "model" / "README.md").read_text()
+    assert "# memory:LlamaForCausalLM aligned" in card
+    assert "base_model" not in card
+
+
+def test_a_run_goes_on_with_the_same_objects_alone(tiny, rows, asked, runs, monkeypatch):
+    same = {"data": rows[:16], **asked, "max_steps": 3, "epochs": 2}
+    whole = raco_fast.dpo.train(
+        loaded(tiny), build_tokenizer(), **(same | {"output_dir": asked["output_dir"] / "whole"})
+    )
+    with monkeypatch.context() as stopped:
+        runs.interrupt_after(stopped, 1)
+        with pytest.raises(trainer.Interrupted):
+            raco_fast.dpo.train(loaded(tiny), build_tokenizer(), **same)
+    again = {"resume": True, **same}
+    with pytest.raises(ValueError, match=r"was made with another model: .* its content changed"):
+        raco_fast.dpo.train(whole.model, build_tokenizer(), **again)
+    with pytest.raises(ValueError, match=r"was made with another data: .* its content changed"):
+        raco_fast.dpo.train(loaded(tiny), build_tokenizer(), **(again | {"data": rows[15::-1]}))
+    run = raco_fast.dpo.train(tiny, **again)  # by its name it is the same model
+    runs.assert_equal(*(runs.weights(r) for r in (run, whole)))
+    assert runs.records(run) == runs.records(whole)
+
+
+def test_a_fresh_adapter_names_the_base_that_is_saved_beside_it(tiny, rows, asked):
+    from peft import PeftModel
+
+    model = loaded(tiny)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)  # so the folder that it was loaded from is not its base
+    changed = fingerprint(model)
+    run = raco_fast.dpo.train(
+        {"name": model, "lora": LORA}, tiny, data={"path": rows}, **(asked | {"max_steps": 1})
+    )
+    adapter = json.loads((run.folder / "model" / "adapter_config.json").read_text())
+    base = loaded(adapter["base_model_name_or_path"])
+    assert fingerprint(base) == changed
+    ids = torch.arange(1, 9)[None]
+    again = PeftModel.from_pretrained(base, run.folder / "model").eval()
+    assert torch.equal(again(ids).logits, run.model(ids).logits)
+    assert "its base is in the folder `base`" in (run.folder / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("reference", ["initial", "base"])
+def test_an_adapter_in_memory_is_continued(tiny, rows, asked, save_tiny, tmp_path, reference):
+    """As the same adapter on disk is: same start, same reference, same base."""
+    from peft import LoraConfig, get_peft_model
+    from peft.utils import get_peft_model_state_dict
+
+    torch.manual_seed(3)
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules="all-linear", modules_to_save=["lm_head"]
+    )
+    model = get_peft_model(loaded(tiny), config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.05)
+    folder = tmp_path / "adapter"
+    model.save_pretrained(folder)
+    asked |= {"data": rows[:8], "max_steps": 1}
+    on_disk = raco_fast.dpo.train(
+        {"name": folder, "reference": reference},
+        tiny,
+        **(asked | {"output_dir": tmp_path / "disk"}),
+    )
+    run = raco_fast.dpo.train({"name": model, "reference": reference}, tiny, **asked)
+    states = [read_state(latest(r.folder / "checkpoints"))["run"] for r in (run, on_disk)]
+    assert states[0]["model"] == states[1]["model"]
+    assert len(list(Path(asked["cache_dir"]).glob("reference-*.safetensors"))) == 1
+    for name, tensor in get_peft_model_state_dict(
+        on_disk.model, save_embedding_layers=False
+    ).items():
+        assert torch.equal(tensor, get_peft_model_state_dict(run.model)[name]), name
+    saved = json.loads((run.folder / "model" / "adapter_config.json").read_text())
+    assert fingerprint(loaded(saved["base_model_name_or_path"])) == fingerprint(loaded(tiny))
