@@ -4,7 +4,6 @@ import errno
 import resource
 import shutil
 import signal
-import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,6 @@ from raco_fast.cli import program as cli
 from raco_fast.distributed.processes import OtherProcessError
 from raco_fast.dpo.run import inputs, reference_cache
 from raco_fast.dpo.run.failures import is_out_of_memory, memory_named
-from raco_fast.dpo.run.metrics_file import MetricsFile
 from raco_fast.dpo.run.step import PreferenceStep
 from raco_fast.dpo.run.trainer import Trainer
 
@@ -166,23 +164,6 @@ def assert_ends_as_undisturbed(train, runs, tmp_path) -> None:
     assert train("run", "--resume") == 0
     assert train("whole") == 0
     runs.assert_same_run(*(SimpleNamespace(folder=tmp_path / n) for n in ("run", "whole")))
-
-
-def test_tensorboard_on_a_full_disk(tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard")
-    metrics = MetricsFile(tmp_path / "metrics.jsonl", tensorboard=True)
-    queue = metrics._board.file_writer.event_writer._async_writer
-    queue._writer._writer.filename = "/dev/full"
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # its thread ends of the error
-    with pytest.raises(OSError, match=r"tensorboard could not be written \(.*No space left"):
-        write_and_sync(metrics)
-    queue._worker.join()
-
-
-def write_and_sync(metrics: MetricsFile) -> None:
-    """The thread may have failed before the one, or by the other."""
-    metrics.write({"step": 1, "loss": 1.0})
-    metrics.sync()
 
 
 @pytest.mark.slow

@@ -1,11 +1,11 @@
-"""Runs from Python with a model, a tokenizer and rows in memory: as a config file would have them."""
+"""Runs from Python with model, tokenizer and rows in memory: as a config file would have them."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import build_tokenizer
+from tiny_runs import build_model, build_tokenizer
 
 import raco_fast.dpo
 from raco_fast.dpo.models import fingerprint
@@ -25,7 +25,7 @@ def asked(settings, tmp_path):
 
 @pytest.fixture
 def rows(preference_files):
-    return [json.loads(line) for line in Path(preference_files[0]).read_text().splitlines()]
+    return [json.loads(line) for line in Path(preference_files[0]).read_text().splitlines()][:24]
 
 
 def loaded(tiny):
@@ -37,7 +37,7 @@ def loaded(tiny):
 def test_objects_in_memory_are_trained_as_the_same_files_are(
     tiny, rows, preference_files, asked, make_config, runs
 ):
-    _, test_file = preference_files
+    train_file, test_file = preference_files
     model, tokenizer = loaded(tiny), build_tokenizer()
     before, template = json.dumps(rows), tokenizer.chat_template
     held_out = [json.loads(line) for line in Path(test_file).read_text().splitlines()]
@@ -48,7 +48,7 @@ def test_objects_in_memory_are_trained_as_the_same_files_are(
         eval_data=[{"path": held_out[:9]}, {"path": held_out[9:]}],
         **asked,
     )
-    config = make_config(epochs=1, max_steps=2)
+    config = make_config(epochs=1, max_steps=2, data=[{"path": str(train_file), "limit": 24}])
     metrics = trainer.train(config)
     runs.assert_same_run(run, config)
     assert run.metrics == metrics
@@ -103,7 +103,7 @@ def test_a_fresh_adapter_names_the_base_that_is_saved_beside_it(tiny, rows, aske
     assert "its base is in the folder `base`" in (run.folder / "model" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("reference", ["initial", "base"])
+@pytest.mark.parametrize("reference", ["base", pytest.param("initial", marks=pytest.mark.slow)])
 def test_an_adapter_in_memory_is_continued(tiny, rows, asked, save_tiny, tmp_path, reference):
     """As the same adapter on disk is: same start, same reference, same base."""
     from peft import LoraConfig, get_peft_model
@@ -136,3 +136,84 @@ def test_an_adapter_in_memory_is_continued(tiny, rows, asked, save_tiny, tmp_pat
         assert torch.equal(tensor, get_peft_model_state_dict(run.model)[name]), name
     saved = json.loads((run.folder / "model" / "adapter_config.json").read_text())
     assert fingerprint(loaded(saved["base_model_name_or_path"])) == fingerprint(loaded(tiny))
+
+
+def refused(kind, match, *given, **keywords):
+    with pytest.raises(kind, match=match):
+        raco_fast.dpo.train(*given, **({"weights": {"sure": 1.0}} | keywords))
+
+
+def test_a_setting_that_is_none_is_named_without_what_it_was_given():
+    with pytest.raises(ValueError, match=r"^`evaldata` is no setting.*did you mean 'eval_data'"):
+        raco_fast.dpo.train("m", data="d", weights={}, evaldata=[{"prompt": "private"}])
+    refused(ValueError, r"`lr` must be positive, got 0", "m", data="rows.jsonl", lr=0.0)
+    refused(ValueError, r"`rule` must be as in a YAML file, got <obj", "m", data="d", rule=object())
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        ({"train": ["a"]}, r"`data` must be a path, a list of rows .* got a dict"),
+        ([{"prompt": "a"}, "b.jsonl"], r"`data-1` must be a path, .* got a dict"),
+        ({"path": 3, "objective": "sure"}, r"`data` must be a path, .* got a int"),
+    ],
+)
+def test_data_of_another_kind(data, match):
+    refused(TypeError, match, "m", data=data)
+
+
+def test_models_and_tokenizers_of_another_kind():
+    model, bf16 = build_model(), build_model().to(torch.bfloat16)
+    refused(TypeError, r"`model` must be a name, .* got a Linear", torch.nn.Linear(2, 2), data="d")
+    refused(ValueError, r"`tokenizer` must be given with a model in memory", model, data="d")
+    refused(TypeError, r"`tokenizer` must be a name, .* got a int", model, 3, data="d")
+    twice = {"name": model, "tokenizer": "t"}
+    refused(ValueError, r"`tokenizer` must be given once", twice, "t", data="d")
+    other = {"name": bf16, "dtype": "fp32"}
+    refused(ValueError, r"`model` must be in fp32, got .* torch.bfloat16", other, "t", data="d")
+    half = model.to(torch.float16)
+    refused(ValueError, r"`model` must be in fp32 or bf16, got .*float16", half, "t", data="d")
+    refused(
+        TypeError, r"`callbacks` must be objects of .*, got a type", "m", data="d", callbacks=[int]
+    )
+
+
+def test_models_in_memory_that_cannot_be_trained(asked, rows, tiny, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    def tried(match, model, **options):
+        given = {"name": model, **options}
+        refused(ValueError, match, given, tiny, **{**asked, "data": rows[:2]})
+
+    tried(
+        r"`model.adapter` must be left out .* has no adapter, got 'merge'",
+        loaded(tiny),
+        adapter="merge",
+    )
+    tried(r"`model.reference` must be left out .* no adapter", loaded(tiny), reference="base")
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    adapted = get_peft_model(loaded(tiny), config)
+    tried(r"`model.lora` must be left out .* has an adapter already", adapted, lora=LORA)
+    adapted.save_pretrained(tmp_path / "adapter")
+    frozen = PeftModel.from_pretrained(loaded(tiny), tmp_path / "adapter")
+    tried(r"got one that is frozen; load it by .*is_trainable=True", frozen)
+    adapted.base_model.model.model.norm.weight.requires_grad_(True)
+    tried(r"no trained weights outside of its adapter, got 1, the first '.*norm.weight'", adapted)
+    adapted.merge_adapter()
+    tried(r"got one that is merged into it; call unmerge_adapter", adapted)
+    tried(r"one adapter, called 'default', got \['x'\]", get_peft_model(loaded(tiny), config, "x"))
+    own = loaded(tiny)
+    own.add_adapter(config)
+    tried(r"must have its adapter by PEFT's", own)
+    tried(r"weights on one device, got memory:Llama.* each of \['meta'\]", loaded(tiny).to("meta"))
+
+
+def test_names_of_what_was_in_memory_are_refused_elsewhere(make_config):
+    from raco_fast.dpo.run.inputs import load_inputs
+
+    with pytest.raises(ValueError, match=r"`model.name` must be a folder.*stands for an object in"):
+        load_inputs(make_config({"name": "memory:LlamaForCausalLM"}))
+    with pytest.raises(
+        ValueError, match=r"`path` must name a file, .*rows in the memory of another"
+    ):
+        load_inputs(make_config(data=[{"path": "memory:data"}]))

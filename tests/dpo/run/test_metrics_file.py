@@ -10,7 +10,6 @@ def test_records_are_json_lines_with_null_for_what_is_not_a_number(tmp_path):
     file = MetricsFile(tmp_path / "new" / "metrics.jsonl")
     file.write({"step": 1, "loss/x": math.nan, "loss/y": 0.1 + 0.2, "raco/gap": -math.inf})
     file.write({"step": 2, "loss/x": 1.5})
-    file.close()
     lines = file.path.read_text().splitlines()
     assert (
         lines[0] == '{"step": 1, "loss/x": null, "loss/y": 0.30000000000000004, "raco/gap": null}'
@@ -64,20 +63,3 @@ def test_an_evaluation_that_the_checkpoint_does_not_know_is_dropped(tmp_path):
     assert read_records(path) == records
     MetricsFile(path, resumed_at=3, evaluated=False)
     assert read_records(path) == records[:2]
-
-
-def test_tensorboard_gets_the_numbers_and_forgets_what_a_resumed_run_repeats(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    path = tmp_path / "metrics.jsonl"
-    first = MetricsFile(path, tensorboard=True)
-    for step in (1, 2, 3):
-        first.write({"step": step, "loss/x": float(step), "note": "text", "gone": math.nan})
-    first.close()
-    second = MetricsFile(path, resumed_at=2, tensorboard=True)
-    second.write({"step": 3, "loss/x": 30.0})
-    second.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert events.Tags()["scalars"] == ["loss/x"]
-    assert [(e.step, e.value) for e in events.Scalars("loss/x")] == [(1, 1.0), (2, 2.0), (3, 30.0)]

@@ -415,16 +415,6 @@ def test_the_saved_model_is_the_trained_one(make_config, tiny, lora):
     assert f"| sure | 0.7 | {labelled_counts(runner.pairs, ['sure'])['sure']} |" in card
 
 
-def test_tensorboard_is_an_option(make_config):
-    pytest.importorskip("tensorboard")
-    config = make_config(tensorboard=True, max_steps=1)
-    train(config)
-    assert list((config.folder / "tensorboard").glob("events.out.tfevents.*"))
-    plain = make_config(max_steps=1, output_dir=config.output_dir + "-plain")
-    train(plain)
-    assert not (plain.folder / "tensorboard").exists()
-
-
 def test_schedule_and_warm_up(runs, make_config):
     config = make_config(warmup_ratio=0.2, schedule="linear")  # 2 of 10 steps
     train(config)
@@ -485,14 +475,6 @@ def test_an_objective_without_a_labelled_pair_is_an_error(make_config, write_pai
 def test_a_wrong_configuration_is_refused_before_anything_is_loaded(make_config, changes, message):
     with pytest.raises(ValueError, match=message):
         make_config(**changes)
-
-
-def test_tensorboard_that_is_not_installed_is_noticed_at_once(make_config, monkeypatch):
-    from raco_fast.dpo.run import config
-
-    monkeypatch.setattr(config, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs the package tensorboard; pip install"):
-        make_config(tensorboard=True)
 
 
 def test_concise_is_derived_from_length(make_config, settings):
