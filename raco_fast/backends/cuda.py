@@ -159,20 +159,22 @@ def weight_grad(
     fresh: bool,
     products: bool = False,
     look: Callable[[Tensor], None] | None = None,
-) -> None:
+) -> Tensor | None:
     """Write or add the m weight gradients of a layer; for one objective that is a plain product.
 
     Rows that lie with gaps are copied. The table of k-blocks and the coefficients, alike for all
     layers of one pass, are sent once. The kernel holds no t_g that could be shown to `look`, for
-    which plain products form them.
+    which plain products form them. Products stay on the device, and are those of m <= 8.
     """
     if U is None or len(U) == 1 or look is not None:
         plain.weight_grad(x, dy, bounds, U, out, fresh, False, look)
-        return
+        return None
     from raco_fast.kernels.weight_grad import weight_grad as launch
 
-    launch(x.contiguous(), dy.contiguous(), bounds, U.float(), out.unbind(), accumulate=not fresh)
+    rows = x.contiguous(), dy.contiguous(), bounds
+    found = launch(*rows, U.float(), out.unbind(), accumulate=not fresh, products=products)
     increment_version([out])
+    return found
 
 
 def is_on_device(t: Tensor) -> bool:

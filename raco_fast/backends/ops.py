@@ -82,18 +82,44 @@ def gram_where_it_is(
     Args:
         grads: as for `gram`.
         plan: the caller's, if it has one.
-        known: nothing, or what `products` gave for each tensor; None where they are to be taken.
-            M is the same bits whichever they are.
+        known: nothing, or for each tensor what `products` gave, or `weight_grad`; None where they
+            are to be taken. On the CPU M is the same bits whichever they are, on a device the same
+            to rounding. While a CUDA graph is captured, which would read at every replay what was
+            known now, none is used.
     """
-    if all(of_tensor is None for of_tensor in known):
+    kept = [of_tensor for of_tensor in known if of_tensor is not None]
+    on_device = not all(of_tensor.is_cpu for of_tensor in kept)
+    if not kept or (on_device and _capturing()):
         backend, built = planned(Call("gram", len(grads), (), grads), plan)
         return within_cauchy_schwarz(backend.gram(grads, built))
     taken = [of_tensor is None for of_tensor in known]
-    anew: Iterator[Tensor] = iter(())
-    if any(taken):
-        anew = iter(products([list(compress(one, taken)) for one in grads], plan))
+    rest = [list(compress(one, taken)) for one in grads]
+    if on_device:
+        return within_cauchy_schwarz(_with_rest(kept, rest, plan))
+    anew: Iterator[Tensor] = iter(products(rest, plan) if any(taken) else ())
     of_each = [next(anew) if of_tensor is None else of_tensor for of_tensor in known]
     return within_cauchy_schwarz(summed(torch.stack(of_each)))
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _with_rest(kept: Sequence[Tensor], rest: Gradients, plan: Plan | None) -> Tensor:
+    """The sum of known products, in their order on each device, and of the Gram of the rest."""
+    of_device: dict[torch.device, list[Tensor]] = {}
+    for of_tensor in kept:
+        of_device.setdefault(of_tensor.device, []).append(of_tensor)
+    parts = [torch.stack(alike).sum(0) for alike in of_device.values()]
+    if rest[0]:
+        backend, built = planned(Call("gram", len(rest), (), rest), plan)
+        parts.append(backend.gram(rest, built))
+    M = parts[0]
+    for part in parts[1:]:
+        if part.device != M.device:  # layers on several devices: the host adds them up
+            M, part = M.cpu(), part.cpu()
+        M = M + part
+    return M
 
 
 def combine(
@@ -163,7 +189,8 @@ def weight_grad(
         look: is shown dY_gᵀ X_g of all groups, [groups, n] for a block of rows of the weight at a
             time; needs U.
     Returns:
-        They, as `products` gives them: [m, m], where the backend has them on the way; else None.
+        They, [m, m] float64, where the backend has them on the way; else None. On the CPU they are
+        what `products` gives, to the bit; of a device they stay there, in an order of their own.
     Raises:
         ValueError: shapes that do not fit together.
     """

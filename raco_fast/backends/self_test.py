@@ -30,8 +30,8 @@ def disagreement(backend: Backend, part: str, device: torch.device) -> str | Non
         backend: compared with `reference`, on two objectives.
         part: "step" for `gram`, `combine` and `combine_adamw`, float32 and bfloat16, and split
             rounding; "weight_grad" for bfloat16 rows of a layer, with float32 gradients written and
-            bfloat16 ones added to. Compiles eight or two kernels the first time on a machine; the
-            random number generators are left alone.
+            bfloat16 ones added to, and their products. Compiles eight or two kernels the first time
+            on a machine; the random number generators are left alone.
         device: where.
     """
     bf16 = torch.bfloat16
@@ -121,10 +121,13 @@ def _of_a_layer(kernels: Backend, device: torch.device, dtype: torch.dtype) -> s
         (_wave(math.prod(shape), 3, device, dtype).view(shape), False, 4 * torch.finfo(dtype).eps),
     ):
         ours, theirs = out.clone(), out.clone()
-        kernels.weight_grad(x, dy, _BOUNDS, U, ours, fresh)
+        products = kernels.weight_grad(x, dy, _BOUNDS, U, ours, fresh, products=True)
         reference.weight_grad(x, dy, _BOUNDS, U, theirs, fresh)
         if not _agree([*ours], [*theirs], tolerance):
             return "weight_grad"
+        exact = reference.gram([[g] for g in ours])
+        if products is None or not _agree([products.cpu()], [exact], 1e-5):
+            return "weight_grad, products"
     return None
 
 

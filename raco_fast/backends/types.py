@@ -162,6 +162,6 @@ class Backend(Protocol):
         """Write or add the m weight gradients of a layer.
 
         Returns:
-            With `products`, those of `out` as `products` gives them, or None where they are not to
-            be had on the way.
+            With `products`, those of `out`, [m, m] float64 on its device; None where they are not
+            to be had on the way. On the CPU they are what `products` gives, to the bit.
         """

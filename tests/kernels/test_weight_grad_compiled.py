@@ -40,6 +40,7 @@ def compiled_tiles(
     dtype: torch.dtype = bf16,
     out: torch.dtype = bf16,
     accumulate: bool = False,
+    products: bool = True,
     *,
     aligned: bool = True,
 ) -> Machine:
@@ -55,36 +56,42 @@ def compiled_tiles(
         "outs": (POINTERS[out],) * m,
         "d_out": "i32",
         "d_in": "i32",
+        "partials": "*fp32",
     }
-    constants = {**weight_grad.constants(m, accumulate), **tile}
+    constants = {**weight_grad.constants(m, accumulate, products), **tile}
     divisible = ["blocks", "coefficients"]
+    if products:
+        divisible.append("partials")
+    else:
+        constants["partials"] = None
     divisible += ["x", "dy", "d_out", "d_in", "outs"] if aligned else []
     return compiled(
         weight_grad.weight_grad_tiles, types, constants, divisible, architecture, options
     )
 
 
-def case(m, architecture, dtype, out, accumulate) -> Any:
+def case(m, architecture, dtype, out, accumulate, products) -> Any:
     usual = m == 2 and dtype == bf16 and out == bf16 and not accumulate and architecture != 120
     widest = (m, architecture, out, accumulate) == (2, 90, bf16, True)
-    marks = () if usual or widest else pytest.mark.slow
-    return pytest.param(m, architecture, dtype, out, accumulate, marks=marks)
+    marks = () if products and (usual or widest) else pytest.mark.slow
+    return pytest.param(m, architecture, dtype, out, accumulate, products, marks=marks)
 
 
 KINDS = [(bf16, bf16, False), (bf16, bf16, True), (bf16, fp32, False),
          (bf16, fp32, True), (fp16, fp16, False)]  # fmt: skip
 CASES = [
-    case(m, architecture, *kind)
+    case(m, architecture, *kind, products)
     for m in range(1, 9)
     for architecture in TENSOR_CORES
     for kind in KINDS
+    for products in (True, False)
     if architecture != 120 or kind == (bf16, bf16, False)
 ]
 
 
-@pytest.mark.parametrize(("m", "architecture", "dtype", "out", "accumulate"), CASES)
-def test_tiles(m, architecture, dtype, out, accumulate):
-    code = compiled_tiles(m, architecture, dtype, out, accumulate)
+@pytest.mark.parametrize(("m", "architecture", "dtype", "out", "accumulate", "products"), CASES)
+def test_tiles(m, architecture, dtype, out, accumulate, products):
+    code = compiled_tiles(m, architecture, dtype, out, accumulate, products)
     assert_no_spills(code)
     assert_no_float_atomics(code)
     assert TENSOR_CORES[architecture] in code.ptx

@@ -21,13 +21,22 @@ def wrong_residuals(update, *rest):
         update.rounding.residuals[3][17] = 0.0
 
 
-def wrong_weight_grad(x, dy, bounds, U, out, fresh):
+def wrong_weight_grad(x, dy, bounds, U, out, fresh, products):
     """A group of one row is left out."""
-    weight_grad(x, dy, bounds, U * torch.tensor([1.0, 1.0, 0.0, 1.0]), out, fresh)
+    return weight_grad(x, dy, bounds, U * torch.tensor([1.0, 1.0, 0.0, 1.0]), out, fresh, products)
 
 
-def forgetful_weight_grad(x, dy, bounds, U, out, fresh):
-    weight_grad(x, dy, bounds, U, out, True)
+def forgetful_weight_grad(x, dy, bounds, U, out, fresh, products):
+    return weight_grad(x, dy, bounds, U, out, True, products)
+
+
+def wrong_products(x, dy, bounds, U, out, fresh, products):
+    """As if a tile beyond the last row or column counted."""
+    return 1.001 * weight_grad(x, dy, bounds, U, out, fresh, products)
+
+
+def no_products(x, dy, bounds, U, out, fresh, products):
+    weight_grad(x, dy, bounds, U, out, fresh)
 
 
 def wrong_gram(*call):
@@ -78,6 +87,8 @@ def test_a_wrong_kernel_is_named(operation, wrong, finding, device, monkeypatch)
     [
         (wrong_weight_grad, "`weight_grad` of torch.bfloat16 tensors differs from plain torch"),
         (forgetful_weight_grad, "`weight_grad` of torch.bfloat16 tensors differs"),
+        (wrong_products, "`weight_grad, products` of torch.bfloat16 tensors differs"),
+        (no_products, "`weight_grad, products` of torch.bfloat16 tensors differs"),
         (raising, "torch.bfloat16 failed with RuntimeError: no C compiler"),
     ],
 )
