@@ -91,7 +91,7 @@ def by_autograd(model: nn.Module, batches: list[Tensor], m: int) -> dict[str, Te
     return {name: torch.stack(of_name) for name, of_name in found.items()}
 
 
-@pytest.mark.parametrize("m", [2, 3, 8])
+@pytest.mark.parametrize("m", [2, *(pytest.param(m, marks=pytest.mark.slow) for m in (3, 8))])
 def test_one_backward_over_two_micro_batches(m, device, ran):
     model = PerToken(device)
     batches = [tokens(k, device) for k in (1, 2)]
