@@ -30,7 +30,7 @@ Why this design:
 - Columns outside a matrix wrap around instead of being masked; the hints on `% d` promise whole
   16-byte vectors only, which hold because Triton uses them only where d is a multiple of 16.
 - Accumulating reads tiles while all sums are alive. In two halves this does not spill; products are
-  taken of each half.
+  taken of each half, but of whole tiles where nothing is read.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def _store(gs, outs, row, column, d_out, d_in, M: tl.constexpr, ACCUMULATE: tl.constexpr):
     """Write m tiles [len(row), len(column)] to the gradients, or add them.
 
-    Returns what can be read there then, in float32, and zeros outside of the matrix.
+    Returns what can be read there then, in float32, and which of it lies inside of the matrix.
     """
     inside = (row < d_out)[:, None] & (column < d_in)[None, :]
     at = row[:, None].to(tl.int64) * d_in + column[None, :]
@@ -71,17 +71,19 @@ def _store(gs, outs, row, column, d_out, d_in, M: tl.constexpr, ACCUMULATE: tl.c
             g += tl.load(outs[i] + at, mask=inside, other=0.0).to(tl.float32)
         g = g.to(outs[i].dtype.element_ty)
         tl.store(outs[i] + at, g, mask=inside)
-        written = written + (tl.where(inside, g.to(tl.float32), 0.0),)
-    return written
+        written = written + (g.to(tl.float32),)
+    return written, inside
 
 
 @triton.jit
-def _inner_products(gs, M: tl.constexpr):
+def _inner_products(gs, inside, M: tl.constexpr):
     """The sums of g_i g_j over a tile, i <= j."""
     found = ()
     for i in tl.static_range(M):
         for j in tl.static_range(i, M):
-            found = found + (tl.sum(tl.sum(gs[i] * gs[j], axis=1), axis=0),)
+            # Products are masked, not gradients: that would be m more tiles to hold.
+            product = tl.where(inside, gs[i] * gs[j], 0.0)
+            found = found + (tl.sum(tl.sum(product, axis=1), axis=0),)
     return found
 
 
@@ -153,19 +155,19 @@ def weight_grad_tiles(
             left = left + (a,)
             right = right + (b,)
         half = first_column + tl.arange(0, BLOCK_N // 2)
-        left = _store(left, outs, row, half, d_out, d_in, M, True)
+        left, inside = _store(left, outs, row, half, d_out, d_in, M, True)
         products = ()
         if PRODUCTS:
-            products = _inner_products(left, M)
-        right = _store(right, outs, row, half + BLOCK_N // 2, d_out, d_in, M, True)
+            products = _inner_products(left, inside, M)
+        right, inside = _store(right, outs, row, half + BLOCK_N // 2, d_out, d_in, M, True)
         if PRODUCTS:
-            of_right = _inner_products(right, M)
+            of_right = _inner_products(right, inside, M)
             for q in tl.static_range(M * (M + 1) // 2):
                 tl.store(partials + q * tl.num_programs(0) + tile, products[q] + of_right[q])
     else:
-        written = _store(sums, outs, row, column, d_out, d_in, M, False)
+        written, inside = _store(sums, outs, row, column, d_out, d_in, M, False)
         if PRODUCTS:
-            products = _inner_products(written, M)
+            products = _inner_products(written, inside, M)
             for q in tl.static_range(M * (M + 1) // 2):
                 tl.store(partials + q * tl.num_programs(0) + tile, products[q])
 
