@@ -14,6 +14,6 @@ def projected(x: Array) -> Array:
     x = x - x.max()  # a common part changes nothing, and its rounding would
     falling = np.sort(x)[::-1]
     thresholds = (np.cumsum(falling) - 1.0) / np.arange(1.0, len(x) + 1.0)
-    k = max(np.count_nonzero(falling > thresholds), 1)
+    k = max(int(np.count_nonzero(falling > thresholds)), 1)
     found: Array = np.maximum(x - thresholds[k - 1], 0.0)
     return found
