@@ -127,7 +127,8 @@ def _disagreement(candidate: Backend, call: Call) -> str | None:
     device = next(call.tensors()).device
     # One that fails at the operations of a step may still have the gradients of layers, or the
     # other way round.
-    part = "weight_grad" if call.operation == "weight_grad" else "step"
+    alone = ("weight_grad", "gram_in_metric")
+    part = call.operation if call.operation in alone else "step"
     key = (candidate.name, device, part)
     if call.runs and key not in _disagreements:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
