@@ -193,16 +193,18 @@ def gram(
         return _gram_of_tables(tables, m, device, programs_per_multiprocessor)
 
 
-def objective_blocks(m: int) -> list[range]:
-    """m > 8 objectives in blocks of nearly equal size, any two of which fit one launch."""
-    count = -(-m // (MAX_UNROLLED // 2))
+def objective_blocks(m: int, most: int = MAX_UNROLLED) -> list[range]:
+    """m > `most` objectives in blocks of nearly equal size, any two of which fit one launch."""
+    count = -(-m // (most // 2))
     edges = [m * b // count for b in range(count + 1)]
     return [range(a, b) for a, b in pairwise(edges)]
 
 
-def in_blocks(m: int, part: Callable[[Sequence[int]], Tensor], total: Tensor) -> Tensor:
+def in_blocks(
+    m: int, part: Callable[[Sequence[int]], Tensor], total: Tensor, most: int = MAX_UNROLLED
+) -> Tensor:
     """`total` [.., m, m], filled with what `part` gives for two blocks of objectives at a time."""
-    blocks = objective_blocks(m)
+    blocks = objective_blocks(m, most)
     for a, first in enumerate(blocks):
         for second in blocks[a + 1 :]:
             members = [*first, *second]

@@ -1,10 +1,10 @@
-"""The Gram matrix of m gradients, and that in the metric of AdamW's update, in one pass over memory.
+"""The Gram matrix of m gradients, and that in the metric of AdamW's update, in one pass.
 
     M_ij = Σ_e g_i[e] g_j[e]
     H_ij = Σ_e (s[e] g_i[e]) (s[e] g_j[e]),   s = √(factor / (√v root + eps)), 0 where v = 0
 
 Bytes per element: the m gradients and the second moment v, each read exactly once (bf16, m = 2,
-v in float32: 8 bytes), for m <= 8. The rival, a Gram matrix and then one of scaled copies, reads
+v in float32: 8 bytes), for m <= 6. The rival, a Gram matrix and then one of scaled copies, reads
 the gradients twice, writes m copies and reads them again.
 
 The design is that of gram.py, which says why. What differs:
@@ -26,7 +26,6 @@ from torch import Tensor
 
 from .gram import (
     DTYPES,
-    MAX_UNROLLED,
     NUM_WARPS,
     _add_products,
     gram_total,
@@ -35,8 +34,9 @@ from .gram import (
 )
 from .tables import TensorTable, architecture, build, current, programs
 
+MAX_UNROLLED = 6  # 8 objectives have 72 sums, and spill on sm_100
 # Resident programs per multiprocessor, by m; see gram.PROGRAMS.
-PROGRAMS = {1: 10, 2: 8, 3: 7, 4: 5, 5: 4, 6: 3, 7: 2, 8: 2}
+PROGRAMS = {1: 10, 2: 8, 3: 7, 4: 5, 5: 4, 6: 3}
 
 
 @triton.jit(
@@ -155,7 +155,7 @@ def gram_in_metric(
             for the whole tensor.
         numbers: [n, 3] float32 on `device`: root, eps, factor.
         device: of all of them and of the result.
-        tables: `build([*grads, moments], m, device)` of an earlier call, m <= 8.
+        tables: `build([*grads, moments], m, device)` of an earlier call, m <= 6.
     Returns:
         [2, m, m] float64 on `device`, exactly symmetric. Nothing waits for the device.
     Raises:
@@ -167,7 +167,8 @@ def gram_in_metric(
         def part(members: Sequence[int]) -> Tensor:
             return gram_in_metric([grads[i] for i in members], moments, numbers, device)
 
-        return in_blocks(m, part, torch.empty(2, m, m, dtype=torch.float64, device=device))
+        total = torch.empty(2, m, m, dtype=torch.float64, device=device)
+        return in_blocks(m, part, total, MAX_UNROLLED)
     if tables is None:
         tables = build([*grads, moments], m, device)
     with current(device):
@@ -209,7 +210,6 @@ def partials_constants(m: int, table: TensorTable) -> dict[str, object]:
     gradient, moment = table.dtypes[0], table.dtypes[m]
     sizes = gradient.itemsize, moment.itemsize
     vec = 16 // max(sizes) if table.aligned else 2
-    vec = min(vec, 4) if m > 6 else vec  # 8 of 8 gradients, twice, are more than there are registers
     return {
         "M": m,
         "CHUNK": table.chunk,

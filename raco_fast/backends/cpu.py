@@ -244,9 +244,7 @@ def _codes(tensors: Sequence[Tensor | None]) -> NDArray[np.uint8]:
     return np.array([0 if t is None else DTYPES[t.dtype] for t in tensors], dtype=np.uint8)
 
 
-def _recalled(
-    built: Built, grads: Gradients, beside: Sequence[Sequence[Tensor | None]]
-) -> Tables:
+def _recalled(built: Built, grads: Gradients, beside: Sequence[Sequence[Tensor | None]]) -> Tables:
     """The tables that an earlier call left, or new ones to leave."""
     if "tables" not in built:
         built["tables"] = tables(grads, beside)

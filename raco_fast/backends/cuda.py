@@ -96,7 +96,8 @@ def gram_in_metric(grads: Gradients, metric: Metric, built: Built) -> Tensor:
     tables = _recalled(built, device)
     if tables is None:
         columns = zip(moments, *grads, strict=True)
-        like = [next((t for t in column if t is not None and is_dense(t)), None) for column in columns]
+        dense = ((t for t in column if t is not None and is_dense(t)) for column in columns)
+        like = [next(of_column, None) for of_column in dense]
         *ordered, moments = _in_one_order([*grads, moments], like)
         if m > kernels.MAX_UNROLLED:
             return kernels.gram_in_metric(ordered, moments, numbers, device)

@@ -69,7 +69,11 @@ def gram_beside(
     Where the Gram is on a CUDA device, all of it is one copy and one wait: for this stream only.
     `known`: see `gram_where_it_is`.
     """
-    M = gram_where_it_is(grads, plan, known)
+    return together(gram_where_it_is(grads, plan, known), numbers)
+
+
+def together(M: Tensor, numbers: Sequence[Tensor]) -> tuple[Tensor, list[float]]:
+    """(M on the CPU, the values of tensors of one element), as one copy and one wait."""
     if not M.is_cuda:
         return M, [float(x) for x in numbers]
     sent = torch.cat([x.reshape(-1).to(M) for x in (M, *numbers)])

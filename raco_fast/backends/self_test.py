@@ -29,9 +29,9 @@ def disagreement(backend: Backend, part: str, device: torch.device) -> str | Non
     Args:
         backend: compared with `reference`, on two objectives.
         part: "step" for `gram`, `combine` and `combine_adamw`, float32 and bfloat16, and split
-            rounding; "gram_in_metric" for it alone, float32 and bfloat16 with second moments in
-            float32; "weight_grad" for bfloat16 rows of a layer, with float32 gradients written and
-            bfloat16 ones added to. Compiles eight, two or two kernels the first time on a machine; the
+            rounding; "gram_in_metric" for float32 and bfloat16, second moments in float32;
+            "weight_grad" for bfloat16 rows of a layer, with float32 gradients written and bfloat16
+            ones added to. Compiles eight, two or two kernels the first time on a machine; the
             random number generators are left alone.
         device: where.
     """
@@ -86,7 +86,8 @@ def _of_a_step(kernels: Backend, device: torch.device, dtype: torch.dtype) -> st
 
 def _of_a_metric(kernels: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
     grads = [_waves(phase, device, dtype) for phase in (1, 2)]
-    moments: list[Tensor | None] = [None, *(t.square() for t in _waves(3, device, torch.float32)[1:])]
+    squares = [t.square() for t in _waves(3, device, torch.float32)]
+    moments: list[Tensor | None] = [None, *squares[1:]]
     numbers = torch.tensor([[1.5, 1e-3, 0.5]], dtype=torch.float64).expand(len(moments), 3)
     metric = Metric(moments, numbers)
     ours = kernels.gram_in_metric(grads, metric, {}).cpu().unbind()

@@ -299,7 +299,8 @@ class ObjectiveGradients(HeldGradients):
         Replicas' own gradients are no use to it: it takes those of their sums over processes.
         """
         products = None
-        if last and (self.sharded or not self._several):
+        euclidean = self.expectation.options.metric == "euclidean"
+        if last and euclidean and (self.sharded or not self._several):
             products = ProductsOfPass(graph.uses, self.plan)
         if self.sharded:
             return ScatteredAccumulation(

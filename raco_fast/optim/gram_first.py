@@ -78,8 +78,10 @@ def gram_first(
         NotExactError: `backward` is given, and one backward pass is not exact: m gradients have
             nowhere to go.
         RuntimeError: gradients have been accumulated already: there is no second micro-batch here.
-        ValueError, TypeError: as for `ObjectiveGradients.backward` and `raco_fast.combine`.
+        ValueError, TypeError: as for `ObjectiveGradients.backward` and `raco_fast.combine`; its
+            Gram matrix knows nothing of single elements, which metric="adam" weighs.
     """
+    gradients.refuse_metric("gram_first")
     rule = check_rule(rule)
     limit, said = check_max_grad_norm(max_grad_norm), Said(samples, labelled)
     wish = _Wish(c, rule, limit, said, keep_dy, on_gradient, backward)

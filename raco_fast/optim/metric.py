@@ -1,0 +1,62 @@
+"""The metric in which AdamW's next update is a gradient step, from the states before it.
+
+AdamW moves parameter k by -lr m̂ / (√v̂ + ε), in which this step's G0 counts β1-weighted now and as
+much again, in all, in the steps to come: over its life it moves the parameter by -lr D G0 with
+D = 1 / (√v̂ + ε). So to first order the loss of objective j falls by lr Σ_i α_i ⟨g_j, D g_i⟩: the
+products that decide about conflict are those in the metric D. What goes into it:
+
+    v̂         the running one, v / (1 - β2^t) after t steps, which does not know this step's
+              gradients: a D that did would be small just where they are long, and large where
+              objectives cancel. With amsgrad the largest v.
+    lr        of a group over the largest of all groups: where a parameter moves half as far, its
+              gradients count for half. Groups with lr = 0 do not count.
+    ε, β2     the group's.
+    not       β1 (a share that all parameters have in the end), weight decay (it moves parameters
+              whatever α is), maximize (a sign that all of a group's gradients have).
+
+An element with v = 0 has had no gradient so far, and D would be 1/ε, 10^8 instead of the reciprocal
+of a gradient: rows of an embedding whose token comes for the first time, or an adapter's first
+matrix in its second step, would outweigh all others. It has D = 0. In a step in which nothing has a
+second moment, as the first, the metric is the Euclidean one.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raco_fast.gradients.second_moments import SecondMoment, SecondMoments
+
+
+def second_moments(
+    groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Tensor]]
+) -> SecondMoments:
+    """Those of every parameter that has taken a step.
+
+    Args:
+        groups, state: the optimizer's. Step counts on a device are waited for.
+    """
+    rates = [float(group["lr"]) for group in groups]
+    largest = max(rates, default=0.0)
+    found = {}
+    for group, lr in zip(groups, rates, strict=True):
+        beta2, name = float(group["betas"][1]), _kept(group)
+        held = [p for p in group["params"] if p in state and name in state[p]]
+        for p, t in zip(held, _numbers([state[p]["step"] for p in held]), strict=True):
+            if t > 0.0:
+                root = (1.0 - beta2**t) ** -0.5
+                factor = lr / largest if largest > 0.0 else 1.0
+                found[p] = SecondMoment(state[p][name], root, float(group["eps"]), factor)
+    return found
+
+
+def _kept(group: Mapping[str, Any]) -> str:
+    return "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
+
+
+def _numbers(steps: Sequence[Tensor]) -> list[float]:
+    if all(x.is_cpu for x in steps):
+        return [float(x) for x in steps]
+    values: list[float] = torch.stack([x.reshape(()) for x in steps]).tolist()  # waits once
+    return values
