@@ -529,7 +529,8 @@ def test_settings():
     model = Scorer()
     opt = optimizer_of(model, gram="batch")
     opt.gram, opt.gram_ema, opt.c_mode = "unbiased", 0.9, "signal"
-    assert opt.gram_options == {"gram": "unbiased", "gram_ema": 0.9, "c_mode": "signal"}
+    given = {"gram": "unbiased", "gram_ema": 0.9, "c_mode": "signal"}
+    assert opt.gram_options == {**given, "metric": "euclidean"}
     with pytest.raises(ValueError, match="`gram` must be 'batch'"):
         opt.gram = "mean"
     with pytest.raises(ValueError, match="leave them out, or set gram='unbiased'"):
