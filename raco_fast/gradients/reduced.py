@@ -9,10 +9,9 @@ On one process nothing is sent, and the gradients are what they are.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from itertools import compress
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,15 +30,13 @@ from raco_fast.distributed.dtensor import (
 )
 from raco_fast.distributed.processes import Processes
 from raco_fast.distributed.replicas import ReplicaSums, flat_of
+from raco_fast.gradients.agreement import code_of, refuse_settings, refuse_unlike
 from raco_fast.gradients.objective_grad import ObjectiveGrad, Touched, here, joined, known_products
 from raco_fast.gradients.second_moments import SecondMoments, metric_of, numbers_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
-
-# Replicas on unlike processors may differ by the rounding of their own Gram matrices.
-_ALIKE = 1e-6
 
 Lists = list[list[Tensor | None]]
 
@@ -132,14 +129,14 @@ class Reduced:
                 return ops.together(self._gram_of(touched, moments), numbers)
             return ops.gram_beside(touched.grads, numbers, self._plan, known_products(touched))
         M = self._local_gram(moments)
-        code = _code(settings())
+        code = code_of(settings())
         numbers = [M.new_tensor([code, code**2]), *(x.reshape(1).to(M) for x in numbers)]
         # With another metric a process has another number of matrices: only when all are known to
         # have the same settings the second one is sent.
         summed, (total, square, *values) = self._summed(M[0], numbers)
         # W Σ code² = (Σ code)² only if all are equal; every process has the same sums.
         if self._processes.size * square != total**2:
-            _refuse(settings())
+            refuse_settings(settings())
         if moments is not None:
             summed = torch.stack([summed, self._summed(M[1], [])[0]])
         return summed, [x / self._processes.size for x in values]
@@ -235,11 +232,11 @@ class Reduced:
         """This process's slices, cut where parameters end, and their metric; nothing is copied."""
         assert self._sums is not None
         of_params = [moments.get(p) for p in self._replicas]
-        grads, places = self._sums.cut()
-        found = [of_params[k] for k, _, _ in places]
         flat = [None if one is None else flat_of(one.v) for one in of_params]
-        vs = [None if v is None else v[a:b] for k, a, b in places for v in (flat[k],)]
-        return grads, Metric(vs, numbers_of(found))
+        grads, places = self._sums.cut()
+        parts = [(flat[k], start, stop) for k, start, stop in places]
+        vs = [None if v is None else v[start:stop] for v, start, stop in parts]
+        return grads, Metric(vs, numbers_of([of_params[k] for k, _, _ in places]))
 
     def _agreed(self, moments: SecondMoments | None) -> Tensor:
         """The Gram matrix of gradients that all processes have alike; on the CPU."""
@@ -251,7 +248,7 @@ class Reduced:
         if self._several and self._guarded:
             known = _euclidean(M).nan_to_num(torch.inf)
             largest, smallest = self._processes.largest(torch.stack([known, -known]))
-            _refuse_unlike(largest, -smallest)
+            refuse_unlike(largest, -smallest)
             _euclidean(M).copy_((largest - smallest) / 2)
         return M
 
@@ -265,7 +262,7 @@ class Reduced:
         table = self._processes.sum(table)
         for place in range(mesh.size()):
             rows = table[table[:, 0] == place][:, 1:]
-            _refuse_unlike(rows.amax(0).view_as(own), rows.amin(0).view_as(own))
+            refuse_unlike(rows.amax(0).view_as(own), rows.amin(0).view_as(own))
 
     def _are_own(self, params: Sequence[Tensor]) -> tuple[bool, bool]:
         """Whether replicas' gradients are still to be averaged, or said to be averages.
@@ -289,41 +286,6 @@ def _euclidean(M: Tensor) -> Tensor:
     also on those that have another metric, of which nobody knows yet.
     """
     return M if M.dim() == 2 else M[0]
-
-
-def _refuse_unlike(largest: Tensor, smallest: Tensor) -> None:
-    """Raise RuntimeError where Gram matrices of what should be the same gradients differ."""
-    norms = largest.diagonal().sqrt()
-    apart = (largest - smallest) / torch.outer(norms, norms)
-    if bool((apart > _ALIKE).any()):
-        raise RuntimeError(
-            f"the gradients of replicas must be the same on all processes, and their inner "
-            f"products differ by {float(apart.nan_to_num(0.0).max()):.1e} of their size: nobody "
-            f"has averaged them. DistributedDataParallel averages one backward pass for each "
-            f"forward pass, so of objectives that share one only the first. Use backward(losses), "
-            f"which averages all objectives, with or without such a wrapper; or run the wrapped "
-            f"model once for each `with objective(name):`. Shards of tensor parallelism are "
-            f"averaged over the data by fully_shard on the other dimension of their mesh. "
-            f"Independent runs: process_group=None, or the group of each"
-        )
-
-
-def check_settings(settings: object, processes: Processes) -> None:
-    """Raise RuntimeError, on all processes, unless they have the same settings."""
-    if not processes.alike(torch.tensor([_code(settings)], dtype=torch.float64)):
-        _refuse(settings)
-
-
-def _refuse(settings: object) -> NoReturn:
-    raise RuntimeError(
-        f"the settings of the optimizer must be the same on all processes, and are not; here they "
-        f"are {settings}; set them alike, or give independent runs process_group=None"
-    )
-
-
-def _code(settings: object) -> int:
-    """20 bits, so that sums of squares over processes are exact in float64."""
-    return zlib.crc32(repr(settings).encode()) >> 12
 
 
 def _placed(group: Touched) -> Touched:

@@ -23,11 +23,11 @@ from raco_fast.engine.gram_collector import GramCollector, hand_over_gradient
 from raco_fast.engine.graph import ScoreGraph
 from raco_fast.engine.spot_check import SpotCheck
 from raco_fast.engine.tap import NotExactError
+from raco_fast.gradients.agreement import check_settings
 from raco_fast.gradients.norm_clip import along, clip_factor
 from raco_fast.gradients.objective_grad import is_zero
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
 from raco_fast.gradients.overflow import clear_overflow, leave_overflow
-from raco_fast.gradients.reduced import check_settings
 from raco_fast.gradients.samples import Labelled, Said
 from raco_fast.optim.combine import combine
 from raco_fast.optim.scattered_passes import average_in_p_grad, gram_of
