@@ -42,7 +42,7 @@ bench: $(STAMP)
 	$(BIN)/python -m bench.report --out runs/bench --device cpu
 
 real-run: $(STAMP)
-	$(BIN)/python bench/real_run/run.py
+	$(BIN)/python -m bench.real_run.run
 
 $(STAMP): $(SOURCES)
 	@echo "raco_fast: installing into $(VENV) (a minute or two the first time)"

@@ -34,6 +34,7 @@ ROOMS = [
     "studies",
     "demo",
     "cli",
+    "__main__",
 ]
 
 
@@ -177,9 +178,8 @@ def test_importing_is_light() -> None:
     assert not modules_after("import raco_fast", "torch", "numpy", "jsonargparse")
     of_a_name = "import raco_fast; raco_fast.ClippedCAGradAdamW"
     assert not modules_after(of_a_name, "transformers", "peft", "triton", "jsonargparse")
-    of_help = (
-        "from raco_fast.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint()"
-    )
+    of_help = "from raco_fast.cli.program import main\ntry: main(['--help'])\n"
+    of_help += "except SystemExit: pass\nprint()"
     assert not modules_after(of_help, "torch", "transformers", "matplotlib")
 
 

@@ -33,14 +33,14 @@ def test_every_other_example_runs(code: str) -> None:
 
 
 def test_the_config_example_is_a_config(tmp_path: Path) -> None:
-    from raco_fast import cli
+    from raco_fast.cli.program import COMMANDS, parser_of
     from raco_fast.dpo.run.config import TrainConfig
     from raco_fast.settings.parsing import made
 
     (config,) = blocks("yaml")
     file = tmp_path / "config.yaml"
     file.write_text(config)
-    parser = cli._parser("train")
+    parser = parser_of(COMMANDS["train"])
     values = parser.parse_args(["train", "--config", str(file), "--lr", "2e-5"])
     assert made(parser, values, TrainConfig).lr == 2e-5
 

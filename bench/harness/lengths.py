@@ -102,7 +102,7 @@ def obstacle(data: str) -> str | None:
         if find_spec("transformers") is None:
             return "not run: transformers missing; pip install transformers"
         if not TOKENIZER.is_dir():
-            return "not run: there is no tokenizer; python bench/real_run/fetch_model.py"
+            return "not run: there is no tokenizer; python -m bench.real_run.fetch_model"
         _count(data)
     return None
 

@@ -1,18 +1,11 @@
-"""Write docs/results.md from the metrics of the real run; run after `run.py`.
-
-Every number in that page comes from bench/results/real_run/*.jsonl, which is committed.
-"""
+"""The real run's part of docs/results.md, from its committed metrics."""
 
 import json
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from run import DATA_SETS, RESULTS, RULES
-
+from bench.real_run.run import DATA_SETS, RESULTS, RULES
 from raco_fast.report import markdown_table, share_with_interval, wilson_interval
-
-PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "results.md"
 
 Record = dict[str, Any]
 
@@ -89,10 +82,11 @@ def verdict(data_set: str) -> str:
     return "\n".join(sentences)
 
 
-def page() -> str:
+def part() -> list[str]:
+    """Paragraphs and tables."""
     parts = [
-        "# Results: a real model on real preferences",
-        "Written by `bench/real_run/report.py` from `bench/results/real_run/`; the protocol is "
+        "## A real model on real preferences",
+        "From `bench/results/real_run/`; the protocol is "
         "`bench/real_run/*.yaml`, the command `make real-run`. SmolLM2-135M-Instruct (4-bit "
         "weights unpacked to fp32) with a LoRA adapter of rank 16 on every linear layer, one pass "
         "over a part of each training file, the same seed, data order and step size for both "
@@ -104,17 +98,11 @@ def page() -> str:
     ]
     for data_set in DATA_SETS:
         tables = (table(data_set) for table in (accuracy_table, combination_table, verdict))
-        parts += [f"## {data_set}", *tables]
+        parts += [f"### {data_set}", *tables]
     machine = (RESULTS / "machine.txt").read_text(encoding="utf-8").strip()
     parts += [
         "These runs are short: they show that the whole road works on real input, not which rule "
         "is better.",
         f"Machine: {machine}.",
-        "What a step costs in time and memory, beside plain DPO, m backward passes, TorchJD and "
-        "TRL, is in [performance.md](performance.md).",
     ]
-    return "\n\n".join(parts) + "\n"
-
-
-if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    return parts

@@ -1,7 +1,7 @@
 """The real run: SmolLM2-135M-Instruct with LoRA on real preferences, `linear` and `cagrad-clip`.
 
-    python bench/real_run/run.py            # about an hour on 2 cores
-    python bench/real_run/report.py         # docs/results.md from what it wrote
+    python -m bench.real_run.run            # about an hour on 2 cores
+    python -m bench.results_page            # docs/results.md from what it wrote
 
 The two data sets run side by side, one thread each; the rules of a data set run one after the
 other, so that the second finds the reference log-probabilities cached. An interrupted run goes on
@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from fetch_model import fetch_model
+from bench.real_run.fetch_model import fetch_model
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results" / "real_run"

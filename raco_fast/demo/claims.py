@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import NamedTuple
 
 from raco_fast.demo.hypervolumes import comparable, fronts_of
-from raco_fast.demo.judges import OBJECTIVES
 from raco_fast.demo.summary import Row, dominates
 from raco_fast.studies.spread import CERTAINTY, Spread
 
@@ -103,7 +102,7 @@ def _mean_over_rows(spreads: Sequence[Spread]) -> Spread:
 
 def _what_alignment_moved(start: Row, aligned: Sequence[Row]) -> Iterator[Finding]:
     """Per objective: how many rows clearly rose or fell from the start, and the range reached."""
-    for name in OBJECTIVES:
+    for name in start.scores:
         changes = [row.scores[name] - start.scores[name] for row in aligned]
         clear = [change.mean > 0 for change in changes if change.is_clear()]
         ranked = sorted(aligned, key=lambda row: (row.scores[name].mean, row.name))
@@ -136,7 +135,7 @@ def _what_rules_change(aligned: Sequence[Row]) -> Iterator[Finding]:
         (a, b, name, a.scores[name] - b.scores[name])
         for a, b in combinations(aligned, 2)
         if a.method != b.method and a.weights == b.weights
-        for name in OBJECTIVES
+        for name in a.scores
     ]
     clear = [gap for gap in gaps if gap[-1].is_clear()]
     if clear:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from raco_fast.demo.judges import OBJECTIVES
 from raco_fast.solver.gram_options import GRAMS
 from raco_fast.solver.registry import RuleLike, check_rule, label_of, spec_of
 from raco_fast.solver.weights import check_c
@@ -37,9 +38,11 @@ class DemoConfig:
             `cagrad`, which cagrad-clip clips, is left out for the time it takes.
         grams: "batch", "unbiased" or both: the Gram matrix that rules find a conflict in. linear,
             which looks for none, runs once, as "batch".
-        coverage_weights: one weight vector for each of these weights of coverage; what is left
-            beside the weight of faithfulness goes to brevity.
-        faithfulness_weight: weight of faithfulness in every weight vector.
+        objectives: how many, 2 to 6: the first of `raco_fast.demo.judges.OBJECTIVES`.
+        coverage_shares: one weight vector for each of them. Every objective but coverage and
+            brevity has the weight 1 / (objectives + 2); of the rest, coverage has this share.
+        own_pairs: whether every pair is labelled for one objective, in turns, instead of for all.
+        label_noise: the share of labels that are turned round, at random.
         c: radius of the search around the weighted gradient, 0 <= c < 1.
         beta: strength of DPO's pull towards the warmed-up model.
         lr: learning rate of the alignment, after a rise over the first tenth of its steps.
@@ -60,8 +63,10 @@ class DemoConfig:
     seeds: int = 5
     rules: tuple[str | dict[str, Any], ...] = ("linear", "cagrad-clip", "mgda")
     grams: tuple[str, ...] = GRAMS
-    coverage_weights: tuple[float, ...] = (0.65, 0.4, 0.15)
-    faithfulness_weight: float = 0.2
+    objectives: int = 3
+    coverage_shares: tuple[float, ...] = (0.8, 0.5, 0.2)
+    own_pairs: bool = False
+    label_noise: float = 0.0
     c: float = 0.4
     beta: float = 0.1
     lr: float = 3e-4
@@ -80,7 +85,7 @@ class DemoConfig:
         rules = tuple(spec_of(check_rule(rule)) for rule in self.rules)
         object.__setattr__(self, "rules", rules)
         check_c(self.c)
-        rest = 1 - self.faithfulness_weight
+        most = len(OBJECTIVES)
         counts = ("seeds", "steps", "batch_size", "warm_up_steps", "warm_up_batch_size", "layers")
         conditions = [
             *((n, getattr(self, n) >= 1, "be at least 1") for n in (*counts, "documents")),
@@ -88,16 +93,13 @@ class DemoConfig:
             ("beta", 0 < self.beta < math.inf, "be positive"),
             ("workers", self.workers >= 0, "be 0 (one a core) or more"),
             ("hidden_size", self.hidden_size in range(8, 10**6, 8), "be a multiple of 8"),
-            ("faithfulness_weight", 0 <= rest <= 1, "be in [0, 1]"),
-            (
-                "coverage_weights",
-                all(0 <= weight <= rest + 1e-9 for weight in self.coverage_weights),
-                f"lie in [0, {rest:g}], which is what `faithfulness_weight` leaves",
-            ),
+            ("objectives", self.objectives in range(2, most + 1), f"be 2 to {most}"),
+            ("coverage_shares", all(0 <= s <= 1 for s in self.coverage_shares), "lie in [0, 1]"),
+            ("label_noise", 0 <= self.label_noise < 0.5, "be in [0, 0.5)"),
         ]
         known = all(gram in GRAMS for gram in self.grams)
         conditions.append(("grams", known, f"be of {', '.join(GRAMS)}"))
-        for name in ("rules", "grams", "coverage_weights"):
+        for name in ("rules", "grams", "coverage_shares"):
             values = getattr(self, name)
             distinct = values and all(v not in values[:i] for i, v in enumerate(values))
             conditions.append((name, distinct, "hold different values, at least one"))
@@ -106,15 +108,22 @@ class DemoConfig:
                 raise ValueError(f"`{name}` must {rule}, got {getattr(self, name)}")
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The objectives."""
+        return OBJECTIVES[: self.objectives]
+
+    @property
     def weight_vectors(self) -> tuple[dict[str, float], ...]:
-        """Objective -> weight, one mapping for each of `coverage_weights`."""
+        """Objective -> weight, one mapping for each of `coverage_shares`."""
+        coverage, brevity, *further = self.names
+        each = 1 / (self.objectives + 2)
         return tuple(
             {
-                "coverage": coverage,
-                "brevity": max(0.0, round(1 - self.faithfulness_weight - coverage, 9)),
-                "faithfulness": self.faithfulness_weight,
+                coverage: 4 * each * share,
+                brevity: 4 * each * (1 - share),
+                **dict.fromkeys(further, each),
             }
-            for coverage in self.coverage_weights
+            for share in self.coverage_shares
         )
 
     @property

@@ -8,13 +8,9 @@ from itertools import combinations
 
 import numpy as np
 
-from raco_fast.demo.judges import OBJECTIVES
 from raco_fast.demo.summary import Row
 from raco_fast.studies.fronts import hypervolume
 from raco_fast.studies.spread import Spread
-
-REFERENCE = np.zeros(len(OBJECTIVES))
-"""The worst scores there are: every summary is above them, whatever it was traded for."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +23,8 @@ class Front:
         method: what sentences call both.
         weights: of its rows. A front of other weights, or of more, has another volume for that
             reason alone.
-        volume: the hypervolume above `REFERENCE`, in [0, 1], of each seed's rows.
+        volume: the hypervolume above the worst scores there are, 0 in every objective, of each
+            seed's rows; in [0, 1].
     """
 
     rule: str
@@ -56,6 +53,7 @@ def comparable(fronts: Sequence[Front]) -> Iterator[tuple[Front, Front]]:
 
 
 def _volume(rows: Sequence[Row]) -> Spread:
-    by_seed = np.array([[row.scores[name].values for name in OBJECTIVES] for row in rows])
+    by_seed = np.array([[score.values for score in row.scores.values()] for row in rows])
     points = np.moveaxis(by_seed, 2, 0)  # [seeds, n, m]
-    return Spread(tuple(hypervolume(of_seed, REFERENCE) for of_seed in points))
+    worst = np.zeros(points.shape[2])
+    return Spread(tuple(hypervolume(of_seed, worst) for of_seed in points))

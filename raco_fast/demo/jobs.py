@@ -12,7 +12,7 @@ import random
 import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy.typing as npt
@@ -22,7 +22,8 @@ from transformers import LlamaForCausalLM
 
 from raco_fast.demo.config import DemoConfig
 from raco_fast.demo.documents import make_document
-from raco_fast.demo.judges import OBJECTIVES, draw_pairs, judge
+from raco_fast.demo.judges import draw_pairs, judge
+from raco_fast.demo.labelling import labelled
 from raco_fast.demo.model import (
     PAD,
     build_model,
@@ -102,10 +103,20 @@ def warm_up_job(config: DemoConfig, seed: int) -> WarmStart:
     batches = of_seed.batches("warm-up", config.warm_up_steps, config.warm_up_batch_size)
     losses = enumerate(warm_up(model, batches, config.warm_up_lr), start=1)
     steps = [{"step": step, "loss": loss} for step, loss in losses]
-    pairs = [pair for batch in of_seed.preferences() for pair in batch]
-    reference = compute_reference(model, pairs, of_seed.layout(config.batch_size))[1.0]
     state = {name: value.numpy() for name, value in model.state_dict().items()}
-    return WarmStart(of_seed.judged(model, "start", None, None, steps), state, reference)
+    judged = of_seed.judged(model, "start", None, None, steps)
+    return WarmStart(judged, state, of_seed.reference(model))
+
+
+@_one_thread()
+def with_pairs_of(config: DemoConfig, start: WarmStart) -> WarmStart:
+    """The same warmed-up model for a config with other pairs: it scores those.
+
+    Args:
+        config: differs from that of `start` in nothing that the warm-up sees.
+    """
+    of_seed = _Seed(config, start.judged.seed)
+    return replace(start, reference=of_seed.reference(of_seed.model_of(start)))
 
 
 @_one_thread()
@@ -118,13 +129,12 @@ def align_job(
     them; the optimizer is then given equal ones.
     """
     of_seed = _Seed(config, start.judged.seed)
-    model = of_seed.build_model()
-    model.load_state_dict({name: torch.tensor(value) for name, value in start.state.items()})
+    model = of_seed.model_of(start)
     optimizer = ClippedCAGradAdamW(
         model.parameters(),
         lr=config.lr,
         weight_decay=0.0,
-        weights=weights or dict.fromkeys(OBJECTIVES, 1 / len(OBJECTIVES)),
+        weights=weights or dict.fromkeys(config.names, 1 / config.objectives),
         c=config.c,
         rule=rule,
         max_grad_norm=1.0,
@@ -132,7 +142,7 @@ def align_job(
     )
     rise = max(1, config.steps // 10)
     schedule = LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / rise))
-    losses = dict.fromkeys(OBJECTIVES, Sigmoid(beta=config.beta))
+    losses = dict.fromkeys(config.names, Sigmoid(beta=config.beta))
     references = {1.0: start.reference}
     layout = of_seed.layout(config.batch_size)
     learn = PreferenceStep(model, optimizer, references, losses, layout)
@@ -155,6 +165,17 @@ class _Seed:
         """A fresh model."""
         return build_model(self.tokenizer, self.config.hidden_size, self.config.layers, self.seed)
 
+    def model_of(self, start: WarmStart) -> LlamaForCausalLM:
+        """The warmed-up model."""
+        model = self.build_model()
+        model.load_state_dict({name: torch.tensor(value) for name, value in start.state.items()})
+        return model
+
+    def reference(self, model: LlamaForCausalLM) -> ReferenceLogps:
+        """The log-probabilities of all preference pairs under `model`."""
+        pairs = [pair for batch in self.preferences() for pair in batch]
+        return compute_reference(model, pairs, self.layout(self.config.batch_size))[1.0]
+
     def layout(self, pairs: int) -> Layout:
         """Padded: for so small a model the mask of a packed row is more work than the padding."""
         return Layout("padded", pairs, math.inf, PAD)
@@ -165,7 +186,8 @@ class _Seed:
         Those of eight steps are sorted by length before they are cut: there is half the padding.
         """
         rng = self._rng(purpose)
-        pairs = encode(self.tokenizer, draw_pairs(steps * size, rng))
+        drawn = labelled(draw_pairs(steps * size, rng), self.config, self._rng("labels"))
+        pairs = encode(self.tokenizer, drawn)
         batches = []
         for start in range(0, len(pairs), 8 * size):
             some = pairs[start : start + 8 * size]
@@ -191,7 +213,9 @@ class _Seed:
         documents = [make_document(rng) for _ in range(self.config.documents)]
         texts = write_summaries(model, self.tokenizer, documents, self.seed)
         judged = [judge(document, text) for document, text in zip(documents, texts, strict=True)]
-        scores = {name: statistics.fmean(each[name] for each in judged) for name in OBJECTIVES}
+        scores = {
+            name: statistics.fmean(each[name] for each in judged) for name in self.config.names
+        }
         return Judged(self.seed, rule, gram, weights, scores, steps)
 
     def _rng(self, purpose: str) -> random.Random:

@@ -8,9 +8,14 @@ other content word is a broken statement.
     brevity       1 - words of the text / words of the document, at least 0 (full stops not counted)
     faithfulness  claims that are facts of the document / (claims + broken statements);
                   1 for a text that states nothing, because it invents nothing
+    fluency       claims told in a full sentence, "the entity is value", / claims; 0 without a claim
+    focus         words of the claims, four in a full sentence and else two, / words of the text;
+                  0 for an empty text
+    lead          1 / the place of the document's first fact among the claims; 0 where it is missing
 
-All three lie in [0, 1] and are ratios of small integers, so equal quality is equal to the last bit
-and a tie is a tie. They pull apart: every fact told costs words, and every fact told can be wrong.
+All lie in [0, 1] and are ratios of small integers, so equal quality is equal to the last bit and a
+tie is a tie. They pull apart: every fact told costs words and can be wrong, and a full sentence
+costs twice as many. A study of m objectives has the first m.
 """
 
 from __future__ import annotations
@@ -19,10 +24,17 @@ import random
 from itertools import pairwise
 from typing import NamedTuple
 
-from raco_fast.demo.documents import VALUES, Document, Fact, make_document, make_summary
+from raco_fast.demo.documents import (
+    VALUES,
+    Document,
+    Fact,
+    full_sentence,
+    make_document,
+    make_summary,
+)
 from raco_fast.dpo.data.pairs import PreferencePair
 
-OBJECTIVES = ("coverage", "brevity", "faithfulness")
+OBJECTIVES = ("coverage", "brevity", "faithfulness", "fluency", "focus", "lead")
 _VALUE_WORDS = frozenset(value for values in VALUES.values() for value in values)
 
 
@@ -50,10 +62,15 @@ def judge(document: Document, text: str) -> dict[str, float]:
     stated = set(claims) & set(document.facts)
     statements = len(claims) + broken
     supported = sum(claim in stated for claim in claims)
+    words, first = count_words(text), document.facts[0]
+    fluent = sum(f" {full_sentence(claim)} " in f" {text} " for claim in claims)
     return {
         "coverage": len(stated) / len(document.facts),
-        "brevity": max(0.0, 1.0 - count_words(text) / count_words(document.text)),
+        "brevity": max(0.0, 1.0 - words / count_words(document.text)),
         "faithfulness": supported / statements if statements else 1.0,
+        "fluency": fluent / len(claims) if claims else 0.0,
+        "focus": min(1.0, 2 * (len(claims) + fluent) / words) if words else 0.0,
+        "lead": 1 / (1 + claims.index(first)) if first in claims else 0.0,
     }
 
 
@@ -67,7 +84,7 @@ def label(document: Document, a: str, b: str) -> dict[str, float]:
 
 
 def draw_pairs(n: int, rng: random.Random) -> list[PreferencePair]:
-    """n documents, each with two different candidate summaries and the judges' labels."""
+    """n documents, each with two different candidate summaries and the labels of all judges."""
     pairs = []
     for i in range(n):
         document = make_document(rng)

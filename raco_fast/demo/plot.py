@@ -16,8 +16,6 @@ from raco_fast.studies.spread import Spread
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_PANELS = (("brevity", "coverage"), ("brevity", "faithfulness"))
-
 
 def plot_scores(rows: Sequence[Row], destination: Path) -> str:
     """Draw the rows of `summarize` into a PNG, replaced as a whole.
@@ -30,10 +28,14 @@ def plot_scores(rows: Sequence[Row], destination: Path) -> str:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return NO_PICTURE
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
-    panels = figure.subplots(1, len(_PANELS))
-    for axes, (x, y) in zip(panels, _PANELS, strict=True):
-        _draw_panel(axes, rows, x, y)
+    figure = Figure(layout="constrained")
+    # What takes words, or is free of them, against brevity.
+    names = list(rows[0].scores)
+    others = [name for name in names if name != "brevity"]
+    figure.set_size_inches(max(5.5 * len(others), 7), 5.2)
+    panels = figure.subplots(1, len(others), squeeze=False)[0]
+    for axes, name in zip(panels, others, strict=True):
+        _draw_panel(axes, rows, "brevity", name)
     _, labels = legend = panels[0].get_legend_handles_labels()
     figure.legend(
         *legend, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=8.5
@@ -42,7 +44,7 @@ def plot_scores(rows: Sequence[Row], destination: Path) -> str:
     figure.suptitle(
         f"Judged scores of generated summaries, mean and 95 % interval over {seeds} seed"
         + "s" * (seeds > 1)
-        + "; weights are coverage/brevity/faithfulness",
+        + f"; weights are {'/'.join(names)}",
         fontsize=11,
     )
     with atomic_file(destination) as partial:

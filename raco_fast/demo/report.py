@@ -8,9 +8,8 @@ from pathlib import Path
 
 from raco_fast.demo.claims import claims, difference
 from raco_fast.demo.config import DemoConfig
-from raco_fast.demo.hypervolumes import REFERENCE, Front, fronts_of
+from raco_fast.demo.hypervolumes import Front, fronts_of
 from raco_fast.demo.jobs import Judged
-from raco_fast.demo.judges import OBJECTIVES
 from raco_fast.demo.plot import plot_scores
 from raco_fast.demo.summary import Row, summarize
 from raco_fast.dpo.run.files import atomic_file
@@ -19,20 +18,19 @@ from raco_fast.report import markdown_table, text_table
 from raco_fast.solver.gram_options import GRAMS
 from raco_fast.studies.spread import Spread
 
-_HEADER = ("rule", "gram", "weights", *OBJECTIVES, "clipped", "cosine")
 _VOLUME_HEADER = ("rule", "points", *(f"hypervolume, {gram}" for gram in GRAMS), "unbiased - batch")
 _QUICK = "**Quick form: the model is too small and too little trained to conclude from.**\n\n"
 _REPORT = """\
-# Three conflicting preferences in miniature
+# Conflicting preferences in miniature
 
 A small Llama is taught to summarise generated documents from summaries of mixed quality, then \
-aligned by DPO on pairs labelled for coverage, brevity and faithfulness by exact rule-based \
-judges. The same judges score one sampled summary of each of {documents} held-out documents a \
-seed. Mean over {seeds} ± half of its 95 % Student interval; every score lies in [0, 1] and higher \
-is better. Weights are coverage/brevity/faithfulness. `gram` is the Gram matrix that a rule finds \
-a conflict in: of a batch's gradients, as in the paper, or the unbiased estimate of that of their \
-expectation, which is ours. `clipped` is the share of steps in which clipping changed the update, \
-`cosine` the mean cosine between the gradients of two objectives in a step.
+aligned by DPO on pairs labelled for {objectives} by exact rule-based judges. The same judges \
+score one sampled summary of each of {documents} held-out documents a seed. Mean over {seeds} ± \
+half of its 95 % Student interval; every score lies in [0, 1] and higher is better. Weights are \
+{order}. `gram` is the Gram matrix that a rule finds a conflict in: of a batch's gradients, as in \
+the paper, or the unbiased estimate of that of their expectation, which is ours. `clipped` is the \
+share of steps in which clipping changed the update, `cosine` the mean cosine between the \
+gradients of two objectives in a step.
 
 {warning}{table}
 
@@ -40,7 +38,7 @@ expectation, which is ours. `clipped` is the share of steps in which clipping ch
 
 ## Hypervolume
 
-The volume of scores that a rule's weight vectors reach together, above the scores {reference}: \
+The volume of scores that a rule's weight vectors reach together, above 0 in every objective: \
 that of each seed, then mean and interval. It grows with the number of points.
 
 {volumes}
@@ -100,7 +98,7 @@ def write_reports(
 
 def terminal_table(rows: Sequence[Row]) -> str:
     """The table for a terminal."""
-    return text_table(_HEADER, map(_cells, rows))
+    return text_table(_header(rows), map(_cells, rows))
 
 
 def markdown(config: DemoConfig, rows: Sequence[Row], plot_note: str, seconds: float) -> str:
@@ -112,16 +110,26 @@ def markdown(config: DemoConfig, rows: Sequence[Row], plot_note: str, seconds: f
         documents=config.documents,
         seeds=f"{seeds} seed{'s' * (seeds > 1)}",
         warning=_QUICK if config.quick else "",
-        table=markdown_table(_HEADER, map(_cells, rows)),
+        table=markdown_table(_header(rows), map(_cells, rows)),
         plot=plot_note or "![judged scores](pareto.png)",
         claims=_bullets(rows),
         cosines=_cosine_table(aligned, {row.name: row.cosines for row in aligned}),
         expected=_expected(aligned),
-        reference="/".join(f"{worst:g}" for worst in REFERENCE),
+        objectives=_listed(config.names),
+        order="/".join(config.names),
         volumes=markdown_table(_VOLUME_HEADER, _volumes(rows)),
         seconds=seconds,
         settings=", ".join(f"{name} = {value}" for name, value in settings),
     )
+
+
+def _header(rows: Sequence[Row]) -> tuple[str, ...]:
+    return ("rule", "gram", "weights", *rows[0].scores, "clipped", "cosine")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """For example "coverage, brevity and faithfulness"."""
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _bullets(rows: Sequence[Row]) -> str:
@@ -133,7 +141,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     if row.clipped is not None:
         clipped = f"{row.clipped.mean:.0%}"
         cosine = f"{sum(c.mean for c in row.cosines.values()) / len(row.cosines):+.2f}"
-    scores = (row.scores[name].with_interval() for name in OBJECTIVES)
+    scores = (score.with_interval() for score in row.scores.values())
     return (row.rule, row.gram or "-", row.weights_text, *scores, clipped, cosine)
 
 

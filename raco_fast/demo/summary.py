@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from raco_fast.demo.jobs import Judged
-from raco_fast.demo.judges import OBJECTIVES
 from raco_fast.studies import fronts
 from raco_fast.studies.spread import Spread
 
@@ -57,8 +56,8 @@ class Row:
 
     @property
     def weights_text(self) -> str:
-        """For example "0.65/0.15/0.2"; a dash for none."""
-        return "/".join(f"{weight:g}" for weight in self.weights) or "-"
+        """For example "0.64/0.16/0.2"; a dash for none."""
+        return "/".join(f"{weight:.3g}" for weight in self.weights) or "-"
 
     @property
     def method(self) -> str:
@@ -75,11 +74,11 @@ def summarize(results: Sequence[Judged]) -> list[Row]:
     """The table: rules, Gram matrices and weight vectors, in the order of the results."""
     groups: dict[tuple[str, str | None, tuple[float, ...]], list[Judged]] = {}
     for result in results:
-        weights = tuple(result.weights[name] for name in OBJECTIVES) if result.weights else ()
+        weights = tuple(result.weights.values()) if result.weights else ()
         groups.setdefault((result.rule, result.gram, weights), []).append(result)
     rows = []
     for (rule, gram, weights), group in groups.items():
-        scores = {name: Spread(tuple(r.scores[name] for r in group)) for name in OBJECTIVES}
+        scores = {name: Spread(tuple(r.scores[name] for r in group)) for name in group[0].scores}
         metrics = {
             name: Spread(tuple(_mean(step[name] for step in r.steps) for r in group))
             for name in group[0].steps[0]
@@ -105,5 +104,5 @@ def _mean(numbers: Iterable[float]) -> float:
 
 def dominates(a: Row, b: Row) -> bool:
     """Whether a's mean scores are nowhere below b's and somewhere above."""
-    means = (np.array([row.scores[name].mean for name in OBJECTIVES]) for row in (a, b))
+    means = (np.array([score.mean for score in row.scores.values()]) for row in (a, b))
     return bool(fronts.dominates(*means))

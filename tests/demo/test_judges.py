@@ -66,11 +66,31 @@ DOCUMENT = Document(
 def test_scores_of_handwritten_texts_are_exact(
     text: str, coverage: float, words: int, faithfulness: float
 ) -> None:
-    assert judge(DOCUMENT, text) == {
-        "coverage": coverage,
-        "brevity": 1 - words / 19,
-        "faithfulness": faithfulness,
-    }
+    scores = judge(DOCUMENT, text)
+    assert scores["coverage"] == coverage
+    assert scores["brevity"] == 1 - words / 19
+    assert scores["faithfulness"] == faithfulness
+
+
+@pytest.mark.parametrize(
+    ("text", "fluency", "focus", "lead"),
+    [
+        ("", 0.0, 0.0, 0.0),
+        ("train late . river frozen .", 0.0, 1.0, 1.0),
+        ("the train is late . river frozen .", 0.5, 1.0, 1.0),
+        ("river frozen . mayor happy . the train is late .", 1 / 3, 1.0, 1 / 3),
+        ("that is known . train late .", 0.0, 2 / 5, 1.0),
+        ("nobody said more . the river is frozen .", 1.0, 4 / 7, 0.0),
+        # Neither a stop that is missing nor a word between makes a full sentence.
+        ("the train is late", 0.0, 1 / 2, 1.0),
+        ("the train train is late .", 0.0, 2 / 5, 1.0),
+        # A wrong value is a claim, though not the document's.
+        ("the train is early .", 1.0, 1.0, 0.0),
+    ],
+)
+def test_scores_of_style_are_exact(text: str, fluency: float, focus: float, lead: float) -> None:
+    scores = judge(DOCUMENT, text)
+    assert (scores["fluency"], scores["focus"], scores["lead"]) == (fluency, focus, lead)
 
 
 def test_a_text_longer_than_the_document_has_no_brevity_left() -> None:
@@ -104,8 +124,9 @@ def test_filler_costs_only_brevity_and_an_invention_costs_faithfulness(seed: int
     text = short_sentence(rng.choice(document.facts))
     plain = judge(document, text)
     padded = judge(document, f"{text} {rng.choice(FILLERS)}")
-    assert padded.pop("brevity") < plain["brevity"]
-    assert padded == {"coverage": 0.25, "faithfulness": 1.0}
+    for name in ("brevity", "focus"):
+        assert padded.pop(name) < plain[name]
+    assert padded == {name: plain[name] for name in padded}
     mentioned = {fact.entity for fact in document.facts}
     stranger = rng.choice([entity for entity in VALUES if entity not in mentioned])
     invented = judge(document, f"{text} {stranger} {VALUES[stranger][0]} .")
@@ -170,7 +191,8 @@ def test_pairs_conflict_agree_and_tie() -> None:
 def test_a_tie_is_a_tie_to_the_last_bit() -> None:
     a = "train late . river calm . road icy . mayor angry ."  # 2 of 4 claims hold
     b = "train late . the train is early ."  # 1 of 2, as many words less 2
-    assert label(DOCUMENT, a, b) == {"coverage": 1, "brevity": -1, "faithfulness": 0}
+    found = label(DOCUMENT, a, b)
+    assert (found["coverage"], found["brevity"], found["faithfulness"]) == (1, -1, 0)
 
 
 def test_the_generator_is_a_function_of_its_seed() -> None:

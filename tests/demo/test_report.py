@@ -13,11 +13,11 @@ import pytest
 from raco_fast.demo.claims import claims
 from raco_fast.demo.config import DemoConfig
 from raco_fast.demo.jobs import Judged
-from raco_fast.demo.judges import OBJECTIVES
 from raco_fast.demo.plot import plot_scores
 from raco_fast.demo.report import markdown, terminal_table, write_reports
 from raco_fast.demo.summary import dominates, summarize
 
+OBJECTIVES = ("coverage", "brevity", "faithfulness")
 HIGH = {"coverage": 0.65, "brevity": 0.15, "faithfulness": 0.2}
 LOW = {"coverage": 0.15, "brevity": 0.65, "faithfulness": 0.2}
 JITTER = (-0.01, 0.0, 0.01)

@@ -12,13 +12,13 @@ import pytest
 
 from raco_fast.demo.config import DemoConfig
 from raco_fast.demo.jobs import _Seed
-from raco_fast.demo.judges import OBJECTIVES
 from raco_fast.demo.model import PAD
 from raco_fast.demo.study import run
 from raco_fast.dpo.data.batches import pair_length
 from raco_fast.dpo.data.collation import collate
 from raco_fast.dpo.data.tokenization import EncodedPair
 
+OBJECTIVES = ("coverage", "brevity", "faithfulness")
 PAIRS = ("coverage:brevity", "coverage:faithfulness", "brevity:faithfulness")
 
 
@@ -112,7 +112,7 @@ def test_table_agrees_with_the_metrics(quick: Path) -> None:
         judged = [
             record
             for record in of(records, phase="judged", rule=rule, gram=None if gram == "-" else gram)
-            if weights in ("-", "/".join(f"{w:g}" for w in (record.get("weights") or {}).values()))
+            if weights in ("-", "/".join(f"{w:.3g}" for w in (record["weights"] or {}).values()))
         ]
         assert len(judged) == 2
         for name, cell in zip(OBJECTIVES, cells, strict=False):
@@ -157,7 +157,7 @@ def test_worker_processes_give_the_same_numbers(tmp_path: Path) -> None:
         quick=False,
         seed=7,
         rules=("linear", "cagrad-clip"),
-        coverage_weights=(0.5,),
+        coverage_shares=(0.5,),
         warm_up_steps=4,
         steps=3,
         documents=4,
@@ -185,9 +185,10 @@ def test_worker_processes_give_the_same_numbers(tmp_path: Path) -> None:
             r"`grams` must be of batch, unbiased, got \('batch', 'ema'\)",
         ),
         ({"grams": ()}, "`grams` must hold different values, at least one"),
-        ({"faithfulness_weight": 1.2}, r"`faithfulness_weight` must be in \[0, 1\], got 1.2"),
-        ({"coverage_weights": ()}, "`coverage_weights` must hold"),
-        ({"coverage_weights": (0.9,)}, r"`coverage_weights` must lie in \[0, 0.8\].* got \(0.9,\)"),
+        ({"objectives": 7}, "`objectives` must be 2 to 6, got 7"),
+        ({"label_noise": 0.5}, r"`label_noise` must be in \[0, 0.5\), got 0.5"),
+        ({"coverage_shares": ()}, "`coverage_shares` must hold"),
+        ({"coverage_shares": (1.1,)}, r"`coverage_shares` must lie in \[0, 1\], got \(1.1,\)"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(setting: dict, message: str) -> None:
@@ -213,8 +214,31 @@ def padding(batches: list[list[EncodedPair]]) -> float:
 
 
 def test_weight_vectors_sum_to_one() -> None:
-    vectors = DemoConfig(coverage_weights=(0.8, 0.0), faithfulness_weight=0.2).weight_vectors
-    assert vectors == (
-        {"coverage": 0.8, "brevity": 0.0, "faithfulness": 0.2},
-        {"coverage": 0.0, "brevity": 0.8, "faithfulness": 0.2},
-    )
+    one, other = DemoConfig(coverage_shares=(1.0, 0.25)).weight_vectors
+    assert one == {"coverage": 0.8, "brevity": 0.0, "faithfulness": 0.2}
+    assert other == pytest.approx({"coverage": 0.2, "brevity": 0.6, "faithfulness": 0.2})
+    for objectives in range(2, 7):
+        for weights in DemoConfig(objectives=objectives).weight_vectors:
+            assert len(weights) == objectives
+            assert sum(weights.values()) == pytest.approx(1)
+
+
+def test_two_and_six_objectives_are_judged_and_drawn(tmp_path: Path) -> None:
+    for objectives in (2, 6):
+        small = replace(
+            DemoConfig(str(tmp_path / str(objectives)), quick=True, objectives=objectives).sized(),
+            quick=False,
+            seeds=1,
+            rules=("linear",),
+            warm_up_steps=2,
+            steps=2,
+            documents=4,
+        )
+        folder = run(small)
+        assert (folder / "pareto.png").exists()
+        *_, last = read_metrics(folder)
+        assert list(last["weights"]) == list(small.names)
+        assert [name for name in last if name.startswith("judge/")] == [
+            f"judge/{name}" for name in small.names
+        ]
+        assert "/".join(small.names) in (folder / "report.md").read_text(encoding="utf-8")

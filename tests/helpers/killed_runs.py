@@ -143,7 +143,7 @@ class Undisturbed:
 
     def train(self, output: Path, **kill: Any) -> int:
         """One start of the command, with --resume if there is a checkpoint; its exit status."""
-        from raco_fast import cli
+        from raco_fast.cli import program as cli
         from raco_fast.dpo.run.checkpoint import latest
 
         resume = ["--resume"] if latest(output / "checkpoints") else []

@@ -117,7 +117,7 @@ def _command(
     """In the process: what torchrun would start."""
     import torch
 
-    from raco_fast import cli
+    from raco_fast.cli import program as cli
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

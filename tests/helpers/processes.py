@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 _IMPORTED_ONCE = [
     "pytest",
-    "raco_fast.cli",
+    "raco_fast.cli.program",
     "raco_fast.dpo.run.trainer",
     "jsonargparse",
     "torch.distributed.checkpoint",

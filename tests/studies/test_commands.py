@@ -8,7 +8,7 @@ import pytest
 import yaml
 from tiny_runs import build_rows, write_rows
 
-from raco_fast import cli
+from raco_fast.cli import program as cli
 from raco_fast.dpo.run.trainer import Interrupted
 from raco_fast.studies import worker
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from raco_fast import cli
+from raco_fast.cli.program import COMMANDS, parser_of
 from raco_fast.dpo.run import reference_cache
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.trainer import Interrupted, train
@@ -232,6 +232,6 @@ def test_the_config_of_a_run_is_read_as_it_was_meant(make_sweep):
     assert from_settings(TrainConfig, read(run.config.folder / "config.yaml")) == run.config
     assert run.config.weights == odd["weights"]
     assert run.config.tokens.chat_template == odd["tokens"]["chat_template"]
-    parser = cli._parser("train")
+    parser = parser_of(COMMANDS["train"])
     values = parser.parse_args(["train", "--config", str(run.config.folder / "config.yaml")])
     assert made(parser, values, TrainConfig) == run.config

@@ -41,6 +41,12 @@ class EncodeReport:
     not_rendered: dict[str, int] = field(default_factory=dict)
     prints_date: bool = False
 
+    def __str__(self) -> str:
+        """How many pairs are kept, and what else there is to tell."""
+        rest = {name: getattr(self, name) for name in _COUNTS if name not in ("pairs", "kept")}
+        told = [f"{name.replace('_', ' ')}: {count}" for name, count in rest.items() if count]
+        return ", ".join([f"{self.kept} of {self.pairs} pairs kept", *told])
+
     def warnings(self) -> list[str]:
         """A sentence for all of one kind that is not lost or trained as one would expect."""
         said = []

@@ -25,6 +25,7 @@ from raco_fast.backends import ops
 from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.data.batches import BatchSchedule
 from raco_fast.dpo.data.collation import PairBatch
+from raco_fast.dpo.data.label_counts import Labels, labels_of
 from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.losses.objective_losses import preference_losses
 from raco_fast.dpo.models import trainable
@@ -52,24 +53,6 @@ Sums = dict[Tensor, list[Tensor]]
 _ROOM = 1 << 30  # bytes for the gradients of all blocks
 _AT_ONCE = 16  # of each of two sets: `ops.gram` takes 32 gradients
 _OFF = 1e-3  # of M: what two passes over the same pairs may differ by
-
-
-@dataclass(frozen=True)
-class Labels:
-    """The labels of all training pairs.
-
-    Args:
-        counts: [m], labelled pairs.
-        common: [m, m], pairs labelled for both.
-        agreement: [m, m], of the common pairs, the share whose labels agree minus that whose labels
-            conflict; NaN without any.
-        pairs: all of them, labelled or not.
-    """
-
-    counts: Array
-    common: Array
-    agreement: Array
-    pairs: int
 
 
 @dataclass(frozen=True)
@@ -125,15 +108,6 @@ def measure(config: TrainConfig, pairs: int = 256) -> Measured:
     if pairs > len(inputs.training):
         logger.info("`--pairs`: %d, all there are", len(inputs.training))
     return _Measurement(config, inputs, min(pairs, len(inputs.training))).run()
-
-
-def labels_of(pairs: Sequence[EncodedPair], objectives: Sequence[str]) -> Labels:
-    """How often labels are there, and agree."""
-    signs = np.sign([[pair.labels[name] for pair in pairs] for name in objectives])
-    common = (abs(signs) @ abs(signs).T).astype(np.float64)
-    agreement = np.full_like(common, np.nan)
-    np.divide(signs @ signs.T, common, out=agreement, where=common > 0)
-    return Labels(np.diagonal(common).copy(), common, agreement, len(pairs))
 
 
 class _Measurement:

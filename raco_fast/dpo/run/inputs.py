@@ -81,6 +81,25 @@ def load_inputs(
     """
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
+    training, held_out, prints_date = load_pairs(config, tokenizer)
+    base = load_base_model(config.model, device)
+    _check_can_be_cut(config, base)
+    check_pairs_fit(base, [*training, *held_out], len(tokenizer))
+    pad_id = tokenizer.pad_token_id
+    pad_id = pad_id if isinstance(pad_id, int) and pad_id < _known_tokens(base) else 0
+    policy = make_policy(base, config.model, keep_base)
+    _check_finite(config.model.name, policy.model)
+    return RunInputs(tokenizer, pad_id, training, held_out, policy, prints_date)
+
+
+def load_pairs(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[EncodedPair], list[EncodedPair], bool]:
+    """The training pairs, those held out, and whether the chat template writes the date.
+
+    Raises:
+        ValueError, OSError: as `load_inputs`, of the data.
+    """
     training, printed = _encoded(config, tokenizer, config.data, "data")
     held_out, printed_too = _encoded(config, tokenizer, config.eval_data, "eval_data")
     for name, loss in config.objective_losses.items():
@@ -98,15 +117,7 @@ def load_inputs(
             f"`keep_best` names {best!r}, but no pair of `eval_data` is labelled for it; add some "
             f"that are or leave `keep_best` out"
         )
-    base = load_base_model(config.model, device)
-    _check_can_be_cut(config, base)
-    _check_pairs_fit(base, [*training, *held_out], len(tokenizer))
-    pad_id = tokenizer.pad_token_id
-    pad_id = pad_id if isinstance(pad_id, int) and pad_id < _known_tokens(base) else 0
-    policy = make_policy(base, config.model, keep_base)
-    _check_finite(config.model.name, policy.model)
-    prints_date = printed or printed_too
-    return RunInputs(tokenizer, pad_id, training, held_out, policy, prints_date)
+    return training, held_out, printed or printed_too
 
 
 def load_on_all(config: TrainConfig, processes: Processes) -> RunInputs:
@@ -200,7 +211,7 @@ def _check_finite(name: str, model: nn.Module) -> None:
         )
 
 
-def _check_pairs_fit(model: PreTrainedModel, pairs: Sequence[EncodedPair], tokens: int) -> None:
+def check_pairs_fit(model: PreTrainedModel, pairs: Sequence[EncodedPair], tokens: int) -> None:
     """Raise ValueError if a pair is longer than the model can read or uses tokens it lacks.
 
     Without this the embedding or the head would fail with an index out of range, in the middle of

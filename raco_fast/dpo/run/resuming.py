@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -16,13 +17,21 @@ from raco_fast.dpo.run.together import by_first, together
 logger = logging.getLogger(__name__)
 
 
-def checkpoint_to_resume(config: TrainConfig, resume: bool, processes: Processes) -> Path | None:
+def checkpoint_to_resume(
+    config: TrainConfig, resume: bool, overwrite: bool, processes: Processes
+) -> Path | None:
     """The checkpoint to go on from, whole and of the same settings; None for a new run.
 
     Raises:
-        ValueError: there is none, or the folder belongs to another run; it is damaged, or was made
-            with settings that another run has.
+        ValueError: there is none, or the folder belongs to another run and `overwrite` is not
+            asked for, or cannot be done; it is damaged, or was made with settings that another run
+            has.
     """
+    if resume and overwrite:
+        raise ValueError("`resume` goes on with a run and `overwrite` removes it; choose one")
+    if overwrite:
+        together(processes, lambda: _check_removable(config))
+        return None
     found = together(processes, lambda: _found(config, resume))
     if found is not None:
         by_first(processes, partial(check_whole, found))
@@ -42,15 +51,39 @@ def _found(config: TrainConfig, resume: bool) -> Path | None:
         )
     if not resume and found is not None:
         raise ValueError(
-            f"`output_dir` already holds {found}; add --resume to go on from it, "
-            "or choose another `output_dir`"
+            f"`output_dir` already holds {found}; add --resume to go on from it or --overwrite "
+            "to remove it, or choose another `output_dir`"
         )
     if not resume and (output_dir / "model").exists():
         raise ValueError(
             f"`output_dir` already holds a trained model, {output_dir / 'model'}; "
-            "choose another `output_dir`"
+            "choose another `output_dir`, or add --overwrite to remove it"
         )
     return found
+
+
+def _check_removable(config: TrainConfig) -> None:
+    """Refuse to remove what the run begins with."""
+    begins = [("model.name", config.model.name), ("model.tokenizer", config.model.tokenizer or "")]
+    for name, value in begins:
+        path = Path(value).expanduser()
+        if value and path.exists() and path.resolve().is_relative_to(config.folder.resolve()):
+            raise ValueError(
+                f"`{name}` is in the `output_dir` that --overwrite would remove, got {value!r} in "
+                f"{config.folder}; choose another `output_dir`"
+            )
+
+
+def remove_run(folder: Path) -> None:
+    """Remove what a run has left in its folder, and nothing else that is there.
+
+    Raises:
+        OSError: a file could not be removed.
+    """
+    for name in ("checkpoints", "model", "tensorboard"):
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+    (folder / "metrics.jsonl").unlink(missing_ok=True)
 
 
 def go_on_from(checkpoint: Path, state: TrainingState, config: TrainConfig, total: int) -> bool:

@@ -40,7 +40,7 @@ from raco_fast.dpo.run.places import check_room, check_writable
 from raco_fast.dpo.run.reference_cache import data_hash
 from raco_fast.dpo.run.references import References
 from raco_fast.dpo.run.result import save_result
-from raco_fast.dpo.run.resuming import checkpoint_to_resume, go_on_from
+from raco_fast.dpo.run.resuming import checkpoint_to_resume, go_on_from, remove_run
 from raco_fast.dpo.run.step import PreferenceStep
 from raco_fast.dpo.run.step_batches import StepBatches
 from raco_fast.dpo.run.together import by_first, check_alike, together
@@ -63,13 +63,15 @@ class Interrupted(Exception):  # noqa: N818 - not an error
         )
 
 
-def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
+def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Run a whole training: load, score the reference, train, evaluate, save.
 
     Every process that a launcher has started for the run calls this.
 
     Args:
         resume: go on from the newest checkpoint in `config.output_dir`.
+        overwrite: remove the run that `config.output_dir` holds, once model, data and reference
+            of the new one are ready.
     Returns:
         The last evaluation's record in metrics.jsonl (empty without `eval_data`, and on every
         process but the first).
@@ -90,18 +92,18 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
         run.enter_context(memory_named("the run", to_run_a_model(config)))
         run.enter_context(process_group(config.parallel, pick_device(config.model.device)))
         run.enter_context(held(config.folder, Processes()))
-        return Trainer(config, resume=resume).run()
+        return Trainer(config, resume=resume, overwrite=overwrite).run()
 
 
 class Trainer:
     """One run. `Trainer(config).run()` is `train(config)`, once `output_dir` is held by it."""
 
-    def __init__(self, config: TrainConfig, resume: bool = False) -> None:
+    def __init__(self, config: TrainConfig, resume: bool = False, overwrite: bool = False) -> None:
         self.losses = config.objective_losses
         self.processes = Processes()
         for folder, name in ((config.folder, "output_dir"), (config.cache_folder, "cache_dir")):
             by_first(self.processes, partial(check_writable, folder, name))
-        found = checkpoint_to_resume(config, resume, self.processes)
+        found = checkpoint_to_resume(config, resume, overwrite, self.processes)
         self.config = config = with_dtype(config, self.processes, found)
         with memory_named("loading the model", to_hold_a_model(config)):
             self.inputs = load_on_all(config, self.processes)
@@ -165,6 +167,8 @@ class Trainer:
             if self._evaluate_now:
                 self.state.evaluation = None  # of other pairs
             self.checkpoints.is_on_disk()
+        if overwrite:
+            by_first(self.processes, partial(remove_run, config.folder))
         # Of the first process alone: the others have no metrics to write.
         self.metrics = by_first(
             self.processes,

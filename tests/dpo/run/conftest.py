@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from raco_fast import cli
+from raco_fast.cli import program as cli
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,14 @@
 """Interrupted, resumed and refused runs; checkpoints on a full disk."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from raco_fast.dpo.data.sources import DataSource
 from raco_fast.dpo.run import checkpoint as checkpoint_module
 from raco_fast.dpo.run.checkpoint import latest
+from raco_fast.dpo.run.metrics_file import read_records
 from raco_fast.dpo.run.trainer import Interrupted, Trainer, train
 
 LORA = {"lora": {"r": 4, "alpha": 8, "dropout": 0.2}}
@@ -107,6 +111,33 @@ def test_a_used_folder_is_not_mixed_with_a_new_run(make_config):
     latest(config.folder / "checkpoints").parent.rename(config.folder / "moved")
     with pytest.raises(ValueError, match="`output_dir` already holds a trained model"):
         train(config)
+    with pytest.raises(ValueError, match="`resume` goes on with a run and `overwrite` removes it"):
+        train(config, resume=True, overwrite=True)
+
+
+def test_overwrite_removes_the_old_run_and_nothing_else(make_config):
+    config = make_config(max_steps=2)
+    train(config)
+    notes = config.folder / "notes.txt"
+    notes.write_text("mine")
+    train(replace(config, max_steps=1), overwrite=True)
+    assert latest(config.folder / "checkpoints").name == "step-00000001"
+    assert [path.name for path in (config.folder / "checkpoints").iterdir()] == ["step-00000001"]
+    assert {record["step"] for record in read_records(config.folder / "metrics.jsonl")} == {0, 1}
+    assert notes.read_text() == "mine"
+
+
+def test_overwrite_keeps_the_old_run_where_the_new_one_cannot_begin(make_config):
+    config = make_config(max_steps=1)
+    train(config)
+    before = sorted(config.folder.rglob("*"))
+    own = replace(config, model=replace(config.model, name=str(config.folder / "model")))
+    with pytest.raises(ValueError, match=r"`model.name` is in the `output_dir` that --overwrite"):
+        train(own, overwrite=True)
+    nowhere = replace(config, data=[DataSource("nowhere.jsonl")])
+    with pytest.raises(OSError, match="nowhere"):
+        train(nowhere, overwrite=True)
+    assert sorted(config.folder.rglob("*")) == before
 
 
 @pytest.mark.parametrize("failing", ["optimizer.pt", "rng.pt"])

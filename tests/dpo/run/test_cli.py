@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from raco_fast import cli
+import raco_fast
+from raco_fast.cli import program as cli
+from raco_fast.cli.command import EXIT_FOUND_WRONG
 from raco_fast.dpo.run import interrupt as interrupt_module
 from raco_fast.dpo.run.checkpoint import latest
 from raco_fast.dpo.run.interrupt import Interrupt
@@ -102,14 +104,22 @@ def test_a_missing_config_file_or_command(capfd, tmp_path):
 
 
 def test_the_module_runs_as_the_command_does():
-    command = [sys.executable, "-m", "raco_fast.cli", "fly"]
+    command = [sys.executable, "-m", "raco_fast", "fly"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == BAD_INPUT
     assert "fly" in run.stderr
 
 
+def test_the_version_is_the_package_s(capfd):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capfd.readouterr().out.strip() == f"raco-fast {raco_fast.__version__}"
+
+
 def test_help_reads_no_models_library():
-    code = "import sys; from raco_fast import cli; cli._parser(None).format_help(); "
+    code = "import sys; from raco_fast.cli import program as cli; "
+    code += "cli.parser_of(None).format_help(); "
     code += "print([m for m in ('transformers', 'peft', 'raco_fast.dpo') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
@@ -133,7 +143,7 @@ def test_help_lists_the_options(capfd, command):
 
 def start_run(*arguments: str, limit: int = resource.RLIM_INFINITY) -> subprocess.Popen:
     """`raco-fast train` in a process of its own, in which no file may grow beyond `limit` bytes."""
-    code = "import resource, sys; from raco_fast.cli import main; "
+    code = "import resource, sys; from raco_fast.cli.program import main; "
     code += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.exit(main())"
     return subprocess.Popen(
         [sys.executable, "-c", code, "train", *arguments],
@@ -162,7 +172,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_rest_is_the_uninterrupted_run(
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=300)
     assert process.returncode == INTERRUPTED
-    assert "raco-fast: data: EncodeReport(pairs=40, kept=40," in err
+    assert "raco-fast: data: 40 of 40 pairs kept" in err
     assert "finishing this step, then saving; Ctrl-C again stops without saving" in err
     assert "Run the same command with --resume to go on" in err
     assert "Traceback" not in err
@@ -247,7 +257,7 @@ def test_the_second_ctrl_c_stops_at_once(capfd, python_handles_ctrl_c):
 def test_stopping_at_once_says_what_there_is(config_file, settings, capfd, monkeypatch, saved):
     from raco_fast.dpo.run import trainer
 
-    def stopped(config, resume):
+    def stopped(config, resume, overwrite):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(trainer, "train", stopped)
@@ -283,14 +293,14 @@ def test_verify_says_what_is_wrong_and_exits_with_1(config_file, capfd, monkeypa
         return layer_rules.linear(module, x, 1.01 * dy, segments)
 
     monkeypatch.setattr(layer_rules, "_RULES", {**layer_rules._RULES, nn.Linear: wrong})
-    assert cli.main(["verify", config_file()]) == cli.EXIT_NOT_EXACT
+    assert cli.main(["verify", config_file()]) == EXIT_FOUND_WRONG
     out, err = capfd.readouterr()
     assert re.search(
         r"more than rounding: model\.layers.*the rule of that layer does not desc", out
     )
     assert err.endswith("raco-fast: not exact: differences of more than rounding\n")
     monkeypatch.setattr(layer_rules, "_RULES", {nn.Embedding: layer_rules.embedding})
-    assert cli.main(["verify", config_file()]) == cli.EXIT_NOT_EXACT
+    assert cli.main(["verify", config_file()]) == EXIT_FOUND_WRONG
     assert "raco-fast: not exact: `model` has trained parameters in layers without" in (
         capfd.readouterr().err
     )

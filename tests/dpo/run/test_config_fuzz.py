@@ -10,7 +10,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raco_fast import cli
+from raco_fast.cli import program as cli
+from raco_fast.cli.command import EXIT_BAD_INPUT
 from raco_fast.dpo.run import trainer
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.identity import identity, keys_of
@@ -59,20 +60,20 @@ def file(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz") / "config.yaml"
 
 
-parser_of = functools.cache(cli._parser)  # one takes a second to build
+parser_of = functools.cache(cli.parser_of)  # one takes a second to build
 
 
 @pytest.fixture(autouse=True)
 def no_run(monkeypatch):
     """No run begins; the identity that it would save is made."""
 
-    def begin(config: TrainConfig, resume: bool) -> dict:
+    def begin(config: TrainConfig, resume: bool, overwrite: bool) -> dict:
         json.dumps(identity(config))
         config.folder, config.cache_folder  # noqa: B018
         return {}
 
     monkeypatch.setattr(trainer, "train", begin)
-    monkeypatch.setattr(cli, "_parser", parser_of)
+    monkeypatch.setattr(cli, "parser_of", parser_of)
     root, own = logging.getLogger(), logging.getLogger("raco_fast")
     before = (list(root.handlers), own.level)
     yield
@@ -97,8 +98,8 @@ def check(capfd, file, raw: bytes, *arguments: str) -> None:
     file.write_bytes(raw)
     status = cli.main(["train", str(file), *arguments])
     out, err = capfd.readouterr()
-    assert status in (0, cli.EXIT_BAD_INPUT)
-    if status == cli.EXIT_BAD_INPUT:
+    assert status in (0, EXIT_BAD_INPUT)
+    if status == EXIT_BAD_INPUT:
         assert err.startswith("raco-fast: ")
         assert err.count("raco-fast: ") == 1
         assert len(err) < 4000

@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from raco_fast import cli
+from raco_fast.cli import program as cli
+from raco_fast.cli.command import EXIT_BAD_INPUT
 from raco_fast.dpo.data.batches import BatchSchedule
 from raco_fast.dpo.run import conflict
 from raco_fast.dpo.run.conflict import Measured, measure
@@ -269,7 +270,7 @@ def test_an_objective_with_one_labelled_pair_is_named(write_pairs, make_config, 
     ],
 )
 def test_what_cannot_be_measured(config_file, capfd, changes, pairs, match):
-    assert cli.main(["conflict", config_file(**changes), "--pairs", pairs]) == cli.EXIT_BAD_INPUT
+    assert cli.main(["conflict", config_file(**changes), "--pairs", pairs]) == EXIT_BAD_INPUT
     err = capfd.readouterr().err
     assert "Traceback" not in err
     assert re.search(match, err)

@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from raco_fast import cli
+from raco_fast.cli import program as cli
 from raco_fast.dpo.run import step as step_module
 from raco_fast.dpo.run.checkpoint import latest, read_state
 from raco_fast.dpo.run.divergence import DivergedError

@@ -16,7 +16,7 @@ import torch
 import yaml
 from killed_runs import forked, run_alone
 
-from raco_fast import cli
+from raco_fast.cli import program as cli
 from raco_fast.distributed.processes import OtherProcessError
 from raco_fast.dpo.run import inputs, reference_cache
 from raco_fast.dpo.run.failures import is_out_of_memory, memory_named

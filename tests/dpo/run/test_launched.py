@@ -334,7 +334,7 @@ def test_a_file_that_one_process_cannot_read_stops_all(new_run, tmp_path):
 @pytest.mark.slow
 def test_torchrun_starts_the_command_and_passes_ctrl_c_on(runs, new_run):
     run = new_run("run", epochs=40)
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "raco_fast.cli"]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "raco_fast"]
     command = [sys.executable, *launcher, "train"]
     with subprocess.Popen([*command, run.file], stderr=subprocess.PIPE, text=True) as process:
         until = time.monotonic() + 120

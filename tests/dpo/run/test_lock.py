@@ -14,7 +14,7 @@ import yaml
 from launched_runs import Started
 from processes import fork_server
 
-from raco_fast import cli
+from raco_fast.cli import program as cli
 from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.run.lock import held
 
