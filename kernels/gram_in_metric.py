@@ -36,7 +36,7 @@ from .tables import TensorTable, architecture, build, current, programs
 
 MAX_UNROLLED = 6  # 8 objectives have 72 sums, and spill on sm_100
 # Resident programs per multiprocessor, by m; see gram.PROGRAMS.
-PROGRAMS = {1: 10, 2: 8, 3: 6, 4: 4, 5: 2, 6: 2}
+PROGRAMS = {1: 10, 2: 8, 3: 5, 4: 4, 5: 2, 6: 2}
 
 
 @triton.jit(

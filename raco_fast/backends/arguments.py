@@ -44,14 +44,18 @@ def check_update(update: Update, coefficients: Tensor) -> None:
 
 
 def check_metric(grads: Gradients, metric: Metric) -> None:
-    """Raise unless a metric has a second moment, or None, and three numbers for every tensor."""
+    """Raise ValueError unless a metric has a second moment and three numbers for every tensor."""
     n = len(grads[0]) if grads else 0
     if len(metric.moments) != n or metric.numbers.shape != (n, 3):
         raise ValueError(
             f"`metric` must have one second moment and three numbers per gradient, got "
             f"{len(metric.moments)} and {list(metric.numbers.shape)} for {n}"
         )
-    for k, (v, *column) in enumerate(zip(metric.moments, *grads, strict=True)):
+
+
+def check_moments(grads: Gradients, moments: Sequence[Tensor | None]) -> None:
+    """Raise unless the second moments of a metric are dense and lie as their gradients do."""
+    for k, (v, *column) in enumerate(zip(moments, *grads, strict=True)):
         g = next((g for g in column if g is not None), None)
         if v is None or g is None:
             continue

@@ -1,7 +1,7 @@
 """The plain-torch backend: the twin that every fast kernel is compared with, and its fallback.
 
-Operations over lists of tensors, without a flattened copy of the model (that for one
-layer is in `weight_grad.py`):
+Operations over lists of tensors, without a flattened copy of the model (that for one layer is in
+`weight_grad.py`):
 
     products       ⟨g_i, g_j⟩ of each tensor of a model; `gram`, M, is their sum
     gram_in_metric M, and the same of √D g_i for AdamW's D

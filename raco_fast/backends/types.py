@@ -96,7 +96,7 @@ class Call:
         m: the number of objectives.
         written: lists of n tensors that are written in place.
         read: lists of n tensors or None that are only read.
-        beside: lists of n tensors or None that are only read too, of dtypes of their own.
+        beside: of "gram_in_metric", the list of second moments.
         options: of "combine_adamw".
         bounds: of "weight_grad", whose lists are [out], and [x], [dy].
         runs: False for a mere question which backend would run it: no kernel is proved for that.

@@ -231,7 +231,7 @@ class Reduced:
     def _slices_in_metric(self, moments: SecondMoments) -> tuple[Lists, Metric]:
         """This process's slices, cut where parameters end, and their metric; nothing is copied."""
         assert self._sums is not None
-        of_params = [moments.get(p) for p in self._replicas]
+        of_params = [moments.get(id(p)) for p in self._replicas]
         flat = [None if one is None else flat_of(one.v) for one in of_params]
         grads, places = self._sums.cut()
         parts = [(flat[k], start, stop) for k, start, stop in places]

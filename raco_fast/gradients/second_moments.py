@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,17 +20,17 @@ class SecondMoment(NamedTuple):
     factor: float
 
 
-SecondMoments = Mapping[Tensor, SecondMoment]
-"""By parameter; one that is not there has D = 0."""
+SecondMoments = Mapping[int, SecondMoment]
+"""By `id` of the parameter (Tensor's own hash is Python code); one that is not there has D = 0."""
 
 
 def metric_of(params: Sequence[Tensor], moments: SecondMoments) -> Metric:
     """The metric of gradients of these parameters; of DTensors, of the shards that lie here."""
-    found = [moments.get(p) for p in params]
+    found = [moments.get(id(p)) for p in params]
     return Metric([None if one is None else local(one.v) for one in found], numbers_of(found))
 
 
 def numbers_of(moments: Sequence[SecondMoment | None]) -> Tensor:
     """[n, 3] as `Metric` has them."""
     rows = [(1.0, 1.0, 0.0) if one is None else one[1:] for one in moments]
-    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
+    return torch.from_numpy(np.array(rows, dtype=np.float64).reshape(-1, 3))

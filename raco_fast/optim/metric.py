@@ -39,15 +39,17 @@ def second_moments(
     """
     rates = [float(group["lr"]) for group in groups]
     largest = max(rates, default=0.0)
-    found = {}
+    found: dict[int, SecondMoment] = {}
     for group, lr in zip(groups, rates, strict=True):
-        beta2, name = float(group["betas"][1]), _kept(group)
-        held = [p for p in group["params"] if p in state and name in state[p]]
-        for p, t in zip(held, _numbers([state[p]["step"] for p in held]), strict=True):
-            if t > 0.0:
-                root = (1.0 - beta2**t) ** -0.5
-                factor = lr / largest if largest > 0.0 else 1.0
-                found[p] = SecondMoment(state[p][name], root, float(group["eps"]), factor)
+        beta2, eps = float(group["betas"][1]), float(group["eps"])
+        factor, name = lr / largest if largest > 0.0 else 1.0, _kept(group)
+        states = ((id(p), state.get(p)) for p in group["params"])
+        held = [(key, of_p) for key, of_p in states if of_p and name in of_p]
+        counts = _numbers([of_p["step"] for _, of_p in held])
+        roots = {t: (1.0 - beta2**t) ** -0.5 for t in set(counts) if t > 0.0}
+        for (key, of_p), t in zip(held, counts, strict=True):
+            if t in roots:
+                found[key] = SecondMoment(of_p[name], roots[t], eps, factor)
     return found
 
 
@@ -56,7 +58,7 @@ def _kept(group: Mapping[str, Any]) -> str:
 
 
 def _numbers(steps: Sequence[Tensor]) -> list[float]:
-    if all(x.is_cpu for x in steps):
+    if len({x.device for x in steps}) != 1:
         return [float(x) for x in steps]
-    values: list[float] = torch.stack([x.reshape(()) for x in steps]).tolist()  # waits once
+    values: list[float] = torch.stack(list(steps)).flatten().tolist()  # waits once
     return values
