@@ -179,7 +179,7 @@ def check_against_the_gradients(name: str, make: Any, n: int, seed: int = 0) -> 
 @pytest.mark.parametrize("make", TAME, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("name", TRUTHS)
 def test_against_the_gradients(name: str, make: Any) -> None:
-    check_against_the_gradients(name, make, 28)
+    check_against_the_gradients(name, make, 14)
 
 
 @pytest.mark.slow
@@ -276,7 +276,7 @@ def check_conditions(name: str, make: Any, n: int, seed: int = 2) -> None:
 @pytest.mark.parametrize("make", families.FAMILIES, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("name", CONDITIONS)
 def test_the_conditions_of_an_optimum(name: str, make: Any) -> None:
-    check_conditions(name, make, 21)
+    check_conditions(name, make, 14)
 
 
 @pytest.mark.slow
@@ -354,7 +354,7 @@ def test_pcd_of_torchjd(tau: float) -> None:
 
     dropped = 0
     for make in TAME:
-        for G, M, w in cases(make, 21, seed=4):
+        for G, M, w in cases(make, 7, seed=4):
             state, other = None, PCDWeighting(tau=tau, beta=0.9, eps=0.0)
             for step in range(4):
                 H = M * (1.0 + 0.3 * step)
@@ -364,7 +364,7 @@ def test_pcd_of_torchjd(tau: float) -> None:
                 state, expected = solution.state, other(torch.tensor(H)).numpy()
                 assert error(G, solution.coefficients, expected) <= 1e-6
                 dropped += solution.coefficients[1:].any() == 0.0
-    assert dropped > 100
+    assert dropped > 30
 
 
 # What holds for every rule.
