@@ -30,13 +30,14 @@ from .gram import (
     _add_products,
     gram_total,
     in_blocks,
-    registers,
 )
-from .tables import TensorTable, architecture, build, current, programs
+from .tables import TensorTable, build, current, programs
 
 MAX_UNROLLED = 6  # 8 objectives have 72 sums, and spill on sm_100
-# Resident programs per multiprocessor, by m; see gram.PROGRAMS.
-PROGRAMS = {1: 10, 2: 8, 3: 5, 4: 4, 5: 2, 6: 2}
+# Resident programs per multiprocessor, by m; they fix the order of the sums. No limit of registers
+# is set: ptxas spills under one that is larger than what it needs without.
+PROGRAMS = {1: 10, 2: 8, 3: 6, 4: 4, 5: 3, 6: 2}
+OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
 
 
 @triton.jit(
@@ -178,7 +179,6 @@ def gram_in_metric(
 def _of_tables(
     tables: Sequence[TensorTable], m: int, numbers: Tensor, device: torch.device
 ) -> Tensor:
-    on = architecture(device)
     grids = [min(programs(device, PROGRAMS[m]), len(table.chunks)) for table in tables]
     shape = (2, sum(grids), m * (m + 1) // 2)
     partials = torch.empty(shape, dtype=torch.float32, device=device)
@@ -195,13 +195,11 @@ def _of_tables(
             partials[0, row:],
             partials[1, row:],
             **partials_constants(m, table),
-            **partials_options(m, on),
+            **OPTIONS,
         )
         row += grid
     for of_one, into in zip(partials, total, strict=True):
-        gram_total[(1,)](
-            of_one, row, into, M=m, BLOCK=128, num_warps=NUM_WARPS, enable_fp_fusion=True
-        )
+        gram_total[(1,)](of_one, row, into, M=m, BLOCK=128, **OPTIONS)
     return total
 
 
@@ -220,9 +218,3 @@ def partials_constants(m: int, table: TensorTable) -> dict[str, object]:
         "ALIGN": 16 if table.aligned else min(sizes),
         "MISSING": table.missing,
     }
-
-
-def partials_options(m: int, architecture: int) -> dict[str, object]:
-    """How `metric_partials` is compiled: held to the registers that its grid counts on."""
-    limit = registers(PROGRAMS[m])
-    return {"num_warps": NUM_WARPS, "enable_fp_fusion": True, "maxnreg": limit}

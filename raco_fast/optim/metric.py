@@ -1,13 +1,13 @@
 """The metric in which AdamW's next update is a gradient step, from the states before it.
 
-AdamW moves parameter k by -lr m̂ / (√v̂ + ε), in which this step's G0 counts β1-weighted now and as
-much again, in all, in the steps to come: over its life it moves the parameter by -lr D G0 with
-D = 1 / (√v̂ + ε). So to first order the loss of objective j falls by lr Σ_i α_i ⟨g_j, D g_i⟩: the
-products that decide about conflict are those in the metric D. What goes into it:
+AdamW moves parameters by -lr m̂ / (√v̂ + ε). This step's G0 enters the average m̂ with the share
+1 - β1 and fades from it: over its life it moves them by -lr D G0 with D = 1 / (√v̂ + ε) of each
+element. So to first order it lowers the loss of objective j by lr Σ_i α_i ⟨g_j, D g_i⟩: the products that
+decide about conflict are those in the metric D. What goes into it:
 
     v̂         the running one, v / (1 - β2^t) after t steps, which does not know this step's
-              gradients: a D that did would be small just where they are long, and large where
-              objectives cancel. With amsgrad the largest v.
+              gradients. With them D would be largest where objectives happen to cancel, and in the
+              first steps independent gradients would look opposed. With amsgrad the largest v.
     lr        of a group over the largest of all groups: where a parameter moves half as far, its
               gradients count for half. Groups with lr = 0 do not count.
     ε, β2     the group's.

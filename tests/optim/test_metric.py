@@ -295,6 +295,46 @@ def test_a_step_in_which_nothing_has_a_second_moment_is_euclidean():
     assert opt.solution.in_metric is not None
 
 
+def test_a_metric_that_knew_the_gradients_would_see_conflict_in_independent_ones():
+    """What the page says of D from v̂ after the step: why it is that of before."""
+    draw, n, beta = torch.Generator().manual_seed(0), 200_000, 0.999
+    G = torch.randn(2, n, generator=draw, dtype=torch.float64)
+
+    def cosine(v_hat: Tensor) -> float:
+        H = (G / (v_hat.sqrt() + 1e-8)) @ G.T
+        return float(H[0, 1] / (H[0, 0] * H[1, 1]).sqrt())
+
+    g0 = G.mean(0)
+    assert cosine(g0**2) < -0.8  # of a weight 1/|g0|, whose mean does not exist
+    before = torch.randn(9, n, generator=draw, dtype=torch.float64).square().mean(0) / 2
+    after = (beta * (1 - beta**9) * before + (1 - beta) * g0**2) / (1 - beta**10)
+    assert cosine(after) == pytest.approx(-0.05, abs=0.01)
+    assert abs(cosine(before)) < 0.01
+
+
+def test_without_an_objective_it_is_the_step_of_the_others():
+    opt, params = taken(2)
+    opt.weights = {"a": 0.6, "b": 0.0, "c": 0.4}
+    opt.zero_grad()
+    one = slopes(2)
+    opt.backward(
+        {
+            name: sum((p * g).sum() for p, g in zip(params, one[i], strict=True) if g is not None)
+            for i, name in enumerate(WEIGHTS)
+            if name != "b"
+        }
+    )
+    D, G = weights_of_elements(opt), rows_of(one, params)
+    opt.step()
+    H, rest = (G * D) @ G.T, [0, 2]
+    found = opt.solution
+    torch.testing.assert_close(found.in_metric[rest][:, rest], H[rest][:, rest], rtol=1e-10, atol=0)
+    assert found.in_metric[1].abs().max() == found.coefficients[1] == 0.0
+    part = (H[rest][:, rest] + H[rest][:, rest].T) / 2
+    alone = raco_fast.solve_dual(part, [0.6, 0.4], 0.4).coefficients
+    torch.testing.assert_close(found.coefficients[rest], alone, rtol=1e-9, atol=0.0)
+
+
 def test_one_objective_has_no_products():
     found = []
     for metric in ("adam", "euclidean"):
