@@ -20,6 +20,7 @@ ROOMS = [
     "_C",
     "kernels",
     "report",
+    "pages",
     "settings",
     "solver",
     "backends",

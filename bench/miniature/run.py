@@ -114,8 +114,11 @@ def run(cells: list[Cell], workers: int) -> None:
         running: dict[Future[list[dict[str, Any]]], Cell] = {
             executor.submit(align_seed, warm, *job): job[0] for job in missing
         }
-        for future in tqdm(as_completed(running), total=len(running), unit="job"):
-            write(running[future], future.result())
+        try:
+            for future in tqdm(as_completed(running), total=len(running), unit="job"):
+                write(running[future], future.result())
+        finally:
+            executor.shutdown(cancel_futures=True)
 
 
 def _machine() -> str:

@@ -109,6 +109,24 @@ def _conflict(parser: ArgumentParser, values: Any) -> int:
     return 0
 
 
+def _eval_options(parser: ArgumentParser) -> None:
+    of = "the trained model: a folder or a name of the hub; by default output_dir/model"
+    parser.add_argument("--of", type=str, default=None, help=of)
+    out = "the file of the metrics; by default output_dir/eval.json"
+    parser.add_argument("--out", type=str, default=None, help=out)
+
+
+def _eval(parser: ArgumentParser, values: Any) -> int:
+    from raco_fast.dpo.run.failures import memory_named, to_run_a_model
+    from raco_fast.dpo.run.trained import report_trained
+
+    speaks()
+    config, asked = made(parser, values, _settings()), values.eval
+    with memory_named("the evaluation", to_run_a_model(config)):
+        print(report_trained(config, asked.of, asked.out))
+    return 0
+
+
 def _check(parser: ArgumentParser, values: Any) -> int:
     from raco_fast.dpo.run.check_report import check
 
@@ -138,6 +156,15 @@ OF_RUNS = (
         _check,
         _settings,
         usage="raco-fast check config.yaml [any setting of the file]",
+    ),
+    Command(
+        "eval",
+        "judge a trained model on held-out pairs",
+        "Held-out accuracy, margin and loss of a trained model, against the run's reference.",
+        _eval,
+        _settings,
+        usage="raco-fast eval config.yaml [--of folder] [any setting of the file]",
+        options=_eval_options,
     ),
     Command(
         "verify",

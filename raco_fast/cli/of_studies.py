@@ -9,6 +9,7 @@ from jsonargparse import ActionYesNo, ArgumentParser
 
 from raco_fast.cli.command import EXIT_BAD_INPUT, EXIT_INTERRUPTED, Command
 from raco_fast.settings.parsing import made
+from raco_fast.settings.paths import expanded
 
 if TYPE_CHECKING:
     from raco_fast.demo.config import DemoConfig
@@ -56,6 +57,21 @@ def _pareto(parser: ArgumentParser, values: Any) -> int:
     return 0
 
 
+def _compare_options(parser: ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", help="folders of two or more runs")
+    page = "the HTML page that is written"
+    parser.add_argument("--out", type=str, default="compare.html", help=page)
+
+
+def _compare(parser: ArgumentParser, values: Any) -> int:
+    from raco_fast.dpo.run.run_report import compare
+
+    asked = values.compare
+    page = expanded(asked.out, "--out")
+    print(f"{compare([expanded(run, 'runs') for run in asked.runs], page)}\n\npage: {page}")
+    return 0
+
+
 def _demo_settings() -> type[DemoConfig]:
     from raco_fast.demo.config import DemoConfig
 
@@ -91,6 +107,15 @@ OF_STUDIES = (
         usage="raco-fast pareto FOLDER ... [--by '[c]'] [any setting]",
         options=_pareto_options,
         skip=frozenset({"runs"}),
+        of_a_file=False,
+    ),
+    Command(
+        "compare",
+        "put runs side by side",
+        "Curves, held-out scores and coefficients of runs, finished or not.",
+        _compare,
+        usage="raco-fast compare RUN RUN ... [--out compare.html]",
+        options=_compare_options,
         of_a_file=False,
     ),
     Command(

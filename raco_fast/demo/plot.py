@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from raco_fast.demo.hypervolumes import fronts_of
 from raco_fast.demo.summary import Row
 from raco_fast.dpo.run.files import atomic_file
-from raco_fast.studies.pictures import LOOKS, NO_PICTURE
+from raco_fast.pages.figures import LOOKS, NO_PICTURE
 from raco_fast.studies.spread import Spread
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raco_fast.distributed.processes import Processes
@@ -13,7 +14,7 @@ from raco_fast.gradients.rule_memory import RuleMemory
 from raco_fast.gradients.samples import StepSamples
 from raco_fast.solver.expected_gram import ExpectedGram
 from raco_fast.solver.gram_options import GramOptions
-from raco_fast.solver.registry import RuleLike
+from raco_fast.solver.registry import RuleLike, check_rule
 from raco_fast.solver.solution import DualSolution
 from raco_fast.solver.u_statistic import SampleSums
 
@@ -100,6 +101,8 @@ class Expectation:
         places = [self._names.index(name) for name in present]
         estimate = self._expected.estimate(gram, sums.counts, values, places)
         self._tell_unseen(estimate.mean, places)
+        if check_rule(rule).needs_losses:
+            weights, present = _with_losses(weights, present, gram.diagonal()[places])
         solution = rules.solve(torch.from_numpy(estimate.gram), weights, present, c, rule)
         return solution.along(M, estimate, self._options.c_mode)
 
@@ -115,6 +118,21 @@ class Expectation:
             f"is that of gradients without a conflict; use more samples in a step, or gram='batch'",
             stacklevel=2,
         )
+
+
+def _with_losses(
+    weights: Mapping[str, float], present: Sequence[str], squares: NDArray[np.float64]
+) -> tuple[Mapping[str, float], Sequence[str]]:
+    """The weights and objectives without those that no pair of the step is labelled for.
+
+    The estimate knows their gradients from other steps, but nobody their loss; and their gradient
+    in this step, zero, adds nothing with any coefficient.
+    """
+    kept = [name for name, square in zip(present, squares, strict=True) if square > 0.0]
+    total = sum(weights[name] for name in kept)
+    if len(kept) == len(present) or total == 0.0:
+        return weights, present
+    return {n: weights[n] / total if n in kept else 0.0 for n in weights}, kept
 
 
 def _check_samples(sums: SampleSums) -> None:

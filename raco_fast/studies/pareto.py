@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from raco_fast.dpo.run.files import atomic_file
+from raco_fast.pages.figures import NO_PICTURE, has_pictures
+from raco_fast.pages.html_page import Table, html_page
 from raco_fast.report import text_table
 from raco_fast.studies.comparison import compared_groups
 from raco_fast.studies.groups import Study, study_of
-from raco_fast.studies.html_page import html_page
 from raco_fast.studies.json_content import json_content
 from raco_fast.studies.outcomes import read_outcomes
 from raco_fast.studies.pareto_config import ParetoConfig
-from raco_fast.studies.pictures import NO_PICTURE, has_pictures, pictures
-from raco_fast.studies.tables import Table, tables
+from raco_fast.studies.pictures import pictures
+from raco_fast.studies.tables import tables
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,9 @@ def pareto(config: ParetoConfig) -> ParetoReport:
 
 def _write(report: ParetoReport, folder: Path) -> None:
     files = {
-        "report.html": html_page(report.notes, report.tables, report.pictures),
+        "report.html": html_page(
+            "Fronts of held-out preferences", report.notes, report.tables, report.pictures
+        ),
         "pareto.json": json.dumps(report.content, indent=1, allow_nan=False),
         **{f"{name}.svg": text for name, text in report.pictures.items()},
     }

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from importlib.util import find_spec
 from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from raco_fast.pages.figures import LOOKS, has_pictures, plain, svg_of
 from raco_fast.studies.fronts import front
 from raco_fast.studies.groups import Group, Study
 
@@ -17,21 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# One for each rule: Okabe and Ito's colors, told apart by color-blind readers too, and hollow
-# markers of different shapes, as rules may lie on each other.
-LOOKS = {
-    "color": ("black", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"),
-    "marker": ("*", "o", "s", "^", "D", "v", "P"),
-}
-NO_PICTURE = (
-    "The plot is left out because matplotlib is not installed: pip install 'raco-fast[plot]'"
-)
 _MOST_PANELS = 3
-
-
-def has_pictures() -> bool:
-    """Whether matplotlib is installed."""
-    return find_spec("matplotlib") is not None
 
 
 def pictures(study: Study, metric: str) -> dict[str, str]:
@@ -42,29 +27,27 @@ def pictures(study: Study, metric: str) -> dict[str, str]:
     """
     if not has_pictures():
         return {}
-    import matplotlib
     from matplotlib.figure import Figure
 
     m = len(study.objectives)
     drawn: dict[str, str] = {}
-    with matplotlib.rc_context({"svg.hashsalt": "raco-fast"}):  # the same text every time
-        if m <= _MOST_PANELS:
-            pairs = list(combinations(range(m), 2))
-            figure = Figure(figsize=(max(6.0, 4.6 * len(pairs)), 5.0), layout="constrained")
-            panels = np.atleast_1d(figure.subplots(1, len(pairs)))
-            for axes, (x, y) in zip(panels, pairs, strict=True):
-                _draw_pair(axes, study, x, y, metric)
-            weights = "/".join(study.objectives)
-            figure.suptitle(
-                f"Mean over seeds with its 95 % interval; weights are {weights}", fontsize=10
-            )
-            drawn["fronts"] = _svg(figure, panels[0])
-        if m >= _MOST_PANELS:
-            figure = Figure(figsize=(max(6.0, 1.8 * m), 5.0), layout="constrained")
-            axes = figure.subplots()
-            _draw_parallel(axes, study, metric)
-            figure.suptitle("Means over seeds; pale: not on its rule's front", fontsize=10)
-            drawn["parallel"] = _svg(figure, axes)
+    if m <= _MOST_PANELS:
+        pairs = list(combinations(range(m), 2))
+        figure = Figure(figsize=(max(6.0, 4.6 * len(pairs)), 5.0), layout="constrained")
+        panels = np.atleast_1d(figure.subplots(1, len(pairs)))
+        for axes, (x, y) in zip(panels, pairs, strict=True):
+            _draw_pair(axes, study, x, y, metric)
+        weights = "/".join(study.objectives)
+        figure.suptitle(
+            f"Mean over seeds with its 95 % interval; weights are {weights}", fontsize=10
+        )
+        drawn["fronts"] = _svg(figure, panels[0])
+    if m >= _MOST_PANELS:
+        figure = Figure(figsize=(max(6.0, 1.8 * m), 5.0), layout="constrained")
+        axes = figure.subplots()
+        _draw_parallel(axes, study, metric)
+        figure.suptitle("Means over seeds; pale: not on its rule's front", fontsize=10)
+        drawn["parallel"] = _svg(figure, axes)
     return drawn
 
 
@@ -105,7 +88,8 @@ def _draw_pair(axes: Axes, study: Study, x: int, y: int, metric: str) -> None:
     axes.set_ylim(low[y] - room[y], high[y] + room[y])
     axes.set_xlabel(f"{metric} of {study.objectives[x]}")
     axes.set_ylabel(f"{metric} of {study.objectives[y]}")
-    _plain(axes)
+    axes.margins(0.12)
+    plain(axes)
 
 
 def _draw_parallel(axes: Axes, study: Study, metric: str) -> None:
@@ -125,7 +109,8 @@ def _draw_parallel(axes: Axes, study: Study, metric: str) -> None:
             )
     axes.set_xticks(places, study.objectives)
     axes.set_ylabel(metric)
-    _plain(axes)
+    axes.margins(0.12)
+    plain(axes)
 
 
 def _looks(groups: Sequence[Group]) -> list[tuple[Group, str, str]]:
@@ -135,17 +120,8 @@ def _looks(groups: Sequence[Group]) -> list[tuple[Group, str, str]]:
     return [(group, colors[k % n], markers[(k + k // n) % n]) for k, group in enumerate(groups)]
 
 
-def _plain(axes: Axes) -> None:
-    axes.margins(0.12)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def _svg(figure: Figure, labelled: Axes) -> str:
     handles, labels = labelled.get_legend_handles_labels()
     columns = min(4, len(labels))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    whole = text.getvalue()
-    return whole[whole.index("<svg") :]
+    return svg_of(figure)

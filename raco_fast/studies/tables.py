@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
+from raco_fast.pages.html_page import Table
 from raco_fast.studies.comparison import Comparison, hypervolumes, ray_distances
 from raco_fast.studies.fronts import dominates, front
 from raco_fast.studies.groups import Group, Point, Study
-
-
-@dataclass(frozen=True)
-class Table:
-    """A title, what the table says in a sentence or two, names of columns, and rows."""
-
-    title: str
-    text: str
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
 
 
 def tables(study: Study, comparisons: Sequence[Comparison]) -> list[Table]:

@@ -151,6 +151,7 @@ def settings(tiny, preference_files, tmp_path) -> dict[str, Any]:
         "seed": 4,
         "output_dir": str(tmp_path / "run"),
         "cache_dir": str(tmp_path / "cache"),
+        "report": False,  # a second of drawing
     }
 
 

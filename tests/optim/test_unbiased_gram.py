@@ -558,3 +558,22 @@ def test_settings():
     with pytest.raises(ValueError, match="`gram` holds for all parameter groups together"):
         opt.add_param_group({"params": [torch.zeros(1, requires_grad=True)], "gram": "batch"})
     assert "gram: unbiased" in repr(opt)
+
+
+@pytest.mark.parametrize("rule", ["mgda-decoupled", {"name": "cr-mogm", "of": "mgda-decoupled"}])
+def test_a_step_without_a_label_for_an_objective_has_no_loss_to_divide_by(rule):
+    model = prepared()
+    optimizer = optimizer_of(model, rule=rule)
+    for step in range(6):
+        x, labels = data(8, seed=step)
+        if step >= 4:
+            labels[2] = 0.0
+        pairs, counts = labels.shape[1], labels.abs().sum(1).clamp(min=1.0)
+        scores = model(x)
+        losses = losses_of(scores, labels, counts)
+        optimizer.backward(losses, scores=scores, samples=torch.arange(pairs).repeat(2))
+        optimizer.step()
+        coefficients = np.asarray(optimizer.solution.coefficients)
+        assert np.isfinite(coefficients).all()
+        assert coefficients[:2].max() > 0.0
+    assert optimizer.solution.expected.gram[2, 2] > 0.0, "what was seen before is still known"

@@ -455,6 +455,9 @@ def test_what_a_gradient_of_zero_means(name: str) -> None:
     a = solved(G @ G.T, w, name, losses=[1.0, 1.0, 1.0])
     if name in ("mgda-decoupled", "capped-mgda"):
         assert a[1] == pytest.approx(1.0 if name == "mgda-decoupled" else 0.6, rel=1e-12)
+        # A step without a label for an objective has neither a loss nor a gradient of it.
+        unlabelled = solved(G @ G.T, w, name, losses=[1.0, 0.0, 1.0])
+        np.testing.assert_array_equal(unlabelled, a)
         return
     assert a[1] == {"pcgrad": 0.3, "gradvac": 0.3, "dualproj": 0.3, "upgrad": 0.3}.get(name, 0.0)
     without = solve_dual((G @ G.T)[rest][:, rest], w[rest] / 0.7, 0.4, name, losses=[1.0, 1.0])

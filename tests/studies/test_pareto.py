@@ -15,6 +15,7 @@ from raco_fast.dpo.data.sources import DataSource
 from raco_fast.dpo.models import ModelOptions
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.identity import identity
+from raco_fast.pages import figures
 from raco_fast.studies import fronts, pictures
 from raco_fast.studies import pareto as pareto_module
 from raco_fast.studies.comparison import compared_groups
@@ -309,7 +310,7 @@ def test_the_page_needs_no_other_file_and_is_the_same_again(write, tmp_path, m):
 
 def test_without_the_optional_packages_the_rest_is_there(study, monkeypatch):
     monkeypatch.setattr(fronts, "find_spec", lambda name: None)
-    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
+    monkeypatch.setattr(figures, "find_spec", lambda name: None)
     report = study()
     assert "matplotlib is not installed" in str(report)
     assert pictures.pictures(None, "accuracy") == {}

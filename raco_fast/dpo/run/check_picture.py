@@ -9,6 +9,7 @@ from raco_fast.dpo.data.batches import pair_length
 from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.run.data_check import DataCheck
 from raco_fast.dpo.run.files import atomic_file
+from raco_fast.pages.figures import NO_PICTURE, color_of
 
 
 def draw(
@@ -23,7 +24,7 @@ def draw(
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        return "no picture, as matplotlib is not installed: pip install 'raco-fast[plot]'"
+        return NO_PICTURE
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     names = list(data.preferred)
@@ -31,8 +32,8 @@ def draw(
     none = [data.pairs - x - y for x, y in zip(a, b, strict=True)]
     before = [0] * len(names)
     for counts, label, color in (
-        (a, "a preferred", "#0072B2"),
-        (b, "b preferred", "#E69F00"),
+        (a, "a preferred", color_of(2)),
+        (b, "b preferred", color_of(1)),
         (none, "no label", "#D0D0D0"),
     ):
         left.barh(names, counts, left=before, label=label, color=color)
@@ -40,7 +41,7 @@ def draw(
     left.set(xlabel="training pairs")
     left.invert_yaxis()
     left.legend(frameon=False, loc="lower right")
-    right.hist([pair_length(pair) for pair in training], bins=40, color="#009E73")
+    right.hist([pair_length(pair) for pair in training], bins=40, color=color_of(4))
     right.axvline(max_length, color="gray", linestyle="--", label="max_length")
     right.set(xlabel="tokens of a prompt and its longer response", ylabel="training pairs")
     right.legend(frameon=False)

@@ -98,6 +98,7 @@ class TrainConfig:
         output_dir: where checkpoints, metrics and the trained model go.
         cache_dir: where reference log-probabilities are kept between runs.
         tensorboard: also write the metrics for TensorBoard.
+        report: write `output_dir/report.html` at the end, with curves where matplotlib is there.
         workers: processes beside this one that prepare pairs: that tokenize them, before the
             training, and then one that packs those of the coming steps. 0: none. None: as many as
             pay for their start, of this process's share of the machine's cores, to tokenize; one to
@@ -150,6 +151,7 @@ class TrainConfig:
     output_dir: str = "runs/dpo"
     cache_dir: str = "runs/cache"
     tensorboard: bool = False
+    report: bool = True
     workers: int | None = None
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
 

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 
 from raco_fast.dpo.run.conflict_estimates import Conflict
 from raco_fast.dpo.run.files import atomic_file
+from raco_fast.pages.figures import NO_PICTURE, color_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-# Okabe and Ito's, told apart by color-blind readers too.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "black")
 
 
 def draw(found: Conflict, destination: Path) -> str:
@@ -25,7 +23,7 @@ def draw(found: Conflict, destination: Path) -> str:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        return "no picture, as matplotlib is not installed: pip install 'raco-fast[plot]'"
+        return NO_PICTURE
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_cosines(left, found)
@@ -39,7 +37,7 @@ def _draw_cosines(axes: Axes, found: Conflict) -> None:
     sizes = found.batch_sizes
     for k, (names, curve) in enumerate(found.curves.items()):
         each = next(two for two in found.two if two.names == names)
-        color, line = _COLORS[k % len(_COLORS)], "-" if each.product.sign else ":"
+        color, line = color_of(k), "-" if each.product.sign else ":"
         axes.plot(sizes, curve, color=color, linestyle=line, label=" : ".join(names))
         place = sizes[-1] * 1.6 * 1.25**k
         axes.plot([place] * 2, [each.cosine.low, each.cosine.high], color=color, linestyle=line)
@@ -61,8 +59,8 @@ def _draw_descent(axes: Axes, found: Conflict) -> None:
         for i, x in enumerate(update.descent.values()):
             place = i + (k - 1) * 0.2
             label = update.source if i == 0 else None
-            axes.plot([place] * 2, [x.low, x.high], color=_COLORS[k])
-            axes.plot([place], [x.value], "o", color=_COLORS[k], label=label)
+            axes.plot([place] * 2, [x.low, x.high], color=color_of(k))
+            axes.plot([place], [x.value], "o", color=color_of(k), label=label)
     axes.axhline(0.0, color="gray", linewidth=1)
     names = list(found.updates[0].descent) if found.updates else []
     axes.set_xticks(range(len(names)), names)

@@ -44,7 +44,9 @@ CHANGES: dict[str, Change] = {
     **dict.fromkeys(("batching", "pairs_per_micro_batch", "tokens_per_micro_batch"), _F),
     **dict.fromkeys(("chunk_tokens", "gradient_mode"), _F),
     **dict.fromkeys(("check_every", "eval_every", "save_every", "log_every"), _F),
-    **dict.fromkeys(("output_dir", "cache_dir", "tensorboard", "parallel", "workers"), _F),
+    **dict.fromkeys(
+        ("output_dir", "cache_dir", "tensorboard", "report", "parallel", "workers"), _F
+    ),
     **dict.fromkeys(("max_skipped_steps", "save_minutes", "keep", "keep_best"), _F),
     # They are compared in `losses`, where they are worked out.
     **dict.fromkeys(("loss", "loss_options"), _F),
@@ -83,6 +85,11 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     given["rounding"] = config.optimizer_arguments["rounding"]
     settings: dict[str, Any] = json.loads(json.dumps(given))
     return settings
+
+
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """Dotted name -> value of all settings."""
+    return dict(_flat(identity(config)))
 
 
 def compared(settings: Mapping[str, Any]) -> dict[str, Any]:

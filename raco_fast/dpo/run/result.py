@@ -11,9 +11,11 @@ from torch import Tensor
 from raco_fast.dpo.data.batches import labelled_counts
 from raco_fast.dpo.run.checkpoint import TrainingState
 from raco_fast.dpo.run.config import TrainConfig
+from raco_fast.dpo.run.identity import settings_of
 from raco_fast.dpo.run.inputs import RunInputs
 from raco_fast.dpo.run.metrics_file import is_evaluation, read_records
 from raco_fast.dpo.run.model_card import TrainingSummary, save_trained_model
+from raco_fast.dpo.run.run_report import write_report
 
 
 def save_result(
@@ -24,7 +26,7 @@ def save_result(
     untrained: Mapping[str, float] | None,
     metrics: Path,
 ) -> dict[str, Any]:
-    """Save the model and its card; returns the last evaluation, if there are any.
+    """Save the model, its card and the report; returns the last evaluation, if there are any.
 
     Args:
         weights: as in `save_trained_model`.
@@ -44,6 +46,8 @@ def save_result(
         found=inputs.policy.found,
     )
     save_trained_model(inputs.model, inputs.tokenizer, summary, weights)
+    if config.report:
+        write_report(config.folder, settings_of(config))
     return dict(evaluations[-1]) if evaluations else {}
 
 

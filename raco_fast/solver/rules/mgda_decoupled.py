@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from raco_fast.solver.rule import Array, Problem, Rule, scaled
 from raco_fast.solver.rules.conflict_averse import shortest
 
@@ -24,6 +26,9 @@ class MGDADecoupled(Rule):
     def coefficients(self, problem: Problem) -> Array:
         losses = problem.losses
         assert losses is not None, "the rule needs losses"
+        # Of an objective without a label in the step the loss is 0 as well; zero is zero divided
+        # by whatever.
+        losses = np.where(problem.norms > 0.0, losses, 1.0)
         if losses.min() <= 0.0:
             raise ValueError(
                 f"`losses` must be positive for the rule mgda-decoupled, which divides by them, "

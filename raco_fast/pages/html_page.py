@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
-
-from raco_fast.studies.tables import Table
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
@@ -16,18 +15,32 @@ figure { margin: 1rem 0; } svg { max-width: 100%; height: auto; }
 """
 
 
-def html_page(notes: Sequence[str], tables: Sequence[Table], pictures: Mapping[str, str]) -> str:
+@dataclass(frozen=True)
+class Table:
+    """A title, what the table says in a sentence or two, names of columns, and rows."""
+
+    title: str
+    text: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+def html_page(
+    title: str, notes: Sequence[str], tables: Sequence[Table], pictures: Mapping[str, str]
+) -> str:
     """The whole page.
 
     Args:
+        title: its headline.
+        notes: a paragraph each.
         pictures: name -> SVG text, put in as it is.
     """
     return "\n".join(
         (
             "<!doctype html>",
-            '<html lang="en"><head><meta charset="utf-8"><title>Fronts</title>',
+            f'<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>',
             f"<style>{_STYLE}</style></head><body>",
-            "<h1>Fronts of held-out preferences</h1>",
+            f"<h1>{escape(title)}</h1>",
             *(f"<p>{escape(note)}</p>" for note in notes),
             *(f"<figure>{svg}</figure>" for svg in pictures.values()),
             *(line for table in tables for line in _table(table)),

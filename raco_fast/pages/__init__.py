@@ -1,0 +1,1 @@
+"""What reports are shown as: pages of HTML, and how figures look."""
