@@ -2,8 +2,8 @@
 
 AdamW moves parameters by -lr m̂ / (√v̂ + ε). This step's G0 enters the average m̂ with the share
 1 - β1 and fades from it: over its life it moves them by -lr D G0 with D = 1 / (√v̂ + ε) of each
-element. So to first order it lowers the loss of objective j by lr Σ_i α_i ⟨g_j, D g_i⟩: the products that
-decide about conflict are those in the metric D. What goes into it:
+element. So to first order it lowers the loss of objective j by lr Σ_i α_i ⟨g_j, D g_i⟩: the
+products that decide about conflict are those in the metric D. What goes into it:
 
     v̂         the running one, v / (1 - β2^t) after t steps, which does not know this step's
               gradients. With them D would be largest where objectives happen to cancel, and in the
