@@ -34,9 +34,8 @@ from .gram import (
 from .tables import TensorTable, build, current, programs
 
 MAX_UNROLLED = 6  # 8 objectives have 72 sums, and spill on sm_100
-# Resident programs per multiprocessor, by m; they fix the order of the sums. No limit of registers
-# is set: ptxas spills under one that is larger than what it needs without.
-PROGRAMS = {1: 10, 2: 8, 3: 6, 4: 4, 5: 3, 6: 2}
+# Resident programs per multiprocessor, by m; they fix the order of the sums.
+PROGRAMS = {1: 10, 2: 8, 3: 6, 4: 4, 5: 2, 6: 2}
 OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
 
 
@@ -195,12 +194,22 @@ def _of_tables(
             partials[0, row:],
             partials[1, row:],
             **partials_constants(m, table),
-            **OPTIONS,
+            **partials_options(m),
         )
         row += grid
     for of_one, into in zip(partials, total, strict=True):
         gram_total[(1,)](of_one, row, into, M=m, BLOCK=128, **OPTIONS)
     return total
+
+
+def partials_options(m: int) -> dict[str, object]:
+    """How `metric_partials` is compiled.
+
+    Of few objectives without a limit of registers: under one that is larger than what it takes by
+    itself ptxas unrolls and spills. Of many with the largest: without, ptxas aims at three programs
+    a multiprocessor on sm_100, and spills for m = 5.
+    """
+    return {**OPTIONS, "maxnreg": 255} if m > 4 else {**OPTIONS}
 
 
 def partials_constants(m: int, table: TensorTable) -> dict[str, object]:

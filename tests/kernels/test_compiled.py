@@ -178,7 +178,7 @@ def test_gram_in_metric(m, dtypes, architecture, missing):
     gradient, moment = dtypes
     of_m = table([*[gradient] * m, moment], m, missing=missing)
     constants = gram_in_metric.partials_constants(m, of_m)
-    kernel, options = gram_in_metric.metric_partials, gram_in_metric.OPTIONS
+    kernel, options = gram_in_metric.metric_partials, gram_in_metric.partials_options(m)
     code = compile_kernel(kernel, constants, architecture, options)
     assert_no_spills(code)
     assert_deterministic_and_64_bit(code)
