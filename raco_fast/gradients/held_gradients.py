@@ -278,9 +278,9 @@ class HeldGradients:
         """Raise ValueError where the metric of an optimizer's update is asked of something else."""
         if self.expectation.options.metric != "euclidean":
             raise ValueError(
-                f"metric='adam' is of step() after backward(losses) in mode 'one_backward' or "
-                f"'autograd', which weighs every element of every gradient by AdamW's state; "
-                f"{caller} has none of both. Set opt.metric = 'euclidean'"
+                f"metric='adam' needs every element of every objective's gradient and AdamW's "
+                f"state, and {caller} lacks one of both; take step() after backward(losses) in "
+                f"mode 'one_backward' or 'autograd', or set opt.metric = 'euclidean'"
             )
 
     def solve(
