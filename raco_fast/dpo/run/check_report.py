@@ -115,8 +115,8 @@ def _meet(data: DataCheck) -> Iterator[tuple[str, ...]]:
         if not common:
             yield f"{one} : {other}", "0", "-", "-"
             continue
-        agree = round((1 + labels.agreement[i, j]) / 2 * common)
-        cells = (f"{n} ({n / common:.0%})" for n in (agree, common - agree))
+        counts = (int(labels.agree[i, j]), int(labels.conflict[i, j]))
+        cells = (f"{n} ({n / common:.0%})" for n in counts)
         yield (f"{one} : {other}", str(common), *cells)
 
 

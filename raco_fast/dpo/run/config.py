@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 
 from raco_fast.dpo.data.choices import check_choices
+from raco_fast.dpo.data.data_source import DataSource
+from raco_fast.dpo.data.files import STDIN
 from raco_fast.dpo.data.rendering import TokenOptions
-from raco_fast.dpo.data.sources import DataSource
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 from raco_fast.dpo.losses.registry import make_loss
 from raco_fast.dpo.models import ModelOptions
@@ -176,6 +177,11 @@ class TrainConfig:
         _ = self.objective_losses  # raises where a loss or an option is wrong
         if not self.data:
             raise ValueError("`data` must name at least one file of preference pairs, got none")
+        if [source.path for source in (*self.data, *self.eval_data)].count(STDIN) > 1:
+            raise ValueError(
+                f"`data` and `eval_data` must name standard input ({STDIN!r}) once, got it more "
+                f"often: it can be read once; write it to a file"
+            )
         if self.concise is not None and self.concise not in self.weights:
             raise ValueError(
                 f"`concise` must be one of the objectives in `weights`, got {self.concise!r} for "

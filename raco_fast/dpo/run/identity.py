@@ -34,7 +34,8 @@ CHANGES: dict[str, Change] = {
     # The weights of the model and the token ids and labels of the pairs are compared by content.
     **dict.fromkeys(("model.name", "model.tokenizer", "model.base"), _C),
     **dict.fromkeys((f"data.{n}" for n in ("path", "objective", "format", "limit")), _C),
-    **dict.fromkeys((f"data.{n}" for n in ("columns", "on_bad")), _C),
+    **dict.fromkeys((f"data.{n}" for n in ("objectives", "pairs_per_row", "config")), _C),
+    **dict.fromkeys((f"data.{n}" for n in ("split", "revision", "on_bad")), _C),
     **dict.fromkeys((f"tokens.{n}" for n in ("max_length", "max_prompt_length")), _C),
     **dict.fromkeys((f"tokens.{n}" for n in ("overlength", "keep", "special_text")), _C),
     **dict.fromkeys(("tokens.chat_template", "tokens.plain", "tokens.date", "concise"), _C),

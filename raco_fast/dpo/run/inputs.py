@@ -14,8 +14,10 @@ from torch import nn
 from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.causality import check_causal
 from raco_fast.dpo.data.batches import pair_length
+from raco_fast.dpo.data.data_source import DataSource
+from raco_fast.dpo.data.files import STDIN
 from raco_fast.dpo.data.pairs import ConciseRule
-from raco_fast.dpo.data.sources import DataSource, read_sources
+from raco_fast.dpo.data.sources import read_sources
 from raco_fast.dpo.data.tokenization import EncodedPair, encode_pairs, token_counter
 from raco_fast.dpo.launch import launched, share_of_cores
 from raco_fast.dpo.losses.registry import check_soft
@@ -124,12 +126,18 @@ def load_on_all(config: TrainConfig, processes: Processes) -> RunInputs:
     """`load_inputs` on every process, the model sharded over them if the config says so.
 
     Raises:
-        ValueError, OSError: as `load_inputs`, on any process; no causal language model.
+        ValueError, OSError: as `load_inputs`, on any process; no causal language model; data from
+            standard input, which only one process can read.
     """
     from transformers.utils.logging import disable_progress_bar
 
     if processes.rank > 0:
         disable_progress_bar()
+    if processes.size > 1 and STDIN in [s.path for s in (*config.data, *config.eval_data)]:
+        raise ValueError(
+            f"`data.path` must be no standard input ({STDIN!r}) where several processes run, got "
+            f"{processes.size}: each would read a part of it; write it to a file"
+        )
     device, parallel = pick_device(config.model.device), config.parallel
     sharded = parallel.kind == "fsdp2"
     # A model that is to be sharded may have room on no GPU.

@@ -102,7 +102,7 @@ def _body(summary: TrainingSummary) -> str:
     for use, sources in (("train", config.data), ("held out", config.eval_data)):
         for source in sources:
             part = "all" if source.limit is None else f"the first {source.limit}"
-            files.append(f"- {use}: `{source.path}` ({part} usable pairs)")
+            files.append(f"- {use}: `{source.described}` ({part} usable pairs)")
     skipped = f", {summary.skipped_steps} of them skipped" if summary.skipped_steps else ""
     if summary.skipped_at_the_end:
         skipped += (

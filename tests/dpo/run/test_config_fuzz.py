@@ -18,7 +18,7 @@ from raco_fast.dpo.run.identity import identity, keys_of
 
 VALID = {
     "model": {"name": "m", "device": "cpu", "lora": {"r": 4}},
-    "data": [{"path": "x.jsonl", "columns": {"a": "b"}}],
+    "data": [{"path": "x.jsonl", "objectives": {"a": {"column": "b", "soft": {"1": 0.75}}}}],
     "eval_data": [{"path": "y.jsonl"}],
     "weights": {"a": 0.5, "b": 0.5},
     "losses": {"a": {"name": "simpo", "gamma": 1.0}},
