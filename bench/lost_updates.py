@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from raco_fast import __version__
-from raco_fast.dpo.data.sources import DataSource
+from raco_fast.dpo.data.data_source import DataSource
 from raco_fast.dpo.models import ModelOptions
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.trainer import train

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raco_fast import __version__
+from raco_fast.dpo.data.data_source import DataSource
 from raco_fast.dpo.data.rendering import TokenOptions
-from raco_fast.dpo.data.sources import DataSource, read_sources
+from raco_fast.dpo.data.sources import read_sources
 from raco_fast.dpo.data.tokenization import EncodedPair, collate, encode_pairs
 from raco_fast.dpo.decoders import hidden_states, logit_shape
 from raco_fast.dpo.models import ModelOptions

@@ -30,6 +30,7 @@ def main() -> None:
     """Write the page and its pictures."""
     (DOCS / "results.md").write_text(page(), encoding="utf-8")
     (DOCS / "results").mkdir(exist_ok=True)
+    miniature.draw(DOCS / "results" / "conflict.png")
     theorems.draw(DOCS / "results" / "theorem-3.1.png")
 
 

@@ -149,7 +149,8 @@ def _kept(data: str) -> Path:
 
 
 def _count(data: str) -> None:
-    from raco_fast.dpo.data.sources import DataSource, read_sources
+    from raco_fast.dpo.data.data_source import DataSource
+    from raco_fast.dpo.data.sources import read_sources
     from raco_fast.dpo.data.tokenization import encode_pairs
     from raco_fast.dpo.loading import load_tokenizer_of
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from bench.miniature.cells import START, Cell, read_cells
 from bench.miniature.run import RESULTS
+from raco_fast.dpo.run.files import atomic_file
 from raco_fast.report import markdown_table
 from raco_fast.studies.fronts import hypervolume
 from raco_fast.studies.spread import CERTAINTY, Spread
@@ -20,6 +22,9 @@ from raco_fast.studies.spread import CERTAINTY, Spread
 Method = tuple[str, str]
 """A rule's label and the Gram matrix it finds a conflict in."""
 _LINEAR = ("linear", "batch")
+_UNBIASED = ("cagrad-clip", "unbiased")
+_OPPOSED = "coverage:brevity"
+_PICTURED = ("base", "pairs 4", "pairs 16", "pairs 64", "own pairs", "own pairs 24")
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,7 @@ def part() -> list[str]:
         "### Rules against the weighted sum",
         _against_linear(cells),
         "### What a step's gradients show, and the estimate of the expected ones'",
+        "![cosine in a step and in the estimate](results/conflict.png)",
         _cosines(cells),
     ]
     if missing:
@@ -134,6 +140,45 @@ def part() -> list[str]:
         f"{machine}."
     )
     return parts
+
+
+def draw(destination: Path) -> None:
+    """The cosine of two opposed objectives over the pairs of a step, in it and as estimated."""
+    from matplotlib.figure import Figure
+
+    cells, _ = read()
+    figure = Figure(figsize=(9.5, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, own in zip(panels, (False, True), strict=True):
+        for kind, name, color in (
+            ("means", "raco/cosine/", "#D55E00"),
+            ("last", "raco/cosine_unbiased/", "#0072B2"),
+        ):
+            found = [
+                (cell.cell.config.batch_size, spread)
+                for cell in cells
+                if cell.cell.name in _PICTURED and cell.cell.config.own_pairs == own
+                if (spread := cell.mean(_UNBIASED, f"{name}{_OPPOSED}", kind)) is not None
+            ]
+            found.sort(key=lambda each: each[0])
+            axes.errorbar(
+                [size for size, _ in found],
+                [spread.mean for _, spread in found],
+                yerr=[spread.interval() for _, spread in found],
+                marker="o",
+                color=color,
+                label="in a step's gradients" if kind == "means" else "estimate, at the last step",
+            )
+        axes.set(xscale="log", xlabel="pairs in a step", ylim=(-1.15, 0.15))
+        axes.set_title(
+            "each pair labelled for one objective" if own else "all pairs labelled for all"
+        )
+        axes.axhline(0.0, color="gray", linewidth=0.8)
+        axes.grid(alpha=0.25)
+    panels[0].set_ylabel("cosine of coverage and brevity")
+    panels[0].legend(frameon=False)
+    with atomic_file(destination) as partial:
+        figure.savefig(partial, format="png", dpi=110)
 
 
 Gain = tuple[str, str, str, Spread]

@@ -10,11 +10,16 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from raco_fast.backends.arguments import check_coefficients, check_rows, check_update
+from raco_fast.backends.arguments import (
+    check_coefficients,
+    check_metric,
+    check_rows,
+    check_update,
+)
 from raco_fast.backends.choose import chosen, planned
 from raco_fast.backends.plan import Plan
 from raco_fast.backends.summed import summed
-from raco_fast.backends.types import Call, Gradients, Update
+from raco_fast.backends.types import Call, Gradients, Metric, Update
 
 
 def gram(grads: Gradients, plan: Plan | None = None) -> Tensor:
@@ -64,7 +69,11 @@ def gram_beside(
     Where the Gram is on a CUDA device, all of it is one copy and one wait: for this stream only.
     `known`: see `gram_where_it_is`.
     """
-    M = gram_where_it_is(grads, plan, known)
+    return together(gram_where_it_is(grads, plan, known), numbers)
+
+
+def together(M: Tensor, numbers: Sequence[Tensor]) -> tuple[Tensor, list[float]]:
+    """(M on the CPU, the values of tensors of one element), as one copy and one wait."""
     if not M.is_cuda:
         return M, [float(x) for x in numbers]
     sent = torch.cat([x.reshape(-1).to(M) for x in (M, *numbers)])
@@ -120,6 +129,25 @@ def _with_rest(kept: Sequence[Tensor], rest: Gradients, plan: Plan | None) -> Te
             M, part = M.cpu(), part.cpu()
         M = M + part
     return M
+
+
+def gram_in_metric(grads: Gradients, metric: Metric, plan: Plan | None = None) -> Tensor:
+    """`gram`, and the Gram matrix in the metric of AdamW's update, from one pass over memory.
+
+    Args:
+        grads: as for `gram`.
+        metric: D of every tensor.
+        plan: the caller's, if it has one.
+    Returns:
+        [2, m, m] float64, not waited for: M with the bits of `gram`, and Σ_e g_i[e] D[e] g_j[e], as
+        products of √D g_i in the precision of those of M. Where v is NaN it is not finite.
+    Raises:
+        ValueError, TypeError: as for `gram`, or `metric` does not fit `grads`.
+    """
+    check_metric(grads, metric)
+    call = Call("gram_in_metric", len(grads), (), grads, beside=[metric.moments])
+    backend, built = planned(call, plan)
+    return within_cauchy_schwarz(backend.gram_in_metric(grads, metric, built))
 
 
 def combine(
@@ -200,13 +228,14 @@ def weight_grad(
 
 
 def within_cauchy_schwarz(M: Tensor) -> Tensor:
-    """M with |M_ij| <= √(M_ii M_jj).
+    """M [.., m, m] with |M_ij| <= √(M_ii M_jj).
 
     Rounding, and squares that underflow where products do not (a saturated loss beside an
     ordinary one), leave a matrix that is no Gram matrix, which the solver would refuse.
     """
-    norms = M.diagonal().sqrt()
-    bound = torch.outer(norms, norms)
+    squares = M.diagonal(dim1=-2, dim2=-1)
+    norms = squares.sqrt()
+    bound = norms[..., :, None] * norms[..., None, :]
     bounded = torch.maximum(torch.minimum(M, bound), -bound)
-    bounded.diagonal().copy_(M.diagonal())
+    bounded.diagonal(dim1=-2, dim2=-1).copy_(squares)
     return bounded

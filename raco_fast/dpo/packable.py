@@ -18,7 +18,7 @@ from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.decoders import is_in_parts
 from raco_fast.dpo.modes import evaluating
 from raco_fast.dpo.scoring import pair_logps
-from raco_fast.dpo.sharded import device_of, free_gathered
+from raco_fast.dpo.sharded import device_of, free_gathered, is_sharded
 
 # Scores of padded and packed rows are sums in another order. Relative to a score, and where the
 # dtype is coarse, relative to what more padding alone makes of it.
@@ -57,6 +57,9 @@ def why_not_packed(
         except torch.OutOfMemoryError:
             raise  # of a run that has no room for its longest pair, not of packing
         except _FAILURES as error:
+            if is_sharded(model):
+                # What it has gathered stays until a forward pass comes to its end.
+                pair_logps(model, padded.batch(pairs[:1]), chunk_tokens)
             return f"it fails on them ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
         finally:
             free_gathered(model)

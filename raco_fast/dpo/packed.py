@@ -1,9 +1,9 @@
 """Sequence log-probabilities of packed rows: every token once, no logits beyond a block of them.
 
-A decoder is handed one row of many sequences (`raco_fast.dpo.data.packed_rows`) with a mask of
-transformers' own making, in the form that its attention takes: a bool or additive tensor for sdpa
-and eager attention, a BlockMask for flex_attention. Windows and chunks are by position, for b's
-tokens lie further from their prompt than their positions say.
+A decoder is handed one row of many sequences (`raco_fast.dpo.data.packed_rows`) with a mask in the
+form that its attention takes: a bool or additive tensor for sdpa and eager attention; what others
+take, such as flex_attention's BlockMask, transformers makes of the same function. Windows and
+chunks are by position, for b's tokens lie further from their prompt than their positions say.
 
 Whether a model can be run so is a property of its code, so it is looked at: `raco_fast.dpo.layout`.
 """
@@ -26,6 +26,8 @@ from raco_fast.engine.declaration import sequences
 
 _Reach = Callable[[Tensor, Tensor], Tensor]
 """(positions of queries, of keys) -> whether the one looks as far as to the other."""
+_Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(rows, heads, queries, keys), all as numbers -> whether a query sees a key."""
 
 
 def packed_logps(
@@ -89,24 +91,15 @@ def attention_masks(config: Any, rows: PackedRows, dtype: torch.dtype) -> Any:
         config: of the decoder.
         dtype: of its activations.
     """
-    from transformers.masking_utils import create_causal_mask
-
     document, branch = rows.document, rows.branch
     positions = rows.position_ids[0]
-    embeds = torch.empty(1, rows.tokens, 0, dtype=dtype, device=positions.device)
 
     def mask(reach: _Reach | None) -> Any:
         def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
             together = (document[q] == document[k]) & ((branch[k] == 0) | (branch[k] == branch[q]))
             return together if reach is None else together & reach(positions[q], positions[k])
 
-        return create_causal_mask(
-            config=config,
-            inputs_embeds=embeds,
-            attention_mask=None,
-            past_key_values=None,
-            and_mask_function=sees,
-        )
+        return _causal_mask(config, sees, rows.tokens, dtype, positions.device)
 
     window = getattr(config, "sliding_window", None)
     chunk = getattr(config, "attention_chunk_size", None)
@@ -118,6 +111,35 @@ def attention_masks(config: Any, rows: PackedRows, dtype: torch.dtype) -> Any:
     kinds = set(getattr(config, "layer_types", None) or [_only_kind(config)])
     masks = {kind: mask(reaches[kind]) for kind in sorted(kinds) if kind in reaches}
     return masks if len(kinds) > 1 else next(iter(masks.values()), None)
+
+
+def _causal_mask(
+    config: Any, sees: _Sees, tokens: int, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """Of one row of tokens: what a token sees of those not behind it.
+
+    transformers calls a function that it does not know by vmap, which takes the host longer than a
+    small model's forward pass. `sees` takes tensors of numbers as well.
+    """
+    from transformers import masking_utils as of
+
+    known, name = of.ALL_MASK_ATTENTION_FUNCTIONS, config._attn_implementation
+    form = known.get(name)
+    if form not in (of.sdpa_mask, of.eager_mask) or not getattr(config, "is_causal", True):
+        return of.create_causal_mask(
+            config=config,
+            inputs_embeds=torch.empty(1, tokens, 0, dtype=dtype, device=device),
+            attention_mask=None,
+            past_key_values=None,
+            and_mask_function=sees,
+        )
+    index = torch.arange(tokens, device=device)
+    row = index.new_zeros(())
+    q, k = index[:, None], index[None]
+    mask = ((k <= q) & sees(row, row, q, k))[None, None]
+    if form is of.sdpa_mask:
+        return mask
+    return torch.where(mask, torch.zeros((), dtype=dtype, device=device), torch.finfo(dtype).min)
 
 
 def _only_kind(config: Any) -> str:

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,23 @@ class ReferenceLogps:
         values = torch.tensor([self.by_id[id] for id in ids], dtype=torch.float32)
         values = sent(values, device)
         return values[:, 0], values[:, 1]
+
+
+@dataclass(frozen=True)
+class BatchLogps:
+    """Reference log-probabilities of one batch, float32 [B] each: responses a, and b."""
+
+    a: Tensor
+    b: Tensor
+
+    def of(self, ids: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Both, of the batch whose pairs are `ids`."""
+        assert len(ids) == len(self.a)
+        return self.a.to(device), self.b.to(device)
+
+
+KnownReferences: TypeAlias = Mapping[float, ReferenceLogps | BatchLogps]
+"""Tail weight -> the reference's log-probabilities of the pairs of a batch, or of more."""
 
 
 def tail_weights(losses: Mapping[str, PreferenceLoss]) -> tuple[float, ...]:
@@ -82,8 +100,9 @@ def _token_weights(mask: Tensor, shorter: Tensor, tail: float) -> Tensor:
 def score_pairs(
     logps: Tensor,
     batch: PairBatch,
-    references: Mapping[float, ReferenceLogps],
+    references: KnownReferences,
     losses: Mapping[str, PreferenceLoss],
+    rewards: Mapping[str, ReferenceLogps] | None = None,
 ) -> dict[str, PairScores]:
     """Objective -> the scores of a batch on the CPU that its loss is a function of.
 
@@ -92,6 +111,7 @@ def score_pairs(
             The scores are on its device.
         references: tail weight -> the reference's log-probabilities.
         losses: of the objectives.
+        rewards: objective -> `PairScores.other_a` and `other_b` by pair id, where it has any.
     """
     device, by_tail = logps.device, {}
     tokens_a, tokens_b = sent(batch.tokens_a, device), sent(batch.tokens_b, device)
@@ -101,7 +121,11 @@ def score_pairs(
         a, b = both.chunk(2)
         ref_a, ref_b = reference.of(batch.ids, device)
         by_tail[tail] = PairScores(a, b, ref_a, ref_b, tokens_a, tokens_b)
-    return {name: by_tail[loss.tail_weight] for name, loss in losses.items()}
+    found = {name: by_tail[loss.tail_weight] for name, loss in losses.items()}
+    for name, known in (rewards or {}).items():
+        other_a, other_b = known.of(batch.ids, device)
+        found[name] = replace(found[name], other_a=other_a, other_b=other_b)
+    return found
 
 
 def scores_of_loss(pairs: Tensor, loss: PreferenceLoss, tails: Iterable[float]) -> Tensor:

@@ -60,7 +60,8 @@ def as_forward(model: nn.Module, function: Callable[..., Any]) -> Callable[..., 
     """
     if not is_sharded(model):
         return partial(function, model)
-    name = f"_raco_{function.__name__.strip('_')}"
+    # With its module: padded and packed rows are scored by functions of one name.
+    name = "_raco_" + f"{function.__module__}_{function.__name__}".replace(".", "_")
     if name not in vars(model):
         from torch.distributed.fsdp import register_fsdp_forward_method
 

@@ -297,7 +297,8 @@ class ObjectiveGradients(HeldGradients):
         Replicas' own gradients are no use to it: it takes those of their sums over processes.
         """
         last = self.passes.begin()
-        if self._several and not self.sharded:
+        euclidean = self.expectation.options.metric == "euclidean"
+        if not euclidean or (self._several and not self.sharded):
             return None
         return ProductsOfPass(graph.uses, self.plan, last)
 

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from raco_fast.dpo.data.files import files_of, is_file
 from raco_fast.dpo.run.checkpoint import latest, read_state
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.files import atomic_file
@@ -108,7 +109,8 @@ def inputs_of(config: TrainConfig) -> dict[str, str]:
     """File or folder that a run reads -> SHA-256 of its content; hub names are left out."""
     model = config.model
     names = [model.name, model.tokenizer, model.base]
-    names += [source.path for source in (*config.data, *config.eval_data)]
+    for source in (*config.data, *config.eval_data):
+        names += [path for path in files_of(source.path) if is_file(path)]
     paths = {name: expanded(name) for name in names if name is not None}
     return {name: _digest(path.resolve()) for name, path in paths.items() if path.exists()}
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from model_zoo_verdicts import Gradients, compared, relative, stacked, trained, widened
 from torch import Tensor, nn
+from transformers import LlamaConfig
 
 import raco_fast
 from raco_fast.dpo import packed_logps, pair_rows
@@ -24,6 +25,7 @@ from raco_fast.dpo.data.layout import Kind, Layout
 from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.models import enable_checkpointing
 from raco_fast.dpo.packable import why_not_packed
+from raco_fast.dpo.packed import attention_masks
 from raco_fast.dpo.scoring import pair_logps
 
 # Plain attention; windows of 6 tokens, alone and beside full attention; learned positions;
@@ -281,3 +283,31 @@ def test_a_pair_row_is_scored_in_ones_own_loop():
     assert max(relative(found[n], g) for n, g in expected.items()) < 1e-5
     with pytest.raises(ValueError, match="`chunk_tokens` must be at least 1"):
         packed_logps(model, rows, chunk_tokens=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_masks_are_those_that_transformers_makes_number_by_number(monkeypatch, attention, dtype):
+    """Of full, windowed and chunked layers, to the bit, without its vmap."""
+    from transformers import masking_utils
+
+    config = LlamaConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=3)
+    config._attn_implementation = attention
+    config.sliding_window, config.attention_chunk_size = 5, 4
+    config.layer_types = ["full_attention", "sliding_attention", "chunked_attention"]
+    rows = pair_rows([[1, 2, 3, 4], [5, 6]], [[7, 8, 9], [7]], [[7, 3], [2, 2, 2, 2]])
+
+    def refuse(**_):
+        raise AssertionError("transformers was asked")
+
+    with monkeypatch.context() as ours:
+        ours.setattr(masking_utils, "create_causal_mask", refuse)
+        found = attention_masks(config, rows, dtype)
+    known = getattr(masking_utils, f"{attention}_mask")
+    monkeypatch.setattr(masking_utils, f"{attention}_mask", lambda **given: known(**given))
+    expected = attention_masks(config, rows, dtype)
+    assert list(found) == ["chunked_attention", "full_attention", "sliding_attention"]
+    for kind, mask in found.items():
+        assert mask.dtype == expected[kind].dtype == (torch.bool if attention == "sdpa" else dtype)
+        assert torch.equal(mask, expected[kind])
+    assert len({tuple(mask.flatten().tolist()) for mask in found.values()}) == 3

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from raco_fast.dpo.data.data_source import DataSource
 from raco_fast.dpo.data.pairs import ConciseRule, PreferencePair
-from raco_fast.dpo.data.sources import DataSource, read_sources
+from raco_fast.dpo.data.sources import read_sources
 
 
 def read_pairs(

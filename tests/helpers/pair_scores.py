@@ -19,6 +19,8 @@ def make_scores(n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Pa
         logps_b.detach() + draw(2.0),
         torch.arange(3, 3 + n).to(dtype),
         torch.arange(7, 7 + 2 * n, 2).to(dtype),
+        draw(0.5),
+        draw(0.5),
     )
 
 
@@ -31,4 +33,6 @@ def swapped(scores: PairScores) -> PairScores:
         scores.ref_logps_a,
         scores.tokens_b,
         scores.tokens_a,
+        scores.other_b,
+        scores.other_a,
     )

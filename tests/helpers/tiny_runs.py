@@ -158,8 +158,8 @@ def settings(tiny, preference_files, tmp_path) -> dict[str, Any]:
 @pytest.fixture
 def make_config(settings) -> Callable[..., Any]:
     """A function that makes a TrainConfig of `settings`, changed by its arguments."""
+    from raco_fast.dpo.data.data_source import DataSource
     from raco_fast.dpo.data.rendering import TokenOptions
-    from raco_fast.dpo.data.sources import DataSource
     from raco_fast.dpo.models import LoraOptions, ModelOptions
     from raco_fast.dpo.run.config import TrainConfig
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raco_fast.dpo.data.sources import DataSource
+from raco_fast.dpo.data.data_source import DataSource
 from raco_fast.dpo.models import ModelOptions
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.identity import identity

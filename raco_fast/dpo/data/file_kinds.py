@@ -1,4 +1,4 @@
-"""What a file is that is no JSON Lines, by its first bytes and its name, and how to make it one.
+"""What a file is, by its first bytes and its name, and how to make JSON Lines of what is not read.
 
 Without this a Parquet file would be "not UTF-8 in line 1", and people would look for a bad letter.
 """
@@ -12,29 +12,27 @@ GZIP_MAGIC = b"\x1f\x8b"
 
 @dataclass(frozen=True)
 class FileKind:
-    """A kind of file that is not read as data.
+    """A kind of file that is no JSON.
 
     Attributes:
         name: as in "got ...".
-        cure: what to do; "{path}" is the file, "{out}" a data file to write.
+        cure: what to do; "{path}" is the file, "{out}" a data file to write; empty for kinds
+            that are read.
         magic: the first bytes of every such file; empty where there are none.
         suffixes: of its name. They decide between kinds with the same magic, and say what a file is
             that begins neither with a magic nor as JSON does.
+        reads: who reads it: "csv", "parquet", "arrow" or "arrow-stream"; empty: nobody.
     """
 
     name: str
-    cure: str
+    cure: str = ""
     magic: bytes = b""
     suffixes: tuple[str, ...] = ()
+    reads: str = ""
 
 
 def _pandas(call: str) -> str:
     code = f"import pandas; pandas.{call}.to_json('{{out}}', orient='records', lines=True)"
-    return f'convert it: python -c "{code}"'
-
-
-def _datasets(call: str) -> str:
-    code = f"import datasets; datasets.Dataset.{call}('{{path}}').to_json('{{out}}')"
     return f'convert it: python -c "{code}"'
 
 
@@ -45,19 +43,19 @@ def _recode(encoding: str) -> str:
 _WRITE_ROWS = "load it and write one JSON object a line"
 _NO_DATA = "name the file with the preference pairs"
 _PICKLE = f"{_WRITE_ROWS} (loading runs code that is in the file: only do so with one of your own)"
+_GUNZIP = "unpack it once: gunzip '{path}'"
 _EXCEL = _pandas("read_excel('{path}')")
-_CSV = FileKind("a CSV table", _pandas("read_csv('{path}')"), suffixes=(".csv",))
-_TSV = FileKind("a table with tabs", _pandas(r"read_csv('{path}', sep='\t')"), suffixes=(".tsv",))
+_CSV = FileKind("a CSV table", suffixes=(".csv",), reads="csv")
+_TSV = FileKind("a table with tabs", suffixes=(".tsv",), reads="csv")
 _TAR = FileKind("a tar archive", "unpack it: tar -xf '{path}'", suffixes=(".tar", ".tgz"))
 _TENSORS = FileKind("a model's tensors", _NO_DATA, suffixes=(".safetensors",))
 _WEB_PAGE = FileKind("a web page", "download the file itself", suffixes=(".html", ".htm"))
 
 # Of several with the same magic, the one with the file's suffix, else the last.
 _KINDS = (
-    FileKind("a Parquet table", _datasets("from_parquet"), b"PAR1", (".parquet", ".pq")),
-    FileKind("a Feather table", _pandas("read_feather('{path}')"), b"ARROW1", (".feather",)),
-    FileKind("an Arrow table", _pandas("read_feather('{path}')"), b"ARROW1", (".arrow",)),
-    FileKind("an Arrow stream", _datasets("from_file"), b"\xff\xff\xff\xff", (".arrow",)),
+    FileKind("a Parquet table", magic=b"PAR1", reads="parquet"),
+    FileKind("an Arrow table", magic=b"ARROW1", reads="arrow"),
+    FileKind("an Arrow stream", magic=b"\xff\xff\xff\xff", reads="arrow-stream"),
     FileKind("an Excel workbook", _EXCEL, b"\xd0\xcf\x11\xe0", (".xls",)),
     FileKind("an Excel workbook", _EXCEL, b"PK\x03\x04", (".xlsx", ".xlsm")),
     FileKind("a PyTorch file", _PICKLE, b"PK\x03\x04", (".pt", ".pth", ".bin", ".ckpt")),
@@ -69,7 +67,7 @@ _KINDS = (
     FileKind("a bzip2 stream", "unpack it: bunzip2 -k '{path}'", b"BZh", (".bz2",)),
     FileKind("an xz stream", "unpack it: unxz -k '{path}'", b"\xfd7zXZ\x00", (".xz",)),
     FileKind("an lz4 stream", "unpack it: lz4 -d '{path}'", b"\x04\x22\x4d\x18", (".lz4",)),
-    FileKind("gzip inside gzip", "unpack it once: gunzip '{path}'", GZIP_MAGIC + b"\x08"),
+    FileKind("gzip inside gzip", _GUNZIP, GZIP_MAGIC + b"\x08"),
     *(FileKind("a Python pickle", _PICKLE, bytes([128, n]), (".pkl",)) for n in range(2, 6)),
     FileKind("a GGUF model", _NO_DATA, b"GGUF", (".gguf",)),
     FileKind("a NumPy array", _WRITE_ROWS, b"\x93NUMPY", (".npy",)),
@@ -94,26 +92,32 @@ _KINDS = (
 _COLUMN = r"\s*\"?[A-Za-z_][\w .-]*\"?\s*"
 
 
-def check_kind(file: Path, head: bytes) -> None:
-    """Raise if a file is of a kind that is known and no JSON Lines.
+def readable_kind(name: str, head: bytes, packed: bool) -> str:
+    """Who reads a file: "json", or `FileKind.reads`.
 
     Args:
-        file: for its name.
-        head: its first bytes, 512 or more where it has as many; unpacked, where it is packed with
-            gzip.
+        name: the file's.
+        head: its first bytes, 512 or more where it has as many; unpacked, where it is packed.
+        packed: whether it is packed with gzip.
     Raises:
-        ValueError: names the file, what it is, and how to make JSON Lines of it.
+        ValueError: nobody does; names the file, what it is, and how to make JSON Lines of it.
     """
+    file = Path(name)
     inner = file.with_suffix("") if file.suffix.lower() == ".gz" else file
     kind = _kind_of(head, inner.suffix.lower())
     if kind is None:
-        return
+        return "json"
+    if kind.reads == "csv" or (kind.reads and not packed):
+        return kind.reads
+    if kind.reads:
+        kind = FileKind(f"{kind.name} inside gzip", _GUNZIP)  # has to be read from any place
     out = inner.with_suffix(".jsonl")
     if out == file:
         out = file.with_suffix(".converted.jsonl")  # a file is not written while it is read
     cure = kind.cure.replace("{path}", str(file)).replace("{out}", str(out))
     raise ValueError(
-        f"{file}: a data file must be JSON Lines or a JSON list, got {kind.name}; {cure}"
+        f"{file}: a data file must be JSON Lines, a JSON list, CSV, Parquet or Arrow, got "
+        f"{kind.name}; {cure}"
     )
 
 

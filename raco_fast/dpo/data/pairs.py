@@ -4,8 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from raco_fast.dpo.data.rows import Row
+from raco_fast.dpo.data.rows import Row, RowError
 from raco_fast.dpo.data.values import show
+
+
+class SameAnswersError(RowError):
+    """Two answers are the same, so that neither can be preferred."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,8 @@ def check_content(
         prompt: turns.
         answer_a, answer_b: text, and further fields of the turn; text may be empty beside a call.
     Raises:
-        RowError: an unknown role, an empty turn or response, identical responses, or a prompt that
-            does not end with a turn to answer.
+        RowError: an unknown role, an empty turn or response, a prompt that does not end with a turn
+            to answer; `SameAnswersError` for identical responses.
     """
     if not prompt or prompt[-1]["role"] not in ("user", "tool"):
         last = f"the role {show(prompt[-1]['role'])} at its end" if prompt else "no turns"
@@ -87,8 +91,9 @@ def check_content(
         if not text.strip() and "tool_calls" not in fields:
             raise row.error(f"response {side}", "hold text", "an empty response", "remove the row")
     if (answer_a[0].strip(), answer_a[1]) == (answer_b[0].strip(), answer_b[1]):
-        raise row.error(
-            "responses", "differ", "two identical ones", "remove the row: it prefers nothing"
+        raise SameAnswersError(
+            f"{row.where}: `responses` must differ, got two identical ones; remove the row: it "
+            f"prefers nothing"
         )
 
 

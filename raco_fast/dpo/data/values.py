@@ -6,6 +6,12 @@ from typing import TypeGuard
 _NAME = re.compile(r"[!-~]{0,40}")
 
 
+class Cell(str):
+    """Text of a table that has nothing but texts: a number or a list where one is asked for."""
+
+    __slots__ = ()
+
+
 def show(value: object) -> str:
     """A label or a name: as written when it is short and one word, else as `shape` has it."""
     if isinstance(value, str):

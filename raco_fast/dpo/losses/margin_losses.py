@@ -34,6 +34,33 @@ class Sigmoid(PreferenceLoss):
 
 
 @dataclass(frozen=True)
+class Modpo(PreferenceLoss):
+    """-log s(R_w - R_l), R_y = (beta r_y - sum over k of w_k R_k(y)) / weight.
+
+    MODPO (arXiv:2310.03708): the policy is the best one for weight R + sum w_k R_k, of which R is
+    learnt from the labels and the R_k, rewards of other objectives, are known. The sum is
+    `RankedScores.other_w`; `weight` is what the w_k leave of 1.
+    """
+
+    soft = True
+    takes_rewards = True
+    beta: float = beta()
+    weight: float = option(
+        0.5, "be in (0, 1)", lambda v: 0 < v < 1, "with those of `margin_rewards` it sums to 1"
+    )
+
+    @property
+    def pair_function(self) -> Hashable:
+        return SUM
+
+    def __call__(self, pairs: RankedScores) -> Tensor:
+        reward = self.beta * pairs.margin
+        if pairs.other_w is not None and pairs.other_l is not None:
+            reward = reward - (pairs.other_w - pairs.other_l)
+        return -F.logsigmoid(reward / self.weight)
+
+
+@dataclass(frozen=True)
 class Hinge(PreferenceLoss):
     """max(0, 1 - beta (r_w - r_l)): SLiC's hinge (arXiv:2305.10425) on DPO's margin."""
 

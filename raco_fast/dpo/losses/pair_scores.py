@@ -1,6 +1,6 @@
 """Scores of preference pairs: as responses a and b, and as preferred and other response."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ class RankedScores:
         logps_w, logps_l: summed log-probability under the policy, with graph.
         ref_logps_w, ref_logps_l: the same under the reference model, without graph.
         tokens_w, tokens_l: scored tokens.
+        other_w, other_l: weighted sums of the rewards that other objectives give the responses,
+            for losses with `takes_rewards`; None: 0.
     """
 
     logps_w: Tensor
@@ -24,6 +26,8 @@ class RankedScores:
     ref_logps_l: Tensor
     tokens_w: Tensor
     tokens_l: Tensor
+    other_w: Tensor | None = None
+    other_l: Tensor | None = None
 
     def swapped(self) -> "RankedScores":
         """The same pairs with the other response preferred."""
@@ -34,13 +38,15 @@ class RankedScores:
             self.ref_logps_w,
             self.tokens_l,
             self.tokens_w,
+            self.other_l,
+            self.other_w,
         )
 
     def widened(self) -> "RankedScores":
         """In float64, where the device has it."""
         if self.logps_w.device.type == "mps":
             return self
-        return RankedScores(*(getattr(self, field.name).double() for field in fields(self)))
+        return replace(self, **{name: t.double() for name, t in _given(self).items()})
 
     @property
     def ratio_w(self) -> Tensor:
@@ -81,6 +87,7 @@ class PairScores:
         logps_a, logps_b: summed log-probability of each response under the policy, with graph.
         ref_logps_a, ref_logps_b: the same under the reference model, without graph.
         tokens_a, tokens_b: scored tokens in each response.
+        other_a, other_b: as in `RankedScores`.
     """
 
     logps_a: Tensor
@@ -89,10 +96,12 @@ class PairScores:
     ref_logps_b: Tensor
     tokens_a: Tensor
     tokens_b: Tensor
+    other_a: Tensor | None = None
+    other_b: Tensor | None = None
 
     def __getitem__(self, index: Tensor) -> "PairScores":
         """The pairs at an int64 [n] index."""
-        return PairScores(*(getattr(self, field.name)[index] for field in fields(self)))
+        return replace(self, **{name: t[index] for name, t in _given(self).items()})
 
     def labelled(self, label: Tensor) -> tuple[Tensor, RankedScores]:
         """The n pairs of a [B] label that is not 0: their int64 [n] index and ranked scores.
@@ -110,8 +119,18 @@ class PairScores:
         def both(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
             return torch.where(a_preferred, a, b), torch.where(a_preferred, b, a)
 
+        other: tuple[Tensor, ...] = ()
+        if self.other_a is not None and self.other_b is not None:
+            other = both(self.other_a, self.other_b)
         return RankedScores(
             *both(self.logps_a, self.logps_b),
             *both(self.ref_logps_a, self.ref_logps_b),
             *both(self.tokens_a, self.tokens_b),
+            *other,
         )
+
+
+def _given(scores: RankedScores | PairScores) -> dict[str, Tensor]:
+    """The fields that are not None."""
+    named = {field.name: getattr(scores, field.name) for field in fields(scores)}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}

@@ -36,12 +36,15 @@ class PreferenceLoss(ABC):
     Attributes:
         soft: a label that is right with probability q gives q loss(w, l) + (1 - q) loss(l, w), and
             the margin at which that is smallest grows with q. False: soft labels are refused.
+        takes_rewards: it sees the rewards that other objectives give the responses
+            (`RankedScores.other_w`), which a config names as `margin_rewards`.
         tail_weight: factor of the log-probabilities, also the reference's, of those tokens that
             the longer response has past the length of the shorter one.
         pair_function: declares that chosen and rejected may share their prompt's rows.
     """
 
     soft: ClassVar[bool] = False
+    takes_rewards: ClassVar[bool] = False
 
     @property
     def pair_function(self) -> Hashable | None:

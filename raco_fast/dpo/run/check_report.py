@@ -17,6 +17,7 @@ from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.data_check import SHARES, DataCheck, examine
 from raco_fast.dpo.run.inputs import check_pairs_fit, load_pairs
 from raco_fast.dpo.run.length import odd_settings
+from raco_fast.dpo.run.margin_rewards import check_sources
 from raco_fast.dpo.run.model_check import ModelCheck, fastest_products, measured, outline
 from raco_fast.dpo.run.places import check_writable
 from raco_fast.dpo.run.resuming import checkpoint_to_resume
@@ -59,6 +60,7 @@ def check(config: TrainConfig) -> Checked:
     tokenizer = _tried(found, lambda: load_tokenizer(config.model))
     if tokenizer is None:
         return found
+    _tried(found, lambda: check_sources(config, tokenizer))
     loaded = _tried(found, lambda: load_pairs(with_date(config, Processes()), tokenizer))
     if loaded is None:
         return found
@@ -115,8 +117,8 @@ def _meet(data: DataCheck) -> Iterator[tuple[str, ...]]:
         if not common:
             yield f"{one} : {other}", "0", "-", "-"
             continue
-        agree = round((1 + labels.agreement[i, j]) / 2 * common)
-        cells = (f"{n} ({n / common:.0%})" for n in (agree, common - agree))
+        counts = (int(labels.agree[i, j]), int(labels.conflict[i, j]))
+        cells = (f"{n} ({n / common:.0%})" for n in counts)
         yield (f"{one} : {other}", str(common), *cells)
 
 

@@ -3,6 +3,7 @@
 A checkpoint is a folder `checkpoints/step-<n>`:
 
     model.safetensors   trained parameters (the adapter's alone with LoRA)
+    reference.safetensors   the same of a reference that moves (float32)
     optimizer.pt        optimizer and learning-rate schedule
     rng.pt              random generators, of every process
     state.json          step (which is the position in the data), skipped steps, run identity,
@@ -37,11 +38,14 @@ from raco_fast.dpo.models import trainable
 from raco_fast.dpo.run import shard_files
 from raco_fast.dpo.run.checksums import DamagedError, check_checksums, write_checksums
 from raco_fast.dpo.run.files import atomic_folder, reported
+from raco_fast.dpo.run.moving_reference import MovingReference
 from raco_fast.dpo.run.together import by_first, gathered, together
 from raco_fast.dpo.sharded import cut_like, device_of, is_sharded
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 
 logger = logging.getLogger(__name__)
+
+_REFERENCE = "reference"
 
 
 @dataclass
@@ -62,6 +66,7 @@ class TrainingState:
     skipped_in_a_row: int = 0
     evaluation: dict[str, Any] | None = None
     processes: Processes = field(default_factory=Processes)
+    reference: MovingReference | None = None
 
     def save(self, folder: Path) -> Path:
         """Write `folder/step-<n>`; returns its path.
@@ -84,18 +89,20 @@ class TrainingState:
         opened = by_first(self.processes, lambda: whole.enter_context(atomic_folder(destination)))
         partial = Path(self.processes.say(None if opened is None else str(opened.resolve())) or "")
         tensors = {n: p.detach() for n, p in trainable(self.model).items()}
+        moved = dict((self.reference and self.reference.weights) or {})
         optimizer = self.optimizer.state_dict()
         if is_sharded(self.model):
             together(self.processes, lambda: _check_shared(partial))
-            cut = shard_files.taken_from(optimizer, tensors)
+            cut = shard_files.taken_from(optimizer, tensors, moved)
             shard_files.save_shards(partial / "shards", cut)
-            tensors = {}
+            tensors, moved = {}, {}
         random = gathered(self.processes, self._random_state())
 
         def write() -> None:
-            if tensors:
-                contiguous = {name: t.contiguous() for name, t in tensors.items()}
-                save_file(contiguous, partial / "model.safetensors")
+            for file, weights in (("model", tensors), (_REFERENCE, moved)):
+                if weights:
+                    contiguous = {name: t.contiguous() for name, t in weights.items()}
+                    save_file(contiguous, partial / f"{file}.safetensors")
             content = {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
             _torch_save(content, partial / "optimizer.pt")
             _torch_save({"processes": random}, partial / "rng.pt")
@@ -131,12 +138,15 @@ class TrainingState:
         parameters = trainable(self.model)
         together(self.processes, lambda: _check_names(checkpoint, parameters))
         if shard_files.found(checkpoint):
-            shard_files.load_shards(checkpoint / "shards", parameters, saved["optimizer"])
+            moved = self._reference_to_fill(shard_files.has_reference(checkpoint))
+            of_run = (parameters, saved["optimizer"], moved)
+            shard_files.load_shards(checkpoint / "shards", *of_run)
         else:
             tensors = together(self.processes, lambda: load_file(checkpoint / "model.safetensors"))
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.copy_(cut_like(tensors[name], parameter))
+                self._load_reference(checkpoint / f"{_REFERENCE}.safetensors")
             _cut_state(saved["optimizer"], list(parameters.values()))
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
@@ -144,6 +154,16 @@ class TrainingState:
         self.step, self.skipped_in_a_row = state["step"], state["skipped_in_a_row"]
         self.evaluation = state["evaluation"]
         self._restore_random(random["processes"])
+
+    def _reference_to_fill(self, kept: bool) -> dict[str, Tensor]:
+        return {} if self.reference is None else self.reference.to_fill(kept)
+
+    def _load_reference(self, file: Path) -> None:
+        (kept,) = self.processes.agree(lambda: [file.exists()], 1)
+        moved = self._reference_to_fill(kept)
+        whole = together(self.processes, lambda: load_file(file) if moved else {})
+        for name, weight in moved.items():
+            weight.copy_(cut_like(whole[name], weight))
 
     def _restore_random(self, saved: list[dict[str, Tensor | None]]) -> None:
         rank, size = self.processes.rank, self.processes.size

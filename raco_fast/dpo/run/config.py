@@ -8,12 +8,15 @@ from typing import Any, Literal
 import torch
 
 from raco_fast.dpo.data.choices import check_choices
+from raco_fast.dpo.data.data_source import DataSource
+from raco_fast.dpo.data.files import STDIN
 from raco_fast.dpo.data.rendering import TokenOptions
-from raco_fast.dpo.data.sources import DataSource
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 from raco_fast.dpo.losses.registry import make_loss
 from raco_fast.dpo.models import ModelOptions
+from raco_fast.dpo.run.moving_reference import ReferenceOptions
 from raco_fast.dpo.run.parallel import ParallelOptions
+from raco_fast.dpo.run.reward_source import RewardSource, check_rewards
 from raco_fast.engine.prepare import CHECK_EVERY
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 from raco_fast.optim.schedules import SettingScheduler
@@ -39,6 +42,8 @@ class TrainConfig:
             None chooses it from the noise.
         c_mode: of `unbiased`: whose norms the length of the correction is found from, the `batch`'s
             or the `signal`'s.
+        metric: of the products in that matrix: `euclidean`, or `adam`, that of AdamW's update
+            (docs/method.md). Not with `gram: unbiased` or `gradient_mode: gram_first`.
         c_schedule: {name: linear, start: 0.0, end: 0.4, steps: 500}: c as a function of the step,
             constant, linear or cosine; what is left out is `c`, and all steps of the run.
         weights_schedule: the same of weights; or {name: dirichlet, concentration: 10.0, seed: 0},
@@ -46,6 +51,9 @@ class TrainConfig:
         loss: preference loss by name, or {name: simpo, gamma: 1.0}; docs/losses.md lists them.
         loss_options: its options, where `loss` is a name: beta, label_smoothing and the like.
         losses: objective name -> loss of its own, written like `loss`; the others have `loss`.
+        margin_rewards: objective with the loss `modpo` -> models trained for other objectives, by
+            whose implicit rewards its own are to be surpassed: [{name: ..., weight: 0.5}, ...].
+        reference: lets the reference follow the policy; None: it stays what it is at the start.
         tokens: chat template, lengths and truncation.
         concise: objective whose labels are derived from length (the shorter response is
             preferred); None derives none.
@@ -113,11 +121,14 @@ class TrainConfig:
     gram: Literal["batch", "unbiased"] = "batch"
     gram_ema: float | None = None
     c_mode: Literal["batch", "signal"] = "batch"
+    metric: Literal["euclidean", "adam"] = "euclidean"
     c_schedule: dict[str, Any] | None = None
     weights_schedule: dict[str, Any] | None = None
     loss: str | dict[str, float | str] = "sigmoid"
     loss_options: dict[str, float] = field(default_factory=dict)
     losses: dict[str, str | dict[str, float | str]] = field(default_factory=dict)
+    margin_rewards: dict[str, list[RewardSource]] = field(default_factory=dict)
+    reference: ReferenceOptions | None = None
     tokens: TokenOptions = field(default_factory=TokenOptions)
     concise: str | None = None
     lr: float = 5e-6
@@ -170,9 +181,16 @@ class TrainConfig:
                 f"`losses` must name objectives in `weights`, got {unknown} for "
                 f"{sorted(self.weights)}; add them there or correct the names"
             )
-        _ = self.objective_losses  # raises where a loss or an option is wrong
+        check_rewards(self.margin_rewards, self.objective_losses)  # which are made here first
+        if self.reference is not None:
+            self.reference.check_policy(self.model, None)
         if not self.data:
             raise ValueError("`data` must name at least one file of preference pairs, got none")
+        if [source.path for source in (*self.data, *self.eval_data)].count(STDIN) > 1:
+            raise ValueError(
+                f"`data` and `eval_data` must name standard input ({STDIN!r}) once, got it more "
+                f"often: it can be read once; write it to a file"
+            )
         if self.concise is not None and self.concise not in self.weights:
             raise ValueError(
                 f"`concise` must be one of the objectives in `weights`, got {self.concise!r} for "
@@ -221,6 +239,11 @@ class TrainConfig:
             )
 
     def _check_gram(self) -> None:
+        if self.metric == "adam" and self.gradient_mode == "gram_first":
+            raise ValueError(
+                "`metric: adam` weighs every element of every objective's gradient, which "
+                "`gradient_mode` 'gram_first' never forms; use 'one_backward' or 'auto'"
+            )
         if self.gram == "batch":
             return
         if self.gradient_mode == "autograd":
@@ -258,7 +281,7 @@ class TrainConfig:
     def optimizer_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `ClippedCAGradAdamW`."""
         names = ("lr", "betas", "eps", "weight_decay", "weights", "c", "rule", "max_grad_norm")
-        of_gram = ("gram", "gram_ema", "c_mode")
+        of_gram = ("gram", "gram_ema", "c_mode", "metric")
         given = {name: getattr(self, name) for name in (*names, *of_gram, "seed")}
         return {**given, "rounding": self.rounding or "stochastic"}
 

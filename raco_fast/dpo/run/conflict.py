@@ -33,6 +33,7 @@ from raco_fast.dpo.modes import begin_training, has_dropout
 from raco_fast.dpo.run.batching import layout_of
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.inputs import RunInputs, load_inputs
+from raco_fast.dpo.run.margin_rewards import margin_rewards
 from raco_fast.dpo.run.reference_cache import compute_reference
 from raco_fast.dpo.run.step import backward_of_pairs
 from raco_fast.dpo.run.template_date import with_date
@@ -127,6 +128,8 @@ class _Measurement:
         order = BatchSchedule(len(inputs.training), pairs, config.seed).indices(0)
         self.pairs = [inputs.training[i] for i in order]
         self.blocks = [[self.pairs[i] for i in b] for b in np.array_split(range(pairs), BLOCKS)]
+        given = margin_rewards(config, inputs, Processes(), self.pairs, cached=False)
+        (self.rewards,) = given.of_sets
         self.labels = labels_of(self.pairs, config.objectives)
         self.divisors = dict(zip(config.objectives, self.labels.counts.tolist(), strict=True))
         params = list(trainable(self.model).values())
@@ -240,7 +243,7 @@ class _Measurement:
         else:
             references = self.references[tuple(batch.ids)]
         losses = preference_losses(
-            score_pairs(logps, batch, references, self.losses),
+            score_pairs(logps, batch, references, self.losses, self.rewards),
             batch.labels,
             loss=self.losses,
             counts=self.divisors,

@@ -62,7 +62,7 @@ def examine(
     preferred, soft = {}, {}
     for name in objectives:
         values = np.array([pair.labels[name] for pair in training])
-        preferred[name] = (int((values > 0).sum()), int((values < 0).sum()))
+        preferred[name] = (int((values > 0.5).sum()), int((values < -0.5).sum()))
         soft[name] = int(((values != 0) & (abs(values) != 1)).sum())
     prompts = np.array([len(pair.prompt_ids) for pair in training])
     answers = np.array([(len(pair.a_ids), len(pair.b_ids)) for pair in training])

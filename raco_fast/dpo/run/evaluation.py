@@ -36,6 +36,7 @@ class HeldOut:
         losses: objective name -> its loss; reported as means over all labelled pairs.
         chunk_tokens: as in `sequence_logps`.
         processes: those that the pairs are dealt to; each has to evaluate.
+        rewards: as in `score_pairs`.
     """
 
     pairs: Sequence[EncodedPair]
@@ -45,6 +46,7 @@ class HeldOut:
     losses: Mapping[str, PreferenceLoss]
     chunk_tokens: int
     processes: Processes = field(default_factory=Processes)
+    rewards: Mapping[str, ReferenceLogps] = field(default_factory=dict)
 
     @torch.no_grad()
     def evaluate(
@@ -91,7 +93,8 @@ class HeldOut:
             if stop:
                 return None
             batch = self.layout.batch(groups[rank])
-            scores = score_pairs(score(batch), batch, self.references, self.losses)
+            of_run = (self.references, self.losses, self.rewards)
+            scores = score_pairs(score(batch), batch, *of_run)
             parts = preference_losses(
                 scores,
                 batch.labels,

@@ -19,7 +19,7 @@ from raco_fast.dpo.data.collation import PairBatch
 from raco_fast.dpo.decoders import unwrap
 from raco_fast.dpo.models import decoder_layers
 from raco_fast.dpo.modes import evaluating
-from raco_fast.dpo.scoring import ReferenceLogps, pair_logps
+from raco_fast.dpo.scoring import KnownReferences, pair_logps
 from raco_fast.dpo.sharded import free_gathered, is_sharded
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ _LOSS_PER_NAT = 0.05  # of a margin, for DPO with beta = 0.1: beta / 2
 def check_first_scores(
     model: nn.Module,
     batch: PairBatch,
-    references: Mapping[float, ReferenceLogps] | None,
+    references: KnownReferences | None,
     chunk_tokens: int,
     processes: Processes,
 ) -> None:
@@ -113,7 +113,7 @@ def _compare(
     model: nn.Module,
     batch: PairBatch,
     scores: Tensor,
-    references: Mapping[float, ReferenceLogps],
+    references: KnownReferences,
     rounding: float,
 ) -> None:
     each = [logps for known in references.values() for logps in known.of(batch.ids, scores.device)]

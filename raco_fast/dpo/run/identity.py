@@ -34,7 +34,8 @@ CHANGES: dict[str, Change] = {
     # The weights of the model and the token ids and labels of the pairs are compared by content.
     **dict.fromkeys(("model.name", "model.tokenizer", "model.base"), _C),
     **dict.fromkeys((f"data.{n}" for n in ("path", "objective", "format", "limit")), _C),
-    **dict.fromkeys((f"data.{n}" for n in ("columns", "on_bad")), _C),
+    **dict.fromkeys((f"data.{n}" for n in ("objectives", "pairs_per_row", "config")), _C),
+    **dict.fromkeys((f"data.{n}" for n in ("split", "revision", "on_bad")), _C),
     **dict.fromkeys((f"tokens.{n}" for n in ("max_length", "max_prompt_length")), _C),
     **dict.fromkeys((f"tokens.{n}" for n in ("overlength", "keep", "special_text")), _C),
     **dict.fromkeys(("tokens.chat_template", "tokens.plain", "tokens.date", "concise"), _C),
@@ -54,8 +55,9 @@ CHANGES: dict[str, Change] = {
     **dict.fromkeys(("epochs", "max_steps", "rounding"), _T),
     **dict.fromkeys(("model.dtype", "model.dropout", "model.lora"), _N),
     **dict.fromkeys(("model.adapter", "model.reference"), _N),
+    **dict.fromkeys(("reference", "margin_rewards"), _N),
     **dict.fromkeys(("weights", "c", "rule", "losses", "max_grad_norm", "seed"), _N),
-    **dict.fromkeys(("gram", "gram_ema", "c_mode"), _N),
+    **dict.fromkeys(("gram", "gram_ema", "c_mode", "metric"), _N),
     **dict.fromkeys(("c_schedule", "weights_schedule"), _N),
     **dict.fromkeys(("lr", "betas", "eps", "weight_decay", "schedule", "warmup_ratio"), _N),
     **dict.fromkeys(("pairs_per_step",), _N),
@@ -124,14 +126,19 @@ def check_same_run(config: TrainConfig, saved: Mapping[str, Any], checkpoint: Pa
 def check_same_content(
     config: TrainConfig, what: str, saved: Mapping[str, Any], now: Mapping[str, Any], where: Path
 ) -> None:
-    """Raise ValueError unless the "data" or "model" of a run has the content that it had.
+    """Raise ValueError unless what a run reads has the content that it had.
 
     Args:
+        what: "data", "model" or "margin_rewards".
         saved, now: what identifies a run: `identity` under "settings", and hashes of contents.
     """
-    if saved[what] == now[what]:
+    if saved.get(what) == now.get(what):
         return
-    own = ("model.name",) if what == "model" else ("data", "tokens", "concise", "model.tokenizer")
+    own = {
+        "model": ("model.name",),
+        "data": ("data", "tokens", "concise", "model.tokenizer"),
+        "margin_rewards": ("margin_rewards",),
+    }[what]
     found = [
         text
         for text in _differences(config, saved["settings"], Change.CONTENT)
@@ -158,15 +165,22 @@ def _difference(key: str, saved: Any, now: Any) -> str:
 
 
 def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(dotted name, value); of data sources, each field's values in a list."""
+    """(dotted name, value); of data and reward sources, each field's values in a list."""
     for name, value in settings.items():
         if name in ("model", "tokens") and isinstance(value, Mapping):
             yield from ((f"{name}.{field}", inner) for field, inner in value.items())
         elif name == "data":
-            fields = dict.fromkeys(field for source in value for field in source)
-            yield from ((f"data.{f}", [source.get(f) for source in value]) for f in fields)
+            yield from _of_sources(name, value)
+        elif name == "margin_rewards":
+            for objective, sources in value.items():
+                yield from _of_sources(f"{name}.{objective}", sources)
         else:
             yield name, value
+
+
+def _of_sources(name: str, sources: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+    fields = dict.fromkeys(field for source in sources for field in source)
+    yield from ((f"{name}.{f}", [source.get(f) for source in sources]) for f in fields)
 
 
 def default_of(key: str) -> Any:

@@ -14,8 +14,10 @@ from torch import nn
 from raco_fast.distributed.processes import Processes
 from raco_fast.dpo.causality import check_causal
 from raco_fast.dpo.data.batches import pair_length
+from raco_fast.dpo.data.data_source import DataSource
+from raco_fast.dpo.data.files import STDIN
 from raco_fast.dpo.data.pairs import ConciseRule
-from raco_fast.dpo.data.sources import DataSource, read_sources
+from raco_fast.dpo.data.sources import read_sources
 from raco_fast.dpo.data.tokenization import EncodedPair, encode_pairs, token_counter
 from raco_fast.dpo.launch import launched, share_of_cores
 from raco_fast.dpo.losses.registry import check_soft
@@ -26,6 +28,7 @@ from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.divergence import names_of_not_finite
 from raco_fast.dpo.run.template_date import keep_date, with_date
 from raco_fast.dpo.run.together import by_first, together
+from raco_fast.dpo.saved_adapters import find_adapter
 from raco_fast.dpo.sharded import device_of, shard
 
 if TYPE_CHECKING:
@@ -77,7 +80,8 @@ def load_inputs(
     Raises:
         ValueError, FileNotFoundError: bad model path; unreadable files, bad rows (file and line
             named), an objective for which no training pair is labelled, soft labels for a loss that
-            has no form for them; pairs that the model cannot read; weights that are not finite.
+            has no form for them; pairs that the model cannot read; weights that are not finite; a
+            `reference` that an adapter cannot have.
     """
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
@@ -98,8 +102,10 @@ def load_pairs(
     """The training pairs, those held out, and whether the chat template writes the date.
 
     Raises:
-        ValueError, OSError: as `load_inputs`, of the data.
+        ValueError, OSError: as `load_inputs`, of the data and of what an adapter cannot have.
     """
+    if config.reference is not None:
+        config.reference.check_policy(config.model, find_adapter(config.model))
     training, printed = _encoded(config, tokenizer, config.data, "data")
     held_out, printed_too = _encoded(config, tokenizer, config.eval_data, "eval_data")
     for name, loss in config.objective_losses.items():
@@ -124,36 +130,51 @@ def load_on_all(config: TrainConfig, processes: Processes) -> RunInputs:
     """`load_inputs` on every process, the model sharded over them if the config says so.
 
     Raises:
-        ValueError, OSError: as `load_inputs`, on any process; no causal language model.
+        ValueError, OSError: as `load_inputs`, on any process; no causal language model; data from
+            standard input, which only one process can read.
     """
     from transformers.utils.logging import disable_progress_bar
 
     if processes.rank > 0:
         disable_progress_bar()
-    device, parallel = pick_device(config.model.device), config.parallel
-    sharded = parallel.kind == "fsdp2"
-    # A model that is to be sharded may have room on no GPU.
-    first = torch.device("cpu") if sharded else device
+    if processes.size > 1 and STDIN in [s.path for s in (*config.data, *config.eval_data)]:
+        raise ValueError(
+            f"`data.path` must be no standard input ({STDIN!r}) where several processes run, got "
+            f"{processes.size}: each would read a part of it; write it to a file"
+        )
     keep = partial(keep_base, config.folder, writes=processes.rank == 0)
     dated = with_date(config, processes)
-    inputs = together(processes, lambda: load_inputs(dated, first, keep))
+    inputs = together(processes, lambda: load_inputs(dated, first_device(config), keep))
     if inputs.prints_date and (day := dated.tokens.date):
         logger.info("the chat template prints the date; it is %s in this run", day)
         by_first(processes, lambda: keep_date(config, day))
-    if sharded:
-        shard(
-            inputs.model,
-            decoder_layers(inputs.model),
-            device,
-            parallel.mesh_shape(processes.size),
-            cpu_offload=parallel.cpu_offload,
-            reshard=parallel.reshard,
-        )
+    spread(inputs.model, config, processes)
     inputs.check_causal()
     if processes.size > 1:
         # Until here all have drawn the same: an adapter's first values. Dropout is each one's own.
         torch.manual_seed(config.seed + processes.rank)
     return inputs
+
+
+def first_device(config: TrainConfig) -> torch.device:
+    """Where a model is loaded to: one that is to be sharded may have room on no GPU."""
+    return (
+        torch.device("cpu") if config.parallel.kind == "fsdp2" else pick_device(config.model.device)
+    )
+
+
+def spread(model: nn.Module, config: TrainConfig, processes: Processes) -> None:
+    """Shard a model over the processes, in place, if the config says so."""
+    parallel = config.parallel
+    if parallel.kind == "fsdp2":
+        shard(
+            model,
+            decoder_layers(model),
+            pick_device(config.model.device),
+            parallel.mesh_shape(processes.size),
+            cpu_offload=parallel.cpu_offload,
+            reshard=parallel.reshard,
+        )
 
 
 def workers_to_tokenize(pairs: int, cores: int) -> int:

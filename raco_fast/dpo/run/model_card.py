@@ -102,7 +102,7 @@ def _body(summary: TrainingSummary) -> str:
     for use, sources in (("train", config.data), ("held out", config.eval_data)):
         for source in sources:
             part = "all" if source.limit is None else f"the first {source.limit}"
-            files.append(f"- {use}: `{source.path}` ({part} usable pairs)")
+            files.append(f"- {use}: `{source.described}` ({part} usable pairs)")
     skipped = f", {summary.skipped_steps} of them skipped" if summary.skipped_steps else ""
     if summary.skipped_at_the_end:
         skipped += (
@@ -119,7 +119,8 @@ def _body(summary: TrainingSummary) -> str:
         f"Gradients of the objectives were combined by `{label_of(rule)}`"
         + (f" with c = {config.c}" if isinstance(averaged, CAGrad | CAGradClip) else "")
         + f"{paper}."
-        + _schedules(config),
+        + _schedules(config)
+        + _reference(config),
         "## Objectives\n\n"
         + markdown_table(["objective", "weight", "labelled pairs", "loss"], objectives),
         f"## Data\n\n{summary.pairs} training pairs.\n\n" + "\n".join(files),
@@ -137,6 +138,17 @@ def _schedules(config: TrainConfig) -> str:
     both = {"c": config.c_schedule, "the weights": config.weights_schedule}
     told = [f"{name} by `{json.dumps(given)}`" for name, given in both.items() if given is not None]
     return f" From step to step changed {' and '.join(told)}." if told else ""
+
+
+def _reference(config: TrainConfig) -> str:
+    """A sentence on a reference that moved; nothing of one that did not."""
+    if (moves := config.reference) is None:
+        return ""
+    times = "step" if moves.sync_steps == 1 else f"{moves.sync_steps} steps"
+    return (
+        f" Every {times} the reference became {moves.mixup_alpha:g} of the policy and "
+        f"{1 - moves.mixup_alpha:g} of itself (TR-DPO, arXiv:2404.09656)."
+    )
 
 
 def _how(model: ModelOptions, found: SavedAdapter | None) -> str:

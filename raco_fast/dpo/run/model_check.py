@@ -28,7 +28,9 @@ class ModelCheck:
         trained: of them; of a continued adapter, its own.
         matrices: parameters that every token is multiplied with, the head's among them.
         bytes_of_weights: all weights, in `model.dtype` (bf16 where it is auto, which takes less).
-        bytes_of_training: one gradient an objective and AdamW's two averages.
+        bytes_of_training: one gradient an objective, AdamW's two averages, and the float32 weights
+            of a reference that moves.
+        moves: whether the reference does, and so is scored in every epoch.
     """
 
     parameters: int
@@ -36,6 +38,7 @@ class ModelCheck:
     matrices: int
     bytes_of_weights: int
     bytes_of_training: int
+    moves: bool = False
 
     def operations(self, tokens: int, epochs: float) -> float:
         """Multiplications and additions of a run's matrix products; attention's are left out.
@@ -48,7 +51,7 @@ class ModelCheck:
             epochs: passes over them.
         """
         passes = 3 if self.trained >= self.matrices else 2
-        return 2.0 * self.matrices * tokens * (passes * epochs + 1)
+        return 2.0 * self.matrices * tokens * (passes * epochs + (epochs if self.moves else 1))
 
 
 def outline(config: TrainConfig) -> PreTrainedModel:
@@ -84,12 +87,14 @@ def measured(model: PreTrainedModel, config: TrainConfig) -> ModelCheck:
             trained = sum(p.numel() for p in trainable(adapted).values())
     size = DTYPES.get(options.dtype, torch.bfloat16).itemsize
     parameters = sum(p.numel() for p in model.parameters())
+    moves = config.reference is not None
     return ModelCheck(
         parameters,
         trained,
         matrices,
         parameters * size,
-        trained * size * (len(config.weights) + 2),
+        trained * (size * (len(config.weights) + 2) + (4 if moves else 0)),
+        moves,
     )
 
 

@@ -35,17 +35,30 @@ def check_writable(folder: Path, name: str) -> None:
         ) from error
 
 
-def needed_bytes(parameters: Iterable[nn.Parameter], rounding: str) -> tuple[int, int]:
-    """Bytes of (the trained weights, a checkpoint of them with the optimizer's state)."""
-    weights = residuals = 0
+def needed_bytes(
+    parameters: Iterable[nn.Parameter], rounding: str, moves: bool = False
+) -> tuple[int, int]:
+    """Bytes of (the trained weights, a checkpoint of them with the optimizer's state).
+
+    Args:
+        moves: whether the reference does, whose weights, at least float32, are then in it too.
+    """
+    weights = residuals = reference = 0
     for p in parameters:
         weights += p.numel() * p.element_size()
         split = rounding == "split" and p.dtype == torch.bfloat16
         residuals += p.numel() * p.element_size() if split else 0
-    return weights, 3 * weights + residuals
+        reference += p.numel() * max(4, p.element_size()) if moves else 0
+    return weights, 3 * weights + residuals + reference
 
 
-def check_room(folder: Path, parameters: Iterable[nn.Parameter], rounding: str, kept: int) -> None:
+def check_room(
+    folder: Path,
+    parameters: Iterable[nn.Parameter],
+    rounding: str,
+    kept: int,
+    moves: bool = False,
+) -> None:
     """Refuse a disk that has no room for one checkpoint, warn of one that has none for the run.
 
     A run has one checkpoint more than it keeps while it writes one, and the trained model in the
@@ -53,10 +66,11 @@ def check_room(folder: Path, parameters: Iterable[nn.Parameter], rounding: str, 
 
     Args:
         kept: checkpoints that stay.
+        moves: as in `needed_bytes`.
     Raises:
         OSError: there is no room for the next checkpoint (with both numbers).
     """
-    weights, checkpoint = needed_bytes(parameters, rounding)
+    weights, checkpoint = needed_bytes(parameters, rounding, moves)
     usage = shutil.disk_usage(folder)
     if not usage.total:
         return  # a file system that does not tell

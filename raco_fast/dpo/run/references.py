@@ -16,6 +16,7 @@ from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.evaluation import HeldOut
 from raco_fast.dpo.run.failures import memory_named, to_run_a_model
 from raco_fast.dpo.run.inputs import RunInputs
+from raco_fast.dpo.run.moving_reference import MovingReference
 from raco_fast.dpo.run.reference_cache import reference_logps
 from raco_fast.dpo.scoring import ReferenceLogps, pair_logps, tail_weights
 from raco_fast.dpo.sharded import free_gathered
@@ -38,14 +39,21 @@ class References:
 
     def of_training(
         self, batches: BatchSchedule, *, any_rounds: bool
-    ) -> dict[float, ReferenceLogps]:
+    ) -> dict[float, ReferenceLogps] | MovingReference:
         """Tail weight -> scores of the training pairs, in the micro-batches of the first epoch.
+
+        A reference that moves scores them in their steps instead.
 
         Args:
             batches: which pairs are in a step.
             any_rounds: whether a cache of other micro-batches will do, as for a run that goes on.
         """
-        pairs = self._inputs.training
+        config, pairs = self._config, self._inputs.training
+        if config.reference is not None:
+            tails = tail_weights(config.objective_losses)
+            return MovingReference(
+                self._inputs.policy, config.reference, tails, config.chunk_tokens
+            )
         rounds = [
             each
             for step in range(batches.steps_per_epoch)
@@ -81,8 +89,15 @@ class References:
         total, count = processes.sum(sums.double()).tolist()
         return math.sqrt(total / count)
 
-    def held_out(self) -> HeldOut:
-        """The held-out pairs with their scores; without a graph twice as many fit at once."""
+    def held_out(self, rewards: Mapping[str, ReferenceLogps] | None = None) -> HeldOut:
+        """The held-out pairs with their scores; without a graph twice as many fit at once.
+
+        Their reference is that of the beginning, also where that of the training moves: one measure
+        for all evaluations of a run.
+
+        Args:
+            rewards: as in `score_pairs`.
+        """
         pairs, layout = self._inputs.held_out, self.layout.scaled(2)
         rounds = layout.rounds(pairs, self._processes.size)
         return HeldOut(
@@ -93,6 +108,7 @@ class References:
             self._config.objective_losses,
             chunk_tokens=self._config.chunk_tokens,
             processes=self._processes,
+            rewards=rewards or {},
         )
 
     def _scored(

@@ -96,7 +96,7 @@ def go_on_from(checkpoint: Path, state: TrainingState, config: TrainConfig, tota
     """
     read, own = together(state.processes, lambda: read_state(checkpoint)), state.run
     saved = read["run"]
-    for what in ("data", "model"):
+    for what in ("data", "model", "margin_rewards"):
         check_same_content(config, what, saved, own, checkpoint)
     check_total(read["step"], saved["total_steps"], total, checkpoint)
     state.load(checkpoint)

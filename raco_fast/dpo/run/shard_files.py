@@ -5,12 +5,14 @@ number of processes can read it. Its keys are those of torch's flattened state_d
 
     <parameter>                 trained parameters
     state.<parameter>.<key>     the optimizer's state of the parameter's shape
+    reference:<parameter>       the same weight of a reference that moves
 
 torch.distributed.checkpoint is imported only where there is such a folder.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 _STATE = "state."
+_REFERENCE = "reference:"
 
 
 def found(checkpoint: Path) -> bool:
@@ -25,13 +28,22 @@ def found(checkpoint: Path) -> bool:
     return (checkpoint / "shards").is_dir()
 
 
-def taken_from(optimizer: dict[str, Any], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+def has_reference(checkpoint: Path) -> bool:
+    """Whether such a folder holds the weights of a reference."""
+    return any(key.startswith(_REFERENCE) for key in _metadata(checkpoint / "shards"))
+
+
+def taken_from(
+    optimizer: dict[str, Any], parameters: dict[str, Tensor], reference: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The tensors to save; those of the optimizer's state_dict are taken out of it.
 
     Args:
         parameters: in the order in which the optimizer has them.
+        reference: parameter -> the reference's.
     """
     tensors, kept = dict(parameters), {}
+    tensors |= {_REFERENCE + name: weight for name, weight in reference.items()}
     for k, name in enumerate(parameters):
         state = optimizer["state"].get(k, {})
         cut = {key for key, value in state.items() if hasattr(value, "device_mesh")}
@@ -61,13 +73,19 @@ def save_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 def parameter_names(folder: Path) -> set[str]:
     """The names of the parameters in a folder."""
-    return {key for key in _metadata(folder) if not key.startswith(_STATE)}
+    return {key for key in _metadata(folder) if not key.startswith((_STATE, _REFERENCE))}
 
 
 def load_shards(
-    folder: Path, parameters: dict[str, nn.Parameter], optimizer: dict[str, Any]
+    folder: Path,
+    parameters: dict[str, nn.Parameter],
+    optimizer: dict[str, Any],
+    reference: Mapping[str, Tensor],
 ) -> None:
     """Fill parameters in place, whole or cut in any way, and put the state into a state_dict.
+
+    Args:
+        reference: parameter -> a weight of a reference, to be filled too; may be empty.
 
     Raises:
         OSError: a process could not read its part.
@@ -77,6 +95,7 @@ def load_shards(
     from torch.distributed.checkpoint.state_dict_loader import load
 
     tensors: dict[str, Tensor] = {name: p.detach() for name, p in parameters.items()}
+    tensors |= {_REFERENCE + name: weight for name, weight in reference.items()}
     for key, entry in _metadata(folder).items():
         if key.startswith(_STATE):
             name, of_state = key.removeprefix(_STATE).rsplit(".", 1)

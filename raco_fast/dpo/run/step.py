@@ -17,7 +17,14 @@ from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.losses.objective_losses import preference_losses
 from raco_fast.dpo.losses.preference_loss import PreferenceLoss
 from raco_fast.dpo.metrics import PreferenceMetrics, solution_metrics
-from raco_fast.dpo.scoring import ReferenceLogps, pair_logps, score_pairs, scores_of_loss
+from raco_fast.dpo.run.moving_reference import MovingReference
+from raco_fast.dpo.scoring import (
+    KnownReferences,
+    ReferenceLogps,
+    pair_logps,
+    score_pairs,
+    scores_of_loss,
+)
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 from raco_fast.solver.solution import DualSolution
 
@@ -88,22 +95,24 @@ class PreferenceStep:
         model: the policy.
         optimizer: of its parameters; its weights name the objectives.
         references: log-probabilities under the reference of every pair that is to come, for each
-            of `tail_weights(losses)`.
+            of `tail_weights(losses)`; or a reference that scores a step's pairs itself.
         losses: objective name -> loss.
         layout: of the micro-batches, what a process holds in memory at once.
         chunk_tokens: as in `sequence_logps`.
         mode: as in `ClippedCAGradAdamW.backward`.
         processes: those that the step's pairs are dealt to; each is called with all of them.
+        rewards: as in `score_pairs`.
     """
 
     model: nn.Module
     optimizer: ClippedCAGradAdamW
-    references: Mapping[float, ReferenceLogps]
+    references: KnownReferences | MovingReference
     losses: Mapping[str, PreferenceLoss]
     layout: Layout
     chunk_tokens: int = 256
     mode: str = "one_backward"
     processes: Processes = field(default_factory=Processes)
+    rewards: Mapping[str, ReferenceLogps] = field(default_factory=dict)
 
     def batches(self, pairs: Sequence[EncodedPair]) -> list[PairBatch]:
         """The micro-batches of this process, of a step's pairs."""
@@ -130,9 +139,10 @@ class PreferenceStep:
         divisors = {name: count / size for name, count in counts.items()}
         preference = PreferenceMetrics(self.losses)
         totals = {name: torch.zeros(()) for name in counts}
-        for batch in self.batches(pairs) if batches is None else batches:
-            logps = pair_logps(self.model, batch, self.chunk_tokens, self.references)
-            scores = score_pairs(logps, batch, self.references, self.losses)
+        batches = self.batches(pairs) if batches is None else batches
+        for batch, references in zip(batches, self._references(batches), strict=True):
+            logps = pair_logps(self.model, batch, self.chunk_tokens, references)
+            scores = score_pairs(logps, batch, references, self.losses, self.rewards)
             losses = preference_losses(
                 scores,
                 batch.labels,
@@ -146,7 +156,7 @@ class PreferenceStep:
                 logps,
                 batch.labels,
                 self.losses,
-                self.references,
+                references,
                 self.mode,
             )
             preference.add(scores, batch.labels)
@@ -158,6 +168,12 @@ class PreferenceStep:
         taken = {name: totals[name] for name, count in counts.items() if count}
         of_step = preference, solution, skipped, token_count(pairs)
         return StepResult(taken, objectives, *of_step, self.processes)
+
+    def _references(self, batches: Sequence[PairBatch]) -> Sequence[KnownReferences]:
+        """Of each micro-batch."""
+        if isinstance(self.references, MovingReference):
+            return self.references.logps(batches)
+        return [self.references] * len(batches)
 
 
 def backward_of_pairs(

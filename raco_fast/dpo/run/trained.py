@@ -14,6 +14,7 @@ from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.evaluation import HeldOut
 from raco_fast.dpo.run.files import atomic_file
 from raco_fast.dpo.run.inputs import load_inputs
+from raco_fast.dpo.run.margin_rewards import margin_rewards
 from raco_fast.dpo.run.references import References
 from raco_fast.dpo.run.template_date import with_date
 from raco_fast.dpo.run.weight_dtype import with_dtype
@@ -53,7 +54,8 @@ def _held_out(config: TrainConfig) -> HeldOut:
     # All that is asked of training pairs is that there are some.
     inputs = load_inputs(replace(config, data=config.eval_data, keep_best=None))
     layout = layout_of(config, inputs, processes)
-    return References(config, inputs, layout, processes).held_out()
+    rewards = margin_rewards(config, inputs, processes, inputs.held_out)
+    return References(config, inputs, layout, processes).held_out(*rewards.of_sets)
 
 
 def report_trained(config: TrainConfig, model: str | None, out: str | None) -> str:

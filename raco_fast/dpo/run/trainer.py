@@ -34,7 +34,9 @@ from raco_fast.dpo.run.interrupt import Interrupt
 from raco_fast.dpo.run.keeping import Best, Checkpoints, evaluated
 from raco_fast.dpo.run.length import odd_settings, warm_up_steps
 from raco_fast.dpo.run.lock import held
+from raco_fast.dpo.run.margin_rewards import margin_rewards
 from raco_fast.dpo.run.metrics_file import MetricsFile
+from raco_fast.dpo.run.moving_reference import MovingReference
 from raco_fast.dpo.run.parallel import process_group
 from raco_fast.dpo.run.places import check_room, check_writable
 from raco_fast.dpo.run.reference_cache import data_hash
@@ -45,6 +47,7 @@ from raco_fast.dpo.run.step import PreferenceStep
 from raco_fast.dpo.run.step_batches import StepBatches
 from raco_fast.dpo.run.together import by_first, check_alike, together
 from raco_fast.dpo.run.weight_dtype import with_dtype
+from raco_fast.dpo.scoring import KnownReferences, tail_weights
 from raco_fast.dpo.sharded import device_of, is_sharded, whole_state_dict
 from raco_fast.engine.prepare import prepare
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
@@ -111,7 +114,8 @@ class Trainer:
         rounding = config.optimizer_arguments["rounding"]
         trained = trainable(self.model).values()
         kept = config.keep + (config.keep_best is not None)
-        by_first(self.processes, lambda: check_room(config.folder, trained, rounding, kept))
+        moves = config.reference is not None
+        by_first(self.processes, lambda: check_room(config.folder, trained, rounding, kept, moves))
         self.batches = BatchSchedule(len(self.pairs), config.pairs_per_step, config.seed)
         steps = config.epochs * self.batches.steps_per_epoch
         self.total_steps = min(steps, config.max_steps or steps)
@@ -124,14 +128,18 @@ class Trainer:
         self.layout = layout_of(config, self.inputs, self.processes)
         references = References(config, self.inputs, self.layout, self.processes)
         self.references = references.of_training(self.batches, any_rounds=found is not None)
-        if len(self.references) > 1:
+        if len(tails := tail_weights(self.losses)) > 1:
             logger.info(
                 "the losses weigh tokens in %d ways, so every sequence is run as often in a step",
-                len(self.references),
+                len(tails),
             )
-        self.held_out = references.held_out() if self.inputs.held_out else None
+        sets = (self.pairs, self.inputs.held_out)
+        self.rewards = margin_rewards(config, self.inputs, self.processes, *sets)
+        own, of_held_out = self.rewards.of_sets
+        self.held_out = references.held_out(of_held_out) if self.inputs.held_out else None
         self._of_run: dict[str, float] = {}
-        if found is None and self.total_steps > self.batches.steps_per_epoch:
+        later_epochs = self.total_steps > self.batches.steps_per_epoch
+        if found is None and later_epochs and not isinstance(self.references, MovingReference):
             later = self._pairs_of(self.batches.steps_per_epoch)
             noise = references.margin_noise(later, self.references)
             self._of_run = {"reference/margin_noise": noise}
@@ -142,7 +150,8 @@ class Trainer:
             )
         self.state = self._new_state()
         self._settings = config.setting_scheduler(self.state.optimizer, self.total_steps)
-        contents = {what: self.state.run[what] for what in ("data", "model")}
+        read = ("data", "model", "margin_rewards")
+        contents = {what: self.state.run.get(what) for what in read}
         of_run = {**compared(self.state.run["settings"]), **contents}
         of_run["checkpoint"] = found and found.name
         check_alike(self.processes, of_run)
@@ -155,6 +164,7 @@ class Trainer:
             config.chunk_tokens,
             {"auto": "one_backward"}.get(config.gradient_mode, config.gradient_mode),
             self.processes,
+            own,
         )
         best = None
         if config.keep_best is not None:
@@ -275,7 +285,12 @@ class Trainer:
             return
         longest = self.layout.rounds(self._pairs_of(0), processes.size)[0][processes.rank]
         batch = self.layout.batch(longest)
-        references = self.references if self.inputs.policy.starts_at_reference else None
+        references: KnownReferences | None = None
+        if self.inputs.policy.starts_at_reference:
+            if isinstance(self.references, MovingReference):
+                (references,) = self.references.logps([batch])
+            else:
+                references = self.references
         check_first_scores(self.model, batch, references, self.config.chunk_tokens, processes)
 
     def _finish(
@@ -301,6 +316,8 @@ class Trainer:
             warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before")
             state.scheduler.step()
         state.step, state.evaluation = state.step + 1, None
+        if state.reference is not None:
+            state.reference.after(state.step)
         progress.update()
         if _due(state.step, config.log_every):
             seconds = time.perf_counter() - began
@@ -313,6 +330,8 @@ class Trainer:
                 "tokens_per_second": result.tokens / seconds,
                 **self._of_run,
             }
+            if state.reference is not None:
+                record["reference/syncs"] = state.reference.syncs(state.step)
             self._of_run = {}
             self._write(record)
             taken = [name for name in config.objectives if f"loss/{name}" in record]
@@ -339,11 +358,14 @@ class Trainer:
             "settings": identity(config),
             "data": data_hash(self.pairs),
             "model": self.inputs.policy.model_hash,
+            **({"margin_rewards": self.rewards.hashes} if config.margin_rewards else {}),
             "held_out": held_out,
             "held_out_at_first": held_out,
             "total_steps": self.total_steps,
         }
-        return TrainingState(self.model, optimizer, scheduler, run, processes=self.processes)
+        moving = self.references if isinstance(self.references, MovingReference) else None
+        of_run = (self.model, optimizer, scheduler, run)
+        return TrainingState(*of_run, processes=self.processes, reference=moving)
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -13,6 +13,7 @@ from raco_fast.dpo.modes import begin_training
 from raco_fast.dpo.run.batching import layout_of
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.inputs import load_inputs
+from raco_fast.dpo.run.margin_rewards import margin_rewards
 from raco_fast.dpo.run.reference_cache import compute_reference
 from raco_fast.dpo.run.weight_dtype import with_dtype
 from raco_fast.dpo.scoring import pair_logps, score_pairs, tail_weights
@@ -45,10 +46,13 @@ def verify_run(config: TrainConfig) -> Verification:
         inputs.policy.as_reference,
     )
 
+    found = margin_rewards(config, inputs, Processes(), pairs, cached=False)
+    (rewards,) = found.of_sets
+
     def run(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
         logps = pair_logps(model, batch, config.chunk_tokens, references)
         found = preference_losses(
-            score_pairs(logps, batch, references, losses),
+            score_pairs(logps, batch, references, losses, rewards),
             batch.labels,
             loss=losses,
             pair_weights=batch.pair_weights,

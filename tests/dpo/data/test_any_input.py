@@ -2,7 +2,9 @@
 of its text: valid rows of every format with parts exchanged, and bytes that are nobody's."""
 
 import copy
+import csv
 import gzip
+import io
 import json
 import math
 import re
@@ -17,10 +19,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from raco_fast.dpo.data.data_source import DataSource
 from raco_fast.dpo.data.formats.registry import FORMATS
+from raco_fast.dpo.data.label_columns import LabelColumn
 from raco_fast.dpo.data.pairs import ConciseRule, PreferencePair
 from raco_fast.dpo.data.rendering import TokenOptions
-from raco_fast.dpo.data.sources import DataSource, read_sources
+from raco_fast.dpo.data.sources import read_sources
 from raco_fast.dpo.data.tokenization import EncodedPair, encode_pairs
 
 SECRET = "sekret"  # in every text of the rows
@@ -91,14 +95,83 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"prompt": ASK, "system": f"{SECRET} 4", "response": NO, "helpfulness": 1, "verbosity": 1},
     ],
     "text-score": [{"text": [spoken(NO), spoken(YES)], "score": [0.5, 1]}],
+    "helpsteer2-preference": [
+        {"prompt": ASK, "response_1": YES, "response_2": NO, "preference_strength": -2}
+    ],
+    "helpsteer3": [{"context": BEFORE, "response1": YES, "response2": NO, "overall_preference": 1}],
+    "shp": [
+        {"history": ASK, "human_ref_A": YES, "human_ref_B": NO, "labels": 1}
+        | {"score_A": 3, "score_B": 2, "score_ratio": 1.5}
+    ],
+    "summarize-comparisons": [
+        {"info": {"post": ASK, "title": f"{SECRET} 7"}, "summaries": [{"text": YES}, {"text": NO}]}
+        | {"choice": 1}
+    ],
+    "summarize-axes": [
+        {"info": {"id": "t", "post": ASK}, "summary": {"text": text, "axes": {"x": x, "y": 2}}}
+        for text, x in ((YES, 1), (NO, None), (YES, 4), (NO, 2))
+    ],
+    "nectar": [
+        {"prompt": spoken(""), "answers": [{"answer": YES, "rank": 2.0}, {"answer": NO, "rank": 1}]}
+    ],
+    "nemo-rl": [
+        {
+            "context": BEFORE,
+            "completions": [
+                {"rank": 0, "completion": [said(YES, tool_calls=json.dumps([CALL]))]},
+                {"rank": 1, "completion": [said(NO)]},
+            ],
+        }
+    ],
+    "ultrafeedback": [
+        {
+            "instruction": ASK,
+            "completions": [
+                {"response": YES, "annotations": {"x": {"Rating": "4"}, "y": {"Rating": "1"}}},
+                {"response": NO, "annotations": {"x": {"Rating": "N/A"}, "y": {"Rating": "2"}}},
+            ],
+        }
+    ],
+    "preference-collection": [
+        {"orig_instruction": ASK, "orig_response_A": YES, "orig_response_B": NO}
+        | {"orig_preference": "A", "orig_score_A": "4", "orig_score_B": "2"}
+    ],
+    "qa-feedback": [
+        {"question": ASK, "preference": [1, 0, 2, 1, 1, 2], "prediction 1": YES}
+        | {"prediction 2": NO, "prediction 3": f"{SECRET} 5", "prediction 4": f"{SECRET} 6"}
+    ],
+    "argilla": [{"instruction": ASK, "chosen_response": YES, "rejected_response": NO}],
+    "orca": [
+        {"system": f"{SECRET} 7", "question": ASK, "chosen": YES, "rejected": NO, "status": "tie"}
+    ],
+    "alpaca": [
+        {"instruction": ASK, "input": f"{SECRET} 7", "chosen": YES, "rejected": NO}
+        | {"history": [[ASK, YES]]}
+    ],
+    "sharegpt": [
+        {
+            "conversations": [
+                {"from": "human", "value": ASK},
+                {"from": "function_call", "value": json.dumps(CALL["function"])},
+                {"from": "observation", "value": f"{SECRET} 7"},
+            ],
+            "chosen": {"from": "gpt", "value": YES},
+            "rejected": {"from": "gpt", "value": NO},
+        }
+    ],
 }
 LABELS = {
+    "preference-collection": {"x": "orig_preference", "y": "orig_score"},
+    "shp": {"x": "labels", "y": LabelColumn("score_ratio", soft={1.0: 0.75, 2.0: 1.0})},
+    "summarize-axes": {"x": "x", "y": "y"},
+    "ultrafeedback": {"x": "x", "y": "y"},
     "raco": {"x": "x", "y": "y"},
-    "raco-s": {"x": "x", "y": "-y"},
-    "summary-ab": {"x": "x", "y": "-Y"},
+    "raco-s": {"x": "x", "y": LabelColumn("y", "lower")},
+    "summary-ab": {"x": "x", "y": LabelColumn("Y", "lower")},
     "pku": {"x": "better_response_id", "y": "safer_response_id"},
-    "helpsteer2": {"x": "helpfulness", "y": "-verbosity"},
+    "helpsteer2": {"x": "helpfulness", "y": LabelColumn("verbosity", "lower")},
 }
+PAIRS = {"helpsteer2": 1, "summarize-axes": 1, "qa-feedback": 5}  # of more rows or of one
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}{% endif %}"
     "{% for m in messages %}[{{ m.role }}] {{ m.reasoning_content }}{{ m.content }}"
@@ -149,20 +222,20 @@ class Reader:
     folder: Path
     tokenizer: Any
 
-    def check(self, content: bytes, objectives: tuple[str, ...], **source: Any) -> None:
+    def check(self, content: bytes, run: tuple[str, ...], **source: Any) -> None:
         file = self.folder / "rows.jsonl"
         file.write_bytes(content)
         sources, pairs = [DataSource(str(file), **source)], []
         concise = ConciseRule(len, "x") if len(content) % 2 else None
-        message = message_of(
-            lambda: pairs.extend(read_sources(sources, objectives, concise=concise))
-        )
+        message = message_of(lambda: pairs.extend(read_sources(sources, run, concise=concise)))
         if message:
-            assert re.match(re.escape(str(file)) + r"(:\d+( \(item \d+\))?)?: ", message), message
+            assert re.match(
+                re.escape(str(file)) + r"(:\d+( \((item|answers) [\d and]+\))*)?: ", message
+            ), message
             return
         assert pairs
         for pair in pairs:
-            assert list(pair.preferences) == list(objectives)
+            assert list(pair.preferences) == list(run)
             assert all(-1 <= label <= 1 for label in pair.preferences.values())
             assert pair.prompt[-1]["role"] in ("user", "tool")
             assert (pair.response_a, pair.answer_a) != (pair.response_b, pair.answer_b)
@@ -215,13 +288,28 @@ def mutated(draw: st.DrawFn, rows: list[dict[str, Any]]) -> bytes:
             change(draw, found)
     plain = draw(st.booleans())
     text = "\n".join(json.dumps(row, ensure_ascii=plain) for row in rows)
-    if draw(st.integers(0, 3)) == 3:
+    container = draw(st.integers(0, 4))
+    if container == 3:
         text = "[" + text.replace("\n", ",\n") + "]"
+    if container == 4 and all(isinstance(row, dict) for row in rows):
+        text = as_csv(rows)
     if draw(st.integers(0, 15)) == 15:
         text = text.replace("{", '{"id": 1, "prompt": "", ', 1)  # keys that are there
     for name, spelling in SPELLED.items():
         text = text.replace(name, spelling)
     return damaged(draw, text)
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    """A table of the rows: texts as they are, other values as JSON, null as nothing."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(names)
+    for row in rows:
+        cells = [row.get(name) for name in names]
+        writer.writerow([cell if isinstance(cell, str) else json.dumps(cell) for cell in cells])
+    return out.getvalue().replace("null", "")
 
 
 def change(draw: st.DrawFn, found: list[tuple[Any, Any]]) -> None:
@@ -275,7 +363,7 @@ BYTES = (
     )
     | st.text('[]{}",: \n\\u0123dt', max_size=40).map(str.encode)
 )
-FEW = settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+FEW = settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 MANY = settings(FEW, max_examples=10_000)
 
 
@@ -283,7 +371,7 @@ def read_mutated(reader: Reader, name: str, data: st.DataObject) -> None:
     columns, objectives = LABELS.get(name, {}), ("x", "y") if name in LABELS else ("x",)
     form = data.draw(st.sampled_from(("auto", name)))
     content, source = data.draw(mutated(ROWS[name])), data.draw(SOURCES)
-    reader.check(content, objectives, format=form, columns=columns, **source)
+    reader.check(content, objectives, format=form, objectives=columns, **source)
 
 
 def test_the_rows_that_are_changed_are_read_as_they_are(reader):
@@ -291,10 +379,10 @@ def test_the_rows_that_are_changed_are_read_as_they_are(reader):
     for name, rows in ROWS.items():
         columns, objectives = LABELS.get(name, {}), ("x", "y") if name in LABELS else ("x",)
         (reader.folder / "valid.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        source = DataSource(str(reader.folder / "valid.jsonl"), columns=columns)
+        source = DataSource(str(reader.folder / "valid.jsonl"), objectives=columns)
         pairs = read_sources([source], objectives)
         encoded = reader.encode(pairs, TEMPLATE)
-        assert len(encoded) == (1 if name == "helpsteer2" else len(rows))
+        assert len(encoded) == PAIRS.get(name, len(rows))
         if name == "raco":
             (pair,) = encoded
             prompt, answer = map(reader.tokenizer.decode, (pair.prompt_ids, pair.a_ids))

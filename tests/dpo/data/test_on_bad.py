@@ -6,9 +6,10 @@ import logging
 
 import pytest
 
+from raco_fast.dpo.data.data_source import DataSource
 from raco_fast.dpo.data.pairs import ConciseRule
 from raco_fast.dpo.data.rows import RowError
-from raco_fast.dpo.data.sources import DataSource, read_sources
+from raco_fast.dpo.data.sources import read_sources
 
 GOOD = [
     {"id": f"g{k}", "prompt": [{"role": "user", "content": f"why {k}?"}], "response_a": "yes"}
@@ -43,7 +44,6 @@ BAD_LINES = {
     "huge label": bad(preferences={"x": 10**400, "y": 1}),
     "large label": bad(preferences={"x": 10**299, "y": 1}),
     "no label": bad(preferences={"x": 1}),
-    "null label": bad(preferences={"x": None, "y": 1}),
     "true label": bad(preferences={"x": True, "y": 1}),
     "labels": bad(preferences=[1]),
     "probability": bad(preferences={"y": 1}, preference_probabilities={"x": 10**400}),
@@ -132,11 +132,11 @@ def test_the_other_half_of_a_pair_goes_with_a_bad_row(read, caplog):
         {"prompt": p, "response": r, "helpfulness": h, "verbosity": 1}
         for p, r, h in (("a", "1", 1), ("a", "2", "so"), ("b", "1", 1), ("b", "2", 3))
     ]
-    columns = {"x": "helpfulness", "y": "verbosity"}
-    assert [pair.id for pair in read(spelled(*rows), columns=columns)] == ["rows.jsonl:3"]
+    fields = {"x": "helpfulness", "y": "verbosity"}
+    assert [pair.id for pair in read(spelled(*rows), objectives=fields)] == ["rows.jsonl:3"]
     lines = spelled(*rows)
     lines[1] = b"{"
-    assert [pair.id for pair in read(lines, columns=columns)] == ["rows.jsonl:3"]
+    assert [pair.id for pair in read(lines, objectives=fields)] == ["rows.jsonl:3"]
     assert "left out 2 rows" in caplog.text
 
 
@@ -152,12 +152,12 @@ def test_what_concerns_the_file_is_an_error_either_way(read, on_bad):
     with pytest.raises(ValueError, match=r"rows.jsonl:1: `format` must be recognisable"):
         read(b'{"question": "so"}\n{"question": "no"}\n', on_bad)
     row = b'{"prompt": "so", "chosen": "a", "rejected": "b"}'
-    with pytest.raises(ValueError, match=r"`columns` must be empty for a 'chosen-rejected' file"):
-        read(row, on_bad, objective="x", columns={"x": "score"})
-    with pytest.raises(ValueError, match=r"jsonl: `columns` must name fields .*'y': '-long'"):
-        read(lines, on_bad, columns={"y": "-long"}, concise=ConciseRule(len, "y"))
+    with pytest.raises(ValueError, match=r"`objectives` must be empty for a 'chosen-rejected'"):
+        read(row, on_bad, objectives={"x": "score"})
+    with pytest.raises(ValueError, match=r"jsonl: `objectives` must name fields .*'y': 'long'"):
+        read(lines, on_bad, objectives={"x": "x", "y": "long"}, concise=ConciseRule(len, "y"))
     with pytest.raises(ValueError, match=r"no field for 'x'.*\['x', 'y'\]"):
-        read(lines, on_bad, columns={"x": "z"})
+        read(lines, on_bad, objectives={"x": "z"})
 
 
 def test_the_id_of_a_row_that_is_left_out_is_free(read):

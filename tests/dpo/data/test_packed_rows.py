@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raco_fast.dpo import PackedRows, pair_rows
@@ -38,6 +38,10 @@ def visible(rows: PackedRows, q: int) -> list[int]:
     return sorted(seen, key=lambda k: int(positions[k]))
 
 
+SOME = settings(max_examples=40)
+
+
+@SOME
 @given(_pairs, st.booleans())
 def test_every_scored_token_is_predicted_from_its_own_conversation(pairs, share):
     rows = packed(pairs, share)
@@ -58,6 +62,7 @@ def test_every_scored_token_is_predicted_from_its_own_conversation(pairs, share)
     assert [read[s] for s in range(2 * B)] == [len(response) for _, response in expected]
 
 
+@SOME
 @given(_pairs, st.booleans())
 def test_rows_are_as_long_as_told_and_belong_to_the_scores_they_reach(pairs, share):
     rows = packed(pairs, share)
@@ -89,6 +94,7 @@ def test_a_response_may_be_the_beginning_of_the_other():
     assert shared_prefix([2], [2, 3]) == 1
 
 
+@SOME
 @given(_pairs, st.integers(1, 3))
 def test_copies_are_further_pairs(pairs, copies):
     rows = packed(pairs, share=True).repeated(copies)

@@ -5,7 +5,9 @@ import json
 import pytest
 from pair_files import read_pairs
 
-from raco_fast.dpo.data.sources import DataSource, read_sources
+from raco_fast.dpo.data.data_source import DataSource
+from raco_fast.dpo.data.label_columns import LabelColumn
+from raco_fast.dpo.data.sources import read_sources
 
 PLAIN = {"prompt": [{"role": "user", "content": "why?"}], "response_a": "so", "response_b": "no"}
 
@@ -30,12 +32,61 @@ def test_a_probability_is_the_likelier_label_times_how_likely_it_is(write):
     assert all(pair.preferences["y"] == -1 for pair in pairs)
 
 
-def test_a_column_with_a_minus_turns_a_probability(write):
+def test_a_field_of_which_the_lower_is_preferred_turns_a_probability(write):
     row = {"preferences": {}, "preference_probabilities": {"long": 0.75}, "pair_weights": 2}
-    source = DataSource(write(row), columns={"x": "-long"})
+    source = DataSource(write(row), objectives={"x": LabelColumn("long", "lower")})
     (pair,) = read_sources([source], ["x"])
     assert pair.preferences == {"x": -0.75}
     assert pair.pair_weights == {"x": 2.0}
+
+
+def test_null_is_not_labelled(write):
+    """Tables have every objective in every row, with null where there is nothing."""
+    file = write(
+        {"preferences": {"x": None, "y": 1}, "preference_probabilities": {"x": 0.75, "y": None}},
+        {"preferences": {"x": None, "y": None}, "preference_probabilities": {"x": None}},
+        {"preferences": {"x": 1, "y": -1}, "preference_probabilities": None},
+        {"preferences": {"y": 1}, "preference_probabilities": {"x": None}},
+    )
+    labels = [tuple(pair.preferences.values()) for pair in read_pairs(file, ["x", "y"])]
+    assert labels == [(0.75, 1), (0, 0), (1, -1), (0, 1)]
+
+
+SOFT = {0: 0.5, 1: 0.75, 2.5: 0.9, 3: 1}
+
+
+@pytest.mark.parametrize(
+    ("grade", "label"),
+    [(0, 0.5), (0.5, 0.5), (1, 0.75), (-2, -0.75), (2.5, 0.9), (-2.9, -0.9), (3, 1), (-7, -1)],
+)
+def test_grades_become_probabilities_by_a_table(grade, label):
+    assert LabelColumn("x", soft=SOFT).label(grade) == (0.5 if abs(grade) < 1 else label)
+    turned = LabelColumn("x", "lower", SOFT).label(grade)
+    assert turned == (0.5 if abs(grade) < 1 else -label)
+    assert type(LabelColumn("x", soft=SOFT).label(3)) is int
+
+
+def test_a_grade_below_the_table_is_no_label():
+    column = LabelColumn("x", soft={"1": 0.75, "2": 1.0})  # keys as JSON has them
+    assert [column.label(grade) for grade in (0, 0.9, -1, 2)] == [0, 0, -0.75, 1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"column": " "}, "`column` must name a field, got ' '"),
+        ({"prefer": "less"}, r"`prefer` must be one of \['higher', 'lower'\], got 'less'"),
+        ({"soft": {}}, r"`soft` must map least differences to probabilities in \[0.5, 1\]"),
+        ({"soft": {1: 0.4}}, r"in \[0.5, 1\] that do not fall, got \{1: 0.4\}; write e.g."),
+        ({"soft": {1: 0.9, 2: 0.8}}, "that do not fall"),
+        ({"soft": {-1: 0.9}}, "`soft` must map differences of at least 0, and 0 to 0.5 if at all"),
+        ({"soft": {0: 0.9}}, "a difference of 0 prefers neither response"),
+        ({"soft": {"one": 0.9}}, "`soft` must map numbers to probabilities, got {'one': 0.9}"),
+    ],
+)
+def test_columns_that_are_none(fields, match):
+    with pytest.raises(ValueError, match=match):
+        LabelColumn(**{"column": "x"} | fields)
 
 
 def test_a_chosen_response_may_be_chosen_with_a_probability(tmp_path):
@@ -75,7 +126,6 @@ def test_weights_are_one_number_or_one_an_objective(write):
             {"preference_probabilities": {"x": True}},
             r"must be in \[0, 1\], got True; it is the prob",
         ),
-        ({"preference_probabilities": {"x": None}}, r"must be in \[0, 1\], got None"),
         ({"preference_probabilities": 0.7}, "must map objectives to probabilities, got float"),
         ({"preference_probabilities": {"y": 0.7}}, "got no field for 'x'"),
         (

@@ -2,15 +2,18 @@ import gzip
 import json
 import logging
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pair_files import read_pairs
 
+from raco_fast.dpo.data.data_source import DataSource
 from raco_fast.dpo.data.pairs import ConciseRule, PreferencePair
 from raco_fast.dpo.data.rows import RowError
-from raco_fast.dpo.data.sources import DataSource, read_sources
+from raco_fast.dpo.data.sources import read_sources
 
 USER = {"role": "user", "content": "why?"}
 
@@ -122,7 +125,7 @@ def test_truncated_gzip_names_the_line(write):
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"`path` must be a data file, got '.*none\.jsonl'"):
         read_pairs(tmp_path / "none.jsonl", ["helpful"])
-    with pytest.raises(FileNotFoundError, match="which is a folder; name a file in it"):
+    with pytest.raises(FileNotFoundError, match="which is a folder, which no `save_to_disk`"):
         read_pairs(tmp_path, ["helpful"])
 
 
@@ -247,7 +250,12 @@ def test_files_of_one_name_get_different_ids(write, tmp_path):
     [
         ({"objective": "polite"}, r"`objective` of .* must name objectives of the run .*'polite'"),
         ({"objective": []}, r"`objective` of .* must name at least one objective, got \[\]"),
-        ({"columns": {"polite": "x"}}, r"`columns` of .* must name objectives .*\['polite'\]"),
+        ({"objectives": {"polite": "x"}}, r"`objectives` of .* must name obj.*\['polite'\]"),
+        ({"pairs_per_row": 0}, r"`pairs_per_row` of .* must be at least 1, got 0"),
+        (
+            {"objective": "helpful", "objectives": {"helpful": "x"}},
+            r"`objectives` of .* must be the only one .* got `objective` 'helpful' beside it",
+        ),
         ({"limit": 0}, r"`limit` of .* must be at least 1, got 0"),
         ({"on_bad": "ignore"}, r"`on_bad` of .* must be 'error' or 'skip', got 'ignore'"),
     ],
@@ -327,13 +335,18 @@ REAL = [
 ]
 
 
+@cache
+def real_pairs(shared: Path, name: str, part: str) -> list[PreferencePair]:
+    (objectives,) = (each for file, each, *_ in REAL if file == name)
+    return read_pairs(shared / "data" / f"{name}.{part}.jsonl.gz", list(objectives))
+
+
 @pytest.mark.parametrize(
     ("name", "objectives", "n_train", "n_test"), REAL, ids=[r[0] for r in REAL]
 )
 def test_real_data_counts(shared, name, objectives, n_train, n_test):
-    folder = shared / "data"
-    train = read_pairs(folder / f"{name}.train.jsonl.gz", objectives)
-    test = read_pairs(folder / f"{name}.test.jsonl.gz", objectives)
+    train, test = (real_pairs(shared, name, part) for part in ("train", "test"))
+    assert {tuple(pair.preferences) for pair in train} == {objectives}
     assert (len(train), len(test)) == (n_train, n_test)
     for pairs in (train, test):
         assert {sum(c.values()) for c in label_counts(pairs).values()} == {len(pairs)}
@@ -356,15 +369,14 @@ DISAGREEMENT = [
 
 @pytest.mark.parametrize(("name", "one", "other", "per_cent"), DISAGREEMENT)
 def test_real_disagreement(shared, name, one, other, per_cent):
-    files = [str(shared / "data" / f"{name}.{part}.jsonl.gz") for part in ("train", "test")]
-    pairs = read_sources(files, [one, other])
+    pairs = [pair for part in ("train", "test") for pair in real_pairs(shared, name, part)]
     products = [p.preferences[one] * p.preferences[other] for p in pairs]
     both = [x for x in products if x]
     assert 100 * both.count(-1) / len(both) == pytest.approx(per_cent, abs=1)
 
 
 def test_real_label_counts(shared):
-    pairs = read_pairs(shared / "data/hh_rlhf.train.jsonl.gz", ["helpful", "harmless", "concise"])
+    pairs = real_pairs(shared, "hh_rlhf", "train")
     assert label_counts(pairs) == {
         "helpful": {1: 730, -1: 742, 0: 1569},
         "harmless": {1: 800, -1: 769, 0: 1472},

@@ -19,6 +19,7 @@ OPTIONS = {
     "sigmoid": {"beta": 0.3, "label_smoothing": 0.15},
     "sigmoid-norm": {"beta": 1.7},
     "ld": {"beta": 0.3, "label_smoothing": 0.1, "alpha": 0.4},  # of scores as they are given
+    "modpo": {"beta": 0.3, "weight": 0.4},
     "robust": {"beta": 0.3, "label_smoothing": 0.2},
     "exo": {"beta": 0.3, "label_smoothing": 0.01},
     "hinge": {"beta": 0.3},
@@ -40,6 +41,7 @@ OPTIONS = {
 }
 CAPPED = ("forward-kl", "alpha")
 FIELDS = ("logps_a", "logps_b", "ref_logps_a", "ref_logps_b", "tokens_a", "tokens_b")
+OTHER = ("other_a", "other_b")
 
 
 def s(x):
@@ -55,7 +57,7 @@ def log_odds(x):
     return mp.log(mp.exp(x) / (1 - mp.exp(x)))
 
 
-def formula(name, o, pi_w, pi_l, ref_w, ref_l, n_w, n_l):
+def formula(name, o, pi_w, pi_l, ref_w, ref_l, n_w, n_l, other_w, other_l):
     """The loss of one pair, in the letters of docs/losses.md; o are its options."""
     w, l = pi_w - ref_w, pi_l - ref_l  # noqa: E741
     x = o.get("beta", 0) * (w - l)
@@ -65,6 +67,7 @@ def formula(name, o, pi_w, pi_l, ref_w, ref_l, n_w, n_l):
         "sigmoid": lambda: (1 - e) * nls(x) + e * nls(-x),
         "sigmoid-norm": lambda: nls(b * mean),
         "ld": lambda: (1 - e) * nls(x) + e * nls(-x),
+        "modpo": lambda: nls((b * w - other_w - (b * l - other_l)) / o["weight"]),
         "robust": lambda: ((1 - e) * nls(x) - e * nls(-x)) / (1 - 2 * e),
         "exo": lambda: s(x) * (mp.log(s(x)) - mp.log(1 - e)) + s(-x) * (mp.log(s(-x)) - mp.log(e)),
         "hinge": lambda: max(mpf(0), 1 - x),
@@ -88,9 +91,10 @@ def formula(name, o, pi_w, pi_l, ref_w, ref_l, n_w, n_l):
 
 @cache
 def truth(name, pair, sign):
-    """(loss, slope in logps_a, slope in logps_b) of one pair of fields in the order of FIELDS."""
+    """(loss, slope in logps_a, slope in logps_b) of one pair, its fields as in FIELDS, OTHER."""
     options = {key: mpf(value) for key, value in OPTIONS[name].items()}
-    order = (0, 1, 2, 3, 4, 5) if sign > 0 else (1, 0, 3, 2, 5, 4)
+    order = (0, 1, 2, 3, 4, 5, 6, 7) if sign > 0 else (1, 0, 3, 2, 5, 4, 7, 6)
+    pair = (*pair, 0.0, 0.0)[:8]
 
     def loss(a, b):
         values = [a, b, *map(mpf, pair[2:])]
@@ -106,7 +110,8 @@ def truth(name, pair, sign):
 
 
 def of_pair(scores: PairScores, k: int) -> tuple[float, ...]:
-    return tuple(getattr(scores, field)[k].item() for field in FIELDS)
+    given = [getattr(scores, field) for field in (*FIELDS, *OTHER)]
+    return tuple(tensor[k].item() for tensor in given if tensor is not None)
 
 
 def test_every_loss_has_its_formula_here():

@@ -141,6 +141,29 @@ def test_cdpo_is_dpo_with_soft_labels():
     assert soft["x"].item() == pytest.approx(smoothed["x"].item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gradient_of_a_soft_label_in_closed_form(dtype):
+    """Of -t log s(x) - (1-t) log s(-x), x = beta (r_a - r_b): beta (s(x) - t), and its negative."""
+    draw, B, beta = torch.Generator().manual_seed(2), 200, 0.3
+    a, b, ref_a, ref_b = (torch.randn(4, B, generator=draw, dtype=torch.float64) * 9).to(dtype)
+    t = torch.rand(B, generator=draw, dtype=torch.float64)
+    t[:3] = torch.tensor([0.5, 0.0, 1.0])
+    a.requires_grad_()
+    b.requires_grad_()
+    ones = torch.ones(B, dtype=dtype)
+    label = torch.where(t >= 0.5, t, t - 1)
+    preference_losses(PairScores(a, b, ref_a, ref_b, ones, ones), {"x": label}, loss=Sigmoid(beta))[
+        "x"
+    ].backward()
+    exact = [each.detach().double() for each in (a, b, ref_a, ref_b)]
+    x = beta * ((exact[0] - exact[2]) - (exact[1] - exact[3]))
+    expected = beta * (x.sigmoid() - t) / B
+    assert torch.equal(b.grad, -a.grad)  # one direction a pair, to the bit
+    plain = (beta * ((a - ref_a) - (b - ref_b))).detach().to(dtype)
+    bound = (beta * (plain.sigmoid() - t.to(dtype)) / B).double() - expected
+    assert (a.grad.double() - expected).norm() <= 2 * bound.norm() + 1e-17
+
+
 @pytest.mark.parametrize("name", HARD_ONLY)
 def test_soft_labels_are_refused_where_they_mean_nothing(name):
     scores, label = make_scores(3), torch.tensor([1.0, 0.0, -0.7])

@@ -13,6 +13,8 @@ from raco_fast.dpo.policy import load_tokenizer
 from raco_fast.dpo.run.check_report import check
 from raco_fast.dpo.run.data_check import SHARES, examine
 from raco_fast.dpo.run.inputs import load_pairs
+from raco_fast.dpo.run.model_check import measured, outline
+from raco_fast.dpo.run.moving_reference import ReferenceOptions
 from raco_fast.dpo.run.trainer import train
 
 
@@ -88,6 +90,16 @@ def test_the_estimate_has_the_parameters_of_the_model(make_config, make_model):
     parameters = sum(p.numel() for p in make_model().parameters())
     full = next(p for p in check(make_config()).paragraphs if "trained. Memory" in p)
     assert full.startswith(f"{parameters / 1e6:.1f} M parameters, {parameters / 1e6:.1f} M trained")
+
+
+def test_a_reference_that_moves_is_in_the_estimate(make_config):
+    plain, moves = (
+        measured(outline(config), config)
+        for config in (make_config(), make_config(reference=ReferenceOptions()))
+    )
+    assert moves.bytes_of_training - plain.bytes_of_training == 4 * plain.trained
+    # Three passes an epoch, and one of the reference: once, or in every epoch.
+    assert moves.operations(100, 2) / plain.operations(100, 2) == (3 * 2 + 2) / (3 * 2 + 1)
 
 
 def test_failures_of_a_run_are_failures_here(config_file, make_config, tmp_path, capfd):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from raco_fast.dpo.data.sources import DataSource
+from raco_fast.dpo.data.data_source import DataSource
 from raco_fast.dpo.run import checkpoint as checkpoint_module
 from raco_fast.dpo.run.checkpoint import latest
 from raco_fast.dpo.run.metrics_file import read_records

@@ -18,15 +18,17 @@ from raco_fast.dpo.run.identity import identity, keys_of
 
 VALID = {
     "model": {"name": "m", "device": "cpu", "lora": {"r": 4}},
-    "data": [{"path": "x.jsonl", "columns": {"a": "b"}}],
+    "data": [{"path": "x.jsonl", "objectives": {"a": {"column": "b", "soft": {"1": 0.75}}}}],
     "eval_data": [{"path": "y.jsonl"}],
     "weights": {"a": 0.5, "b": 0.5},
-    "losses": {"a": {"name": "simpo", "gamma": 1.0}},
+    "losses": {"a": {"name": "simpo", "gamma": 1.0}, "b": {"name": "modpo", "weight": 0.25}},
+    "margin_rewards": {"b": [{"name": "m", "weight": 0.75}]},
     "rule": {"name": "fairgrad", "alpha": 0.5},
     "c_schedule": {"name": "linear", "start": 0.0, "steps": 9},
     "weights_schedule": {"name": "cosine", "end": {"a": 1.0, "b": 0.0}},
     "tokens": {"max_length": 64, "plain": {"user": "U"}},
     "parallel": {"kind": "ddp"},
+    "reference": {"sync_steps": 3, "mixup_alpha": 1.0},
     "loss_options": {"beta": 0.2},
     "betas": [0.9, 0.99],
 }

@@ -21,7 +21,7 @@ from raco_fast.dpo.run.identity import (
 )
 from raco_fast.dpo.run.trainer import Trainer, train
 
-GROUPS_OF_ONE_KIND = {"eval_data", "parallel", "model.lora", "tokens.plain"}
+GROUPS_OF_ONE_KIND = {"eval_data", "parallel", "model.lora", "tokens.plain", "reference"}
 
 
 def test_every_setting_is_classified_and_nothing_else_is():
@@ -80,10 +80,11 @@ def test_what_changes_no_step_but_by_rounding_may_change(
     runs, make_config, monkeypatch, save_tiny, tmp_path, model, changes
 ):
     plain = {"name": str(save_tiny(attention_dropout=0.0)), "dropout": False}
-    whole = make_config(plain, eps=1e-3, output_dir=str(tmp_path / "whole"))
+    short = {"eps": 1e-3, "max_steps": 5}
+    whole = make_config(plain, output_dir=str(tmp_path / "whole"), **short)
     train(whole)
-    stopped(runs, make_config, monkeypatch, plain, eps=1e-3)
-    config = make_config(plain | model, eps=1e-3, **changes)
+    stopped(runs, make_config, monkeypatch, plain, after=2, **short)
+    config = make_config(plain | model, **short, **changes)
     train(config, resume=True)
     for name, weight in runs.weights(whole).items():
         torch.testing.assert_close(runs.weights(config)[name], weight, rtol=1e-5, atol=1e-5)
@@ -224,11 +225,11 @@ def test_a_longer_run_takes_up_the_longer_schedule(
 
 
 def test_a_finished_run_goes_on_with_more_epochs(runs, make_config):
-    train(make_config())
-    last = train(make_config(epochs=3), resume=True)
-    assert last["step"] == 15
+    train(make_config(epochs=1))
+    last = train(make_config(), resume=True)
+    assert last["step"] == 10
     numbers = [r["step"] for r in runs.steps(make_config())]
-    assert numbers == list(range(1, 16))
+    assert numbers == list(range(1, 11))
 
 
 def test_fewer_steps_are_possible_as_long_as_they_are_not_done(runs, make_config, monkeypatch):
@@ -266,13 +267,14 @@ def test_the_card_compares_evaluations_of_the_same_pairs(
     """A run resumed with other held-out pairs: its table is that of a run that always had them."""
     other = write_pairs("other.jsonl", 23, 9, {"sure": "yes", "kind": "calm"})
     with_other = {"eval_data": [{"path": str(other)}]}
+    with_other["max_steps"] = 5
     whole = make_config(output_dir=str(tmp_path / "whole"), **with_other)
     train(whole)
     caplog.set_level("INFO")
     if finished:
-        train(make_config())
+        train(make_config(max_steps=5))
     else:
-        stopped(runs, make_config, monkeypatch)
+        stopped(runs, make_config, monkeypatch, max_steps=5)
     config = make_config(**with_other)
     assert train(config, resume=True) == train(whole, resume=True)
     assert before_and_after(config) == before_and_after(whole)

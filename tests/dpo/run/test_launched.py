@@ -99,10 +99,11 @@ def assert_close(runs: SimpleNamespace, a: Run, b: Run) -> None:
 
 def check_against_one(runs, new_run, processes: int, parallel: dict[str, Any], **changes) -> None:
     one, many = new_run("one", **changes), new_run("many", parallel, **changes)
-    assert_done(one.end(1))
-    ended = many.end(processes)
-    assert_done(ended)
+    alone, ended = one.end(1), many.end(processes)
+    assert_done([*alone, *ended])
     assert_close(runs, one, many)
+    padded = ["cannot be run on packed rows" in told[0].printed for told in (alone, ended)]
+    assert padded[0] == padded[1]
     assert len(runs.steps(many)) == 10
     assert "saved" in ended[0].printed
     assert "one pass per objective" not in ended[0].printed
@@ -132,6 +133,8 @@ def test_two_processes_learn_what_one_learns(runs, new_run, kind, lora):
 
 
 FSDP2 = {"kind": "fsdp2"}
+SLOW = pytest.mark.slow
+MOVES = {"reference": {"sync_steps": 2, "mixup_alpha": 0.4}}
 MORE = {
     "ddp on 3": (3, {}, {}),
     "ddp, one objective": (2, {}, {"weights": {"sure": 1.0}, "c": 0.0}),
@@ -150,6 +153,13 @@ MORE = {
     "fsdp2, tied": (2, FSDP2, {"model": {"tied": True}}),
     "fsdp2, a head in full": (2, FSDP2, {"model": {"lora": SAVED}}),
     "fsdp2, two scores": (2, FSDP2, {"losses": {"kind": {"name": "ld", "alpha": 0.3}}}),
+    "ddp, a reference that moves": (2, {}, MOVES),
+    "fsdp2, a reference that moves": (2, FSDP2 | {"reshard": False}, MOVES),
+    "fsdp2, a reference that copies an adapter": (
+        2,
+        FSDP2 | {"cpu_offload": True},
+        {"reference": {"sync_steps": 3, "mixup_alpha": 1.0}, "model": {"lora": LORA}},
+    ),
     "fsdp2, checkpointed": (2, FSDP2, {"model": {"lora": LORA, "gradient_checkpointing": True}}),
 }
 
@@ -200,22 +210,34 @@ def test_scores_of_the_models_own_logits_on_several_processes(runs, new_run, tmp
     check_against_one(runs, new_run, 2, {"kind": kind}, **changes)
 
 
+@pytest.mark.slow
+def test_a_pass_that_fails_leaves_a_sharded_model_cut(runs, new_run, tmp_path, tiny):
+    """Bloom takes no positions, so no packed rows, on which it is tried before anything else."""
+    with model_zoo.quiet():
+        model_zoo.build("bloom", 0.0).save_pretrained(tmp_path / "bloom")
+    model = {"name": str(tmp_path / "bloom"), "tokenizer": str(tiny)}
+    changes = {"model": model, "lr": 1e-3, "gradient_mode": "autograd", **MOVES}
+    check_against_one(runs, new_run, 2, FSDP2 | {"reshard": False}, **changes)
+
+
 LONG = {"epochs": 4}  # 20 steps: a signal reaches the run before its end
 
 
 @pytest.mark.parametrize(
-    ("first", "then"),
+    ("first", "then", "more"),
     [
-        pytest.param((1, {}), (2, FSDP2), id="1, then fsdp2 on 2"),
-        pytest.param((2, FSDP2), (1, {}), id="fsdp2 on 2, then 1"),
-        pytest.param((2, {}), (1, {}), id="ddp on 2, then 1", marks=pytest.mark.slow),
-        pytest.param((2, FSDP2), (3, FSDP2), id="fsdp2 on 2, then 3", marks=pytest.mark.slow),
-        pytest.param((4, FSDP2 | {"shard": 2}), (2, {}), id="2x2, then 2", marks=pytest.mark.slow),
+        pytest.param((1, {}), (2, FSDP2), {}, id="1, then fsdp2 on 2"),
+        pytest.param((2, FSDP2), (1, {}), {}, id="fsdp2 on 2, then 1"),
+        pytest.param((2, {}), (1, {}), {}, id="ddp on 2, then 1", marks=SLOW),
+        pytest.param((2, FSDP2), (3, FSDP2), {}, id="fsdp2 on 2, then 3", marks=SLOW),
+        pytest.param((4, FSDP2 | {"shard": 2}), (2, {}), {}, id="2x2, then 2", marks=SLOW),
+        pytest.param((1, {}), (2, FSDP2), MOVES, id="1, then fsdp2, TR-DPO", marks=SLOW),
+        pytest.param((2, FSDP2), (1, {}), MOVES, id="fsdp2, then 1, TR-DPO", marks=SLOW),
     ],
 )
-def test_another_number_of_processes_goes_on(runs, new_run, first, then):
+def test_another_number_of_processes_goes_on(runs, new_run, first, then, more):
     """A signal on the last process stops all of them, after a checkpoint."""
-    changes = LONG | {"lr": 1e-3}
+    changes = LONG | {"lr": 1e-3} | more
     whole, cut = new_run("whole", **changes), new_run("cut", first[1], **changes)
     assert_done(whole.end(1))
     stopped = cut.stopped(first[0], first[0] - 1, signal.SIGTERM)
@@ -366,6 +388,18 @@ def adapted(tmp_path, save_tiny):
     model.save_pretrained(tmp_path / "adapter")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "adapter")
     return {"name": str(tmp_path / "adapter"), "device": "cpu"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_processes_share_the_scoring_of_reward_models(runs, new_run, save_tiny, adapted, kind):
+    rewards = [
+        {"name": adapted["name"], "weight": 0.3, "beta": 0.5},
+        {"name": str(save_tiny(seed=5)), "reference": str(save_tiny()), "weight": 0.2},
+    ]
+    losses = {"sure": {"name": "modpo", "weight": 0.5}}
+    changes = {"losses": losses, "margin_rewards": {"sure": rewards}}
+    check_against_one(runs, new_run, 2, {"kind": kind}, **changes)
 
 
 @pytest.mark.slow

@@ -19,7 +19,12 @@ from raco_fast.solver.rules.nash import Nash
 LORA = {"lora": {"r": 4, "alpha": 8, "dropout": 0.2}}
 
 
-@pytest.mark.parametrize("lora", [None, LORA["lora"]], ids=["full", "lora"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "lora", [None, pytest.param(LORA["lora"], marks=SLOW)], ids=["full", "lora"]
+)
 def test_learnable_preferences_are_learnt(runs, make_config, write_pairs, save_tiny, lora):
     file = write_pairs("more.jsonl", 160, 1, {"sure": "yes", "kind": "calm"})
     held_out = write_pairs("held_out.jsonl", 60, 2, {"sure": "yes", "kind": "calm"})
@@ -86,7 +91,11 @@ def test_micro_batches_do_not_change_a_step(runs, make_config, save_tiny, tmp_pa
     model = {"name": str(save_tiny())}  # no dropout: its draws depend on the batches
     both = [
         make_config(
-            model, pairs_per_micro_batch=size, output_dir=str(tmp_path / str(size)), eps=1e-3
+            model,
+            pairs_per_micro_batch=size,
+            output_dir=str(tmp_path / str(size)),
+            eps=1e-3,
+            max_steps=5,
         )
         for size in (8, 1)
     ]
@@ -102,6 +111,7 @@ def test_gradient_checkpointing_gives_the_same_steps(runs, make_config, tmp_path
         make_config(
             # sdpa would attend document by document without it, in other roundings.
             {"lora": lora, "gradient_checkpointing": on, "attention": "eager"},
+            max_steps=4,
             output_dir=str(tmp_path / str(on)),
         )
         for on in (False, True)
@@ -111,7 +121,9 @@ def test_gradient_checkpointing_gives_the_same_steps(runs, make_config, tmp_path
     runs.assert_equal(runs.weights(both[0]), runs.weights(both[1]))
 
 
-@pytest.mark.parametrize("lora", [None, LORA["lora"]], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "lora", [None, pytest.param(LORA["lora"], marks=SLOW)], ids=["full", "lora"]
+)
 def test_bf16_trains(runs, make_config, lora):
     config = make_config({"dtype": "bf16", "lora": lora, "dropout": False}, epochs=4)
     last = train(config)
@@ -145,9 +157,9 @@ def test_objectives_may_have_pairs_of_their_own(runs, make_config, write_pairs):
 @pytest.mark.parametrize(
     ("loss", "options", "untrained"),
     [
-        ("sigmoid", {"beta": 0.2, "label_smoothing": 0.1}, math.log(2)),
-        ("hinge", {"beta": 0.2}, 1.0),
-        ("ipo", {"beta": 0.2}, 6.25),
+        pytest.param("sigmoid", {"beta": 0.2, "label_smoothing": 0.1}, math.log(2), marks=SLOW),
+        pytest.param("hinge", {"beta": 0.2}, 1.0, marks=SLOW),
+        pytest.param("ipo", {"beta": 0.2}, 6.25, marks=SLOW),
         ("simpo", {"beta": 2.0, "simpo_gamma": 0.3}, None),
         ("ld", {"beta": 0.2, "alpha": 0.4}, math.log(2)),
     ],
@@ -220,7 +232,7 @@ def test_soft_labels_are_refused_before_a_model_is_loaded(make_config, write_pai
         Trainer(config)
 
 
-@pytest.mark.parametrize("mode", ["one_backward", "gram_first"])
+@pytest.mark.parametrize("mode", ["one_backward", pytest.param("gram_first", marks=SLOW)])
 def test_losses_of_different_scores_give_autograds_steps(
     runs, make_config, save_tiny, tmp_path, mode
 ):
@@ -233,6 +245,7 @@ def test_losses_of_different_scores_give_autograds_steps(
             pairs_per_micro_batch=8,
             check_every=1,
             eps=1e-3,
+            max_steps=4,
             output_dir=str(tmp_path / each),
         )
         for each in (mode, "autograd")

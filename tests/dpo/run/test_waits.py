@@ -9,8 +9,10 @@ from far_device import Waits, autocast_as_on_cpu, send_away
 from raco_fast.dpo.data.layout import Layout
 from raco_fast.dpo.data.tokenization import EncodedPair
 from raco_fast.dpo.losses.margin_losses import Sigmoid
+from raco_fast.dpo.policy import Policy
+from raco_fast.dpo.run.moving_reference import MovingReference, ReferenceOptions
 from raco_fast.dpo.run.step import PreferenceStep
-from raco_fast.dpo.scoring import ReferenceLogps
+from raco_fast.dpo.scoring import ReferenceLogps, adapter_off
 from raco_fast.engine.prepare import prepare
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 
@@ -29,9 +31,9 @@ PAIRS = [
 ]
 
 
-def steps(model, kind, mode, watched):
+def steps(model, kind, mode, watched, moves=False):
     """The model after two steps, of two micro-batches each but for `gram_first`, and the waits of
-    the second."""
+    the second; the reference follows the policy or stays."""
     if mode != "autograd":
         prepare(model, strict=True, check_every=None)
     if watched:
@@ -42,11 +44,16 @@ def steps(model, kind, mode, watched):
     layout = Layout(kind, size, 100 if mode == "gram_first" else 25, pad_id=0)
     assert len(layout.rounds(PAIRS)) == (1 if mode == "gram_first" else 2)
     losses = {"x": Sigmoid(beta=0.3), "y": Sigmoid(beta=0.2)}
+    if moves:
+        policy = Policy(model, None, "the same", "the same", adapter_off)
+        references = MovingReference(policy, ReferenceOptions(1, 0.4), (1.0,), 256)
     learn = PreferenceStep(model, optimizer, references, losses, layout, mode=mode)
     with Waits() as waits:
-        learn(PAIRS)
-        waits.counts.clear()
-        learn(PAIRS)
+        for step in (1, 2):
+            waits.counts.clear()
+            learn(PAIRS)
+            if moves:
+                references.after(step)
     return model, waits
 
 
@@ -87,6 +94,19 @@ def test_the_host_waits_for_what_it_has_to_know(make_model, monkeypatch, kind, m
     if kind == "padded":  # transformers looks whether a mask has any padding
         assert reads.pop("dpo/decoders.py") > 0
     assert reads == READS[mode]
+    assert waits.of("sent") == {}
+
+
+def test_a_reference_that_moves_has_the_host_wait_for_nothing_more(make_model, monkeypatch):
+    autocast_as_on_cpu(monkeypatch)
+    model = make_model()
+    at_home = copy.deepcopy(model)
+    expected, _ = steps(at_home, "pairs", "one_backward", watched=False, moves=True)
+    found, waits = steps(model, "pairs", "one_backward", watched=True, moves=True)
+    for ours, theirs in zip(found.parameters(), expected.parameters(), strict=True):
+        # By norm: AdamW makes a whole step of a single gradient that is all but zero.
+        assert (ours.here - theirs).norm() < 1e-4 * theirs.norm()
+    assert waits.of("read") == READS["one_backward"]
     assert waits.of("sent") == {}
 
 

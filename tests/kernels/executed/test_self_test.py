@@ -10,7 +10,7 @@ from raco_fast.backends import cuda, self_test
 
 def test_the_kernels_pass(device):
     before = torch.get_rng_state()
-    for part in ("step", "weight_grad"):
+    for part in ("step", "gram_in_metric", "weight_grad"):
         assert self_test.disagreement(cuda, part, device) is None
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -80,6 +80,16 @@ def test_a_wrong_kernel_is_named(operation, wrong, finding, device, monkeypatch)
     found = self_test.disagreement(cuda, "step", device)
     assert found is not None
     assert finding in found
+
+
+def test_a_wrong_kernel_of_the_metric_is_named_by_itself(device, monkeypatch):
+    def wrong(grads, metric, built):
+        return gram_in_metric(grads, metric, built) * torch.tensor([1.0, 1.0 + 1e-4])[:, None, None]
+
+    gram_in_metric = cuda.gram_in_metric
+    monkeypatch.setattr(cuda, "gram_in_metric", wrong)
+    found = self_test.disagreement(cuda, "gram_in_metric", device)
+    assert "`gram_in_metric` of torch.float32 tensors differs from plain torch" in str(found)
 
 
 @pytest.mark.parametrize(

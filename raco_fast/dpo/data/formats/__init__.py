@@ -1,1 +1,1 @@
-"""The formats preference data comes in, a file for each."""
+"""The formats preference data comes in, a file for each or for some that are alike."""

@@ -8,6 +8,7 @@ characters, and two answers that begin alike would move the guess into the answe
 
 import re
 
+from raco_fast.dpo.data.formats.cells import said
 from raco_fast.dpo.data.formats.fields import as_text, field
 from raco_fast.dpo.data.formats.format import Content
 from raco_fast.dpo.data.formats.turns import Turn, as_turns
@@ -35,7 +36,7 @@ def transcript(row: Row, name: str, text: str) -> list[Turn]:
 
 def prompt_turns(row: Row) -> list[Turn]:
     """The field `prompt`: turns, one user's text, or a transcript that opens the answer."""
-    value = field(row, "prompt")
+    value = said(row, "prompt", field(row, "prompt"))
     if not isinstance(value, str):
         return as_turns(row, "prompt", value)
     if value.startswith(_HUMAN):
@@ -47,7 +48,7 @@ def prompt_turns(row: Row) -> list[Turn]:
 
 def two_sides(row: Row, a: str, b: str) -> Content:
     """Two fields that hold an answer each, or a conversation that ends with one."""
-    values = {name: field(row, name) for name in (a, b)}
+    values = {name: said(row, name, field(row, name)) for name in (a, b)}
     are_texts = [isinstance(value, str) for value in values.values()]
     if are_texts[0] != are_texts[1]:
         kinds = " and ".join(type(value).__name__ for value in values.values())
@@ -56,7 +57,7 @@ def two_sides(row: Row, a: str, b: str) -> Content:
         )
     prompt = prompt_turns(row) if "prompt" in row.data else None
     if prompt is not None and are_texts[0] and not values[a].startswith(_HUMAN):
-        return prompt, values[a], as_text(row, b, values[b])
+        return prompt, as_text(row, a, values[a]), as_text(row, b, values[b])
     read = transcript if are_texts[0] else as_turns
     sides = [(name, read(row, name, value)) for name, value in values.items()]
     return split_sides(row, sides, prompt)

@@ -1,5 +1,8 @@
 """`raco`, our own: prompt (turns), response_a, response_b, preferences {objective: +1, -1, 0}."""
 
+from typing import Any
+
+from raco_fast.dpo.data.formats.cells import spelled
 from raco_fast.dpo.data.formats.fields import as_label, field
 from raco_fast.dpo.data.formats.format import Content, Format
 from raco_fast.dpo.data.formats.turns import as_answer, as_turns
@@ -12,21 +15,31 @@ def _content(row: Row) -> Content:
     return as_turns(row, "prompt", field(row, "prompt")), a, b
 
 
-def _label(row: Row, objective: str) -> int | None:
-    preferences = field(row, "preferences")
+def _preferences(row: Row) -> dict[str, Any]:
+    preferences = spelled(field(row, "preferences"))
     if not isinstance(preferences, dict):
         raise row.error(
             "preferences", "map objectives to labels", shape(preferences), "write an object"
         )
+    return preferences
+
+
+def _label(row: Row, objective: str) -> int | None:
+    preferences = _preferences(row)
     if objective not in preferences:
         return None
-    return as_label(row, f"preferences.{objective}", preferences[objective])
+    given = preferences[objective]
+    if given is None:  # tables have every objective in both objects, with null in one of them
+        soft = spelled(row.data.get("preference_probabilities"))
+        if isinstance(soft, dict) and soft.get(objective) is not None:
+            return None
+    return as_label(row, f"preferences.{objective}", given)
 
 
 FORMAT = Format(
     "raco",
-    {"response_a", "response_b", "preferences"}.issubset,
+    {"response_a", "response_b", "preferences"},
     _content,
     _label,
-    label_fields=lambda row: row.data["preferences"],
+    label_fields=_preferences,
 )

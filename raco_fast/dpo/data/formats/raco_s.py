@@ -13,8 +13,9 @@ def _label(row: Row, objective: str) -> int | None:
 
 FORMAT = Format(
     "raco-s",
-    lambda names: {"chosen", "rejected"} <= names and any(n.startswith("raco_s_") for n in names),
+    {"chosen", "rejected"},
     chosen_rejected.FORMAT.content,
     _label,
+    also=lambda names: any(name.startswith("raco_s_") for name in names),
     is_label=lambda name, value: name.startswith("raco_s_"),
 )

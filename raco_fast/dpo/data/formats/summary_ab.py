@@ -1,9 +1,9 @@
 """`summary-ab`: Summary_A, Summary_B (turns) and for each objective a field, "A" or "B"."""
 
 from raco_fast.dpo.data.formats.conversation import two_sides
+from raco_fast.dpo.data.formats.fields import as_choice
 from raco_fast.dpo.data.formats.format import Format
 from raco_fast.dpo.data.rows import Row
-from raco_fast.dpo.data.values import show
 
 
 def _label(row: Row, objective: str) -> int | None:
@@ -12,17 +12,12 @@ def _label(row: Row, objective: str) -> int | None:
     name = objective if objective in row.data else alike[0] if len(alike) == 1 else None
     if name is None:
         return None
-    value = row.data[name]
-    if value not in ("A", "B"):
-        raise row.error(
-            name, "be 'A' or 'B'", show(value), "an unknown label is never read as a tie"
-        )
-    return 1 if value == "A" else -1
+    return as_choice(row, name, row.data[name], ("A", "B"), "be 'A' or 'B'")
 
 
 FORMAT = Format(
     "summary-ab",
-    {"Summary_A", "Summary_B"}.issubset,
+    {"Summary_A", "Summary_B"},
     lambda row: two_sides(row, "Summary_A", "Summary_B"),
     _label,
     is_label=lambda name, value: value in ("A", "B"),

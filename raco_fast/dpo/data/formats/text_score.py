@@ -4,7 +4,7 @@ The transcript with the higher score comes first, so the one objective's label i
 """
 
 from raco_fast.dpo.data.formats.conversation import split_sides, transcript
-from raco_fast.dpo.data.formats.fields import as_number, as_text, field
+from raco_fast.dpo.data.formats.fields import as_list, as_number, as_text, field
 from raco_fast.dpo.data.formats.format import Content, Format
 from raco_fast.dpo.data.rows import Row
 from raco_fast.dpo.data.values import shape
@@ -12,15 +12,17 @@ from raco_fast.dpo.data.values import shape
 
 def _content(row: Row) -> Content:
     for name in ("text", "score"):
-        value = field(row, name)
-        if not isinstance(value, list) or len(value) != 2:
-            raise row.error(name, "be a list of two", shape(value), "give one entry a response")
-    scores = [as_number(row, f"score[{k}]", score) for k, score in enumerate(row.data["score"])]
+        value = as_list(field(row, name))
+        if value is None or len(value) != 2:
+            found = shape(row.data[name])
+            raise row.error(name, "be a list of two", found, "give one entry a response")
+    given, both = as_list(row.data["score"]) or [], as_list(row.data["text"]) or []
+    scores = [as_number(row, f"score[{k}]", score) for k, score in enumerate(given)]
     if scores[0] == scores[1]:
         raise row.error("score", "differ", "two equal scores", "remove the row: it is a tie")
     first = 0 if scores[0] > scores[1] else 1
-    texts = [as_text(row, "text", row.data["text"][k]) for k in (first, 1 - first)]
+    texts = [as_text(row, "text", both[k]) for k in (first, 1 - first)]
     return split_sides(row, [("text", transcript(row, "text", text)) for text in texts])
 
 
-FORMAT = Format("text-score", {"text", "score"}.issubset, _content)
+FORMAT = Format("text-score", {"text", "score"}, _content)

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from raco_fast.dpo.data.formats.fields import as_objects, as_text, listed, unpacked
+from raco_fast.dpo.data.formats.cells import said
+from raco_fast.dpo.data.formats.fields import as_list, as_objects, as_text, listed, unpacked
 from raco_fast.dpo.data.rows import Row
 from raco_fast.dpo.data.values import is_empty, shape
 
@@ -16,15 +17,17 @@ _TEXTS = ("tool_call_id", "name", "reasoning_content", "reasoning", "thinking", 
 
 def as_turns(row: Row, name: str, value: object) -> list[Turn]:
     """A value that has to be a list of turns; fields that say nothing (null) are left out."""
-    if not isinstance(value, list):
+    turns = as_list(value)
+    if turns is None:
         raise row.error(
             name, "be a list of turns", shape(value), 'write [{"role": .., "content": ..}]'
         )
-    return [_as_turn(row, f"{name}[{k}]", turn) for k, turn in enumerate(value)]
+    return [_as_turn(row, f"{name}[{k}]", turn) for k, turn in enumerate(turns)]
 
 
 def as_answer(row: Row, name: str, value: object) -> str | Turn:
     """A value that has to be an answer: its text, or one assistant turn, alone or in a list."""
+    value = said(row, name, value)
     (turn,) = value if isinstance(value, list) and len(value) == 1 else (value,)
     if not isinstance(turn, dict):
         return as_text(row, name, value)

@@ -4,9 +4,12 @@ import re
 import pytest
 from pair_files import read_pairs
 
-from raco_fast.dpo.data.formats.registry import FORMATS, detect_format
-from raco_fast.dpo.data.rows import RowError, read_rows
-from raco_fast.dpo.data.sources import DataSource, read_sources
+from raco_fast.dpo.data.data_source import DataSource
+from raco_fast.dpo.data.files import read_rows
+from raco_fast.dpo.data.formats.registry import FORMATS, find_format
+from raco_fast.dpo.data.label_columns import LabelColumn
+from raco_fast.dpo.data.rows import RowError
+from raco_fast.dpo.data.sources import read_sources
 
 USER = {"role": "user", "content": "why?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -26,10 +29,10 @@ def dialogue(*texts):
 def read(tmp_path):
     """Write rows to a file and read them back as pairs."""
 
-    def reader(*rows, objectives=("helpful",), **source):
+    def reader(*rows, run=("helpful",), **source):
         file = tmp_path / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return read_sources([DataSource(str(file), **source)], objectives)
+        return read_sources([DataSource(str(file), **source)], run)
 
     return reader
 
@@ -113,18 +116,21 @@ def test_chosen_is_a_and_labelled_plus_one(read, row):
     ],
 )
 def test_labelled_formats(read, tmp_path, rows, name, objectives, labels):
-    (pair,) = read(*rows, objectives=objectives)
+    (pair,) = read(*rows, run=objectives)
     assert content(pair) == ([USER], "yes", "no")
     assert pair.preferences == dict(zip(objectives, labels, strict=True))
-    assert detect_format(next(read_rows(tmp_path / "rows.jsonl"))) is FORMATS[name]
-    assert read(*rows, objectives=objectives, format=name) == [pair]
+    assert (
+        find_format(set(next(read_rows(DataSource(str(tmp_path / "rows.jsonl")))).data))
+        is FORMATS[name]
+    )
+    assert read(*rows, run=objectives, format=name) == [pair]
 
 
-def test_columns_map_names_and_turn_signs(read):
-    columns = {"helpful": "helpfulness", "concise": "-verbosity"}
-    (pair,) = read(*RATED, objectives=("helpful", "concise"), columns=columns)
-    assert pair.preferences == {"helpful": 1, "concise": 1}
-    (pair,) = read(RACO, columns={"helpful": "-other"})
+def test_objectives_may_have_fields_of_other_names_and_signs(read):
+    fields = {"helpful": "helpfulness", "concise": LabelColumn("verbosity", "lower")}
+    (pair,) = read(*RATED, run=("helpful", "concise", "x"), objectives=fields)
+    assert pair.preferences == {"helpful": 1, "concise": 1, "x": 0}
+    (pair,) = read(RACO, objectives={"helpful": LabelColumn("other", "lower")})
     assert pair.preferences == {"helpful": -1}
 
 
@@ -146,21 +152,21 @@ def test_identical_last_turns_never_become_prompt(read):
 
 def test_helpsteer2_multi_turn_prompt(read):
     prompt = "hi\n<extra_id_1>Assistant\nhello\n<extra_id_1>User\nwhy?"
-    (pair,) = read(*[{**row, "prompt": prompt} for row in RATED], objectives=("helpfulness",))
+    (pair,) = read(*[{**row, "prompt": prompt} for row in RATED], run=("helpfulness",))
     assert [turn["role"] for turn in pair.prompt] == ["user", "assistant", "user"]
     assert [turn["content"] for turn in pair.prompt] == ["hi", "hello", "why?"]
 
 
 def test_helpsteer2_pairs_consecutive_rows_only(read):
     other = [{**row, "prompt": "who?"} for row in RATED]
-    pairs = read(*RATED, *other, objectives=("helpfulness",))
+    pairs = read(*RATED, *other, run=("helpfulness",))
     assert [pair.id for pair in pairs] == ["rows.jsonl:1", "rows.jsonl:3"]
-    match = r"rows\.jsonl:3: `prompt` must be shared by exactly two consecutive rows, got 1"
+    match = r"rows\.jsonl:3: `prompt` must be shared by two consecutive rows, or an even .*, got 1;"
     with pytest.raises(RowError, match=match):
-        read(*RATED, other[0], objectives=("helpfulness",))
+        read(*RATED, other[0], run=("helpfulness",))
     with pytest.raises(RowError, match=r"rows\.jsonl:1: .* got 3; .*ambiguous"):
-        read(*RATED, RATED[0], objectives=("helpfulness",))
-    kept = read(other[0], *RATED, objectives=("helpfulness",), on_bad="skip")
+        read(*RATED, RATED[0], run=("helpfulness",))
+    kept = read(other[0], *RATED, run=("helpfulness",), on_bad="skip")
     assert [pair.id for pair in kept] == ["rows.jsonl:2"]
 
 
@@ -168,7 +174,6 @@ UNKNOWN_LABELS = [
     ({**RACO, "preferences": {"helpful": 2}}, "preferences.helpful", "+1, -1 or 0", "2"),
     ({**RACO, "preferences": {"helpful": "a"}}, "preferences.helpful", "+1, -1 or 0", "'a'"),
     ({**RACO, "preferences": {"helpful": True}}, "preferences.helpful", "+1, -1 or 0", "True"),
-    ({**RACO, "preferences": {"helpful": None}}, "preferences.helpful", "+1, -1 or 0", "None"),
     ({**RACO, "preferences": {"helpful": 0.5}}, "preferences.helpful", "+1, -1 or 0", "0.5"),
     ({**RACO, "preferences": {"helpful": float("nan")}}, "preferences.helpful", "+1, -1", "nan"),
     ({**RACO, "preferences": [1]}, "preferences", "map objectives", "got list of length 1"),
@@ -195,21 +200,23 @@ def test_unknown_label_is_an_error_never_a_tie(read, row, field, rule, value):
         read(row, on_bad="skip")
 
 
-@pytest.mark.parametrize("bad", [None, "3", True, float("nan")])
+@pytest.mark.parametrize("bad", ["3", True, float("nan")])
 def test_unknown_rating(read, bad):
     rows = [RATED[0], {**RATED[1], "helpfulness": bad}]
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: `helpfulness` must be a finite number"):
-        read(*rows, objectives=("helpfulness",))
+        read(*rows, run=("helpfulness",))
     one_sided = [RATED[0], {k: v for k, v in RATED[1].items() if k != "helpfulness"}]
-    with pytest.raises(ValueError, match=r"must be a finite number for both responses, got None"):
-        read(*one_sided, objectives=("helpfulness",))
+    with pytest.raises(
+        ValueError, match=r"must be a finite number for both responses, got 'nothing'"
+    ):
+        read(*one_sided, run=("helpfulness",))
 
 
 @pytest.mark.parametrize("row", [RACO, PKU, SUMMARY, RACO_S], ids=["raco", "pku", "ab", "raco-s"])
 def test_missing_label_field_is_an_error(read, row):
     match = r"rows\.jsonl:1: a row must label every .*no field for 'polite'.*write 0 where"
     with pytest.raises(ValueError, match=match):
-        read(row, objectives=("polite",))
+        read(row, run=("polite",))
 
 
 BAD_SHAPES = [
@@ -255,11 +262,11 @@ def test_one_objective_for_files_without_label_fields(read):
     row = CHOSEN["transcripts"]
     match = r":1: `objective` must name the one objective .*got \['helpful', 'harmless'\]; add e\.g"
     with pytest.raises(ValueError, match=match):
-        read(row, objectives=("helpful", "harmless"))
-    (pair,) = read(row, objectives=("helpful", "harmless"), objective="harmless")
+        read(row, run=("helpful", "harmless"))
+    (pair,) = read(row, run=("helpful", "harmless"), objective="harmless")
     assert pair.preferences == {"helpful": 0, "harmless": 1}
-    with pytest.raises(ValueError, match="`columns` must be empty for a 'chosen-rejected' file"):
-        read(row, columns={"helpful": "score"})
+    with pytest.raises(ValueError, match="`objectives` must be empty for a 'chosen-rejected'"):
+        read(row, objectives={"helpful": "score"})
 
 
 @pytest.mark.parametrize("text", ["SECRET", "SECRET" * 3, "SECRET" * 300])
@@ -312,6 +319,7 @@ SAMPLES = [
         [(-1, -1), (-1, 0), (1, 0), (1, 0)],
     ),
     ("dsp_text_score.json", ("helpful",), 3, [(1,)] * 3),
+    ("qa_feedback.dev.json", ("helpful",), 6, [(1,), (1,), (-1,), (1,), (-1,), (-1,)]),
 ]
 
 
@@ -342,13 +350,30 @@ def test_raw_samples_that_say_the_same_agree(shared):
     assert [labels for _, labels in paper] == [labels for _, labels in theirs]
 
 
-def test_raw_samples_that_cannot_be_read_say_why(shared):
-    folder = shared / "data" / "raw_samples"
-    with pytest.raises(
-        RowError, match=r"card_example\.jsonl:1: .*exactly two consecutive rows, got 1"
-    ):
-        read_pairs(folder / "helpsteer2.card_example.jsonl", ["helpfulness"])
-    with pytest.raises(
-        ValueError, match=r"qa_feedback\.dev\.json:2 \(item 1\): .*'feedback', 'gold'"
-    ):
-        read_pairs(folder / "qa_feedback.dev.json", ["helpful"])
+def test_a_raw_sample_of_one_response_says_why_it_is_no_pair(shared):
+    file = shared / "data" / "raw_samples" / "helpsteer2.card_example.jsonl"
+    match = r"card_example\.jsonl:1: .*two consecutive rows, or an even number of them, got 1"
+    with pytest.raises(RowError, match=match):
+        read_pairs(file, ["helpfulness"])
+
+
+def test_the_raw_samples_are_all_known(shared):
+    """A file that is added to them is read, or the test above it says why not."""
+    files = {file.name for file in (shared / "data" / "raw_samples").iterdir()}
+    assert files - {sample[0] for sample in SAMPLES} == {"helpsteer2.card_example.jsonl"}
+
+
+def test_qa_feedback_is_read_as_the_set_made_of_it(shared):
+    """Its training pairs were drawn from this very file, with signs by another program."""
+    pairs = read_pairs(shared / "data/raw_samples/qa_feedback.dev.json", ["helpful"])
+    ours = {}
+    for p in pairs:
+        ours[p.response_a.strip(), p.response_b.strip()] = p.preferences["helpful"]
+        ours[p.response_b.strip(), p.response_a.strip()] = -p.preferences["helpful"]
+    theirs = [
+        (p.response_a.strip(), p.response_b.strip(), p.preferences["helpful"])
+        for p in read_pairs(shared / "data/qa_feedback.train.jsonl.gz", ["helpful"])
+        if p.prompt == pairs[0].prompt
+    ]
+    assert len(theirs) == len(pairs) == 6
+    assert [ours[a, b] for a, b, _ in theirs] == [label for *_, label in theirs]
