@@ -29,7 +29,7 @@ Why this design:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -182,34 +182,37 @@ def gram(
     """
     m = len(grads)
     if tables is None and m > MAX_UNROLLED:
-        return _gram_in_blocks(grads, device, programs_per_multiprocessor)
+
+        def part(members: Sequence[int]) -> Tensor:
+            return gram([grads[i] for i in members], device, programs_per_multiprocessor)
+
+        return in_blocks(m, part, torch.empty(m, m, dtype=torch.float64, device=device))
     if tables is None:
         tables = build(grads, m, device)
     with current(device):
         return _gram_of_tables(tables, m, device, programs_per_multiprocessor)
 
 
-def objective_blocks(m: int) -> list[range]:
-    """m > 8 objectives in blocks of nearly equal size, any two of which fit one launch."""
-    count = -(-m // (MAX_UNROLLED // 2))
+def objective_blocks(m: int, most: int = MAX_UNROLLED) -> list[range]:
+    """m > `most` objectives in blocks of nearly equal size, any two of which fit one launch."""
+    count = -(-m // (most // 2))
     edges = [m * b // count for b in range(count + 1)]
     return [range(a, b) for a, b in pairwise(edges)]
 
 
-def _gram_in_blocks(
-    grads: Sequence[Sequence[Tensor | None]], device: torch.device, per_multiprocessor: int | None
+def in_blocks(
+    m: int, part: Callable[[Sequence[int]], Tensor], total: Tensor, most: int = MAX_UNROLLED
 ) -> Tensor:
-    m = len(grads)
-    total = torch.empty(m, m, dtype=torch.float64, device=device)
-    blocks = objective_blocks(m)
+    """`total` [.., m, m], filled with what `part` gives for two blocks of objectives at a time."""
+    blocks = objective_blocks(m, most)
     for a, first in enumerate(blocks):
         for second in blocks[a + 1 :]:
             members = [*first, *second]
-            part = gram([grads[i] for i in members], device, per_multiprocessor)
+            found = part(members)
             for of_part, i in enumerate(members):
                 # Slices, not an index tensor: that would be copied from pageable memory.
-                total[i, first.start : first.stop] = part[of_part, : len(first)]
-                total[i, second.start : second.stop] = part[of_part, len(first) :]
+                total[..., i, first.start : first.stop] = found[..., of_part, : len(first)]
+                total[..., i, second.start : second.stop] = found[..., of_part, len(first) :]
     return total
 
 

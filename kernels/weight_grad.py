@@ -12,6 +12,11 @@ groups for that); each G_i is written once, and read once where it is accumulate
 per tile and no float atomics: equal inputs give equal bits for a given tiling, which is therefore
 never tuned.
 
+The products ⟨G_i, G_j⟩, of which a step's Gram matrix is the sum, can be taken on the way, of what
+has been written and while it is in registers: each tile leaves its share, m(m+1)/2 float32 numbers,
+and their sum is float64. That spares the step a reading of the m gradients. Sums are in the order
+of the tiles, not in that of `gram.py`: the two agree to rounding, not to the bit.
+
 Arithmetic is float32 on the tensor cores and in the folds. More than 8 objectives do not fit the
 registers: blocks of them are launched one after the other. float32 inputs are not taken: the
 product would not run on tensor cores.
@@ -24,7 +29,8 @@ Why this design:
 - Coefficients are loaded at the top of a k-block, so that they are prefetched as the operands are.
 - Columns outside a matrix wrap around instead of being masked; the hints on `% d` promise whole
   16-byte vectors only, which hold because Triton uses them only where d is a multiple of 16.
-- Accumulating reads tiles while all sums are alive. In two halves this does not spill.
+- Accumulating reads tiles while all sums are alive. In two halves this does not spill; products are
+  taken of each half, but of whole tiles where nothing is read.
 """
 
 from __future__ import annotations
@@ -52,14 +58,33 @@ def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _store(gs, outs, row, column, d_out, d_in, M: tl.constexpr, ACCUMULATE: tl.constexpr):
-    """Write m tiles [len(row), len(column)] to the gradients, or add them."""
+    """Write m tiles [len(row), len(column)] to the gradients, or add them.
+
+    Returns what can be read there then, in float32, and which of it lies inside of the matrix.
+    """
     inside = (row < d_out)[:, None] & (column < d_in)[None, :]
     at = row[:, None].to(tl.int64) * d_in + column[None, :]
+    written = ()
     for i in tl.static_range(M):
         g = gs[i]
         if ACCUMULATE:
             g += tl.load(outs[i] + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(outs[i] + at, g.to(outs[i].dtype.element_ty), mask=inside)
+        g = g.to(outs[i].dtype.element_ty)
+        tl.store(outs[i] + at, g, mask=inside)
+        written = written + (g.to(tl.float32),)
+    return written, inside
+
+
+@triton.jit
+def _inner_products(gs, inside, M: tl.constexpr):
+    """The sums of g_i g_j over a tile, i <= j."""
+    found = ()
+    for i in tl.static_range(M):
+        for j in tl.static_range(i, M):
+            # Products are masked, not gradients: that would be m more tiles to hold.
+            product = tl.where(inside, gs[i] * gs[j], 0.0)
+            found = found + (tl.sum(tl.sum(product, axis=1), axis=0),)
+    return found
 
 
 @triton.jit(do_not_specialize=["n_blocks", "n_segments"])
@@ -73,15 +98,21 @@ def weight_grad_tiles(
     outs,
     d_out,
     d_in,
+    partials,
     M: tl.constexpr,
     ACCUMULATE: tl.constexpr,
+    PRODUCTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One tile [BLOCK_M, BLOCK_N] of the m gradients `outs`, each [d_out, d_in]."""
+    """One tile [BLOCK_M, BLOCK_N] of the m gradients `outs`, each [d_out, d_in].
+
+    PRODUCTS: and column `tile` of `partials` [M(M+1)/2, tiles] float32, the tile's share of
+    ⟨g_i, g_j⟩, i <= j, of what `outs` hold then.
+    """
     # Which tile: bands of GROUP tile rows, column by column, so that neighbours share operands.
     tile = tl.program_id(0)
     band = tile // (GROUP * tl.cdiv(d_in, BLOCK_N))
@@ -124,10 +155,21 @@ def weight_grad_tiles(
             left = left + (a,)
             right = right + (b,)
         half = first_column + tl.arange(0, BLOCK_N // 2)
-        _store(left, outs, row, half, d_out, d_in, M, True)
-        _store(right, outs, row, half + BLOCK_N // 2, d_out, d_in, M, True)
+        left, inside = _store(left, outs, row, half, d_out, d_in, M, True)
+        products = ()
+        if PRODUCTS:
+            products = _inner_products(left, inside, M)
+        right, inside = _store(right, outs, row, half + BLOCK_N // 2, d_out, d_in, M, True)
+        if PRODUCTS:
+            of_right = _inner_products(right, inside, M)
+            for q in tl.static_range(M * (M + 1) // 2):
+                tl.store(partials + q * tl.num_programs(0) + tile, products[q] + of_right[q])
     else:
-        _store(sums, outs, row, column, d_out, d_in, M, False)
+        written, inside = _store(sums, outs, row, column, d_out, d_in, M, False)
+        if PRODUCTS:
+            products = _inner_products(written, inside, M)
+            for q in tl.static_range(M * (M + 1) // 2):
+                tl.store(partials + q * tl.num_programs(0) + tile, products[q])
 
 
 def weight_grad(
@@ -137,7 +179,8 @@ def weight_grad(
     coefficients: Tensor,
     out: Sequence[Tensor],
     accumulate: bool = False,
-) -> None:
+    products: bool = False,
+) -> Tensor | None:
     """Write the weight gradients G_i = Σ_n A_in dY_nᵀ X_n: a launch for every 8 objectives.
 
     The caller has checked all of this; nothing waits for the device.
@@ -151,9 +194,14 @@ def weight_grad(
         out: m contiguous tensors [d_out, d_in] of one dtype, bfloat16, float16 or float32, that do
             not overlap.
         accumulate: add to what `out` holds, in float32, before it is rounded.
+        products: whether to return the products of the gradients.
+    Returns:
+        With `products`, ⟨out_i, out_j⟩ of what `out` holds then: [m, m] float64 on the device,
+        exactly symmetric. None for more than 8 objectives, which are not in registers together.
     """
     m, d_out, d_in, device = len(out), dy.shape[1], x.shape[1], x.device
     count = -(-m // MAX_UNROLLED)
+    partials = None
     with current(device):
         for first, stop in pairwise(m * b // count for b in range(count + 1)):
             tile = tiling(stop - first, architecture(device), out[0].dtype == torch.float32)
@@ -162,6 +210,9 @@ def weight_grad(
             if weights.device != device:
                 weights = upload(weights.numpy(), device)
             tiles = -(-d_out // tile.BLOCK_M) * -(-d_in // tile.BLOCK_N)
+            if products and count == 1:
+                shape = m * (m + 1) // 2, tiles
+                partials = torch.empty(shape, dtype=torch.float32, device=device)
             weight_grad_tiles[(tiles,)](
                 x,
                 dy,
@@ -172,14 +223,27 @@ def weight_grad(
                 tuple(out[first:stop]),
                 d_out,
                 d_in,
-                **constants(stop - first, accumulate),
+                partials,
+                **constants(stop - first, accumulate, partials is not None),
                 **asdict(tile),
             )
+        if partials is None:
+            return None
+        return partials.sum(1, dtype=torch.float64).take(upload(pair_table(m), device))
 
 
-def constants(m: int, accumulate: bool) -> dict[str, object]:
+@lru_cache(maxsize=MAX_UNROLLED)
+def pair_table(m: int) -> np.ndarray:
+    """int64 [m, m]: which of the M(M+1)/2 pairs i <= j, row after row, each entry is."""
+    table = np.zeros((m, m), dtype=np.int64)
+    table[np.triu_indices(m)] = np.arange(m * (m + 1) // 2)
+    symmetric: np.ndarray = np.maximum(table, table.T)
+    return symmetric
+
+
+def constants(m: int, accumulate: bool, products: bool) -> dict[str, object]:
     """What `weight_grad_tiles` is specialized on, beside its tiling."""
-    return {"M": m, "ACCUMULATE": accumulate, "GROUP": 8}
+    return {"M": m, "ACCUMULATE": accumulate, "PRODUCTS": products, "GROUP": 8}
 
 
 @lru_cache(maxsize=64)

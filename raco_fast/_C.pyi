@@ -31,6 +31,16 @@ def products(
     threads: int,
     target: int = 0,
 ) -> NDArray[np.float64]: ...
+def products_in_metric(
+    grads: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    dtypes: NDArray[np.uint8],
+    moments: NDArray[np.int64],
+    moment_dtypes: NDArray[np.uint8],
+    numbers: NDArray[np.float64],
+    threads: int,
+    target: int = 0,
+) -> NDArray[np.float64]: ...
 def fold(
     t: int,
     n: int,

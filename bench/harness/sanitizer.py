@@ -101,8 +101,9 @@ def _layer_gradients(sizes: tuple[int, int], dtype: torch.dtype, out: Tensor) ->
     x, dy = (torch.randn(bounds[-1], d, generator=g).to(out.device, dtype) for d in sizes)
     U = torch.randn(m, len(bounds) - 1, generator=g, dtype=torch.float64)
     for fresh in (True, False):
-        ops.weight_grad(x, dy, bounds, U, out, fresh)
+        products = ops.weight_grad(x, dy, bounds, U, out, fresh, products=True)
         assert torch.isfinite(out).all()
+        assert products is None or torch.isfinite(products).all()
 
 
 def _lists(m: int, dtype: torch.dtype, device: torch.device) -> Iterator[list[list[Tensor | None]]]:

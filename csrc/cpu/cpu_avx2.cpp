@@ -20,9 +20,10 @@ namespace avx2 {
 #include "fold_kernel.hpp"
 #include "rounding_kernel.hpp"
 #include "update_kernel.hpp"
+#include "metric_kernel.hpp"
 }  // namespace avx2
 
-const Target kAvx2 = {"avx2", avx2::gram, avx2::fold, avx2::combine, avx2::adamw};
+const Target kAvx2 = {"avx2", avx2::gram, avx2::gram_in_metric, avx2::fold, avx2::combine, avx2::adamw};
 
 }  // namespace raco
 

@@ -20,9 +20,10 @@ namespace avx512 {
 #include "fold_kernel.hpp"
 #include "rounding_kernel.hpp"
 #include "update_kernel.hpp"
+#include "metric_kernel.hpp"
 }  // namespace avx512
 
-const Target kAvx512 = {"avx512", avx512::gram, avx512::fold, avx512::combine, avx512::adamw};
+const Target kAvx512 = {"avx512", avx512::gram, avx512::gram_in_metric, avx512::fold, avx512::combine, avx512::adamw};
 
 }  // namespace raco
 

@@ -14,8 +14,9 @@ namespace baseline {
 #include "fold_kernel.hpp"
 #include "rounding_kernel.hpp"
 #include "update_kernel.hpp"
+#include "metric_kernel.hpp"
 }  // namespace baseline
 
-const Target kBaseline = {"baseline", baseline::gram, baseline::fold, baseline::combine, baseline::adamw};
+const Target kBaseline = {"baseline", baseline::gram, baseline::gram_in_metric, baseline::fold, baseline::combine, baseline::adamw};
 
 }  // namespace raco

@@ -87,13 +87,14 @@ void* residual(const AdamW& adamw, const Chunk& chunk) {
 }
 
 // out[column] += the products of every chunk of a column, in the order of the chunks, whoever forms
-// them: of_chunk(chunk, lanes) adds kLanes sums of each pair i <= j to m x m x kLanes zeros.
-template <class OfChunk>
+// them: of_chunk(chunk, lanes) adds kLanes sums of each pair i <= j to Matrices x m x m x kLanes
+// zeros.
+template <int Matrices, class OfChunk>
 void add_products(const Plan& plan, int m, int threads, double* out, const OfChunk& of_chunk) {
-  const std::size_t pairs = static_cast<std::size_t>(m) * m;
+  const std::size_t pairs = static_cast<std::size_t>(Matrices) * m * m;
   std::vector<double> of_chunks(plan.chunks().size() * pairs);
   plan.run(threads, [&](std::int64_t number, const Chunk& chunk) {
-    alignas(64) double lanes[kMaxLists * kMaxLists * kLanes];
+    alignas(64) double lanes[Matrices * kMaxLists * kMaxLists * kLanes];
     std::fill_n(lanes, pairs * kLanes, 0.0);
     of_chunk(chunk, lanes);
     double* const sums = of_chunks.data() + static_cast<std::size_t>(number) * pairs;
@@ -102,10 +103,10 @@ void add_products(const Plan& plan, int m, int threads, double* out, const OfChu
   });
   const double* sums = of_chunks.data();
   for (const Chunk& chunk : plan.chunks()) {
-    double* const M = out + static_cast<std::size_t>(chunk.column) * pairs;
-    for (int i = 0; i < m; ++i)
-      for (int j = i; j < m; ++j) M[j * m + i] = M[i * m + j] += sums[i * m + j];
-    sums += pairs;
+    double* M = out + static_cast<std::size_t>(chunk.column) * pairs;
+    for (int matrix = 0; matrix < Matrices; ++matrix, M += m * m, sums += m * m)
+      for (int i = 0; i < m; ++i)
+        for (int j = i; j < m; ++j) M[j * m + i] = M[i * m + j] += sums[i * m + j];
   }
 }
 
@@ -138,8 +139,20 @@ const std::vector<const Target*>& targets() {
 
 void products(const Lists& grads, const Execution& how, double* out) {
   std::fill_n(out, grads.n * grads.m * grads.m, 0.0);
-  add_products(Plan(grads), grads.m, how.threads, out, [&](const Chunk& chunk, double* lanes) {
+  add_products<1>(Plan(grads), grads.m, how.threads, out, [&](const Chunk& chunk, double* lanes) {
     how.target->gram(present(grads, chunk, nullptr), grads.m, chunk.count, lanes);
+  });
+}
+
+void products_in_metric(const Lists& grads, const Metric& metric, const Execution& how,
+                        double* out) {
+  std::fill_n(out, 2 * grads.n * grads.m * grads.m, 0.0);
+  const Tensors moments = {metric.address, metric.dtype};
+  add_products<2>(Plan(grads), grads.m, how.threads, out, [&](const Chunk& chunk, double* lanes) {
+    const double* const numbers = metric.numbers + 3 * chunk.column;
+    Moment moment = {{nullptr, Dtype::float32}, numbers[0], numbers[1], numbers[2]};
+    if (metric.address[chunk.column] != 0) moment.second = slice(moments, chunk);
+    how.target->gram_in_metric(present(grads, chunk, nullptr), moment, grads.m, chunk.count, lanes);
   });
 }
 
@@ -160,7 +173,7 @@ void fold(const Groups& layer, const Execution& how, double* sums) {
   };
   const auto dtype = static_cast<std::uint8_t>(layer.dtype);
   const Plan plan(Lists{layer.m, 1, layer.out, &layer.n, &dtype});
-  if (sums != nullptr) return add_products(plan, layer.m, how.threads, sums, of_chunk);
+  if (sums != nullptr) return add_products<1>(plan, layer.m, how.threads, sums, of_chunk);
   plan.run(how.threads, [&](std::int64_t, const Chunk& chunk) { of_chunk(chunk, nullptr); });
 }
 

@@ -1,6 +1,7 @@
 // Inner products and the update for lists of tensors in CPU memory, each in one pass over it.
 //
 //   products       <g_ik, g_jk> of every tensor k                 reads m gradients once
+//   in_metric      the same, and <g_ik, D g_jk> for AdamW's D   reads m + 1 once
 //   fold           the m gradients of a layer from its groups'   reads groups, writes m
 //   combine        out  = sum_i alpha_i g_i                       reads m, writes 1
 //   combine_adamw  the same sum and a decoupled AdamW step        reads m + 3, writes 3
@@ -44,6 +45,16 @@ const std::vector<const Target*>& targets();
 // columns the call has; their sum over k is the Gram matrix. Float32 products (float64 for float64
 // gradients), summed in float32 over at most kBlock / kLanes elements, then in float64.
 void products(const Lists& grads, const Execution& how, double* out);
+
+// out[k], 2 x m x m: the same bits, and the inner products in the metric of AdamW's update,
+// sum_e g_ik[e] g_jk[e] factor_k / (sqrt(v_k[e]) root_k + eps_k) over the elements with v_k[e] != 0,
+// formed as products of each gradient times the root of that weight.
+struct Metric {
+  const std::int64_t* address;  // [n] of second moments v; 0: the column has no part in it
+  const std::uint8_t* dtype;    // [n]
+  const double* numbers;        // [n, 3]: root, eps, factor
+};
+void products_in_metric(const Lists& grads, const Metric& metric, const Execution& how, double* out);
 
 // Writes the m gradients of a layer, out_i = sum_g U_ig t_g, rounded once, or adds them where not
 // `fresh`; t is [groups, n] and U [m, groups] in float32 (float64 for float64 gradients), the

@@ -1,4 +1,4 @@
-// One target = the three inner functions compiled for one instruction set. The *_kernel.hpp are
+// One target = the inner functions compiled for one instruction set. The *_kernel.hpp are
 // included once per target (cpu_baseline.cpp, cpu_avx2.cpp, cpu_avx512.cpp), each time inside a
 // namespace of its own.
 #pragma once
@@ -43,6 +43,12 @@ struct Step {
   void* residual;  // of the chunk, or null
 };
 
+// The second moment of one column from some element on (null: none), and the numbers of its metric.
+struct Moment {
+  Slice second;
+  double root, eps, factor;
+};
+
 // The objectives' numbers, where all of them are present.
 constexpr int kEvery[kMaxLists] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
                                    16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
@@ -62,7 +68,10 @@ struct Target {
   const char* name;
   // sums[(i * m + j) * kLanes + lane] += products of n elements, for i <= j
   void (*gram)(const Present& grads, int m, std::int64_t n, double* sums);
-  // the same sums of what it writes, unless they are null
+  // the same sums, and behind them those in the metric of a second moment; see metric_kernel.hpp
+  void (*gram_in_metric)(const Present& grads, const Moment& moment, int m, std::int64_t n,
+                         double* sums);
+  // the sums of `gram` of what it writes, unless they are null
   void (*fold)(const Fold& fold, std::int64_t n, double* sums);
   void (*combine)(const Present& grads, std::int64_t n, Slice out);
   void (*adamw)(const Present& grads, std::int64_t n, Slice param, Slice exp_avg,

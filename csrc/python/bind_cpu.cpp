@@ -58,11 +58,14 @@ raco::Execution execution(int threads, int target) {
 }
 
 // Arithmetic is float64 where a tensor is, so one column must not mix it with other dtypes.
-void check_width(const Dtypes& a, const Dtypes& b) {
+void check_width(const Dtypes& a, const Dtypes& b, py::ssize_t k) {
   constexpr auto wide = static_cast<std::uint8_t>(raco::Dtype::float64);
-  for (py::ssize_t k = 0; k < a.shape(0); ++k)
-    require((a.data()[k] == wide) == (b.data()[k] == wide),
-            "float64 and other dtypes must not meet in one column");
+  require((a.data()[k] == wide) == (b.data()[k] == wide),
+          "float64 and other dtypes must not meet in one column");
+}
+
+void check_width(const Dtypes& a, const Dtypes& b) {
+  for (py::ssize_t k = 0; k < a.shape(0); ++k) check_width(a, b, k);
 }
 
 void check_bfloat16(const Dtypes& dtypes, const char* message) {
@@ -93,6 +96,27 @@ py::array_t<double> products(const Addresses& grads, const Addresses& lengths,
   {
     py::gil_scoped_release release;
     raco::products(table, how, out);
+  }
+  return found;
+}
+
+py::array_t<double> products_in_metric(const Addresses& grads, const Addresses& lengths,
+                                       const Dtypes& dtypes, const Addresses& moments,
+                                       const Dtypes& moment_dtypes, const Array<double>& numbers,
+                                       int threads, int target) {
+  const raco::Lists table = lists(grads, lengths, dtypes);
+  const raco::Tensors second = tensors(moments, moment_dtypes, table.n);
+  for (std::int64_t k = 0; k < table.n; ++k)
+    if (moments.data()[k] != 0) check_width(dtypes, moment_dtypes, k);
+  require(numbers.ndim() == 2 && numbers.shape(0) == table.n && numbers.shape(1) == 3,
+          "numbers must be [n, 3]");
+  const raco::Metric metric = {second.address, second.dtype, numbers.data()};
+  const raco::Execution how = execution(threads, target);
+  py::array_t<double> found({table.n, std::int64_t{2}, std::int64_t{table.m}, std::int64_t{table.m}});
+  double* out = found.mutable_data();
+  {
+    py::gil_scoped_release release;
+    raco::products_in_metric(table, metric, how, out);
   }
   return found;
 }
@@ -181,6 +205,11 @@ void bind_cpu(py::module_& module) {
   module.def("products", &products, py::arg("grads"), py::arg("lengths"), py::arg("dtypes"),
              py::arg("threads"), py::arg("target") = 0,
              "grads [m, n] addresses, lengths [n], dtypes [n] -> [n, m, m]; csrc/cpu/cpu_kernels.hpp.");
+  module.def("products_in_metric", &products_in_metric, py::arg("grads"), py::arg("lengths"),
+             py::arg("dtypes"), py::arg("moments"), py::arg("moment_dtypes"), py::arg("numbers"),
+             py::arg("threads"), py::arg("target") = 0,
+             "The same, moments [n] addresses or 0, their dtypes [n], numbers [n, 3] -> "
+             "[n, 2, m, m]; csrc/cpu/cpu_kernels.hpp.");
   module.def("fold", &fold, py::arg("t"), py::arg("n"), py::arg("U"), py::arg("out"),
              py::arg("dtype"), py::arg("fresh"), py::arg("sums"), py::arg("threads"),
              py::arg("target") = 0, "Writes a layer's m gradients; csrc/cpu/cpu_kernels.hpp.");

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from raco_fast.backends.types import Gradients, Update
+from raco_fast.backends.types import Gradients, Metric, Update
 
 
 def check_coefficients(grads: Gradients, coefficients: Tensor, **lists: Sequence[Tensor]) -> None:
@@ -40,6 +40,30 @@ def check_update(update: Update, coefficients: Tensor) -> None:
             raise ValueError(
                 f"`rounding`={rounding.name!r} is for bfloat16 parameters, got {wrong}; use "
                 f"rounding='nearest'"
+            )
+
+
+def check_metric(grads: Gradients, metric: Metric) -> None:
+    """Raise ValueError unless a metric has a second moment and three numbers for every tensor."""
+    n = len(grads[0]) if grads else 0
+    if len(metric.moments) != n or metric.numbers.shape != (n, 3):
+        raise ValueError(
+            f"`metric` must have one second moment and three numbers per gradient, got "
+            f"{len(metric.moments)} and {list(metric.numbers.shape)} for {n}"
+        )
+
+
+def check_moments(grads: Gradients, moments: Sequence[Tensor | None]) -> None:
+    """Raise unless the second moments of a metric are dense and lie as their gradients do."""
+    for k, (v, *column) in enumerate(zip(moments, *grads, strict=True)):
+        g = next((g for g in column if g is not None), None)
+        if v is None or g is None:
+            continue
+        check_dense(v, f"`metric.moments`[{k}]")
+        if (v.shape, v.device) != (g.shape, g.device):
+            raise ValueError(
+                f"`metric.moments`[{k}] must have the shape and device of its gradients, got "
+                f"{list(v.shape)} on {v.device} and {list(g.shape)} on {g.device}"
             )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from raco_fast.backends import cpu, cuda, reference
-from raco_fast.backends.arguments import check_gradients
+from raco_fast.backends.arguments import check_gradients, check_moments
 from raco_fast.backends.plan import Plan, describe
 from raco_fast.backends.types import AdamWOptions, Backend, Built, Call
 
@@ -87,20 +87,26 @@ def planned(call: Call, plan: Plan | None) -> tuple[Backend, Built]:
     Gradients are checked, and backends asked, only if the plan does not know tensors like these.
 
     Raises:
-        ValueError, TypeError: as `check_gradients`.
+        ValueError, TypeError: as `check_gradients` and `check_moments`.
     """
     seen = None
     if plan is not None and not (torch.is_grad_enabled() and call.written):
         seen = describe(call.lists)  # which does not tell whether a tensor requires grad
     if plan is None or seen is None:
-        check_gradients(call.read)
+        _check(call)
         return chosen(call), {}
     key = (call.operation, _forced.get(), call.m, _kind_of(call.options))
     finding = plan.find(key, seen, call.lists)
     if finding is None:
-        check_gradients(call.read)
+        _check(call)
         finding = plan.note(key, seen, call.lists, chosen(call))
     return finding.backend, finding.built
+
+
+def _check(call: Call) -> None:
+    check_gradients(call.read)
+    for moments in call.beside:
+        check_moments(call.read, moments)
 
 
 def waits(call: Call, plan: Plan) -> str | None:
@@ -127,7 +133,8 @@ def _disagreement(candidate: Backend, call: Call) -> str | None:
     device = next(call.tensors()).device
     # One that fails at the operations of a step may still have the gradients of layers, or the
     # other way round.
-    part = "weight_grad" if call.operation == "weight_grad" else "step"
+    alone = ("weight_grad", "gram_in_metric")
+    part = call.operation if call.operation in alone else "step"
     key = (candidate.name, device, part)
     if call.runs and key not in _disagreements:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():

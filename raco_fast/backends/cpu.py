@@ -19,7 +19,7 @@ from raco_fast import _C
 from raco_fast.backends import weight_grad as plain
 from raco_fast.backends.plan import advance
 from raco_fast.backends.summed import summed
-from raco_fast.backends.types import AdamWOptions, Built, Call, Gradients, Update
+from raco_fast.backends.types import AdamWOptions, Built, Call, Gradients, Metric, Update
 from raco_fast.kernels.tables import is_dense
 
 name = "cpu"
@@ -32,10 +32,10 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Tables(NamedTuple):
-    """Addresses, lengths and dtypes as the kernels take them."""
+    """Addresses, lengths and dtypes as the kernels take them; `beside`: what is not a gradient."""
 
     grads: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]
-    written: list[tuple[NDArray[np.int64], NDArray[np.uint8]]]
+    beside: list[tuple[NDArray[np.int64], NDArray[np.uint8]]]
 
 
 def missing() -> str | None:
@@ -61,6 +61,17 @@ def gram(grads: Gradients, built: Built) -> Tensor:
     return summed(products(grads, built))
 
 
+def gram_in_metric(grads: Gradients, metric: Metric, built: Built) -> Tensor:
+    """Gram matrix, and that in a metric of AdamW's, of m per-objective gradients."""
+    found = _recalled(built, grads, [metric.moments])
+    numbers, threads = metric.numbers.numpy(), torch.get_num_threads()
+    return summed(
+        torch.from_numpy(
+            _C.products_in_metric(*found.grads, *found.beside[0], numbers, threads=threads)
+        )
+    )
+
+
 def products(grads: Gradients, built: Built) -> Tensor:
     """Inner products of each tensor's m gradients, the same bits whatever the other tensors are."""
     found = _recalled(built, grads, [])
@@ -70,7 +81,7 @@ def products(grads: Gradients, built: Built) -> Tensor:
 def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> None:
     """Write G0 = Σ α_i g_i."""
     found = tables(grads, [out])
-    _C.combine(*found.grads, coefficients.numpy(), *found.written[0], torch.get_num_threads())
+    _C.combine(*found.grads, coefficients.numpy(), *found.beside[0], torch.get_num_threads())
     increment_version(out)
 
 
@@ -88,7 +99,7 @@ def combine_adamw(update: Update, coefficients: Tensor, built: Built) -> None:
     steps = advance(update.steps).numpy()
     sign = -1.0 if options.maximize else 1.0
     found = _recalled(built, update.grads, [*written[:3], rounding.residuals])
-    of_params, of_exp_avgs, of_exp_avg_sqs, (residuals, residual_dtypes) = found.written
+    of_params, of_exp_avgs, of_exp_avg_sqs, (residuals, residual_dtypes) = found.beside
     _C.combine_adamw(
         *found.grads,
         sign * coefficients.numpy(),
@@ -208,10 +219,10 @@ def _mismatch(t: Tensor, first: Tensor) -> str | None:
     return None
 
 
-def tables(grads: Gradients, written: Sequence[Sequence[Tensor]] = ()) -> Tables:
-    """The tables of a call; the first list of `written`, if any, has the gradients' shapes."""
+def tables(grads: Gradients, beside: Sequence[Sequence[Tensor | None]] = ()) -> Tables:
+    """The tables of a call; the first list of `beside`, if any, has the gradients' shapes."""
     one_of_each = [
-        next((g for g in column if g is not None), written[0][k] if written else None)
+        next((g for g in column if g is not None), beside[0][k] if beside else None)
         for k, column in enumerate(zip(*grads, strict=True))
     ]
     addresses = [[0 if g is None else g.data_ptr() for g in one] for one in grads]
@@ -222,8 +233,9 @@ def tables(grads: Gradients, written: Sequence[Sequence[Tensor]] = ()) -> Tables
             np.array(lengths, dtype=np.int64),
             _codes(one_of_each),
         ),
-        written=[
-            (np.array([t.data_ptr() for t in one], dtype=np.int64), _codes(one)) for one in written
+        beside=[
+            (np.array([0 if t is None else t.data_ptr() for t in one], dtype=np.int64), _codes(one))
+            for one in beside
         ],
     )
 
@@ -232,9 +244,9 @@ def _codes(tensors: Sequence[Tensor | None]) -> NDArray[np.uint8]:
     return np.array([0 if t is None else DTYPES[t.dtype] for t in tensors], dtype=np.uint8)
 
 
-def _recalled(built: Built, grads: Gradients, written: Sequence[Sequence[Tensor]]) -> Tables:
+def _recalled(built: Built, grads: Gradients, beside: Sequence[Sequence[Tensor | None]]) -> Tables:
     """The tables that an earlier call left, or new ones to leave."""
     if "tables" not in built:
-        built["tables"] = tables(grads, written)
+        built["tables"] = tables(grads, beside)
     found: Tables = built["tables"]
     return found

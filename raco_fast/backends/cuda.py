@@ -19,7 +19,7 @@ from torch.autograd.graph import increment_version
 from raco_fast.backends import weight_grad as plain
 from raco_fast.backends.plan import advance
 from raco_fast.backends.rounding import Place
-from raco_fast.backends.types import AdamWOptions, Built, Call, Gradients, Update
+from raco_fast.backends.types import AdamWOptions, Built, Call, Gradients, Metric, Update
 from raco_fast.kernels.tables import (
     ALIGNMENT,
     TensorTable,
@@ -82,6 +82,28 @@ def gram(grads: Gradients, built: Built) -> Tensor:
         tables = build(ordered, m, device)
         _leave(built, tables, device, grads, ordered)
     return kernels.gram(grads, device, tables=tables)
+
+
+def gram_in_metric(grads: Gradients, metric: Metric, built: Built) -> Tensor:
+    """Gram matrix, and that in a metric of AdamW's: [2, m, m] float64 on the gradients' device."""
+    from raco_fast.kernels import gram_in_metric as kernels
+
+    m, moments = len(grads), metric.moments
+    device = next((g.device for one in grads for g in one if g is not None), None)
+    if device is None:
+        return torch.zeros(2, m, m, dtype=torch.float64)
+    numbers = to_device(metric.numbers.float(), device)
+    tables = _recalled(built, device)
+    if tables is None:
+        columns = zip(moments, *grads, strict=True)
+        dense = ((t for t in column if t is not None and is_dense(t)) for column in columns)
+        like = [next(of_column, None) for of_column in dense]
+        *ordered, moments = _in_one_order([*grads, moments], like)
+        if m > kernels.MAX_UNROLLED:
+            return kernels.gram_in_metric(ordered, moments, numbers, device)
+        tables = build([*ordered, moments], m, device)
+        _leave(built, tables, device, [*grads, metric.moments], [*ordered, moments])
+    return kernels.gram_in_metric(grads, metric.moments, numbers, device, tables)
 
 
 def products(grads: Gradients, built: Built) -> Tensor:
@@ -159,20 +181,22 @@ def weight_grad(
     fresh: bool,
     products: bool = False,
     look: Callable[[Tensor], None] | None = None,
-) -> None:
+) -> Tensor | None:
     """Write or add the m weight gradients of a layer; for one objective that is a plain product.
 
     Rows that lie with gaps are copied. The table of k-blocks and the coefficients, alike for all
     layers of one pass, are sent once. The kernel holds no t_g that could be shown to `look`, for
-    which plain products form them.
+    which plain products form them. Products stay on the device, and are those of m <= 8.
     """
     if U is None or len(U) == 1 or look is not None:
         plain.weight_grad(x, dy, bounds, U, out, fresh, False, look)
-        return
+        return None
     from raco_fast.kernels.weight_grad import weight_grad as launch
 
-    launch(x.contiguous(), dy.contiguous(), bounds, U.float(), out.unbind(), accumulate=not fresh)
+    rows = x.contiguous(), dy.contiguous(), bounds
+    found = launch(*rows, U.float(), out.unbind(), accumulate=not fresh, products=products)
     increment_version([out])
+    return found
 
 
 def is_on_device(t: Tensor) -> bool:
@@ -313,7 +337,7 @@ def _leave(
         built[stream_of(device)] = tables
 
 
-def _in_one_order(grads: Gradients, like: Sequence[Tensor] | None = None) -> Gradients:
+def _in_one_order(grads: Gradients, like: Sequence[Tensor | None] | None = None) -> Gradients:
     """Gradients whose elements lie in the order of `like`, or else of each other.
 
     One in another order (transposed, expanded, sliced) is copied; this is rare.

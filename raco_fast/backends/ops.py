@@ -10,11 +10,16 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from raco_fast.backends.arguments import check_coefficients, check_rows, check_update
+from raco_fast.backends.arguments import (
+    check_coefficients,
+    check_metric,
+    check_rows,
+    check_update,
+)
 from raco_fast.backends.choose import chosen, planned
 from raco_fast.backends.plan import Plan
 from raco_fast.backends.summed import summed
-from raco_fast.backends.types import Call, Gradients, Update
+from raco_fast.backends.types import Call, Gradients, Metric, Update
 
 
 def gram(grads: Gradients, plan: Plan | None = None) -> Tensor:
@@ -64,7 +69,11 @@ def gram_beside(
     Where the Gram is on a CUDA device, all of it is one copy and one wait: for this stream only.
     `known`: see `gram_where_it_is`.
     """
-    M = gram_where_it_is(grads, plan, known)
+    return together(gram_where_it_is(grads, plan, known), numbers)
+
+
+def together(M: Tensor, numbers: Sequence[Tensor]) -> tuple[Tensor, list[float]]:
+    """(M on the CPU, the values of tensors of one element), as one copy and one wait."""
     if not M.is_cuda:
         return M, [float(x) for x in numbers]
     sent = torch.cat([x.reshape(-1).to(M) for x in (M, *numbers)])
@@ -82,18 +91,63 @@ def gram_where_it_is(
     Args:
         grads: as for `gram`.
         plan: the caller's, if it has one.
-        known: nothing, or what `products` gave for each tensor; None where they are to be taken.
-            M is the same bits whichever they are.
+        known: nothing, or for each tensor what `products` gave, or `weight_grad`; None where they
+            are to be taken. On the CPU M is the same bits whichever they are, on a device the same
+            to rounding. While a CUDA graph is captured, which would read at every replay what was
+            known now, none is used.
     """
-    if all(of_tensor is None for of_tensor in known):
+    kept = [of_tensor for of_tensor in known if of_tensor is not None]
+    on_device = not all(of_tensor.is_cpu for of_tensor in kept)
+    if not kept or (on_device and _capturing()):
         backend, built = planned(Call("gram", len(grads), (), grads), plan)
         return within_cauchy_schwarz(backend.gram(grads, built))
     taken = [of_tensor is None for of_tensor in known]
-    anew: Iterator[Tensor] = iter(())
-    if any(taken):
-        anew = iter(products([list(compress(one, taken)) for one in grads], plan))
+    rest = [list(compress(one, taken)) for one in grads]
+    if on_device:
+        return within_cauchy_schwarz(_with_rest(kept, rest, plan))
+    anew: Iterator[Tensor] = iter(products(rest, plan) if any(taken) else ())
     of_each = [next(anew) if of_tensor is None else of_tensor for of_tensor in known]
     return within_cauchy_schwarz(summed(torch.stack(of_each)))
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _with_rest(kept: Sequence[Tensor], rest: Gradients, plan: Plan | None) -> Tensor:
+    """The sum of known products, in their order on each device, and of the Gram of the rest."""
+    of_device: dict[torch.device, list[Tensor]] = {}
+    for of_tensor in kept:
+        of_device.setdefault(of_tensor.device, []).append(of_tensor)
+    parts = [torch.stack(alike).sum(0) for alike in of_device.values()]
+    if rest[0]:
+        backend, built = planned(Call("gram", len(rest), (), rest), plan)
+        parts.append(backend.gram(rest, built))
+    M = parts[0]
+    for part in parts[1:]:
+        if part.device != M.device:  # layers on several devices: the host adds them up
+            M, part = M.cpu(), part.cpu()
+        M = M + part
+    return M
+
+
+def gram_in_metric(grads: Gradients, metric: Metric, plan: Plan | None = None) -> Tensor:
+    """`gram`, and the Gram matrix in the metric of AdamW's update, from one pass over memory.
+
+    Args:
+        grads: as for `gram`.
+        metric: D of every tensor.
+        plan: the caller's, if it has one.
+    Returns:
+        [2, m, m] float64, not waited for: M with the bits of `gram`, and Σ_e g_i[e] D[e] g_j[e], as
+        products of √D g_i in the precision of those of M. Where v is NaN it is not finite.
+    Raises:
+        ValueError, TypeError: as for `gram`, or `metric` does not fit `grads`.
+    """
+    check_metric(grads, metric)
+    call = Call("gram_in_metric", len(grads), (), grads, beside=[metric.moments])
+    backend, built = planned(call, plan)
+    return within_cauchy_schwarz(backend.gram_in_metric(grads, metric, built))
 
 
 def combine(
@@ -163,7 +217,8 @@ def weight_grad(
         look: is shown dY_gᵀ X_g of all groups, [groups, n] for a block of rows of the weight at a
             time; needs U.
     Returns:
-        They, as `products` gives them: [m, m], where the backend has them on the way; else None.
+        They, [m, m] float64, where the backend has them on the way; else None. On the CPU they are
+        what `products` gives, to the bit; of a device they stay there, in an order of their own.
     Raises:
         ValueError: shapes that do not fit together.
     """
@@ -173,13 +228,14 @@ def weight_grad(
 
 
 def within_cauchy_schwarz(M: Tensor) -> Tensor:
-    """M with |M_ij| <= √(M_ii M_jj).
+    """M [.., m, m] with |M_ij| <= √(M_ii M_jj).
 
     Rounding, and squares that underflow where products do not (a saturated loss beside an
     ordinary one), leave a matrix that is no Gram matrix, which the solver would refuse.
     """
-    norms = M.diagonal().sqrt()
-    bound = torch.outer(norms, norms)
+    squares = M.diagonal(dim1=-2, dim2=-1)
+    norms = squares.sqrt()
+    bound = norms[..., :, None] * norms[..., None, :]
     bounded = torch.maximum(torch.minimum(M, bound), -bound)
-    bounded.diagonal().copy_(M.diagonal())
+    bounded.diagonal(dim1=-2, dim2=-1).copy_(squares)
     return bounded

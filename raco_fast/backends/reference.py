@@ -1,9 +1,10 @@
 """The plain-torch backend: the twin that every fast kernel is compared with, and its fallback.
 
-Three operations over lists of tensors, without a flattened copy of the model (the fourth, for one
-layer, is in `weight_grad.py`):
+Operations over lists of tensors, without a flattened copy of the model (that for one layer is in
+`weight_grad.py`):
 
     products       ⟨g_i, g_j⟩ of each tensor of a model; `gram`, M, is their sum
+    gram_in_metric M, and the same of √D g_i for AdamW's D
     combine        G0 = Σ α_i g_i, written to one tensor per parameter
     combine_adamw  the same G0, formed bucket by bucket and handed to torch's own AdamW; where
                    bfloat16 weights are rounded otherwise than to nearest, on float32 copies
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from raco_fast.backends.summed import summed
-from raco_fast.backends.types import Built, Call, Gradients, Update
+from raco_fast.backends.types import Built, Call, Gradients, Metric, Update
 from raco_fast.backends.weight_grad import weight_grad as weight_grad
 from raco_fast.backends.weight_grad import widened
 
@@ -54,25 +55,47 @@ def gram(grads: Gradients, built: Built | None = None) -> Tensor:
     return summed(products(grads))
 
 
+def gram_in_metric(grads: Gradients, metric: Metric, built: Built | None = None) -> Tensor:
+    """[2, m, m]: the Gram matrix, and that of the gradients times √D."""
+    return summed(_products(grads, metric))
+
+
 def products(grads: Gradients, built: Built | None = None) -> Tensor:
     """Inner products [n, m, m] of each tensor's m gradients."""
-    m = len(grads)
-    places: dict[torch.device, list[tuple[int, int, int]]] = {}
+    return _products(grads, None)[:, 0]
+
+
+def _products(grads: Gradients, metric: Metric | None) -> Tensor:
+    """[n, 1 or 2, m, m], of each tensor's m gradients and, with a metric, of those times √D."""
+    m, parts = len(grads), 1 if metric is None else 2
+    places: dict[torch.device, list[tuple[int, int, int, int]]] = {}
     dots: dict[torch.device, list[Tensor]] = {}
     for k, column in enumerate(zip(*grads, strict=True)):
-        for device, block in _blocks(column):
-            for i, j in combinations_with_replacement(range(m), 2):
-                a, b = block[i], block[j]
-                if a is not None and b is not None:
-                    places.setdefault(device, []).append((k, i, j))
-                    dots.setdefault(device, []).append(_dot(a, b))
-    found = [[[0.0] * m for _ in range(m)] for _ in grads[0]]
+        v = None if metric is None else metric.moments[k]
+        for device, (moment, *block) in _blocks((v, *column)):
+            kinds = [block]
+            if moment is not None and metric is not None:
+                root = _root_of_weight(moment, *metric.numbers[k].tolist())
+                kinds.append([None if g is None else g * root for g in block])
+            for part, rows in enumerate(kinds):
+                for i, j in combinations_with_replacement(range(m), 2):
+                    a, b = rows[i], rows[j]
+                    if a is not None and b is not None:
+                        places.setdefault(device, []).append((k, part, i, j))
+                        dots.setdefault(device, []).append(_dot(a, b))
+    found = torch.zeros(len(grads[0]), parts, m, m, dtype=torch.float64).numpy()
     for device, of_device in dots.items():
         values = torch.stack(of_device).cpu().tolist()  # one transfer per device
-        for (k, i, j), value in zip(places[device], values, strict=True):
-            found[k][i][j] += value
-    upper = torch.tensor(found, dtype=torch.float64).reshape(-1, m, m)
+        for place, value in zip(places[device], values, strict=True):
+            found[place] += value
+    upper = torch.from_numpy(found)
     return upper + upper.triu(1).mT
+
+
+def _root_of_weight(v: Tensor, root: float, eps: float, factor: float) -> Tensor:
+    """√D of a block; 0 where v is."""
+    found = (factor / (v.sqrt() * root + eps)).sqrt()
+    return found.where(v != 0, 0.0)
 
 
 def combine(grads: Gradients, coefficients: Tensor, out: Sequence[Tensor]) -> None:
@@ -130,7 +153,7 @@ def combine_adamw(update: Update, coefficients: Tensor, built: Built | None = No
 
 
 def _blocks(column: Sequence[Tensor | None]) -> Iterator[tuple[torch.device, list[Tensor | None]]]:
-    """Cut the m gradients of one parameter alike into flat blocks of product precision."""
+    """Cut the tensors of one parameter alike into flat blocks of product precision."""
     flat = [None if g is None else _as_real(g.detach()).reshape(-1) for g in column]
     present = [f for f in flat if f is not None]
     if not present:

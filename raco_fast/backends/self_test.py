@@ -15,7 +15,7 @@ from triton import TritonError
 
 from raco_fast.backends import reference
 from raco_fast.backends.rounding import NEAREST, Rounding
-from raco_fast.backends.types import AdamWOptions, Backend, Update
+from raco_fast.backends.types import AdamWOptions, Backend, Metric, Update
 
 _SIZES = (1, 37, 1031, 4099)
 _BOUNDS = (0, 65, 65, 66, 190)  # groups of a layer's rows, around a k-block of 64
@@ -29,14 +29,16 @@ def disagreement(backend: Backend, part: str, device: torch.device) -> str | Non
     Args:
         backend: compared with `reference`, on two objectives.
         part: "step" for `gram`, `combine` and `combine_adamw`, float32 and bfloat16, and split
-            rounding; "weight_grad" for bfloat16 rows of a layer, with float32 gradients written and
-            bfloat16 ones added to. Compiles eight or two kernels the first time on a machine; the
-            random number generators are left alone.
+        rounding; "gram_in_metric" for float32 and bfloat16, second moments in float32;
+        "weight_grad" for bfloat16 rows of a layer, with float32 gradients written and bfloat16
+        ones added to, and their products. Compiles eight, two or two kernels the first time on
+        a machine; the random number generators are left alone.
         device: where.
     """
     bf16 = torch.bfloat16
     tests: dict[str, list[tuple[_Comparison, torch.dtype]]] = {
         "step": [(_of_a_step, torch.float32), (_of_a_step, bf16), (_of_split_rounding, bf16)],
+        "gram_in_metric": [(_of_a_metric, torch.float32), (_of_a_metric, bf16)],
         "weight_grad": [(_of_a_layer, bf16)],
     }
     for compare, dtype in tests[part]:
@@ -82,6 +84,17 @@ def _of_a_step(kernels: Backend, device: torch.device, dtype: torch.dtype) -> st
     return None if _agree(stepped[0], stepped[1], tolerance) else "combine_adamw"
 
 
+def _of_a_metric(kernels: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
+    grads = [_waves(phase, device, dtype) for phase in (1, 2)]
+    squares = [t.square() for t in _waves(3, device, torch.float32)]
+    moments: list[Tensor | None] = [None, *squares[1:]]
+    numbers = torch.tensor([[1.5, 1e-3, 0.5]], dtype=torch.float64).expand(len(moments), 3)
+    metric = Metric(moments, numbers)
+    ours = kernels.gram_in_metric(grads, metric, {}).cpu().unbind()
+    theirs = reference.gram_in_metric(grads, metric).unbind()
+    return None if _agree(ours, theirs, 1e-5) else "gram_in_metric"
+
+
 def _of_split_rounding(kernels: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
     """The float32 weights that two halves stand for show what the rounded ones would hide."""
     stepped = []
@@ -121,10 +134,13 @@ def _of_a_layer(kernels: Backend, device: torch.device, dtype: torch.dtype) -> s
         (_wave(math.prod(shape), 3, device, dtype).view(shape), False, 4 * torch.finfo(dtype).eps),
     ):
         ours, theirs = out.clone(), out.clone()
-        kernels.weight_grad(x, dy, _BOUNDS, U, ours, fresh)
+        products = kernels.weight_grad(x, dy, _BOUNDS, U, ours, fresh, products=True)
         reference.weight_grad(x, dy, _BOUNDS, U, theirs, fresh)
         if not _agree([*ours], [*theirs], tolerance):
             return "weight_grad"
+        exact = reference.gram([[g] for g in ours])
+        if products is None or not _agree([products.cpu()], [exact], 1e-5):
+            return "weight_grad, products"
     return None
 
 

@@ -72,14 +72,31 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Metric:
+    """In which the update of AdamW is a gradient step: D = factor / (√v root + eps), elementwise.
+
+    Elements with v = 0 have D = 0, whatever eps is.
+
+    Attributes:
+        moments: n tensors v of the gradients' shapes; None: D = 0 for the whole tensor.
+        numbers: [n, 3] float64 on the CPU: root, eps, factor of each tensor.
+    """
+
+    moments: Sequence[Tensor | None]
+    numbers: Tensor
+
+
+@dataclass(frozen=True)
 class Call:
     """An operation on certain tensors, as backends are asked about it.
 
     Attributes:
-        operation: "gram", "products", "combine", "combine_adamw" or "weight_grad".
+        operation: "gram", "gram_in_metric", "products", "combine", "combine_adamw" or
+            "weight_grad".
         m: the number of objectives.
         written: lists of n tensors that are written in place.
         read: lists of n tensors or None that are only read.
+        beside: of "gram_in_metric", the list of second moments.
         options: of "combine_adamw".
         bounds: of "weight_grad", whose lists are [out], and [x], [dy].
         runs: False for a mere question which backend would run it: no kernel is proved for that.
@@ -91,12 +108,13 @@ class Call:
     read: Gradients
     options: AdamWOptions | None = None
     bounds: Sequence[int] = ()
+    beside: Gradients = ()
     runs: bool = True
 
     @property
     def lists(self) -> list[Sequence[Tensor | None]]:
         """All lists."""
-        return [*self.written, *self.read]
+        return [*self.written, *self.read, *self.beside]
 
     def tensors(self) -> Iterator[Tensor]:
         """All tensors."""
@@ -136,6 +154,9 @@ class Backend(Protocol):
     def gram(self, grads: Gradients, built: Built) -> Tensor:
         """[m, m] float64, on the CPU or, not waited for, on the gradients' device."""
 
+    def gram_in_metric(self, grads: Gradients, metric: Metric, built: Built) -> Tensor:
+        """[2, m, m] float64, where `gram` leaves it: the same bits, and Σ ⟨g_i, D g_j⟩."""
+
     def products(self, grads: Gradients, built: Built) -> Tensor:
         """[n, m, m] float64 on the CPU: of each tensor, whatever the others are.
 
@@ -162,6 +183,6 @@ class Backend(Protocol):
         """Write or add the m weight gradients of a layer.
 
         Returns:
-            With `products`, those of `out` as `products` gives them, or None where they are not to
-            be had on the way.
+            With `products`, those of `out`, [m, m] float64 on its device; None where they are not
+            to be had on the way. On the CPU they are what `products` gives, to the bit.
         """

@@ -112,6 +112,27 @@ class ReplicaSums:
         for work, _ in under_way:
             work.wait()
 
+    def cut(self) -> tuple[list[list[Tensor | None]], list[tuple[int, int, int]]]:
+        """The slices cut where tensors end, as views, and the place of each part.
+
+        Returns:
+            (m lists of n flat tensors, n places (k, start, stop): elements start:stop of tensor k).
+        """
+        grads: list[list[Tensor | None]] = [[] for _ in self.slices]
+        places = []
+        for number, bucket in enumerate(self._buckets):
+            first = bucket.length * self._processes.rank
+            at = -first  # of a piece in this process's slice
+            for k, start, stop in bucket.pieces:
+                low, high = max(at, 0), min(at + stop - start, bucket.length)
+                if low < high:
+                    places.append((k, start + low - at, start + high - at))
+                    for one, slices in zip(grads, self.slices, strict=True):
+                        whole = slices[number]
+                        one.append(None if whole is None else whole[low:high])
+                at += stop - start
+        return grads, places
+
     def combined(self, coefficients: Tensor, *, wide: bool) -> list[Tensor]:
         """Σ α_i g_i of every parameter, of the sums over processes, the same bits on all.
 
@@ -134,7 +155,7 @@ class ReplicaSums:
             self._processes.gather(whole, mine)
             at = 0
             for k, start, stop in bucket.pieces:
-                _flat(out[k])[start:stop] = whole[at : at + stop - start]
+                flat_of(out[k])[start:stop] = whole[at : at + stop - start]
                 at += stop - start
         return [_laid_out_like(p, g) for p, g in zip(self._params, out, strict=True)]
 
@@ -143,7 +164,7 @@ class ReplicaSums:
         parts = []
         for k, start, stop in bucket.pieces:
             g = grads[k]
-            flat = _flat(self._params[k] if g is None else g)[start:stop]
+            flat = flat_of(self._params[k] if g is None else g)[start:stop]
             parts.append(torch.zeros_like(flat) if g is None else flat)
         padding = bucket.length * self._processes.size - sum(map(len, parts))
         if padding:
@@ -162,7 +183,7 @@ def _buckets(params: Sequence[Tensor], size: int) -> Iterator[_Bucket]:
         pieces: list[tuple[int, int, int]] = []
         room = capacity
         for k in numbers:
-            start, length = 0, _flat(params[k]).numel()
+            start, length = 0, flat_of(params[k]).numel()
             while start < length:
                 stop = min(length, start + room)
                 pieces.append((k, start, stop))
@@ -201,7 +222,7 @@ def _laid_out_like(p: Tensor, g: Tensor) -> Tensor:
     return torch.empty_like(p, dtype=g.dtype, requires_grad=False).copy_(g)
 
 
-def _flat(t: Tensor) -> Tensor:
+def flat_of(t: Tensor) -> Tensor:
     """Its elements in their logical order, as pairs where they are complex; a view if possible."""
     t = t.detach()
     return (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).reshape(-1)

@@ -114,6 +114,10 @@ def solution_metrics(solution: DualSolution, objectives: Sequence[str]) -> dict[
         result[f"raco/grad_norm/{name}"] = float(solution.gram[i, i]) ** 0.5
         for j in range(i + 1, len(objectives)):
             result[f"raco/cosine/{name}:{objectives[j]}"] = float(solution.cosines[i, j])
+    if (cosines := solution.cosines_in_metric) is not None:
+        for i, name in enumerate(objectives):
+            for j in range(i + 1, len(objectives)):
+                result[f"raco/cosine_adam/{name}:{objectives[j]}"] = float(cosines[i, j])
     if solution.expected is not None:
         result |= expected_metrics(solution.expected, solution.coefficients, objectives)
     return result

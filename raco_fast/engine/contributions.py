@@ -113,7 +113,8 @@ class MatrixUse(Use):
         self, out: Tensor, U: Tensor, fresh: bool, each: int, products: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         if self._x.is_cuda:  # whose kernel forms no t_g
-            return super().add_and_look(out, U, fresh, each)
+            of_out = self.add_to(out, U, fresh, products)
+            return self.within(each), of_out
         found: list[Tensor] = []
 
         def look(t: Tensor) -> None:

@@ -92,12 +92,19 @@ class GramCollector:
 
     def grams(self) -> dict[Tensor, Tensor]:
         """Each parameter's part of M, where they were kept apart."""
-        return {p: self._of_objectives(K) for p, K in self._K_of.items()}
+        alike: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
+        for p, K in self._K_of.items():
+            alike[K.device].append(p)
+        found: dict[Tensor, Tensor] = {}
+        for params in alike.values():
+            K = torch.stack([self._K_of[p] for p in params])  # one copy to the host
+            found.update(zip(params, self._of_objectives(K), strict=True))
+        return found
 
     def _of_objectives(self, K: Tensor) -> Tensor:
         U = self.factored.coefficients
         M = U @ K.cpu() @ U.T
-        return (M + M.T) / 2
+        return (M + M.mT) / 2
 
     @torch.no_grad()
     def combine(self, coefficients: Tensor, on_gradient: Callable[[Tensor], None] | None) -> None:

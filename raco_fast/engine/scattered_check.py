@@ -17,6 +17,7 @@ from torch import Tensor
 from raco_fast.distributed.dtensor import is_dtensor, local
 from raco_fast.distributed.processes import Processes
 from raco_fast.distributed.scatter import Scatter, counted
+from raco_fast.engine.deviations import on_host
 from raco_fast.engine.graph import ScoreGraph
 from raco_fast.engine.spot_check import ANOTHER_SCALE, described, random_weights, rounding_bound
 from raco_fast.engine.tap import plainly
@@ -65,13 +66,12 @@ class ScatteredCheck:
         """
         params = self._graph.wanted
         expected = self._ordinary(1.0, scattered)
-        rows = []
+        rows: list[Sequence[Tensor]] = []
         for p in params:
             truth = expected[p]
             found = self._found.get(p, torch.zeros_like(truth))
-            squares = (found - truth).square().sum(), truth.square().sum()
             size = self._squares.get(p, torch.zeros((), dtype=torch.float64))
-            rows.append(self._counted(p, [*squares, size]))
+            rows.append([(found - truth).square().sum(), truth.square().sum(), size])
         differences, truths, sizes = self._summed(rows)
         self.conclusive = all(map(isfinite, (*differences, *sizes)))
         doubtful = [
@@ -80,10 +80,7 @@ class ScatteredCheck:
         if not doubtful or not self.conclusive:
             return None
         again = self._ordinary(ANOTHER_SCALE, scattered)
-        moved = [(again[p] - expected[p]).square().sum() for p in params]
-        (noises,) = self._summed(
-            [self._counted(p, [x]) for p, x in zip(params, moved, strict=True)]
-        )
+        (noises,) = self._summed([[(again[p] - expected[p]).square().sum()] for p in params])
         wrong = {
             params[k]: differences[k] / max(sizes[k], truths[k])
             for k in doubtful
@@ -91,11 +88,12 @@ class ScatteredCheck:
         }
         return described(self._graph, wrong, self._processes) if wrong else None
 
-    def _counted(self, p: Tensor, squares: list[Tensor]) -> Tensor:
-        return counted(p, self._processes) * torch.stack([x.double().cpu() for x in squares])
-
-    def _summed(self, rows: list[Tensor]) -> list[list[float]]:
-        sums: list[list[float]] = self._processes.sum(torch.stack(rows)).sqrt().T.tolist()
+    def _summed(self, squares: list[Sequence[Tensor]]) -> list[list[float]]:
+        """Norms over all processes of squares of parts, one list [k] for each parameter."""
+        here = on_host([x for of_p in squares for x in of_p]).view(len(squares), -1)
+        counts = [counted(p, self._processes) for p in self._graph.wanted]
+        counted_here = torch.tensor(counts, dtype=torch.float64)[:, None] * here
+        sums: list[list[float]] = self._processes.sum(counted_here).sqrt().T.tolist()
         return sums
 
     def _ordinary(self, scale: float, scattered: Sequence[Tensor]) -> dict[Tensor, Tensor]:

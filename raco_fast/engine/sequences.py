@@ -10,14 +10,16 @@ of one pair are parallel (one is minus the other), and so are pairs on which all
 The seeds also give the rows the magnitude of an ordinary backward pass, which float16 needs.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import isfinite
 
 import torch
 from torch import Tensor
 
 from raco_fast.backends.transfer import sent
+from raco_fast.backends.weight_grad import blocks
 from raco_fast.engine.declaration import Declared
 
 # Columns are parallel if every entry agrees to this, relative to itself: a few float32 roundings,
@@ -28,6 +30,9 @@ _PARALLEL = 5e-7
 # Within a pair the declaration says so, and only rounding has to be told from another direction:
 # over all losses of `raco_fast.dpo.losses` that are functions of a pair it is up to 2e-7.
 _PARALLEL_PAIR = 2e-6
+
+# Numbers that exist at one time while every column is held against every other.
+_COMPARED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -143,32 +148,15 @@ class Factored:
         magnitude = A.abs()
         # The first entry within a factor two of the largest: the same one for parallel columns.
         lead = (magnitude >= 0.5 * magnitude.amax(0)).int().argmax(0)
-        for a, b in pairs:
-            lead[b] = lead[a] if bool(magnitude[lead[a], a] > 0) else lead[b]
+        pairs = list(pairs)
+        _lead_alike(lead, magnitude, pairs)
         seeds = A.gather(0, lead[None])[0]
         # A value that is not finite must reach every gradient: its sequence keeps a group.
         used = (seeds != 0) | ~torch.isfinite(A).all(0)
-        directions = torch.where(used, A / seeds, 0.0).T  # [B, m]
-        for a, b in pairs:
-            near = (directions[a] - directions[b]).abs() <= _PARALLEL_PAIR * directions[a].abs()
-            # What is not finite in one of the two is so in the gradient, whatever the other is.
-            finite = [torch.isfinite(directions[k]) for k in (a, b)]
-            if used[a] and used[b] and bool((near | ~(finite[0] & finite[1])).all()):
-                both = torch.where(finite[1], directions[a], directions[b])
-                directions[a] = directions[b] = both
-        # Each sequence joins the first group with its direction, or founds one.
-        group = torch.full((A.shape[1],), -1)
-        found, groups = torch.empty_like(directions), 0
-        for b in used.nonzero().flatten().tolist():
-            direction = directions[b]
-            near = (found[:groups] - direction).abs() <= _PARALLEL * direction.abs()
-            near |= ~(torch.isfinite(found[:groups]) | torch.isfinite(direction))
-            parallel = near.all(1).nonzero().flatten().tolist()
-            if not parallel:
-                found[groups] = direction
-                parallel, groups = [groups], groups + 1
-            group[b] = parallel[0]
-        return cls(torch.where(used, seeds, 0.0), found[:groups].T, group)
+        directions = torch.where(used, A / seeds, 0.0).T.contiguous()  # [B, m]
+        _join_pairs(directions, used, pairs)
+        group, founders = _grouped(directions, used)
+        return cls(torch.where(used, seeds, 0.0), directions[founders].T, group)
 
     def by_sample(self, sample: Tensor) -> "Factored":
         """The same with groups that lie in one sample each, sample after sample.
@@ -235,3 +223,57 @@ class Factored:
         if as_they_lie:
             return Segments(len(group), None, offsets, outer)
         return Segments(len(group), sent(order, device), offsets, outer, order)
+
+
+# A device waits while its batch's A is factored, so what follows is done for all columns at once,
+# or on plain numbers: a call of torch for each column would take milliseconds.
+
+
+def _lead_alike(lead: Tensor, magnitude: Tensor, pairs: Iterable[tuple[int, int]]) -> None:
+    """Sequences b that share rows with a get a's leading entry, unless a has nothing there."""
+    of_each, sizes = lead.tolist(), magnitude.T.tolist()
+    for a, b in pairs:
+        if sizes[a][of_each[a]] > 0:
+            of_each[b] = of_each[a]
+    lead.copy_(torch.tensor(of_each))
+
+
+def _join_pairs(directions: Tensor, used: Tensor, pairs: Iterable[tuple[int, int]]) -> None:
+    """Give both of a pair one direction where theirs differ by rounding alone."""
+    of_each, has_seed = directions.tolist(), used.tolist()
+    for a, b in pairs:
+        if has_seed[a] and has_seed[b] and _alike(of_each[a], of_each[b]):
+            # What is not finite in one of the two is so in the gradient, whatever the other is.
+            both = [x if isfinite(y) else y for x, y in zip(of_each[a], of_each[b], strict=True)]
+            of_each[a] = of_each[b] = both
+    directions.copy_(torch.tensor(of_each, dtype=directions.dtype).view_as(directions))
+
+
+def _alike(a: Sequence[float], b: Sequence[float]) -> bool:
+    return all(
+        abs(x - y) <= _PARALLEL_PAIR * abs(x) or not (isfinite(x) and isfinite(y))
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _grouped(directions: Tensor, used: Tensor) -> tuple[Tensor, list[int]]:
+    """(The group of each sequence, -1 of those not used; the sequence that founded each group).
+
+    Each joins the first group with its direction, or founds one.
+    """
+    places = used.nonzero().flatten()
+    taken = directions[places]
+    finite = torch.isfinite(taken)
+    found: list[int] = []
+    joined: list[int] = []
+    for start, stop in blocks(len(taken), max(1, _COMPARED_AT_ONCE // max(1, taken.numel()))):
+        here, sound = taken[start:stop, None], finite[start:stop, None]
+        near = (taken - here).abs() <= _PARALLEL * here.abs()
+        for b, row in enumerate((near | ~(finite | sound)).all(2).tolist(), start):
+            mine = next((k for k, f in enumerate(found) if row[f]), len(found))
+            if mine == len(found):
+                found.append(b)
+            joined.append(mine)
+    group = torch.full((len(used),), -1)
+    group[places] = torch.tensor(joined, dtype=group.dtype)
+    return group, places[found].tolist()

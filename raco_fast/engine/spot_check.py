@@ -11,15 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import combinations, count
 from math import comb, isfinite
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from raco_fast.backends.weight_grad import widened
 from raco_fast.distributed.processes import Processes
 from raco_fast.engine.backward import collect, nothing_past_rules, propagate
+from raco_fast.engine.deviations import Bundles, Take, fit_in_one, of_combinations, on_host
 from raco_fast.engine.graph import ScoreGraph
-from raco_fast.engine.tap import Call, Collector, name_of, plainly
+from raco_fast.engine.tap import Call, Collector, name_of
 
 # A difference is looked into from this size on, in units of the parameter's own gradients, and is
 # an error if it is besides this many times as large as that between two ordinary passes.
@@ -27,8 +29,8 @@ _DOUBTFUL = 1e-4
 _TIMES_NOISE = 6.0
 ANOTHER_SCALE = 1.37  # not a power of two: every product is rounded anew
 
-Deviation = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(parameter, Σ r_i g_i of an ordinary pass) -> (size of the difference, of the gradients)."""
+_Sizes: TypeAlias = tuple[list[float], list[float]]
+"""Of several parameters: sizes of the differences, and of the gradients that were combined."""
 
 
 class SpotCheck:
@@ -49,91 +51,91 @@ class SpotCheck:
         self.r = random_weights(A.abs().amax(1), seed)
         self._seeds = self.r @ A
 
-    def gradients_of(self, formed: dict[Tensor, Tensor]) -> str | None:
+    def gradients_of(self, formed: Mapping[Tensor, Tensor]) -> str | None:
         """What is wrong with gradients [m, *shape] of the parameters, None if nothing is."""
 
-        def deviation(p: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
-            if p not in formed:
-                return expected.norm(), expected.new_zeros(())
-            r = self.r.to(p.device)
-            with plainly(p.device.type):  # autocast would round the combination
-                found = torch.tensordot(r.to(_wide(formed[p])), _wide(formed[p]), 1)
-            sizes = torch.linalg.vector_norm(_wide(formed[p]).flatten(1), dim=1).double()
-            return (found - expected).norm(), (r * sizes).norm()
+        def deviations(params: list[Tensor], expected: list[Tensor]) -> _Sizes:
+            return of_combinations(self.r, [formed.get(p) for p in params], expected)
 
-        return self._mismatch(deviation)
+        return self._mismatch(deviations)
 
     def grams_of(self, grams: Mapping[Tensor, Tensor]) -> str | None:
         """What is wrong with each parameter's part [m, m] of the Gram matrix, None if nothing is.
 
         rᵀMr has to be the squared norm of the ordinary gradient.
         """
+        nothing = torch.zeros(len(self.r), len(self.r), dtype=torch.float64)
 
-        def deviation(p: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
-            squared = expected.double().square().sum().cpu()
-            if p not in grams:
-                return squared.sqrt(), squared.new_zeros(())
-            size = (self.r.square() @ grams[p].diagonal()).clamp(min=0.0).sqrt()
-            difference = (self.r @ grams[p] @ self.r - squared).abs()
-            return difference / torch.maximum(size, squared.sqrt()).clamp(min=1e-300), size
+        def deviations(params: list[Tensor], expected: list[Tensor]) -> _Sizes:
+            norms = on_host(torch._foreach_norm(expected, 2, dtype=torch.float64))
+            M = torch.stack([grams.get(p, nothing) for p in params])
+            sizes = (M.diagonal(dim1=1, dim2=2) @ self.r.square()).clamp(min=0.0).sqrt()
+            differences = ((M @ self.r) @ self.r - norms.square()).abs()
+            differences /= torch.maximum(sizes, norms).clamp(min=1e-300)
+            return differences.tolist(), sizes.tolist()
 
-        return self._mismatch(deviation)
+        return self._mismatch(deviations)
 
-    def _mismatch(self, deviation: Deviation) -> str | None:
-        """What is wrong; no more gradients are held at a time than those that are doubtful."""
+    def _mismatch(self, deviations: Callable[[list[Tensor], list[Tensor]], _Sizes]) -> str | None:
+        """What is wrong; no more gradients are held at a time than a bundle, and the doubtful."""
         doubtful: dict[Tensor, tuple[float, float, Tensor]] = {}
         self.conclusive = True
 
-        def compare(p: Tensor, expected: Tensor) -> None:
-            difference, size = map(float, deviation(p, expected))
-            self.conclusive = self.conclusive and isfinite(difference + size)
-            if difference > rounding_bound(p, size, 0.0):
-                doubtful[p] = difference, size, expected
+        def compare(params: list[Tensor], expected: list[Tensor]) -> None:
+            found = zip(params, expected, *deviations(params, expected), strict=True)
+            for p, e, difference, size in found:
+                self.conclusive = self.conclusive and isfinite(difference + size)
+                if difference > rounding_bound(p, size, 0.0):
+                    doubtful[p] = difference, size, e
 
         self._ordinary(self._graph.wanted, 1.0, compare)
         if not self.conclusive:
             return None
         wrong = {}
 
-        def judge(p: Tensor, again: Tensor) -> None:
-            difference, size, expected = doubtful[p]
-            if difference > rounding_bound(p, size, float((again - expected).norm())):
-                wrong[p] = difference / max(size, float(expected.norm()))
+        def judge(params: list[Tensor], again: list[Tensor]) -> None:
+            for p, g in zip(params, again, strict=True):
+                difference, size, expected = doubtful[p]
+                moved = widened(g) / ANOTHER_SCALE - widened(expected)
+                if difference > rounding_bound(p, size, float(moved.norm())):
+                    wrong[p] = difference / max(size, float(widened(expected).norm()))
 
         self._ordinary(list(doubtful), ANOTHER_SCALE, judge)
         return described(self._graph, wrong, Processes(None)) if wrong else None
 
-    def _ordinary(
-        self, parameters: Sequence[Tensor], scale: float, take: Callable[[Tensor, Tensor], None]
-    ) -> None:
-        """Hand over Σ_i r_i g_i of each parameter, by autograd, and free it."""
+    def _ordinary(self, parameters: Sequence[Tensor], scale: float, take: Take) -> None:
+        """Hand over Σ_i r_i g_i of each parameter, times `scale`, by autograd, and free it."""
         if not parameters:
             return
         scores, left = self._graph.scores, set(parameters)
         seeds = self._seeds * scale
-        if self._quietly:
-            grads = torch.autograd.grad(
-                [scores], parameters, [seeds.to(scores)], retain_graph=True, allow_unused=True
-            )
-            for p, g in zip(parameters, grads, strict=True):
-                take(p, _wide(torch.zeros_like(p) if g is None else g) / scale)
-            return
-
-        @torch.no_grad()
-        def hand_over(p: Tensor) -> None:
-            assert p.grad is not None
-            grad, p.grad = p.grad, None
-            left.discard(p)
-            take(p, _wide(grad) / scale)
-
+        bundles = Bundles(take)
         with ExitStack() as stack:
             stack.enter_context(nothing_past_rules(self._graph.wanted))
-            for p in parameters:
-                hook = p.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
-                stack.callback(hook.remove)
-            propagate(scores, seeds, inputs=parameters, retain_graph=True)
+            if self._quietly or fit_in_one(parameters):
+                found = torch.autograd.grad(
+                    [scores], parameters, [seeds.to(scores)], retain_graph=True, allow_unused=True
+                )
+                for p, g in zip(parameters, found, strict=True):
+                    if g is not None:
+                        left.discard(p)
+                        bundles.add(p, g)
+            else:
+
+                @torch.no_grad()
+                def hand_over(p: Tensor) -> None:
+                    assert p.grad is not None
+                    grad, p.grad = p.grad, None
+                    left.discard(p)
+                    bundles.add(p, grad)
+
+                for p in parameters:
+                    hook = p.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
+                    stack.callback(hook.remove)
+                propagate(scores, seeds, inputs=parameters, retain_graph=True)
         for p in left:  # no score depends on it
-            take(p, _wide(torch.zeros_like(p)))
+            bundles.add(p, torch.zeros_like(p))
+        bundles.finish()
 
 
 def random_weights(largest: Tensor, seed: int) -> Tensor:
@@ -168,10 +170,6 @@ def rounding_bound(p: Tensor, size: Any, noise: float) -> Any:
         noise: how far an ordinary gradient moves when its seeds are scaled by `ANOTHER_SCALE`.
     """
     return max(_DOUBTFUL, torch.finfo(p.dtype).eps) * size + _TIMES_NOISE * noise
-
-
-def _wide(g: Tensor) -> Tensor:
-    return g.float() if g.dtype in (torch.bfloat16, torch.float16) else g
 
 
 def mixing(graph: ScoreGraph, processes: Processes) -> str | None:

@@ -274,6 +274,15 @@ class HeldGradients:
         """The same for gradients that are known."""
         return Reduced(groups, len(self.names), self.processes, self.plan)
 
+    def refuse_metric(self, caller: str) -> None:
+        """Raise ValueError where the metric of an optimizer's update is asked of something else."""
+        if self.expectation.options.metric != "euclidean":
+            raise ValueError(
+                f"metric='adam' needs every element of every objective's gradient and AdamW's "
+                f"state, and {caller} lacks one of both; take step() after backward(losses) in "
+                f"mode 'one_backward' or 'autograd', or set opt.metric = 'euclidean'"
+            )
+
     def solve(
         self,
         M: Tensor,
@@ -282,6 +291,7 @@ class HeldGradients:
         *,
         present: Sequence[str] | None = None,
         scale: float = 1.0,
+        in_metric: Tensor | None = None,
     ) -> DualSolution:
         """The coefficients for a step's Gram matrix; all processes call it.
 
@@ -289,11 +299,14 @@ class HeldGradients:
             M: [m, m] float64 on the CPU, of unscaled gradients where `scale` is known.
             present: the objectives that take part; by default `self.present`.
             scale: GradScaler's factor, which the gradients had when they were formed.
+            in_metric: [m, m], the matrix to be solved in place of M, in the metric of the update.
         Raises:
             RuntimeError: as `RuleMemory.solve`, or `Expectation.solve`.
         """
         present = self.present if present is None else present
         rules, weights = self.for_rules, self.weights
+        if in_metric is not None:
+            return rules.solve(in_metric, weights, present, c, rule).measured_by(M)
         if not self.expectation.wanted:
             return rules.solve(M, weights, present, c, rule)
         self._handed_out()

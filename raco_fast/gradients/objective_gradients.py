@@ -262,12 +262,12 @@ class ObjectiveGradients(HeldGradients):
         params = self.parameters()
         clear_overflow(params)
         self._notice_cleared(params)
-        into = self._accumulation(graph, graph.wanted, last=self.passes.begin())
+        into = self._accumulation(graph, graph.wanted, self._kept_products(graph))
         graph.retained = check is not None or bool(graph.others)
         if check is not None:
             # The gradients to be compared are formed apart, and then once more on top of what is
             # there, so that a check does not change the bits of a run.
-            apart = into if into.is_fresh else self._accumulation(graph, [], last=False)
+            apart = into if into.is_fresh else self._accumulation(graph, [], None)
 
             def run() -> str | None:
                 one_backward(graph, served.factored, apart, retain_graph=True, samples=products)
@@ -291,16 +291,21 @@ class ObjectiveGradients(HeldGradients):
         self.note_all_ran()
         return True
 
-    def _accumulation(
-        self, graph: ScoreGraph, params: Sequence[Tensor], last: bool
-    ) -> Accumulation | ScatteredAccumulation:
-        """What a pass adds to; `last`: a step is expected to follow, which needs products.
+    def _kept_products(self, graph: ScoreGraph) -> ProductsOfPass | None:
+        """What takes the products that a step needs; the pass is counted.
 
         Replicas' own gradients are no use to it: it takes those of their sums over processes.
         """
-        products = None
-        if last and (self.sharded or not self._several):
-            products = ProductsOfPass(graph.uses, self.plan)
+        last = self.passes.begin()
+        euclidean = self.expectation.options.metric == "euclidean"
+        if not euclidean or (self._several and not self.sharded):
+            return None
+        return ProductsOfPass(graph.uses, self.plan, last)
+
+    def _accumulation(
+        self, graph: ScoreGraph, params: Sequence[Tensor], products: ProductsOfPass | None
+    ) -> Accumulation | ScatteredAccumulation:
+        """What a pass adds to."""
         if self.sharded:
             return ScatteredAccumulation(
                 graph, params, self.names, self._memory, self.processes, products

@@ -1,8 +1,9 @@
 """`Products`: the inner products of one parameter's m gradients, taken when those were written.
 
 The Gram matrix of a step is their sum over the parameters. Taken while a layer's gradients are
-still in a cache, they spare the step a reading of all of them; the bits are the same, so that it
-does not matter which step found which products kept.
+still in a cache, or in registers, they spare the step a reading of all of them. On the CPU the bits
+are the same, so that it does not matter which step found which products kept. On a GPU they are the
+same to rounding, and `ProductsOfPass` sees to it that equal steps keep equal ones.
 
 Products that no longer fit would be silently wrong, so they are used only for the very tensors that
 they were taken of, at the same address and of the same version, the count that torch adds one to
@@ -26,7 +27,7 @@ class Products(NamedTuple):
     """⟨g_i, g_j⟩ of one parameter, and what they were taken of.
 
     Attributes:
-        values: [m, m] float64 on the CPU.
+        values: [m, m] float64 on the gradients' device.
         backend: which one was forced when they were taken.
         gradients: the m gradients.
         marks: their addresses and versions.

@@ -19,19 +19,24 @@ _TOGETHER = 2 << 20
 class ProductsOfPass:
     """Takes the products of what a pass over all objectives writes, a few megabytes at a time.
 
+    On a GPU those are kept that the kernel of a layer has on the way, in every pass: whether there
+    are any is then a matter of this step's passes alone, and a resumed run has the bits of one that
+    was not interrupted. On the CPU, whose bits do not depend on it, the last pass takes them.
+
     Args:
         uses: how many layers add to each parameter's gradients; the last one completes them.
         plan: of these operations.
+        last: whether a step is expected to follow.
     """
 
-    def __init__(self, uses: Mapping[Tensor, int], plan: Plan) -> None:
-        self._left, self._plan = dict(uses), plan
+    def __init__(self, uses: Mapping[Tensor, int], plan: Plan, last: bool) -> None:
+        self._left, self._plan, self._last = dict(uses), plan, last
         self._waiting: list[ObjectiveGrad] = []
         self._bytes = 0
 
     def completed_by_next(self, p: Tensor) -> bool:
-        """Whether the next layer that adds to p's gradients completes them."""
-        return self._left[p] == 1
+        """Whether the next layer that adds to p's gradients completes them, and they are wanted."""
+        return self._left[p] == 1 and (self._last or not p.is_cpu)
 
     def filled(self, p: Tensor, held: ObjectiveGrad, values: Tensor | None) -> None:
         """Note that one layer has added what it has for p; `values`: the products, if known."""
@@ -41,15 +46,15 @@ class ProductsOfPass:
 
     def complete(self, held: ObjectiveGrad, values: Tensor | None = None) -> None:
         """Keep the products of gradients that are complete; those not known are taken soon."""
-        if held.escaped or held.device.type != "cpu" or len(held.present) < len(held.buffers):
+        if held.escaped or len(held.present) < len(held.buffers):
             return
         if values is not None:
             held.products = Products.of(held.present, values)
-            return
-        self._waiting.append(held)
-        self._bytes += sum(local(g).nbytes for g in held.present)
-        if self._bytes >= _TOGETHER:
-            self.finish()
+        elif self._last and held.device.type == "cpu":
+            self._waiting.append(held)
+            self._bytes += sum(local(g).nbytes for g in held.present)
+            if self._bytes >= _TOGETHER:
+                self.finish()
 
     @torch.no_grad()
     def finish(self) -> None:

@@ -9,16 +9,16 @@ On one process nothing is sent, and the gradients are what they are.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from itertools import compress
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from raco_fast.backends import ops
 from raco_fast.backends.plan import Plan
+from raco_fast.backends.types import Metric
 from raco_fast.distributed.dtensor import (
     any_dtensor,
     from_local,
@@ -29,15 +29,14 @@ from raco_fast.distributed.dtensor import (
     smaller_mesh,
 )
 from raco_fast.distributed.processes import Processes
-from raco_fast.distributed.replicas import ReplicaSums
+from raco_fast.distributed.replicas import ReplicaSums, flat_of
+from raco_fast.gradients.agreement import code_of, refuse_settings, refuse_unlike
 from raco_fast.gradients.objective_grad import ObjectiveGrad, Touched, here, joined, known_products
+from raco_fast.gradients.second_moments import SecondMoments, metric_of, numbers_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
-
-# Replicas on unlike processors may differ by the rounding of their own Gram matrices.
-_ALIKE = 1e-6
 
 Lists = list[list[Tensor | None]]
 
@@ -71,6 +70,7 @@ class Reduced:
         # By how much their products count, and by their mesh where others hold copies of it.
         self._shards: dict[tuple[float, DeviceMesh | None], Touched] = {}
         self._said_to_agree: Lists = []
+        self._replicas: list[Tensor] = []
         self._sums: ReplicaSums | None = None
         self.groups = [_placed(group) for group in groups] if sharded else list(groups)
         self._whole = not (self._several or sharded)
@@ -90,9 +90,10 @@ class Reduced:
                 for of_objective, one in zip(shards.grads, grads, strict=True):
                     of_objective.append(one[k])
         replicas = [not is_dtensor(p) for p in params]
+        self._replicas = list(compress(params, replicas))
         of_replicas = [list(compress(one, replicas)) for one in grads]
         if own:
-            self._sums = ReplicaSums(list(compress(params, replicas)), of_replicas, processes)
+            self._sums = ReplicaSums(self._replicas, of_replicas, processes)
         elif any(replicas) or self._compares:
             self._said_to_agree = of_replicas
 
@@ -105,42 +106,56 @@ class Reduced:
         return None
 
     def gram(
-        self, numbers: Sequence[Tensor], settings: Callable[[], object]
+        self,
+        numbers: Sequence[Tensor],
+        settings: Callable[[], object],
+        moments: SecondMoments | None = None,
     ) -> tuple[Tensor, list[float]]:
         """The Gram matrix of the averages over processes, and the values of some numbers.
 
         Args:
             numbers: one element each, a GradScaler's.
             settings: what a step depends on besides gradients; the same on all processes.
+            moments: of the parameters, whose metric is wanted too.
         Returns:
             ([m, m] float64 on the CPU, means of the numbers over the processes): the same bits on
-            all of them.
+            all of them. With `moments` [2, m, m], the second one in their metric.
         Raises:
             RuntimeError: replicas have other gradients, or processes other settings; on all.
         """
         if self._whole:
             touched = joined(self.groups)
+            if moments is not None:
+                return ops.together(self._gram_of(touched, moments), numbers)
             return ops.gram_beside(touched.grads, numbers, self._plan, known_products(touched))
-        M = self._local_gram()
-        upper = torch.triu_indices(*M.shape, device=M.device)
-        code = _code(settings())
-        parts = [M[upper[0], upper[1]], M.new_tensor([code, code**2])]
-        sums = self._processes.sum(torch.cat([*parts, *(x.reshape(1).to(M) for x in numbers)]))
-        sizes = [upper.shape[1], 2, len(numbers)]
-        triangle, codes, values = torch.split(sums.cpu(), sizes)
+        M = self._local_gram(moments)
+        code = code_of(settings())
+        numbers = [M.new_tensor([code, code**2]), *(x.reshape(1).to(M) for x in numbers)]
+        # With another metric a process has another number of matrices: only when all are known to
+        # have the same settings the second one is sent.
+        summed, (total, square, *values) = self._summed(M[0], numbers)
         # W Σ code² = (Σ code)² only if all are equal; every process has the same sums.
-        if self._processes.size * codes[1] != codes[0] ** 2:
-            _refuse(settings())
-        M, upper = torch.zeros(M.shape, dtype=torch.float64), upper.cpu()
-        M[upper[0], upper[1]] = triangle
-        M[upper[1], upper[0]] = triangle
-        return ops.within_cauchy_schwarz(M), (values / self._processes.size).tolist()
+        if self._processes.size * square != total**2:
+            refuse_settings(settings())
+        if moments is not None:
+            summed = torch.stack([summed, self._summed(M[1], [])[0]])
+        return summed, [x / self._processes.size for x in values]
+
+    def _summed(self, M: Tensor, numbers: Sequence[Tensor]) -> tuple[Tensor, list[float]]:
+        """(Σ M over processes, on the CPU; the sums of the numbers)."""
+        upper = torch.triu_indices(*M.shape, device=M.device)
+        sums = self._processes.sum(torch.cat([M[upper[0], upper[1]], *numbers])).cpu()
+        found, upper = torch.zeros(M.shape, dtype=torch.float64), upper.cpu()
+        count = upper.shape[1]
+        found[upper[0], upper[1]] = sums[:count]
+        found[upper[1], upper[0]] = sums[:count]
+        return ops.within_cauchy_schwarz(found), sums[count:].tolist()
 
     def gram_on_device(self) -> Tensor:
         """M on the gradients' device, not waited for; where `waits` is None."""
         if self._whole:
-            return self._gram_of(joined(self.groups))
-        return ops.within_cauchy_schwarz(self._processes.sum(self._local_gram()))
+            return self._gram_of(joined(self.groups), None)
+        return ops.within_cauchy_schwarz(self._processes.sum(self._local_gram(None)[0]))
 
     def along(self, coefficients: Tensor) -> tuple[list[Touched], Tensor]:
         """(groups, coefficients) whose combination is Σ α_i g_i of the averages, on all processes.
@@ -179,37 +194,63 @@ class Reduced:
             ops.combine(lists, coefficients, [local(g) for g in out], self._plan)
         return params, out
 
-    def _local_gram(self) -> Tensor:
-        """What this process adds to M, on the device of its gradients."""
+    def _local_gram(self, moments: SecondMoments | None) -> Tensor:
+        """What this process adds to M [1, m, m], on the device of its gradients.
+
+        With `moments` [2, m, m], the second one in their metric.
+        """
         found = []
         for (counted, mesh), shards in self._shards.items():
-            found.append(counted * self._gram_of(shards))
+            found.append(counted * self._gram_of(shards, moments))
             if mesh is not None:
-                self._check_copies(found[-1].cpu(), mesh)
+                self._check_copies(_euclidean(found[-1]).cpu(), mesh)
         if self._sums is not None:
-            of_slices = ops.gram_where_it_is(self._sums.slices, self._plan)
+            if moments is None:
+                of_slices = ops.gram_where_it_is(self._sums.slices, self._plan)
+            else:
+                of_slices = ops.gram_in_metric(*self._slices_in_metric(moments), self._plan)
             found.append(self._processes.size**-2.0 * of_slices)
         if self._said_to_agree:
-            found.append(self._agreed() / self._processes.size)
-        M = torch.zeros(self._objectives, self._objectives, dtype=torch.float64)
+            found.append(self._agreed(moments) / self._processes.size)
+        matrices = 1 if moments is None else 2
+        M = torch.zeros(matrices, self._objectives, self._objectives, dtype=torch.float64)
         for part in found:
             M = M.to(part.device) + part
         return M
 
-    def _gram_of(self, touched: Touched) -> Tensor:
-        """The Gram matrix of what lies here, where it is; products that were kept are not taken."""
-        return ops.gram_where_it_is(here(touched).grads, self._plan, known_products(touched))
+    def _gram_of(self, touched: Touched, moments: SecondMoments | None) -> Tensor:
+        """The Gram matrix of what lies here, where it is; products that were kept are not taken.
 
-    def _agreed(self) -> Tensor:
+        With `moments` [2, m, m], whatever products were kept: those are Euclidean.
+        """
+        grads = here(touched).grads
+        if moments is not None:
+            return ops.gram_in_metric(grads, metric_of(touched.params, moments), self._plan)
+        return ops.gram_where_it_is(grads, self._plan, known_products(touched))
+
+    def _slices_in_metric(self, moments: SecondMoments) -> tuple[Lists, Metric]:
+        """This process's slices, cut where parameters end, and their metric; nothing is copied."""
+        assert self._sums is not None
+        of_params = [moments.get(id(p)) for p in self._replicas]
+        flat = [None if one is None else flat_of(one.v) for one in of_params]
+        grads, places = self._sums.cut()
+        parts = [(flat[k], start, stop) for k, start, stop in places]
+        vs = [None if v is None else v[start:stop] for v, start, stop in parts]
+        return grads, Metric(vs, numbers_of([of_params[k] for k, _, _ in places]))
+
+    def _agreed(self, moments: SecondMoments | None) -> Tensor:
         """The Gram matrix of gradients that all processes have alike; on the CPU."""
-        M = ops.gram(self._said_to_agree, self._plan)
-        if not (self._several and self._guarded):
-            return M
-        known = M.nan_to_num(torch.inf)
-        largest, smallest = self._processes.largest(torch.stack([known, -known]))
-        _refuse_unlike(largest, -smallest)
-        mean: Tensor = (largest - smallest) / 2
-        return mean
+        if moments is None:
+            M = ops.gram(self._said_to_agree, self._plan)
+        else:
+            metric = metric_of(self._replicas, moments)
+            M = ops.gram_in_metric(self._said_to_agree, metric, self._plan).cpu()
+        if self._several and self._guarded:
+            known = _euclidean(M).nan_to_num(torch.inf)
+            largest, smallest = self._processes.largest(torch.stack([known, -known]))
+            refuse_unlike(largest, -smallest)
+            _euclidean(M).copy_((largest - smallest) / 2)
+        return M
 
     def _check_copies(self, own: Tensor, mesh: DeviceMesh) -> None:
         """Raise unless those who hold the same shards, in meshes of their own, have one Gram."""
@@ -221,7 +262,7 @@ class Reduced:
         table = self._processes.sum(table)
         for place in range(mesh.size()):
             rows = table[table[:, 0] == place][:, 1:]
-            _refuse_unlike(rows.amax(0).view_as(own), rows.amin(0).view_as(own))
+            refuse_unlike(rows.amax(0).view_as(own), rows.amin(0).view_as(own))
 
     def _are_own(self, params: Sequence[Tensor]) -> tuple[bool, bool]:
         """Whether replicas' gradients are still to be averaged, or said to be averages.
@@ -240,39 +281,11 @@ class Reduced:
         return own, said
 
 
-def _refuse_unlike(largest: Tensor, smallest: Tensor) -> None:
-    """Raise RuntimeError where Gram matrices of what should be the same gradients differ."""
-    norms = largest.diagonal().sqrt()
-    apart = (largest - smallest) / torch.outer(norms, norms)
-    if bool((apart > _ALIKE).any()):
-        raise RuntimeError(
-            f"the gradients of replicas must be the same on all processes, and their inner "
-            f"products differ by {float(apart.nan_to_num(0.0).max()):.1e} of their size: nobody "
-            f"has averaged them. DistributedDataParallel averages one backward pass for each "
-            f"forward pass, so of objectives that share one only the first. Use backward(losses), "
-            f"which averages all objectives, with or without such a wrapper; or run the wrapped "
-            f"model once for each `with objective(name):`. Shards of tensor parallelism are "
-            f"averaged over the data by fully_shard on the other dimension of their mesh. "
-            f"Independent runs: process_group=None, or the group of each"
-        )
-
-
-def check_settings(settings: object, processes: Processes) -> None:
-    """Raise RuntimeError, on all processes, unless they have the same settings."""
-    if not processes.alike(torch.tensor([_code(settings)], dtype=torch.float64)):
-        _refuse(settings)
-
-
-def _refuse(settings: object) -> NoReturn:
-    raise RuntimeError(
-        f"the settings of the optimizer must be the same on all processes, and are not; here they "
-        f"are {settings}; set them alike, or give independent runs process_group=None"
-    )
-
-
-def _code(settings: object) -> int:
-    """20 bits, so that sums of squares over processes are exact in float64."""
-    return zlib.crc32(repr(settings).encode()) >> 12
+def _euclidean(M: Tensor) -> Tensor:
+    """Of [m, m], or of the two that a metric gives: a message that has one size on all processes,
+    also on those that have another metric, of which nobody knows yet.
+    """
+    return M if M.dim() == 2 else M[0]
 
 
 def _placed(group: Touched) -> Touched:

@@ -22,10 +22,12 @@ from raco_fast.gradients.norm_clip import clip_factor
 from raco_fast.gradients.objective_grad import Touched, along_p_grad, here, joined
 from raco_fast.gradients.reduced import Reduced
 from raco_fast.gradients.samples import Labelled
+from raco_fast.gradients.second_moments import SecondMoments
 from raco_fast.optim.adamw_part import asks_for_states, make_states, stepping, updates
 from raco_fast.optim.direction import Direction, refuse_scaled
 from raco_fast.optim.gram_first import gram_first
 from raco_fast.optim.lost_updates import LostUpdates
+from raco_fast.optim.metric import second_moments
 from raco_fast.optim.settings import AdamWWithSettings, check_group
 from raco_fast.solver import on_device
 from raco_fast.solver.dual import solve_dual
@@ -54,10 +56,10 @@ class ClippedCAGradAdamW(AdamWWithSettings):
     `solution.finite` is False. GradScaler works as with any optimizer: scale each loss, then
     `scaler.step(opt)`; also with `scaler.unscale_(opt)`.
 
-    The settings `weights`, `c`, `rule`, `gram`, `gram_ema`, `c_mode`, `max_grad_norm`, `rounding`
-    and `seed` are attributes that may be set between steps, and are checked then: `opt.weights =
-    {"helpful": 0.7, ...}`. An objective of weight 0 needs no loss; a step without one is solved for
-    the others, and has zeros for it in `solution`.
+    The settings `weights`, `c`, `rule`, `gram`, `gram_ema`, `c_mode`, `metric`, `max_grad_norm`,
+    `rounding` and `seed` are attributes that may be set between steps, and are checked then:
+    `opt.weights = {"helpful": 0.7, ...}`. An objective of weight 0 needs no loss; a step without
+    one is solved for the others, and has zeros for it in `solution`.
 
     Args:
         params: parameters or parameter groups (own lr, betas, eps, weight_decay, ... per group).
@@ -85,6 +87,11 @@ class ClippedCAGradAdamW(AdamWWithSettings):
             None chooses it from the noise: an average over 20 to 200 steps.
         c_mode: of "unbiased": whose norms the length of CAGrad's correction is found from: the
             "batch"'s, as in the paper, or the "signal"'s, which noise does not lengthen.
+        metric: in which gradients are multiplied with each other for the matrix that is solved:
+            "euclidean", as in the paper, or "adam", elementwise by lr / (√v̂ + eps) of the state
+            before the step, in which AdamW's update is a gradient step (docs/method.md; ours, and
+            unreviewed). Norms, `max_grad_norm` too, stay Euclidean. Not with "unbiased", mode
+            "gram_first" or `combine`.
         amsgrad, maximize, foreach, capturable, differentiable, fused: as in `torch.optim.AdamW`.
             With `capturable` in every group, parameters on one CUDA device and at most 2
             objectives, `step()` never waits for the device and can be captured in a CUDA graph,
@@ -116,6 +123,7 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         gram: str = "batch",
         gram_ema: float | None = None,
         c_mode: str = "batch",
+        metric: str = "euclidean",
         amsgrad: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -123,7 +131,7 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        options = GramOptions(gram, gram_ema, c_mode)
+        options = GramOptions(gram, gram_ema, c_mode, metric)
         self.settle(weights, c, rule, max_grad_norm, rounding, seed, process_group, options)
         self._solution: DualSolution | None = None
         self._skipped_on_host = 0
@@ -288,6 +296,8 @@ class ClippedCAGradAdamW(AdamWWithSettings):
             return "a parameter group has capturable=False"
         if self.gradients.expectation.wanted:
             return "gram='unbiased' is estimated on the host"
+        if self._turned:
+            return "metric='adam' is solved on the host"
         if self.gradients.present != self.objective_names:
             return "an objective of weight 0 has no loss"
         if reduced.waits is not None:
@@ -305,9 +315,17 @@ class ClippedCAGradAdamW(AdamWWithSettings):
     def _step_through_host(self, reduced: Reduced) -> None:
         """The general step: one wait for the device, for the Gram matrix."""
         self._leave_device()
-        M, scale = self._gram(reduced)
-        self._solution = solution = self.gradients.solve(M, self.c, self._rule, scale=scale)
+        moments = second_moments(self.param_groups, self.state) if self._turned else None
+        M, in_metric, scale = self._gram(reduced, moments)
+        self._solution = solution = self.gradients.solve(
+            M, self.c, self._rule, scale=scale, in_metric=in_metric
+        )
         self._update(reduced, solution, scale)
+
+    @property
+    def _turned(self) -> bool:
+        """Whether the matrix that is solved is in the metric of the update."""
+        return self.metric == "adam" and len(self.objective_names) > 1
 
     def _leave_direction(self) -> None:
         if self._direction is not None:
@@ -323,23 +341,34 @@ class ClippedCAGradAdamW(AdamWWithSettings):
         elif not direction.taken:
             groups = [along_p_grad(group["params"]) for group in self.param_groups]
             reduced = self.gradients.reduced_groups(groups)
-            M, scale = self._gram(reduced)
+            M, _, scale = self._gram(reduced, None)
             self._update(reduced, solve_dual(M, [1.0], c=0.0), scale)
             return  # the same gradients may be stepped along again, as with AdamW
         self._direction = None
 
-    def _gram(self, reduced: Reduced) -> tuple[Tensor, float]:
-        """(Gram of the unscaled gradients, GradScaler's factor that is still in them)."""
+    def _gram(
+        self, reduced: Reduced, moments: SecondMoments | None
+    ) -> tuple[Tensor, Tensor | None, float]:
+        """(Gram of the unscaled gradients, that in their moments' metric where there is one,
+        GradScaler's factor that is still in them).
+        """
         asked = [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
         numbers = [x for x in asked if isinstance(x, Tensor)]
-        M, values = reduced.gram(numbers, self._settings_of_step)
+        M, values = reduced.gram(numbers, self._settings_of_step, moments)
         read = iter(values)
         scale, found_inf = (next(read) if isinstance(x, Tensor) else x for x in asked)
         scale = 1.0 if scale is None else float(scale)
         M /= scale**2
         if found_inf:
             M.fill_(torch.nan)
-        return M, scale
+        if moments is None:
+            return M, None, scale
+        M, in_metric = M
+        if not M.isfinite().all():
+            in_metric.fill_(torch.nan)
+        # Zero, where gradients are not: no element of theirs has a second moment yet.
+        known = bool((in_metric.diagonal() != 0.0).any())
+        return M, in_metric if known else None, scale
 
     def _settings_of_step(self) -> dict[str, Any]:
         """What a step depends on besides gradients; numbers on a device are not waited for."""
@@ -408,6 +437,7 @@ class ClippedCAGradAdamW(AdamWWithSettings):
             "rule": label_of(self._rule),
             "max_grad_norm": self.max_grad_norm,
             "gram": self.gram,
+            "metric": self.metric,
             "rounding": self.rounding,
             "backend": ", ".join(dict.fromkeys(backends)),
         }

@@ -40,12 +40,14 @@ def combine(
         max_grad_norm: clip ‖G0‖ to this, as `torch.nn.utils.clip_grad_norm_` does; its factor is
             not part of the solution's coefficients.
     Raises:
-        ValueError: wrong `c`, `rule` or `max_grad_norm`.
+        ValueError: wrong `c`, `rule` or `max_grad_norm`; or `gradients` are those of an optimizer
+            with metric="adam".
         RuntimeError: an objective has had no backward pass; or the rule needs losses that
             `gradients` has not seen or was not asked to keep.
     Source: arXiv 2602.02495, Algorithm 1.
     """
     max_grad_norm, rule = check_max_grad_norm(max_grad_norm), check_rule(rule)
+    gradients.refuse_metric("combine")
     reduced = gradients.reduced()
     options = gradients.expectation.options
     settings = dict(gradients.weights), c, spec_of(rule), max_grad_norm, options

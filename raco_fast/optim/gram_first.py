@@ -23,11 +23,11 @@ from raco_fast.engine.gram_collector import GramCollector, hand_over_gradient
 from raco_fast.engine.graph import ScoreGraph
 from raco_fast.engine.spot_check import SpotCheck
 from raco_fast.engine.tap import NotExactError
+from raco_fast.gradients.agreement import check_settings
 from raco_fast.gradients.norm_clip import along, clip_factor
 from raco_fast.gradients.objective_grad import is_zero
 from raco_fast.gradients.objective_gradients import ObjectiveGradients
 from raco_fast.gradients.overflow import clear_overflow, leave_overflow
-from raco_fast.gradients.reduced import check_settings
 from raco_fast.gradients.samples import Labelled, Said
 from raco_fast.optim.combine import combine
 from raco_fast.optim.scattered_passes import average_in_p_grad, gram_of
@@ -78,8 +78,10 @@ def gram_first(
         NotExactError: `backward` is given, and one backward pass is not exact: m gradients have
             nowhere to go.
         RuntimeError: gradients have been accumulated already: there is no second micro-batch here.
-        ValueError, TypeError: as for `ObjectiveGradients.backward` and `raco_fast.combine`.
+        ValueError, TypeError: as for `ObjectiveGradients.backward` and `raco_fast.combine`; its
+            Gram matrix knows nothing of single elements, which metric="adam" weighs.
     """
+    gradients.refuse_metric("gram_first")
     rule = check_rule(rule)
     limit, said = check_max_grad_norm(max_grad_norm), Said(samples, labelled)
     wish = _Wish(c, rule, limit, said, keep_dy, on_gradient, backward)

@@ -36,7 +36,7 @@ _OBJECTIVES = f"{_KEY}, objectives: "
 
 _OF_ALL_GROUPS = (
     *("weights", "c", "rule", "max_grad_norm", "seed"),
-    *("gram", "gram_ema", "c_mode"),
+    *("gram", "gram_ema", "c_mode", "metric"),
 )
 
 
@@ -95,8 +95,8 @@ class AdamWWithSettings(AdamW):
             weights,
             keep_losses=rule.needs_losses,
             process_group=process_group,
-            **vars(options),
         )
+        self.gradients.expectation.options = options
 
     @property
     def weights(self) -> ReadOnlyWeights:
@@ -163,8 +163,17 @@ class AdamWWithSettings(AdamW):
         self.gram_options = {**self.gram_options, "c_mode": c_mode}
 
     @property
+    def metric(self) -> str:
+        """Of the products in the matrix that is solved: "euclidean" or "adam"."""
+        return self.gradients.expectation.options.metric
+
+    @metric.setter
+    def metric(self, metric: str) -> None:
+        self.gram_options = {**self.gram_options, "metric": metric}
+
+    @property
     def gram_options(self) -> dict[str, Any]:
-        """`gram`, `gram_ema` and `c_mode`, which mean something together."""
+        """`gram`, `gram_ema`, `c_mode` and `metric`, which mean something together."""
         return dict(vars(self.gradients.expectation.options))
 
     @gram_options.setter

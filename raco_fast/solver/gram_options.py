@@ -1,10 +1,11 @@
-"""Which Gram matrix is solved: the batch's own, or that of the expected gradients."""
+"""Which Gram matrix is solved: of the batch or the expected gradients, in which metric."""
 
 import math
 from dataclasses import dataclass
 
 GRAMS = ("batch", "unbiased")
 C_MODES = ("batch", "signal")
+METRICS = ("euclidean", "adam")
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class GramOptions:
             (0, 1); None: chosen from the noise, as an average over 20 to 200 steps.
         c_mode: of "unbiased": the two norms in the length of CAGrad's correction, c ‖g0‖ / ‖G̃p‖,
             are those of the "batch" or of the "signal", the estimate.
+        metric: of the products: "euclidean", as in the paper; "adam", that of AdamW's update, of
+            "batch" and of an optimizer's own step only.
     Raises:
         TypeError, ValueError: an argument breaks a rule above.
     """
@@ -25,6 +28,7 @@ class GramOptions:
     gram: str = "batch"
     gram_ema: float | None = None
     c_mode: str = "batch"
+    metric: str = "euclidean"
 
     def __post_init__(self) -> None:
         """Check them."""
@@ -35,6 +39,16 @@ class GramOptions:
             )
         if self.c_mode not in C_MODES:
             raise ValueError(f"`c_mode` must be 'batch' or 'signal', got {self.c_mode!r}")
+        if self.metric not in METRICS:
+            raise ValueError(
+                f"`metric` must be 'euclidean' or 'adam' (of AdamW's update), got {self.metric!r}"
+            )
+        if self.metric == "adam" and self.gram == "unbiased":
+            raise ValueError(
+                "`metric` must be 'euclidean' with gram='unbiased', got 'adam': what samples have "
+                "with themselves is found in the backward pass, without the weights of single "
+                "elements; set gram='batch' or metric='euclidean'"
+            )
         if self.gram_ema is not None:
             _check_ema(self.gram_ema)
         if self.gram == "batch" and (self.gram_ema is not None or self.c_mode != "batch"):

@@ -18,9 +18,11 @@ from raco_fast.solver.rules.gapo import GAPO
 from raco_fast.solver.rules.gradvac import GradVac
 from raco_fast.solver.rules.imtl_g import IMTLG
 from raco_fast.solver.rules.mgda_decoupled import MGDADecoupled
+from raco_fast.solver.rules.modo import MoDo
 from raco_fast.solver.rules.nash import Nash
 from raco_fast.solver.rules.pcd import PCD
 from raco_fast.solver.rules.pcgrad import PCGrad
+from raco_fast.solver.rules.sdmgrad import SDMGrad
 from raco_fast.solver.rules.upgrad import UPGrad
 
 RuleLike: TypeAlias = str | Mapping[str, Any] | Rule
@@ -40,6 +42,8 @@ OURS: dict[str, type[Rule]] = {
     "imtl-g": IMTLG,
     "aligned-mtl": AlignedMTL,
     "pcd": PCD,
+    "sdmgrad": SDMGrad,
+    "modo": MoDo,
     "cr-mogm": CRMOGM,
 }
 """Name -> class of the rules that come with the library."""

@@ -74,10 +74,15 @@ class DualSolution:
         expected: with gram="unbiased" the estimate that was solved in place of `gram`, with its
             errors; p, gap, value and clip_active are of that problem, p_clipped is what is made of
             it (`along`), and the norms are those of `gram`, the batch's. None otherwise.
+        in_metric: with metric="adam" the Gram matrix [m, m] that was solved in place of `gram`, in
+            the metric of AdamW's update; p, gap, value and clip_active are of that problem, and the
+            three norms those of `gram`. None otherwise, and in steps without a second moment.
+        cosines_in_metric: [m, m] of `in_metric`; None without.
     """
 
     __slots__ = (
         "_gram",
+        "_in_metric",
         "_packed",
         "_tensor",
         "_weights",
@@ -105,6 +110,7 @@ class DualSolution:
         self.rule = rule
         self.state = state or {}
         self.expected: Estimate | None = None
+        self._in_metric: NDArray[np.float64] | None = None
         self._weights = weights
         self._gram = gram
         self._packed = packed
@@ -166,11 +172,17 @@ class DualSolution:
     @property
     def cosines(self) -> Any:
         """[.., m, m] cosines between the gradients; 0 where a gradient is zero."""
-        norms = np.sqrt(np.maximum(np.diagonal(self._gram, axis1=-2, axis2=-1), 0.0))
-        inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms != 0.0)
-        with np.errstate(invalid="ignore"):  # a Gram that is not finite gives NaN
-            cosines = self._gram * inverse[..., :, None] * inverse[..., None, :]
-        return self._array(np.clip(cosines, -1.0, 1.0))
+        return self._array(_cosines(self._gram))
+
+    @property
+    def in_metric(self) -> Any:
+        """[m, m] the Gram matrix in the metric of the update; None where that is Euclidean."""
+        return None if self._in_metric is None else self._array(self._in_metric)
+
+    @property
+    def cosines_in_metric(self) -> Any:
+        """[m, m] cosines in the metric of the update; None where that is the Euclidean one."""
+        return None if self._in_metric is None else self._array(_cosines(self._in_metric))
 
     def among(self, names: tuple[str, ...]) -> "DualSolution":
         """The same solution of one problem where there are more objectives, all of weight 0."""
@@ -215,14 +227,33 @@ class DualSolution:
         else:
             prior = abs(coefficients).sum() * w
             coefficients[:] = shrinkage * coefficients + (1.0 - shrinkage) * prior
-        g0_norm, gp_norm = norm(w), np.nan if np.isnan(p).any() else norm(p)
-        packed[[3 * m + k for k in (G0_NORM, GP_NORM)]] = g0_norm, gp_norm
-        packed[3 * m + UPDATE_NORM] = norm(coefficients)
-        found = DualSolution(
-            self.names, self._weights, self.c, self.rule, M, packed, self._tensor, self.state
-        )
+        found = self._with_norms(M, packed)
         found.expected = estimate
         return found
+
+    def measured_by(self, gram: torch.Tensor) -> "DualSolution":
+        """The same coefficients, of gradients whose Euclidean Gram matrix [m, m] is `gram`.
+
+        The matrix that was solved is `in_metric`.
+        """
+        found = self._with_norms(gram.numpy(), self._packed.copy())
+        found._in_metric = self._gram
+        return found
+
+    def _with_norms(self, M: NDArray[np.float64], packed: NDArray[np.float64]) -> "DualSolution":
+        """`packed` with the three norms that gradients with the Gram matrix M have."""
+        m = len(self.names)
+        if self.finite:
+            for place, x in (
+                (G0_NORM, self._weights),
+                (GP_NORM, packed[m : 2 * m]),
+                (UPDATE_NORM, packed[2 * m : 3 * m]),
+            ):
+                length = np.nan if np.isnan(x).any() else size(M[None], x[None])[0]
+                packed[3 * m + place] = length
+        return DualSolution(
+            self.names, self._weights, self.c, self.rule, M, packed, self._tensor, self.state
+        )
 
     def __repr__(self) -> str:
         """One line a part for one problem, one line in all for a batch."""
@@ -241,3 +272,11 @@ class DualSolution:
         norms = f"g0_norm={self.g0_norm:.6g}, "
         norms += f"gp_norm={self.gp_norm:.6g}, " if certified else ""
         return "\n".join([*lines, f"  {norms}update_norm={self.update_norm:.6g})"])
+
+
+def _cosines(gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    norms = np.sqrt(np.maximum(np.diagonal(gram, axis1=-2, axis2=-1), 0.0))
+    inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms != 0.0)
+    with np.errstate(invalid="ignore"):  # a Gram that is not finite gives NaN
+        cosines = gram * inverse[..., :, None] * inverse[..., None, :]
+    return np.clip(cosines, -1.0, 1.0)

@@ -144,13 +144,13 @@ def step(run: Run, grads: list[list[Tensor]], **how) -> None:
         "rounding": _C.ROUNDINGS.index(run.rounding.name),
         "steps": np.arange(1.0, n + 1),
         "seed": 5,
-        "residuals": found.written[3][0],
-        "residual_dtypes": found.written[3][1],
+        "residuals": found.beside[3][0],
+        "residual_dtypes": found.beside[3][1],
         "places": run.rounding.place_table(n if run.rounding.name == "stochastic" else 0),
         "threads": 1,
         "target": 0,
     }
-    of_each = [x for pair in found.written[:3] for x in pair]
+    of_each = [x for pair in found.beside[:3] for x in pair]
     _C.combine_adamw(*found.grads, ALPHA.numpy(), *of_each, **{**arguments, **how})
 
 

@@ -96,7 +96,7 @@ def test_conversions_are_those_of_torch(of, to):
         out = torch.empty_like(source, dtype=to)
         one = np.ones(1)
         tables = cpu.tables([[source]], [[out]])
-        _C.combine(*tables.grads, one, *tables.written[0], 1, target)
+        _C.combine(*tables.grads, one, *tables.beside[0], 1, target)
         expected = source.float().to(to)
         assert torch.equal(out.isnan(), expected.isnan())
         number = ~expected.isnan()
@@ -176,7 +176,7 @@ def test_same_bits_for_any_thread_count_and_target(dtype):
             out = [torch.full_like(p, torch.nan) for p in run["params"]]
             names = ("params", "exp_avgs", "exp_avg_sqs")
             tables = cpu.tables(run["grads"], [out, *(run[name] for name in names)])
-            of_out, of_params, of_exp_avgs, of_exp_avg_sqs = tables.written
+            of_out, of_params, of_exp_avgs, of_exp_avg_sqs = tables.beside
             alpha = coefficients(3).numpy()
             _C.combine(*tables.grads, alpha, *of_out, threads, target)
             _C.combine_adamw(
@@ -246,4 +246,4 @@ def test_float64_must_not_meet_other_dtypes_in_the_extension():
     wide, narrow = torch.ones(4, dtype=torch.float64), torch.ones(4)
     tables = cpu.tables([[wide]], [[narrow]])
     with pytest.raises(ValueError, match="float64 and other dtypes must not meet"):
-        _C.combine(*tables.grads, np.ones(1), *tables.written[0], 1)
+        _C.combine(*tables.grads, np.ones(1), *tables.beside[0], 1)

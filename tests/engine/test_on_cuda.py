@@ -12,6 +12,7 @@ from torch import Tensor
 import raco_fast
 from raco_fast import ObjectiveGradients, gram_first
 from raco_fast.engine.lm_head import token_logps
+from raco_fast.kernels.weight_grad_plan import pays
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -82,16 +83,24 @@ def test_gram_first_in_float32(lm, family, kind, keep_dy, on_cuda):
     assert float((found - direction).norm() / direction.norm()) <= 1e-4
 
 
-def test_the_kernel_of_layers_is_what_torch_computes(lm):
-    """A model wide enough for it, in bfloat16, one backward pass beside the plain products."""
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
-    model = lm.build("llama", torch.bfloat16, head_dim=64, **sizes).cuda()
+@pytest.fixture
+def wide(lm):
+    """A model in bfloat16 that is wide enough for the kernel of layers, and a batch."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8}
+    assert all(pays(16 * 256, 16, 4, *shape) for shape in ((1024, 1024), (1024, 2048)))
+    model = lm.build("llama", torch.bfloat16, head_dim=128, **sizes).cuda()
     generator = torch.Generator().manual_seed(0)
     batch = lm.batch(rows=16)
-    batch.ids = torch.randint(3, 61, (16, 64), generator=generator).cuda()
+    batch.ids = torch.randint(3, 61, (16, 256), generator=generator).cuda()
     batch.mask = torch.ones_like(batch.ids, dtype=torch.bool)
     batch.scored = batch.mask.clone()
     batch.scored[:, :4] = False
+    return model, batch
+
+
+def test_the_kernel_of_layers_is_what_torch_computes(lm, wide):
+    """One backward pass beside the plain products."""
+    model, batch = wide
     plain = lm.by_autograd(model, lm.losses(lm.by_head(model, batch), 4))
     truth = lm.in_float64(model, lambda model: lm.losses(lm.by_head(model, batch), 4))
     torchs = lm.errors(plain, truth)
@@ -105,6 +114,28 @@ def test_the_kernel_of_layers_is_what_torch_computes(lm):
         for parameter, error in lm.errors(lm.held(gradients, model), truth).items():
             assert error <= 2 * torchs[parameter] + 1e-3, (forced, parameter)
         model.zero_grad()
+
+
+def test_a_step_takes_the_products_that_the_kernel_of_layers_has_left(lm, wide):
+    model, batch = wide
+    params, weights = list(lm.trained(model).values()), lm.weights(4)
+    opt = raco_fast.ClippedCAGradAdamW(params, weights=weights, lr=0.0)
+    grams = []
+    with raco_fast.prepare(model, strict=True):
+        for _ in range(2):
+            opt.zero_grad()
+            scores = lm.by_head(model, batch)
+            opt.backward(lm.losses(scores, 4), scores=scores)
+            kept = [p for p in params if p.grad.products is not None]
+            assert {(1024, 2048), (2048, 1024), (1024, 1024)} <= {tuple(p.shape) for p in kept}
+            assert all(p.grad.products.values.is_cuda for p in kept)
+            opt.step()
+            grams.append(torch.as_tensor(opt.solution.gram))
+    assert torch.equal(*grams)
+    G = torch.cat([torch.stack(p.grad.buffers).double().flatten(1) for p in params], 1)
+    truth = (G @ G.T).cpu()
+    size = truth.diagonal().sqrt()
+    assert ((grams[0] - truth).abs() <= 1e-6 * torch.outer(size, size)).all()
 
 
 @pytest.mark.parametrize("vocabulary", [512, 515])

@@ -6,6 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from raco_fast.engine import sequences as of_engine
 from raco_fast.engine.declaration import Declared, declared, sequences
 from raco_fast.engine.sequences import Factored
 
@@ -93,6 +94,20 @@ def test_what_the_objectives_agree_on_costs_one_group():
     )
     A = torch.stack([agreed, -agreed, 3 * agreed, *disputed], 1)
     assert Factored.of(A).group.tolist() == [0, 0, 0, 1, 2]
+
+
+def test_columns_that_are_compared_a_few_at_a_time_join_the_same_groups(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(3, 7, generator=generator, dtype=torch.float64)
+    A = directions[:, torch.randint(0, 7, (40,), generator=generator)] * torch.randn(40)
+    A[:, 11] = 0.0
+    whole = Factored.of(A)
+    for numbers in (1, 500):
+        monkeypatch.setattr(of_engine, "_COMPARED_AT_ONCE", numbers)
+        parts = Factored.of(A)
+        assert torch.equal(parts.group, whole.group)
+        assert torch.equal(parts.coefficients, whole.coefficients)
+    assert whole.coefficients.shape[1] == 7
 
 
 def test_columns_that_differ_in_a_small_entry_only_are_apart():

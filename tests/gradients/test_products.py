@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import raco_fast
 from raco_fast import ClippedCAGradAdamW
 from raco_fast.backends import cpu, ops
+from raco_fast.backends.plan import Plan
 from raco_fast.engine import contributions, light_tap
 from raco_fast.gradients import products_of_pass
 from raco_fast.gradients.pass_count import PassCount
@@ -413,3 +414,14 @@ def test_passes_that_a_step_is_made_of():
     count.stepped()
     count.stepped()  # a second step along the same gradients
     assert [count.begin() for _ in range(3)] == [False, False, True]
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_only_on_the_cpu_it_is_a_matter_of_history_which_products_are_kept(last):
+    """There the bits do not depend on it; a GPU's kernel is asked in every pass."""
+    p, far = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, device="meta"))
+    products = products_of_pass.ProductsOfPass({p: 1, far: 1}, Plan(), last)
+    assert products.completed_by_next(p) == last
+    assert products.completed_by_next(far)
+    shared = products_of_pass.ProductsOfPass({far: 2}, Plan(), last)
+    assert not shared.completed_by_next(far)

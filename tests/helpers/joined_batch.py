@@ -5,7 +5,7 @@ matrix and combination in one long vector, `solve_dual`, and `torch.optim.AdamW`
 the optimizer nor a backend of the package.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ class Problem:
             "none": in odd steps it has none at all.
         pairs: of a step.
         optimizer: "adamw" or "sgd".
-        options: of the optimizer, beside `ADAMW`: rule, max_grad_norm, amsgrad.
+        options: of the optimizer, beside `ADAMW`: rule, max_grad_norm, amsgrad, metric.
     """
 
     model: str = "llama"
@@ -121,6 +121,7 @@ def plain(problem: Problem, dtype: torch.dtype, steps: int = STEPS) -> Learnt:
     """One process on the joined batch, in plain torch at `dtype`."""
     options = dict(problem.options)
     rule, limit = options.pop("rule", "cagrad-clip"), options.pop("max_grad_norm", None)
+    metric = options.pop("metric", "euclidean")
     model = build(problem.model, problem.dtype).to(dtype)
     params = trained(model)
     if problem.optimizer == "sgd":
@@ -132,8 +133,9 @@ def plain(problem: Problem, dtype: torch.dtype, steps: int = STEPS) -> Learnt:
         pairs = batch(problem, step)
         losses = list(losses_of(model(pairs.ids), pairs, counts_of(pairs)).values())
         G = torch.stack([_gradient(loss, list(params.values())) for loss in losses])
+        R = G if metric == "euclidean" or step == 0 else G * _roots(params.values(), optimizer)
         solution = raco_fast.solve_dual(
-            G @ G.T, WEIGHTS, C, rule, losses=[float(x.detach()) for x in losses], state=state
+            R @ R.T, WEIGHTS, C, rule, losses=[float(x.detach()) for x in losses], state=state
         )
         state = solution.state
         direction = torch.as_tensor(solution.coefficients).to(G) @ G
@@ -146,6 +148,16 @@ def plain(problem: Problem, dtype: torch.dtype, steps: int = STEPS) -> Learnt:
         grams.append((G @ G.T).double())
         coefficients.append(torch.as_tensor(solution.coefficients))
     return Learnt({name: p.detach() for name, p in params.items()}, grams, coefficients)
+
+
+def _roots(params: Iterable[Tensor], optimizer: torch.optim.Optimizer) -> Tensor:
+    """1 / √(√v̂ + eps) of the state before a step, and 0 where v is."""
+    (group,), found = optimizer.param_groups, []
+    for p in params:
+        state = optimizer.state[p]
+        v = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+        found.append(((v > 0) * (v.sqrt() + group["eps"]) ** -0.5).flatten())
+    return torch.cat(found)
 
 
 def _gradient(loss: Tensor, params: Sequence[Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,11 +102,13 @@ def combination(count: int, m: int, dtype: torch.dtype) -> Callable[[], object]:
     return lambda: cuda.combine(grads, torch.ones(m, dtype=torch.float64), out)
 
 
-def layer(rows: int, features: int, m: int, dtype: torch.dtype, fresh: bool) -> None:
+def layer(
+    rows: int, features: int, m: int, dtype: torch.dtype, fresh: bool, products: bool
+) -> None:
     x, dy = (torch.zeros(rows, features, dtype=torch.bfloat16) for _ in range(2))
     out = torch.zeros(m, features, features, dtype=dtype)
     U = torch.ones(m, 2, dtype=torch.float64)
-    cuda.weight_grad(x, dy, [0, rows // 2, rows], U, out, fresh)
+    cuda.weight_grad(x, dy, [0, rows // 2, rows], U, out, fresh, products)
 
 
 def main() -> None:
@@ -121,7 +124,8 @@ def main() -> None:
     for rows in (256, 1000):
         for fresh in (True, False):
             dtype = torch.float32 if fresh else torch.bfloat16
-            report("weight_grad", lambda r=rows, d=dtype, f=fresh: layer(r, 512, 2, d, f))
+            for call, products in (("weight_grad", False), ("weight_grad, products", True)):
+                report(call, partial(layer, rows, 512, 2, dtype, fresh, products))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from machine_code import Machine, assert_no_float_atomics, assert_no_spills, compiled, width
 
-from raco_fast.kernels import columns, combine, combine_adamw, gram, tables
+from raco_fast.kernels import columns, combine, combine_adamw, gram, gram_in_metric, tables
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels cannot be compiled"
@@ -28,6 +28,8 @@ REGISTERS_PER_MULTIPROCESSOR = 65536
 ARCHITECTURES = (80, 90, 100)
 POINTERS = {
     "partials": "*fp32",
+    "turned": "*fp32",
+    "numbers": "*fp32",
     "total": "*fp64",
     "hyper": "*fp32",
     "alpha": "*fp32",
@@ -157,6 +159,31 @@ def test_gram(m, dtype, architecture):
     assert_deterministic_and_64_bit(code)
     assert_main_loop(code, [16] * m, [])
     assert resident(code.registers) >= gram.resident_programs(m, architecture, missing=False)
+
+
+@pytest.mark.parametrize(
+    ("m", "dtypes", "architecture", "missing"),
+    [
+        pytest.param(
+            *(m, dtypes, a, missing),
+            marks=slow_unless((m, a, missing, dtypes) == (2, 90, False, (bf16, fp32))),
+        )
+        for m in range(1, gram_in_metric.MAX_UNROLLED + 1)
+        for dtypes in [(bf16, fp32), (fp32, fp32), (bf16, bf16)]
+        for a in ARCHITECTURES
+        for missing in ((False, True) if m > 1 else (False,))
+    ],
+)
+def test_gram_in_metric(m, dtypes, architecture, missing):
+    gradient, moment = dtypes
+    of_m = table([*[gradient] * m, moment], m, missing=missing)
+    constants = gram_in_metric.partials_constants(m, of_m)
+    kernel, options = gram_in_metric.metric_partials, gram_in_metric.partials_options(m)
+    code = compile_kernel(kernel, constants, architecture, options)
+    assert_no_spills(code)
+    assert_deterministic_and_64_bit(code)
+    assert_main_loop(code, per_thread(*[gradient] * m, moment), [])
+    assert resident(code.registers) >= gram_in_metric.PROGRAMS[m]
 
 
 STEPS = [

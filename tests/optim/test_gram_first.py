@@ -78,8 +78,15 @@ class Trial:
             assert (found[name].double() - direction).norm() <= 1e-5 * direction.norm(), name
 
 
-@WAYS
-@pytest.mark.parametrize("adapter", [None, "lora"], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("adapter", "keep_dy"),
+    [
+        pytest.param(None, False, id="full-two passes"),
+        pytest.param("lora", True, id="lora-keep dy"),
+        pytest.param(None, True, id="full-keep dy", marks=pytest.mark.slow),
+        pytest.param("lora", False, id="lora-two passes", marks=pytest.mark.slow),
+    ],
+)
 def test_every_architecture(lm, family, layout, adapter, keep_dy):
     batch = lm.batch()
     trial = Trial(lm.build(family, adapter=adapter), lambda model: layout(model, batch), lm.losses)

@@ -209,6 +209,25 @@ def test_the_update_is_that_of_the_batch(c_mode):
         torch.testing.assert_close(p, p_plain, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("rule", ["sdmgrad", {"name": "modo", "gamma": 30.0}], ids=str)
+def test_double_sampling_rules_are_asked_for_the_estimate(rule):
+    model = prepared()
+    opt, state = optimizer_of(model, rule=rule, gram_ema=0.95), None
+    for t in range(24):
+        backward(opt, model, *data(24, t))
+        opt.step()
+        opt.zero_grad()
+        estimate = opt.solution.expected
+        alone = raco_fast.solve_dual(estimate.gram, WEIGHTS, 0.4, rule, state=state)
+        state, share = alone.state, estimate.shrinkage
+        w = np.array(list(WEIGHTS.values()))
+        expected = share * alone.coefficients + (1 - share) * alone.coefficients.sum() * w
+        np.testing.assert_allclose(opt.solution.coefficients, expected, rtol=1e-9)
+    assert 0.0 < share < 1.0
+    assert opt.rule_state["values"]["u"] == state["u"].tolist()
+    assert abs(state["u"] - 1 / 3).max() > 0.05
+
+
 def test_a_run_goes_on_to_the_bit():
     def train(opt, model, steps):
         for t in steps:
@@ -529,7 +548,8 @@ def test_settings():
     model = Scorer()
     opt = optimizer_of(model, gram="batch")
     opt.gram, opt.gram_ema, opt.c_mode = "unbiased", 0.9, "signal"
-    assert opt.gram_options == {"gram": "unbiased", "gram_ema": 0.9, "c_mode": "signal"}
+    given = {"gram": "unbiased", "gram_ema": 0.9, "c_mode": "signal"}
+    assert opt.gram_options == {**given, "metric": "euclidean"}
     with pytest.raises(ValueError, match="`gram` must be 'batch'"):
         opt.gram = "mean"
     with pytest.raises(ValueError, match="leave them out, or set gram='unbiased'"):

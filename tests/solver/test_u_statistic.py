@@ -3,7 +3,7 @@
 Linear regression: the expected gradients and their covariances are known in closed form.
 """
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -111,3 +111,15 @@ def test_what_has_no_pair_of_samples_does_not_exist():
     sums = SampleSums(sums.products, labelled.sum(0), labelled.T @ labelled, 3)
     exists = np.isfinite(sums.unbiased(gram))
     assert exists.tolist() == [[True, True, False], [True, False, False], [False, False, False]]
+
+
+def test_it_is_the_mean_of_double_samples_over_all_halves():
+    """What `sdmgrad` and `modo` ask for: J1 J2' of two independent batches."""
+    v = gradients(np.random.default_rng(3), 1, 6)[0]
+    found = []
+    for half in combinations(range(6), 3):
+        rest = [b for b in range(6) if b not in half]
+        found.append(v[list(half)].mean(0) @ v[rest].mean(0).T)
+    gram, sums = sums_of(v, np.ones((6, M)))
+    np.testing.assert_allclose(np.mean(found, 0), sums.unbiased(gram), rtol=1e-12)
+    assert abs(np.mean(found, 0) - gram).max() > 0.1

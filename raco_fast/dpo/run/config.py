@@ -42,6 +42,8 @@ class TrainConfig:
             None chooses it from the noise.
         c_mode: of `unbiased`: whose norms the length of the correction is found from, the `batch`'s
             or the `signal`'s.
+        metric: of the products in that matrix: `euclidean`, or `adam`, that of AdamW's update
+            (docs/method.md). Not with `gram: unbiased` or `gradient_mode: gram_first`.
         c_schedule: {name: linear, start: 0.0, end: 0.4, steps: 500}: c as a function of the step,
             constant, linear or cosine; what is left out is `c`, and all steps of the run.
         weights_schedule: the same of weights; or {name: dirichlet, concentration: 10.0, seed: 0},
@@ -120,6 +122,7 @@ class TrainConfig:
     gram: Literal["batch", "unbiased"] = "batch"
     gram_ema: float | None = None
     c_mode: Literal["batch", "signal"] = "batch"
+    metric: Literal["euclidean", "adam"] = "euclidean"
     c_schedule: dict[str, Any] | None = None
     weights_schedule: dict[str, Any] | None = None
     loss: str | dict[str, float | str] = "sigmoid"
@@ -233,6 +236,11 @@ class TrainConfig:
         check_loggers(self.loggers)
 
     def _check_gram(self) -> None:
+        if self.metric == "adam" and self.gradient_mode == "gram_first":
+            raise ValueError(
+                "`metric: adam` weighs every element of every objective's gradient, which "
+                "`gradient_mode` 'gram_first' never forms; use 'one_backward' or 'auto'"
+            )
         if self.gram == "batch":
             return
         if self.gradient_mode == "autograd":
@@ -270,7 +278,7 @@ class TrainConfig:
     def optimizer_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `ClippedCAGradAdamW`."""
         names = ("lr", "betas", "eps", "weight_decay", "weights", "c", "rule", "max_grad_norm")
-        of_gram = ("gram", "gram_ema", "c_mode")
+        of_gram = ("gram", "gram_ema", "c_mode", "metric")
         given = {name: getattr(self, name) for name in (*names, *of_gram, "seed")}
         return {**given, "rounding": self.rounding or "stochastic"}
 

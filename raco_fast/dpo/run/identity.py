@@ -55,7 +55,7 @@ CHANGES: dict[str, Change] = {
     **dict.fromkeys(("model.adapter", "model.reference"), _N),
     **dict.fromkeys(("reference", "margin_rewards"), _N),
     **dict.fromkeys(("weights", "c", "rule", "losses", "max_grad_norm", "seed"), _N),
-    **dict.fromkeys(("gram", "gram_ema", "c_mode"), _N),
+    **dict.fromkeys(("gram", "gram_ema", "c_mode", "metric"), _N),
     **dict.fromkeys(("c_schedule", "weights_schedule"), _N),
     **dict.fromkeys(("lr", "betas", "eps", "weight_decay", "schedule", "warmup_ratio"), _N),
     **dict.fromkeys(("pairs_per_step",), _N),

@@ -55,7 +55,8 @@ def fresh_memory_is_nan() -> Iterator[None]:
 def as_on_cuda(monkeypatch) -> None:
     """In the interpreter CPU tensors pass for those of a CUDA device whose kernels are proved."""
     if INTERPRETED:
-        proved = {("triton", torch.device("cpu"), part): None for part in ("step", "weight_grad")}
+        parts = ("step", "gram_in_metric", "weight_grad")
+        proved = {("triton", torch.device("cpu"), part): None for part in parts}
         monkeypatch.setattr(cuda, "is_on_device", lambda tensor: True)
         monkeypatch.setattr(cuda, "missing", lambda: None)
         monkeypatch.setattr(choose, "_disagreements", proved)

@@ -1,4 +1,4 @@
-"""The Gram kernel against float64 arithmetic written another way."""
+"""The Gram kernels against float64 arithmetic written another way."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from raco_fast.backends import cuda
+from raco_fast.backends import cuda, ops
+from raco_fast.backends.plan import Plan
+from raco_fast.backends.types import Metric
 from raco_fast.kernels import gram as gram_kernels
 
 # Around the 512 or 1024 elements of a block, the 4096 of a chunk, and the 4 or 8 of a thread.
@@ -78,7 +80,7 @@ def test_other_numbers_of_objectives(m, device):
     assert_accurate(gram_of(grads), grads)
 
 
-@pytest.mark.parametrize("m", [9, 12, pytest.param(32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("m", [9, *(pytest.param(m, marks=pytest.mark.slow) for m in (12, 32))])
 def test_more_objectives_than_one_launch_takes(m, device):
     grads = random_gradients(m, torch.float32, device, [(517,), (3,)])
     grads[m - 1][0] = None
@@ -169,3 +171,87 @@ def test_gram_of_nothing_is_zero(device):
     empty = torch.empty(0, 3, device=device)
     for grads in ([[], []], [[None], [None]], [[empty], [empty]]):
         assert torch.equal(gram_of(grads), torch.zeros(2, 2, dtype=torch.float64))
+
+
+# The same, and in the metric of AdamW's update.
+
+
+def moments_of(grads, dtype: torch.dtype) -> Metric:
+    """10^-10 to 1; every third element is 0, and the second tensor has none."""
+    draw, shaped = torch.Generator().manual_seed(1), []
+    for k, column in enumerate(zip(*grads, strict=True)):
+        g = next(g for g in column if g is not None)
+        v = 10 ** (-10 * torch.rand(g.numel(), generator=draw, dtype=torch.float64))
+        v[::3] = 0.0
+        shaped.append(None if k == 1 else v.view(g.shape).to(g.device, dtype))
+    numbers = torch.arange(1.0, 1.0 + len(shaped), dtype=torch.float64)[:, None]
+    return Metric(shaped, numbers * torch.tensor([1.7, 1e-4, 0.3], dtype=torch.float64))
+
+
+def turned(grads, metric: Metric, dtype: torch.dtype) -> list[list[Tensor | None]]:
+    """√D g_i."""
+    found: list[list[Tensor | None]] = [[] for _ in grads]
+    for column, v, numbers in zip(
+        zip(*grads, strict=True), metric.moments, metric.numbers.to(dtype), strict=True
+    ):
+        for one, g in zip(found, column, strict=True):
+            if g is None or v is None:
+                one.append(g if g is None else torch.zeros_like(g, dtype=dtype))
+                continue
+            root, eps, factor = numbers.to(g.device)
+            D = torch.where(v == 0, 0.0, factor / (v.to(dtype).sqrt() * root + eps))
+            one.append(g.to(dtype) * D.sqrt())
+    return found
+
+
+def assert_accurate_in_metric(found: Tensor, grads, metric: Metric) -> None:
+    M, H = found.cpu()
+    assert_accurate(M, grads)
+    exact, plain = (rows(turned(grads, metric, d), d) for d in (torch.float64, torch.float32))
+    truth = exact @ exact.T
+    norms = truth.diagonal().sqrt()
+    error, plain_error = [
+        float(((x.double() - truth).abs() / torch.outer(norms, norms)).max())
+        for x in (H, plain @ plain.T)
+    ]
+    assert torch.equal(H, H.T)
+    assert error <= 2 * max(plain_error, 2.0**-23)
+
+
+@pytest.mark.parametrize(
+    ("m", "dtype", "moment"),
+    [
+        (2, torch.bfloat16, torch.float32),
+        (2, torch.float32, torch.float32),
+        (3, torch.bfloat16, torch.bfloat16),
+        (7, torch.float16, torch.float32),
+        *[
+            pytest.param(m, d, v, marks=pytest.mark.slow)
+            for m in (*range(1, 9), 20)
+            for d, v in [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
+        ],
+    ],
+)
+def test_in_the_metric(m, dtype, moment, device):
+    sizes = SIZES if m < 7 else [(517,), (3,)]
+    grads: list[list[Tensor | None]] = [*random_gradients(m, dtype, device, sizes)]
+    metric = moments_of(grads, moment)
+    assert_accurate_in_metric(cuda.gram_in_metric(grads, metric, {}), grads, metric)
+
+
+def test_in_the_metric_with_what_is_missing_or_lies_otherwise(device, as_on_cuda):
+    sizes = [(1030,), (9,), (30, 40), (5,)]
+    grads: list[list[Tensor | None]] = [*random_gradients(2, torch.bfloat16, device, sizes)]
+    grads[0][3] = grads[1][1] = None
+    metric = moments_of(grads, torch.float32)
+    grads[1][2] = grads[1][2].t().contiguous().t()
+    metric.moments[0] = torch.cat([metric.moments[0][:1], metric.moments[0]])[1:]
+    assert metric.moments[0].data_ptr() % 16 != 0
+    found, plan = ops.gram_in_metric(grads, metric), Plan()
+    assert_accurate_in_metric(found, grads, metric)
+    for _ in range(2):  # the second one from the tables of the first
+        assert torch.equal(found, ops.gram_in_metric(grads, metric, plan))
+    metric.moments[2][3, 4] = torch.nan
+    M, H = ops.gram_in_metric(grads, metric).cpu()
+    assert M.isfinite().all()
+    assert H.isnan().any()

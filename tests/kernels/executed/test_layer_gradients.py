@@ -91,7 +91,7 @@ def by_autograd(model: nn.Module, batches: list[Tensor], m: int) -> dict[str, Te
     return {name: torch.stack(of_name) for name, of_name in found.items()}
 
 
-@pytest.mark.parametrize("m", [2, 3, 8])
+@pytest.mark.parametrize("m", [2, *(pytest.param(m, marks=pytest.mark.slow) for m in (3, 8))])
 def test_one_backward_over_two_micro_batches(m, device, ran):
     model = PerToken(device)
     batches = [tokens(k, device) for k in (1, 2)]
@@ -107,6 +107,31 @@ def test_one_backward_over_two_micro_batches(m, device, ran):
         found = torch.stack(list(gradients.of(p).values())).double()
         error, theirs = [(g - truth[name]).flatten(1).norm(dim=1) for g in (found, plain[name])]
         assert (error <= 2 * theirs).all(), name
+
+
+def test_products_of_layers_that_the_kernel_has_written_come_with_them(device, monkeypatch):
+    read, plain = set(), cuda.products
+
+    def spy(grads, built) -> Tensor:
+        read.update(id(g) for one in grads for g in one)
+        return plain(grads, built)
+
+    monkeypatch.setattr(cuda, "products", spy)
+    model = PerToken(device)
+    opt = raco_fast.ClippedCAGradAdamW(model.parameters(), weights=[0.4, 0.6], lr=1e-3)
+    matrices = [model.up.weight, model.down.weight]
+    with raco_fast.prepare(model, strict=True, check_every=None), raco_fast.backend("triton"):
+        scores = model(tokens(1, device))
+        opt.backward(losses(scores, 2), scores=scores)
+        for p in matrices:
+            rows = torch.stack([g.double().flatten() for g in p.grad.buffers])
+            truth, found = rows @ rows.T, p.grad.products.values
+            assert found.device == p.device
+            assert ((found - truth).abs() <= 2.0**-22 * truth.diagonal().max()).all()
+            assert not read & {id(g) for g in p.grad.buffers}
+        opt.step()
+    G = torch.cat([torch.stack(p.grad.buffers).double().flatten(1) for p in model.parameters()], 1)
+    torch.testing.assert_close(torch.as_tensor(opt.solution.gram), (G @ G.T).cpu())
 
 
 OTHERS = ["reference"] if torch.cuda.is_available() else ["reference", "cpu"]

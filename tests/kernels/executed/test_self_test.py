@@ -10,7 +10,7 @@ from raco_fast.backends import cuda, self_test
 
 def test_the_kernels_pass(device):
     before = torch.get_rng_state()
-    for part in ("step", "weight_grad"):
+    for part in ("step", "gram_in_metric", "weight_grad"):
         assert self_test.disagreement(cuda, part, device) is None
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -21,13 +21,22 @@ def wrong_residuals(update, *rest):
         update.rounding.residuals[3][17] = 0.0
 
 
-def wrong_weight_grad(x, dy, bounds, U, out, fresh):
+def wrong_weight_grad(x, dy, bounds, U, out, fresh, products):
     """A group of one row is left out."""
-    weight_grad(x, dy, bounds, U * torch.tensor([1.0, 1.0, 0.0, 1.0]), out, fresh)
+    return weight_grad(x, dy, bounds, U * torch.tensor([1.0, 1.0, 0.0, 1.0]), out, fresh, products)
 
 
-def forgetful_weight_grad(x, dy, bounds, U, out, fresh):
-    weight_grad(x, dy, bounds, U, out, True)
+def forgetful_weight_grad(x, dy, bounds, U, out, fresh, products):
+    return weight_grad(x, dy, bounds, U, out, True, products)
+
+
+def wrong_products(x, dy, bounds, U, out, fresh, products):
+    """As if a tile beyond the last row or column counted."""
+    return 1.001 * weight_grad(x, dy, bounds, U, out, fresh, products)
+
+
+def no_products(x, dy, bounds, U, out, fresh, products):
+    weight_grad(x, dy, bounds, U, out, fresh)
 
 
 def wrong_gram(*call):
@@ -73,11 +82,23 @@ def test_a_wrong_kernel_is_named(operation, wrong, finding, device, monkeypatch)
     assert finding in found
 
 
+def test_a_wrong_kernel_of_the_metric_is_named_by_itself(device, monkeypatch):
+    def wrong(grads, metric, built):
+        return gram_in_metric(grads, metric, built) * torch.tensor([1.0, 1.0 + 1e-4])[:, None, None]
+
+    gram_in_metric = cuda.gram_in_metric
+    monkeypatch.setattr(cuda, "gram_in_metric", wrong)
+    found = self_test.disagreement(cuda, "gram_in_metric", device)
+    assert "`gram_in_metric` of torch.float32 tensors differs from plain torch" in str(found)
+
+
 @pytest.mark.parametrize(
     ("wrong", "finding"),
     [
         (wrong_weight_grad, "`weight_grad` of torch.bfloat16 tensors differs from plain torch"),
         (forgetful_weight_grad, "`weight_grad` of torch.bfloat16 tensors differs"),
+        (wrong_products, "`weight_grad, products` of torch.bfloat16 tensors differs"),
+        (no_products, "`weight_grad, products` of torch.bfloat16 tensors differs"),
         (raising, "torch.bfloat16 failed with RuntimeError: no C compiler"),
     ],
 )

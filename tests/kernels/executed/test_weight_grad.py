@@ -150,3 +150,50 @@ def test_non_finite_gradients_show(device):
     layer = Layer(2, device)
     layer.dy[40, 3] = float("inf")
     assert not any(g.isfinite().all() for g in layer.run(layer.out()))
+
+
+PRODUCTS = [(2, bf16, bf16), (3, bf16, fp32)]
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize(
+    ("m", "dtype", "out_dtype"),
+    [
+        *PRODUCTS,
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in FAST if c not in PRODUCTS),
+    ],
+)
+def test_products_are_those_of_what_was_written(m, dtype, out_dtype, accumulate, device):
+    """Of the rounded gradients, and nothing of the columns and rows that a tile has beyond them."""
+    layer = Layer(m, device, dtype)
+    out = [layer.normal(*g.shape).to(device, out_dtype) for g in layer.out()]
+    products = weight_grad(
+        layer.x, layer.dy, layer.segments, layer.coefficients, out, accumulate, products=True
+    )
+    assert products is not None
+    assert products.dtype == torch.float64
+    rows = torch.stack([g.cpu().double().flatten() for g in out])
+    truth = rows @ rows.T
+    norms = truth.diagonal().sqrt()
+    assert ((products.cpu() - truth).abs() <= 4 * 2.0**-24 * torch.outer(norms, norms)).all()
+    assert torch.equal(products, products.T)
+
+
+def test_products_of_more_objectives_than_one_launch_takes_are_not_had(device):
+    layer = Layer(9, device, lengths=(6, 9), d_out=20, d_in=12)
+    arguments = layer.x, layer.dy, layer.segments, layer.coefficients
+    assert weight_grad(*arguments, layer.out(), products=True) is None
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_products_change_no_gradient_and_repeat_to_the_bit(accumulate, device):
+    layer = Layer(2, device, bf16)
+    arguments = layer.x, layer.dy, layer.segments, layer.coefficients
+    start = [layer.normal(*g.shape).to(device, bf16) for g in layer.out()]
+    plain = layer.run([g.clone() for g in start], accumulate)
+    taken = []
+    for _ in range(2):
+        out = [g.clone() for g in start]
+        taken.append(weight_grad(*arguments, out, accumulate, products=True))
+        assert all(torch.equal(a, b) for a, b in zip(out, plain, strict=True))
+    assert torch.equal(*taken)
