@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from raco_fast.distributed.processes import Processes
@@ -20,7 +19,6 @@ from raco_fast.dpo.models import pick_device, trainable
 from raco_fast.dpo.modes import begin_training, has_dropout
 from raco_fast.dpo.run.batching import layout_of
 from raco_fast.dpo.run.callbacks import Callback, Callbacks, RunStart
-from raco_fast.dpo.run.checkpoint import TrainingState
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.dpo.run.divergence import check_weights, ended_skipping, note_skipped
 from raco_fast.dpo.run.failures import (
@@ -31,19 +29,19 @@ from raco_fast.dpo.run.failures import (
 )
 from raco_fast.dpo.run.first_step import check_first_scores
 from raco_fast.dpo.run.given import NOTHING, Given
-from raco_fast.dpo.run.identity import compared, identity, settings_of
+from raco_fast.dpo.run.identity import compared, settings_of
 from raco_fast.dpo.run.inputs import RunInputs, load_on_all
 from raco_fast.dpo.run.interrupt import Interrupt
 from raco_fast.dpo.run.keeping import Best, Checkpoints, evaluated
-from raco_fast.dpo.run.length import odd_settings, warm_up_steps
+from raco_fast.dpo.run.length import odd_settings
 from raco_fast.dpo.run.lock import held
 from raco_fast.dpo.run.loggers import LOGGERS
 from raco_fast.dpo.run.margin_rewards import margin_rewards
 from raco_fast.dpo.run.metrics_file import MetricsFile
 from raco_fast.dpo.run.moving_reference import MovingReference
+from raco_fast.dpo.run.new_state import new_state
 from raco_fast.dpo.run.parallel import process_group
 from raco_fast.dpo.run.places import check_room, check_writable
-from raco_fast.dpo.run.reference_cache import data_hash
 from raco_fast.dpo.run.references import References
 from raco_fast.dpo.run.result import save_result
 from raco_fast.dpo.run.resuming import checkpoint_to_resume, go_on_from, remove_run
@@ -54,7 +52,6 @@ from raco_fast.dpo.run.weight_dtype import with_dtype
 from raco_fast.dpo.scoring import KnownReferences, tail_weights
 from raco_fast.dpo.sharded import device_of, is_sharded, whole_state_dict
 from raco_fast.engine.prepare import Prepared, prepare
-from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +143,6 @@ class Trainer:
         self.batches = BatchSchedule(len(self.pairs), config.pairs_per_step, config.seed)
         steps = config.epochs * self.batches.steps_per_epoch
         self.total_steps = min(steps, config.max_steps or steps)
-        self._warm_up = warm_up_steps(config.warmup_ratio, self.total_steps)
         for odd in odd_settings(config, len(self.pairs), self.total_steps):
             logger.warning("%s", odd)
         self.prepared = Prepared(())
@@ -176,7 +172,8 @@ class Trainer:
                 "%.1e nats",
                 noise,
             )
-        self.state = self._new_state()
+        moving = self.references if isinstance(self.references, MovingReference) else None
+        self.state = new_state(config, self.inputs, self.total_steps, moving, self.rewards)
         self._settings = config.setting_scheduler(self.state.optimizer, self.total_steps)
         read = ("data", "model", "margin_rewards")
         contents = {what: self.state.run.get(what) for what in read}
@@ -407,28 +404,6 @@ class Trainer:
 
     def _pairs_of(self, step: int) -> list[EncodedPair]:
         return [self.pairs[i] for i in self.batches.indices(step)]
-
-    def _new_state(self) -> TrainingState:
-        from transformers import get_scheduler
-
-        config = self.config
-        optimizer = ClippedCAGradAdamW(trainable(self.model).values(), **config.optimizer_arguments)
-        # What transformers calls "constant" ignores the warm-up.
-        schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
-        scheduler: LambdaLR = get_scheduler(schedule, optimizer, self._warm_up, self.total_steps)
-        held_out = data_hash(self.inputs.held_out)
-        run = {
-            "settings": identity(config),
-            "data": data_hash(self.pairs),
-            "model": self.inputs.policy.model_hash,
-            **({"margin_rewards": self.rewards.hashes} if config.margin_rewards else {}),
-            "held_out": held_out,
-            "held_out_at_first": held_out,
-            "total_steps": self.total_steps,
-        }
-        moving = self.references if isinstance(self.references, MovingReference) else None
-        of_run = (self.model, optimizer, scheduler, run)
-        return TrainingState(*of_run, processes=self.processes, reference=moving)
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -17,7 +17,7 @@ from killed_runs import forked, run_alone
 
 from raco_fast.cli import program as cli
 from raco_fast.distributed.processes import OtherProcessError
-from raco_fast.dpo.run import inputs, reference_cache
+from raco_fast.dpo.run import given, reference_cache
 from raco_fast.dpo.run.failures import is_out_of_memory, memory_named
 from raco_fast.dpo.run.step import PreferenceStep
 from raco_fast.dpo.run.trainer import Trainer
@@ -74,7 +74,7 @@ def test_other_errors_stay_as_they_are(error):
 
 
 PHASES = {
-    "loading the model": (inputs, "load_base_model", 1, "set `model.dtype: bf16`", None),
+    "loading the model": (given, "load_base_model", 1, "set `model.dtype: bf16`", None),
     "the reference's pass over the data": (reference_cache, "pair_logps", 2, "lower `pairs", None),
     "step 1": (PreferenceStep, "__call__", 1, "lower `pairs_per_micro_batch` (4 now)", None),
     "step 4": (PreferenceStep, "__call__", 4, "`model.gradient_checkpointing: true`", 2),

@@ -1,6 +1,7 @@
 """Runs from Python with model, tokenizer and rows in memory: as a config file would have them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -217,3 +218,21 @@ def test_names_of_what_was_in_memory_are_refused_elsewhere(make_config):
         ValueError, match=r"`path` must name a file, .*rows in the memory of another"
     ):
         load_inputs(make_config(data=[{"path": "memory:data"}]))
+
+
+PAGE = (Path(__file__).parents[3] / "docs" / "python.md").read_text(encoding="utf-8")
+
+
+def test_the_examples_of_the_page(tiny, tmp_path, rows, asked, monkeypatch):
+    example, callback = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    names: dict[str, object] = {}
+    monkeypatch.chdir(tmp_path)
+    exec(example.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tiny)), names)
+    assert (tmp_path / "runs" / "python" / "model" / "adapter_config.json").is_file()
+    exec(callback, names)
+    watch = names["Watch"]()
+    kept = asked | {"eval_data": rows[:4], "data": rows[:16]}
+    raco_fast.dpo.train(tiny, callbacks=[watch], **kept)
+    first, *_, saved, last = watch.lines
+    assert (first, saved, last) == (f"2 steps in {kept['output_dir']}", "step-00000002", "done")
+    assert [line.split(":")[0] for line in watch.lines[1:-2]] == ["0", "1", "2", "2"]

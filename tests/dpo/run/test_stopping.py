@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from raco_fast.dpo.run import checkpoint as checkpoint_module
 from raco_fast.dpo.run import evaluation as evaluation_module
-from raco_fast.dpo.run import inputs, model_card, reference_cache
+from raco_fast.dpo.run import given, model_card, reference_cache
 from raco_fast.dpo.run.checkpoint import checkpoints_in
 from raco_fast.dpo.run.interrupt import Interrupt
 from raco_fast.dpo.run.step import PreferenceStep
@@ -51,7 +51,7 @@ def signal_at(monkeypatch, place, name: str, call: int, number: signal.Signals) 
 
 TERM, INT, USR1, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
 BEFORE = {
-    "the model is loaded": (inputs, "load_base_model", 1, TERM),
+    "the model is loaded": (given, "load_base_model", 1, TERM),
     "the reference's pass": (reference_cache, "pair_logps", 2, USR1),
     "the evaluation of the reference": (evaluation_module, "score_pairs", 2, TERM),
 }
