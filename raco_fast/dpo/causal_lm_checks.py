@@ -44,6 +44,26 @@ def check_dense(name: str, argument: str, config: PreTrainedConfig, changed_by: 
         )
 
 
+def check_quantizing(argument: str, name: str, changed_by: str | None, *, is_dense: bool) -> None:
+    """Raise ValueError unless a model's weights may be quantized as they are loaded.
+
+    Args:
+        argument: the setting that asks for it.
+        changed_by: what would change them; None: nothing.
+        is_dense: whether they are not quantized already.
+    """
+    if changed_by is not None:
+        raise ValueError(
+            f"`{argument}` is for the weights below an adapter, got {changed_by}, which quantized "
+            f"weights cannot have; train an adapter (`model.lora: {{r: 16, alpha: 32}}`), or leave "
+            f"it out"
+        )
+    if not is_dense:
+        raise ValueError(
+            f"`{argument}` must be left out for {name!r}, whose weights are quantized already"
+        )
+
+
 def quantization_of(config: PreTrainedConfig) -> str | None:
     """The quantization method that a config names, such as `bitsandbytes, 4 bits`."""
     given = getattr(config, "quantization_config", None)

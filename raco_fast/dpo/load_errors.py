@@ -55,6 +55,8 @@ class LoadErrors(AbstractContextManager[None]):
     def _cure_of(self, error: BaseException) -> str:
         if isinstance(error, ImportError):
             return "install it"
+        if "trust_remote_code" in str(error):
+            return "read that code, and set `model.trust_remote_code: true` if you trust it"
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             return "free memory, use a smaller `model.dtype`, or mend a damaged file"
         return self._cure

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from raco_fast.dpo.data.memory_rows import MEMORY
 from raco_fast.dpo.decoders import unwrap
 from raco_fast.dpo.loading import check_loaded
-from raco_fast.dpo.models import ModelOptions, fingerprint, hash_of, trainable
+from raco_fast.dpo.models import ModelOptions, fingerprint, hash_of, tensors_of, trainable
 from raco_fast.dpo.policy import KeepBase, Policy, add_adapter
 from raco_fast.dpo.saved_adapters import SavedAdapter, check_kind_of_adapter, hash_with
 from raco_fast.dpo.scoring import adapter_off
@@ -45,7 +45,8 @@ def adapter_on(model: LoadedModel, options: ModelOptions) -> SavedAdapter | None
             here; trained weights that are no part of it, and so would not be saved.
     """
     config = getattr(model, "peft_config", None)
-    wrong = [("adapter", "continue"), ("base", None)]
+    wrong = [("adapter", "continue"), ("base", None), ("revision", None)]
+    wrong += [("load_in_4bit", False), ("load_in_8bit", False)]
     wrong += [("reference", "initial")] if config is None else [("lora", None)]
     for key, usual in wrong:
         if (value := getattr(options, key)) != usual:
@@ -128,8 +129,7 @@ def loaded_policy(
         )
     adapted: Any = model
     prefix = adapted.base_model.prefix
-    tensors = [*base.named_parameters(), *base.named_buffers()]
-    base_hash = hash_of(base, _below(tensors, prefix))
+    base_hash = hash_of(base, _below(tensors_of(base), prefix))
     if keep_base is not None:
         weights = dict(_below(base.state_dict().items(), prefix))
         adapted.peft_config[_ONLY].base_model_name_or_path = keep_base(base, base_hash, weights)

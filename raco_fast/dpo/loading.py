@@ -17,6 +17,7 @@ from raco_fast.dpo.causal_lm_checks import (
     check_complete,
     check_dense,
     check_kind,
+    check_quantizing,
     quantization_of,
 )
 from raco_fast.dpo.data.memory_rows import MEMORY
@@ -70,13 +71,13 @@ def source_of(name: str, argument: str = "model.name") -> tuple[str, dict[str, s
     return name, {}
 
 
-def has_tokenizer(source: str) -> bool:
+def has_tokenizer(source: str, revision: str | None = None) -> bool:
     """Whether a folder or a hub's repository, as `source_of` gives it, holds a tokenizer."""
     if Path(source).is_dir():
         return any(Path(source, file).is_file() for file in _TOKENIZER_FILES)
     from transformers.utils.hub import cached_file
 
-    return bool(cached_file(source, "tokenizer_config.json", **_QUIETLY))
+    return bool(cached_file(source, "tokenizer_config.json", revision=revision, **_QUIETLY))
 
 
 # `cached_file` gives None where there is no such file, instead of an error.
@@ -87,8 +88,14 @@ _QUIETLY = {
 }
 
 
-def load_tokenizer_of(name: str, argument: str) -> PreTrainedTokenizerBase:
+def load_tokenizer_of(
+    name: str, argument: str, *, revision: str | None = None, trust: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub name, folder or GGUF file; its padding token defaults to its EOS.
+
+    Args:
+        revision: the version of it on the hub; None: the newest.
+        trust: run its repository's own code, if there is any.
 
     Raises:
         ValueError: it is not there, is damaged, or gives one token for every text.
@@ -98,7 +105,10 @@ def load_tokenizer_of(name: str, argument: str) -> PreTrainedTokenizerBase:
     source, of_file = source_of(name, argument)
     cure = "use a complete copy of it, or name another tokenizer as `model.tokenizer`"
     with LoadErrors(argument, name, cure):
-        tokenizer = with_padding(AutoTokenizer.from_pretrained(source, **of_file))
+        found = AutoTokenizer.from_pretrained(
+            source, revision=revision or "main", trust_remote_code=trust, **of_file
+        )
+        tokenizer = with_padding(found)
         len(tokenizer(" a b").input_ids)  # a damaged file may be read and fail at the first text
     return tokenizer
 
@@ -110,8 +120,10 @@ def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def config_of(name: str, argument: str, revision: str | None) -> PreTrainedConfig:
-    """The config of the model called `name`, without its weights; arguments as below.
+def config_of(
+    name: str, argument: str, revision: str | None, trust: bool = False
+) -> PreTrainedConfig:
+    """The config of the model called `name`, without its weights; arguments as above.
 
     Raises:
         ValueError: there is no such model, or its config cannot be read.
@@ -121,7 +133,7 @@ def config_of(name: str, argument: str, revision: str | None) -> PreTrainedConfi
     source, of_file = source_of(name, argument)
     with LoadErrors(argument, name, _CURE):
         return transformers.AutoConfig.from_pretrained(
-            source, revision=revision or "main", **of_file
+            source, revision=revision or "main", trust_remote_code=trust, **of_file
         )
 
 
@@ -150,6 +162,7 @@ def load_causal_lm(
     *,
     changed_by: str | None,
     revision: str | None = None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """The causal LM called `name`, with the dtype and switches of `options`, on the CPU.
 
@@ -157,10 +170,11 @@ def load_causal_lm(
         argument: the setting that `name` comes from.
         revision: the version of it on the hub; None: the newest.
         changed_by: what will change its own weights, such as full fine-tuning; None: nothing.
+        device: where weights that `options` quantize are put; None: on the CPU.
     Raises:
         ValueError: there is no such model; it cannot be read; it is no causal LM; weights are
-            missing or have another shape; it is quantized and its own weights would change, or its
-            method's package is missing or cannot train.
+            missing or have another shape; it is quantized, or to be, and its own weights would
+            change, or its method's package is missing or cannot train.
     """
     import transformers
 
@@ -172,9 +186,16 @@ def load_causal_lm(
             arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
         arguments["revision"] = revision or "main"
-        config = config_of(name, argument, revision)
+        trust = options.trust_remote_code
+        config = config_of(name, argument, revision, trust)
+        arguments["trust_remote_code"] = trust
         check_kind(name, argument, config)
         check_dense(name, argument, config, changed_by)
+    if options.quantized:
+        is_dense = of_file or quantization_of(config) is None
+        check_quantizing(f"model.{options.quantized}", name, changed_by, is_dense=bool(is_dense))
+        arguments["quantization_config"] = _bitsandbytes(options)
+        arguments["device_map"] = {"": str(device or "cpu")}
     with LoadErrors(argument, name, _CURE):
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
@@ -184,6 +205,22 @@ def load_causal_lm(
         # The weights are dense now; left marked as GGUF they could not be saved or trained.
         model.hf_quantizer.remove_quantization_config(model)
     return _made_ready(name, argument, model, options)
+
+
+def _bitsandbytes(options: ModelOptions) -> Any:
+    """What quantizes weights while they are loaded."""
+    from transformers import BitsAndBytesConfig
+
+    if options.load_in_8bit:
+        # Its columns of outliers are found over all tokens at once, so that one token would change
+        # how the others are rounded: also those before it, and those of other pairs.
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[options.dtype],
+    )
 
 
 def check_loaded(

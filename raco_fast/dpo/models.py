@@ -6,6 +6,7 @@ import hashlib
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -63,12 +64,21 @@ class ModelOptions:
         reference: of a continued adapter: `initial`, the policy before training, or `base`, its
             base alone.
         base: the model below the adapter, where that is not what its adapter_config.json names.
+        revision: of `name` on the hub: a commit, a branch or a tag; None: the newest.
+        trust_remote_code: run the code that a model's or tokenizer's own repository holds, which
+            may do anything on this machine. Name a commit as `revision`, or the code of tomorrow is
+            run as well.
+        load_in_4bit, load_in_8bit: quantize the weights below an adapter by bitsandbytes as they
+            are loaded: 4 bits as QLoRA has them (arXiv:2305.14314), or LLM.int8()
+            (arXiv:2208.07339) without columns of outliers. Whoever loads the adapter has to
+            quantize its base alike.
         dtype: dtype of the weights. `auto` is the one in which a model of this size trains faster
             on this device, measured when a run begins and kept with it; not the dtype of the
             files, which transformers means by it.
         device: "auto" takes CUDA where there is one; of several processes, each its own GPU.
-        attention: how transformers computes it, such as flex_attention, which on a GPU leaves out
-            what packed rows do not see, or flash_attention_2; None: the model's own choice.
+        attention: how transformers computes it (its `attn_implementation`), such as flex_attention,
+            which on a GPU leaves out what packed rows do not see, or flash_attention_2; None: the
+            model's own choice.
         gradient_checkpointing: recompute activations in the backward pass.
         dropout: train with the model's own dropout, and whatever else it does in training alone.
             By default it learns in the mode in which its reference is scored, so that the two are
@@ -81,6 +91,10 @@ class ModelOptions:
     adapter: Literal["continue", "merge", "reference"] = "continue"
     reference: Literal["initial", "base"] = "initial"
     base: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
     dtype: Literal["fp32", "bf16", "auto"] = "fp32"
     device: str = "auto"
     attention: str | None = None
@@ -101,6 +115,22 @@ class ModelOptions:
                 "`model.adapter: reference` needs `model.lora`, the adapter to train, got None; "
                 "set it, or use `model.adapter: merge` to start from the adapter"
             )
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError(
+                "`model.load_in_4bit` and `model.load_in_8bit` must not be set both; leave one out"
+            )
+        if self.quantized and find_spec("bitsandbytes") is None:
+            raise ValueError(
+                f"`model.{self.quantized}` needs the package bitsandbytes; "
+                f"pip install 'raco-fast[bitsandbytes]'"
+            )
+
+    @property
+    def quantized(self) -> str | None:
+        """The setting that quantizes the weights, if one does."""
+        if self.load_in_4bit:
+            return "load_in_4bit"
+        return "load_in_8bit" if self.load_in_8bit else None
 
 
 def pick_device(device: str) -> torch.device:
@@ -166,7 +196,21 @@ def fingerprint(model: nn.Module) -> str:
 
     A CRC-32 of each tensor and SHA-256 over those: fast enough beside reading them from disk.
     """
-    return hash_of(model, [*model.named_parameters(), *model.named_buffers()])
+    return hash_of(model, tensors_of(model))
+
+
+def tensors_of(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """All that a model computes with, by name.
+
+    The scales of quantized weights are neither parameters nor buffers; without them a model is the
+    same as one with all of them doubled.
+    """
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if getattr(unwrap(model), "hf_quantizer", None) is None:
+        return tensors
+    known = {name for name, _ in tensors}
+    state = model.state_dict().items()
+    return tensors + [(n, t) for n, t in state if n not in known and isinstance(t, Tensor)]
 
 
 def hash_of(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -83,12 +83,13 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: as `load_tokenizer_of` and `find_adapter`.
     """
+    trust = options.trust_remote_code
     if options.tokenizer is not None:
-        return load_tokenizer_of(options.tokenizer, "model.tokenizer")
-    found = find_adapter(options)
-    if found is None or has_tokenizer(found.source):
-        return load_tokenizer_of(options.name, "model.name")
-    return load_tokenizer_of(found.base, found.base_from)
+        return load_tokenizer_of(options.tokenizer, "model.tokenizer", trust=trust)
+    found, revision = find_adapter(options), options.revision
+    if found is None or has_tokenizer(found.source, revision):
+        return load_tokenizer_of(options.name, "model.name", revision=revision, trust=trust)
+    return load_tokenizer_of(found.base, found.base_from, revision=found.revision, trust=trust)
 
 
 def load_config(options: ModelOptions) -> PreTrainedConfig:
@@ -99,8 +100,8 @@ def load_config(options: ModelOptions) -> PreTrainedConfig:
     """
     found = find_adapter(options)
     if found is None:
-        return config_of(options.name, "model.name", None)
-    return config_of(found.base, found.base_from, found.revision)
+        return config_of(options.name, "model.name", options.revision, options.trust_remote_code)
+    return config_of(found.base, found.base_from, found.revision, options.trust_remote_code)
 
 
 def load_base_model(options: ModelOptions, device: torch.device | None = None) -> PreTrainedModel:
@@ -109,10 +110,12 @@ def load_base_model(options: ModelOptions, device: torch.device | None = None) -
     Raises:
         ValueError: as `load_causal_lm` and `find_adapter`.
     """
-    found = find_adapter(options)
+    found, device = find_adapter(options), device or pick_device(options.device)
     if found is None:
         changed_by = None if options.lora else "full fine-tuning"
-        model = load_causal_lm(options.name, options, changed_by=changed_by)
+        model = load_causal_lm(
+            options.name, options, changed_by=changed_by, revision=options.revision, device=device
+        )
     else:
         if find_adapter(ModelOptions(found.base, device="cpu")) is not None:
             raise ValueError(
@@ -121,9 +124,14 @@ def load_base_model(options: ModelOptions, device: torch.device | None = None) -
             )
         changed_by = "`model.adapter: merge`" if options.adapter == "merge" else None
         model = load_causal_lm(
-            found.base, options, found.base_from, changed_by=changed_by, revision=found.revision
+            found.base,
+            options,
+            found.base_from,
+            changed_by=changed_by,
+            revision=found.revision,
+            device=device,
         )
-    return to_device(model, device or pick_device(options.device))
+    return to_device(model, device)
 
 
 def make_policy(
@@ -146,7 +154,8 @@ def make_policy(
     if keep_base is not None and base_is_nowhere(options, found):
         home = keep_base(base, base_hash, None)
     if found is None or options.adapter == "merge":
-        model = add_adapter(base, options.lora, home)
+        revision = options.revision if found is None else None
+        model = add_adapter(base, options.lora, home, revision)
         return Policy(model, found, base_hash, base_hash, adapter_off)
     if options.adapter == "reference":
         return _compared_with(found, base, base_hash, options, home)
@@ -168,12 +177,16 @@ def base_is_nowhere(options: ModelOptions, found: SavedAdapter | None) -> bool:
 
 
 def add_adapter(
-    model: PreTrainedModel, lora: LoraOptions | None, home: str | None = None
+    model: PreTrainedModel,
+    lora: LoraOptions | None,
+    home: str | None = None,
+    revision: str | None = None,
 ) -> nn.Module:
     """The policy to train: `model` itself, or `model` with a fresh LoRA adapter.
 
     Args:
         home: where the saved adapter says that its base is; None: where `model` was loaded from.
+        revision: the version of it on the hub, which the adapter says too.
     """
     policy: nn.Module = model
     if lora is None:
@@ -183,6 +196,7 @@ def add_adapter(
     config = _lora_config(lora)
     policy = get_peft_model(model, config)
     config.base_model_name_or_path = home or model.name_or_path
+    config.revision = revision
     return policy
 
 

@@ -34,6 +34,7 @@ class SavedAdapter:
     Args:
         name, source: as the config names it, and as PEFT finds it.
         base, base_from: the model it was trained on, and the setting that says so.
+        version: of the adapter on the hub; None: the newest.
     """
 
     name: str
@@ -41,6 +42,7 @@ class SavedAdapter:
     config: PeftConfig
     base: str
     base_from: str
+    version: str | None = None
 
     @property
     def revision(self) -> str | None:
@@ -64,8 +66,15 @@ def find_adapter(options: ModelOptions) -> SavedAdapter | None:
     source, of_file = source_of(options.name)
     from transformers.utils import find_adapter_config_file
 
-    with LoadErrors("model.name", options.name, "check the name"):
-        file = None if of_file else find_adapter_config_file(source)
+    if options.revision is not None and (of_file or Path(source).is_dir()):
+        raise ValueError(
+            f"`model.revision` is for a name of the hub, got {options.revision!r} for "
+            f"{options.name!r}, which is on this machine; leave it out"
+        )
+    with LoadErrors("model.name", options.name, "check the name and `model.revision`"):
+        file = None
+        if not of_file:
+            file = find_adapter_config_file(source, revision=options.revision)
     if file is None:
         for key, usual in (("adapter", "continue"), ("reference", "initial"), ("base", None)):
             if (value := getattr(options, key)) != usual:
@@ -86,7 +95,7 @@ def find_adapter(options: ModelOptions) -> SavedAdapter | None:
     from peft import PeftConfig
 
     with LoadErrors("model.name", options.name, _CURE):
-        config = PeftConfig.from_pretrained(source)
+        config = PeftConfig.from_pretrained(source, revision=options.revision)
         _ = config.peft_type.value
     check_kind_of_adapter("model.name", options.name, config)
     given = "model.base" if options.base is not None else _RECORDED
@@ -103,7 +112,7 @@ def find_adapter(options: ModelOptions) -> SavedAdapter | None:
             f"`model.name`: the base of the adapter {options.name!r} is not here ({error}); name "
             f"it as `model.base`"
         ) from error
-    return SavedAdapter(options.name, source, config, base, given)
+    return SavedAdapter(options.name, source, config, base, given, options.revision)
 
 
 def check_kind_of_adapter(argument: str, name: str, config: PeftConfig) -> None:
@@ -137,7 +146,10 @@ def attached(base: PreTrainedModel, found: SavedAdapter, name: str, *, trained: 
         model = PeftModelForCausalLM(base, config, adapter_name=name)
         with warnings.catch_warnings():  # what is missing is an error below
             warnings.filterwarnings("ignore", "Found missing adapter keys")
-            said = model.load_adapter(found.source, name, is_trainable=trained, torch_device=device)
+            version = {} if found.version is None else {"revision": found.version}
+            said = model.load_adapter(
+                found.source, name, is_trainable=trained, torch_device=device, **version
+            )
     for what, keys in (("lacks", said.missing_keys), ("has too much", said.unexpected_keys)):
         if keys:
             raise ValueError(

@@ -32,7 +32,7 @@ _F, _C, _T, _N = Change.FREE, Change.CONTENT, Change.TOLD, Change.NEVER
 
 CHANGES: dict[str, Change] = {
     # The weights of the model and the token ids and labels of the pairs are compared by content.
-    **dict.fromkeys(("model.name", "model.tokenizer", "model.base"), _C),
+    **dict.fromkeys(("model.name", "model.tokenizer", "model.base", "model.revision"), _C),
     **dict.fromkeys((f"data.{n}" for n in ("path", "objective", "format", "limit")), _C),
     **dict.fromkeys((f"data.{n}" for n in ("objectives", "pairs_per_row", "config")), _C),
     **dict.fromkeys((f"data.{n}" for n in ("split", "revision", "on_bad")), _C),
@@ -52,7 +52,8 @@ CHANGES: dict[str, Change] = {
     # More steps: the schedule is that of the new number. None: the checkpoint's rounding.
     **dict.fromkeys(("epochs", "max_steps", "rounding"), _T),
     **dict.fromkeys(("model.dtype", "model.dropout", "model.lora"), _N),
-    **dict.fromkeys(("model.adapter", "model.reference"), _N),
+    **dict.fromkeys(("model.adapter", "model.reference", "model.trust_remote_code"), _N),
+    **dict.fromkeys(("model.load_in_4bit", "model.load_in_8bit"), _N),
     **dict.fromkeys(("reference", "margin_rewards"), _N),
     **dict.fromkeys(("weights", "c", "rule", "losses", "max_grad_norm", "seed"), _N),
     **dict.fromkeys(("gram", "gram_ema", "c_mode", "metric"), _N),
@@ -133,7 +134,7 @@ def check_same_content(
     if saved.get(what) == now.get(what):
         return
     own = {
-        "model": ("model.name",),
+        "model": ("model.name", "model.revision"),
         "data": ("data", "tokens", "concise", "model.tokenizer"),
         "margin_rewards": ("margin_rewards",),
     }[what]

@@ -196,7 +196,11 @@ def _options_of(source: RewardSource, config: TrainConfig) -> list[ModelOptions]
     """Of an adapter; or of a whole model, and of its reference."""
     policy = config.model
     of_policy = ModelOptions(
-        policy.name, dtype=policy.dtype, device=policy.device, attention=policy.attention
+        policy.name,
+        dtype=policy.dtype,
+        device=policy.device,
+        attention=policy.attention,
+        trust_remote_code=policy.trust_remote_code,
     )
     if source.reference is None:
         options = replace(of_policy, name=source.name, base=source.base)

@@ -41,7 +41,7 @@ def _in_group(key: str) -> bool:
 def test_the_page_has_every_setting_once():
     page = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text()
     table = page.partition("## What may change")[2].partition("## Damaged")[0]
-    named = re.findall(r"`([a-z_.]+)`", "".join(re.findall(r"^\|.*$", table, re.MULTILINE)))
+    named = re.findall(r"`([a-z0-9_.]+)`", "".join(re.findall(r"^\|.*$", table, re.MULTILINE)))
     assert sorted(named) == sorted(CHANGES)
 
 
