@@ -45,10 +45,10 @@ def adapter_on(model: LoadedModel, options: ModelOptions) -> SavedAdapter | None
             here; trained weights that are no part of it, and so would not be saved.
     """
     config = getattr(model, "peft_config", None)
-    wrong = [("adapter", "continue"), ("base", None), ("revision", None)]
-    wrong += [("load_in_4bit", False), ("load_in_8bit", False)]
-    wrong += [("reference", "initial")] if config is None else [("lora", None)]
-    for key, usual in wrong:
+    of_name: dict[str, Any] = {"adapter": "continue", "base": None, "revision": None}
+    of_name |= {"load_in_4bit": False, "load_in_8bit": False}
+    of_name |= {"reference": "initial"} if config is None else {"lora": None}
+    for key, usual in of_name.items():
         if (value := getattr(options, key)) != usual:
             has = "no adapter" if config is None else "an adapter already"
             raise ValueError(
