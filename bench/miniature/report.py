@@ -126,6 +126,9 @@ def part() -> list[str]:
         "### The unbiased Gram matrix against the batch's",
         _unbiased(gains),
         "### Rules against the weighted sum",
+        "*Believed* is λ of [conflict.md](conflict.md), mean over the steps: how far the "
+        "unbiased estimate counts, the rest being the weights themselves. *Clipped* is the share "
+        "of steps that clipping changed.",
         _against_linear(cells),
         "### What a step's gradients show, and the estimate of the expected ones'",
         "![cosine in a step and in the estimate](results/conflict.png)",
@@ -247,6 +250,7 @@ def _against_linear(cells: Sequence[Finished]) -> str:
                 continue
             volume, linear = cell.volume(method), yardstick.volume(_LINEAR)
             clipped = cell.mean(method, "raco/clip_active")
+            believed = cell.mean(method, "raco/shrinkage")
             lines.append(
                 (
                     cell.cell.name,
@@ -256,11 +260,12 @@ def _against_linear(cells: Sequence[Finished]) -> str:
                     "-" if volume is None or linear is None else _signed(volume - linear),
                     _signed(cell.weighted(method) - yardstick.weighted(_LINEAR)),
                     _signed(cell.worst(method) - yardstick.worst(_LINEAR)),
+                    "-" if believed is None else f"{believed.mean:.2f}",
                     "-" if not clipped or not clipped.mean else f"{clipped.mean:.0%}",
                 )
             )
     titles = ("cell", "rule", "gram", "hypervolume", "hypervolume - linear's")
-    titles += ("weighted score - linear's", "worst change - linear's", "clipped")
+    titles += ("weighted score - linear's", "worst change - linear's", "believed", "clipped")
     return markdown_table(titles, lines)
 
 
