@@ -126,8 +126,14 @@ def part() -> list[str]:
         "### The unbiased Gram matrix against the batch's",
         _unbiased(gains),
         "### Rules against the weighted sum",
+        "*Believed* is λ of [conflict.md](conflict.md), mean over the steps: how far the "
+        "unbiased estimate counts, the rest being the weights themselves. *Clipped* is the share "
+        "of steps that clipping changed.",
         _against_linear(cells),
         "### What a step's gradients show, and the estimate of the expected ones'",
+        "Median over the seeds, and their quartiles. The estimate is a ratio of estimates, and "
+        "leaves [-1, 1] while a norm is not known; - is where a squared norm came out negative in "
+        "a seed.",
         "![cosine in a step and in the estimate](results/conflict.png)",
         _cosines(cells),
     ]
@@ -161,15 +167,21 @@ def draw(destination: Path) -> None:
                 if (spread := cell.mean(_UNBIASED, f"{name}{_OPPOSED}", kind)) is not None
             ]
             found.sort(key=lambda each: each[0])
+            sizes = np.array([size for size, _ in found], dtype=float)
+            low, middle, high = np.array(
+                [np.quantile(spread.values, (0.25, 0.5, 0.75)) for _, spread in found]
+            ).T
             axes.errorbar(
-                [size for size, _ in found],
-                [spread.mean for _, spread in found],
-                yerr=[spread.interval() for _, spread in found],
+                sizes,
+                middle,
+                yerr=[middle - low, high - middle],
                 marker="o",
                 color=color,
                 label="in a step's gradients" if kind == "means" else "estimate, at the last step",
             )
-        axes.set(xscale="log", xlabel="pairs in a step", ylim=(-1.15, 0.15))
+        axes.set(xscale="log", xlabel="pairs in a step", ylim=(-1.3, 0.2))
+        axes.set_xticks([4, 8, 16, 32], ["4", "8", "16", "32"])
+        axes.minorticks_off()
         axes.set_title(
             "each pair labelled for one objective" if own else "all pairs labelled for all"
         )
@@ -223,6 +235,14 @@ def _signed(spread: Spread | None) -> str:
     return f"**{text}**" if spread.is_clear() else text
 
 
+def _quartiles(spread: Spread | None) -> str:
+    """The median over seeds, and the quartiles; a ratio of noisy numbers has no use for a mean."""
+    if spread is None:
+        return "-"
+    low, middle, high = np.quantile(spread.values, (0.25, 0.5, 0.75))
+    return f"{middle:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
 def _unbiased(gains: Sequence[Gain]) -> str:
     rows: dict[tuple[str, str], dict[str, Spread]] = {}
     for cell, rule, name, gain in gains:
@@ -247,6 +267,7 @@ def _against_linear(cells: Sequence[Finished]) -> str:
                 continue
             volume, linear = cell.volume(method), yardstick.volume(_LINEAR)
             clipped = cell.mean(method, "raco/clip_active")
+            believed = cell.mean(method, "raco/shrinkage")
             lines.append(
                 (
                     cell.cell.name,
@@ -256,11 +277,12 @@ def _against_linear(cells: Sequence[Finished]) -> str:
                     "-" if volume is None or linear is None else _signed(volume - linear),
                     _signed(cell.weighted(method) - yardstick.weighted(_LINEAR)),
                     _signed(cell.worst(method) - yardstick.worst(_LINEAR)),
+                    "-" if believed is None else f"{believed.mean:.2f}",
                     "-" if not clipped or not clipped.mean else f"{clipped.mean:.0%}",
                 )
             )
     titles = ("cell", "rule", "gram", "hypervolume", "hypervolume - linear's")
-    titles += ("weighted score - linear's", "worst change - linear's", "clipped")
+    titles += ("weighted score - linear's", "worst change - linear's", "believed", "clipped")
     return markdown_table(titles, lines)
 
 
@@ -276,8 +298,6 @@ def _cosines(cells: Sequence[Finished]) -> str:
                 pair = f"{one}:{other}"
                 batch = cell.mean(method, f"raco/cosine/{pair}")
                 last = cell.mean(method, f"raco/cosine_unbiased/{pair}", "last")
-                cells_of = ("-" if s is None else s.with_interval() for s in (batch, last))
-                gap = None if batch is None or last is None else last - batch
-                lines.append((cell.cell.name, pair, *cells_of, _signed(gap)))
-    titles = ("cell", "objectives", "in a step", "estimate at the last step", "difference")
+                lines.append((cell.cell.name, pair, *map(_quartiles, (batch, last))))
+    titles = ("cell", "objectives", "in a step", "estimate at the last step")
     return markdown_table(titles, lines)

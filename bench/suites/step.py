@@ -79,7 +79,7 @@ def optimizer_with_products(
 ) -> ClippedCAGradAdamW:
     """Ours, with copies of the gradients as if one pass over all objectives had written them."""
     opt = ClippedCAGradAdamW(params, **ADAMW, weights=equal(len(grads)), c=C)
-    products = ProductsOfPass(dict.fromkeys(params, 1), Plan())
+    products = ProductsOfPass(dict.fromkeys(params, 1), Plan(), last=True)
     into = Accumulation([], opt.objective_names, HostMemory(), products)
     for p, column in zip(params, zip(*grads, strict=True), strict=True):
         for target, g in zip(into.buffers(p)[0], column, strict=True):

@@ -39,7 +39,7 @@ def test_real_pairs_are_counted_once_and_nothing_but_numbers_is_kept(places: Pat
         lengths.obstacle("hh_rlhf") or ""
     )
     write_pairs(places / "DATA", [("ZQ", "J"), ("%", "~^|`")])
-    assert "fetch_model.py" in (lengths.obstacle("hh_rlhf") or "")
+    assert "fetch_model" in (lengths.obstacle("hh_rlhf") or "")
     TOKENIZERS["bytes"].save_pretrained(places / "TOKENIZER")
     assert lengths.obstacle("hh_rlhf") is None
     (kept,) = (places / "KEPT").iterdir()

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 from raco_fast.backends import choose, reference
 from raco_fast.backends.rounding import ROUNDINGS
 from raco_fast.backends.types import AdamWOptions, Update
+from raco_fast.dpo.data.data_source import DataSource
 from raco_fast.dpo.run.config import TrainConfig
 from raco_fast.optim.adamw_part import stepping
 from raco_fast.optim.clipped_cagrad_adamw import ClippedCAGradAdamW
@@ -282,7 +283,7 @@ def test_wrong_arguments():
 
 
 def test_the_trainers_settings_reach_the_optimizer():
-    settings = {"model": None, "data": ["pairs.jsonl"], "weights": WEIGHTS}
+    settings = {"model": None, "data": [DataSource("pairs.jsonl")], "weights": WEIGHTS}
     config = TrainConfig(**settings, rounding="stochastic", seed=17)
     opt = ClippedCAGradAdamW([nn.Parameter(torch.ones(2))], **config.optimizer_arguments)
     assert (opt.rounding, opt.seed) == ("stochastic", 17)
