@@ -64,6 +64,24 @@ def check_quantizing(argument: str, name: str, changed_by: str | None, *, is_den
         )
 
 
+def warn_of_outliers(name: str, argument: str, quantizer: Any) -> None:
+    """Say that the tokens of a batch change one another's rounding, where LLM.int8() has them do.
+
+    Args:
+        quantizer: of the model; None where it has none.
+    """
+    config = getattr(quantizer, "quantization_config", None)
+    if getattr(config, "load_in_8bit", False) and config.llm_int8_threshold > 0:
+        logger.warning(
+            "`%s`: %s was loaded with llm_int8_threshold %g: a token changes how all others of its "
+            "batch are rounded, so a score depends on what is scored beside it; "
+            "`model.load_in_8bit` quantizes without that",
+            argument,
+            name,
+            config.llm_int8_threshold,
+        )
+
+
 def quantization_of(config: PreTrainedConfig) -> str | None:
     """The quantization method that a config names, such as `bitsandbytes, 4 bits`."""
     given = getattr(config, "quantization_config", None)

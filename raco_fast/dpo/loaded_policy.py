@@ -67,6 +67,12 @@ def adapter_on(model: LoadedModel, options: ModelOptions) -> SavedAdapter | None
             f"`model` must have one adapter, called {_ONLY!r}, got {list(config)}; delete the "
             f"others, or load it under that name"
         )
+    if getattr(unwrap(model), "hf_quantizer", None) is not None:
+        raise ValueError(
+            "`model` must have its adapter on weights that are not quantized, got one whose base "
+            "could not be saved beside it; save the adapter, and name its folder with "
+            "`model.load_in_4bit` or `model.load_in_8bit`"
+        )
     name = memory_name(model)
     check_kind_of_adapter("model", name, config[_ONLY])
     _check_trained(model)

@@ -19,6 +19,7 @@ from raco_fast.dpo.causal_lm_checks import (
     check_kind,
     check_quantizing,
     quantization_of,
+    warn_of_outliers,
 )
 from raco_fast.dpo.data.memory_rows import MEMORY
 from raco_fast.dpo.load_errors import LoadErrors
@@ -257,6 +258,7 @@ def _made_ready(
             f"`{argument}`: no adapter can be trained on {name!r}, whose quantization "
             f"({quantization_of(model.config)}) has no gradients; use the model it was made from"
         )
+    warn_of_outliers(name, argument, quantizer)
     # RWKV divides its weights in place whenever it is evaluated, and would save them so.
     if getattr(model.config, "rescale_every", 0):
         model.config.rescale_every = 0

@@ -1,10 +1,13 @@
 """Weights below an adapter that are quantized as they are loaded."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_runs import build_model
 
 from raco_fast.dpo import models
+from raco_fast.dpo.causal_lm_checks import warn_of_outliers
 from raco_fast.dpo.loading import load_causal_lm
 from raco_fast.dpo.models import LoraOptions, ModelOptions, fingerprint
 from raco_fast.dpo.policy import load_base_model
@@ -56,6 +59,14 @@ def test_weights_that_are_quantized_already(save_tiny):
     options = ModelOptions(str(folder), device="cpu", lora=LoraOptions(), load_in_4bit=True)
     with pytest.raises(ValueError, match=r"`model.load_in_4bit` must be left out for .* already"):
         load_causal_lm(str(folder), options, changed_by=None)
+
+
+@pytest.mark.parametrize(("threshold", "said"), [(6.0, 1), (0.0, 0)])
+def test_tokens_that_round_one_another_are_told(caplog, threshold, said):
+    config = SimpleNamespace(load_in_8bit=True, llm_int8_threshold=threshold)
+    warn_of_outliers("m", "model.name", SimpleNamespace(quantization_config=config))
+    warn_of_outliers("m", "model.name", None)
+    assert caplog.text.count("a token changes how all others of its batch are rounded") == said
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from tiny_runs import build_model, build_tokenizer
 
 import raco_fast.dpo
 from raco_fast.dpo.models import fingerprint
-from raco_fast.dpo.run import trainer
+from raco_fast.dpo.run import result, trainer
 from raco_fast.dpo.run.checkpoint import latest, read_state
 
 WORDS = {"sure": "yes", "kind": "calm"}
@@ -203,6 +203,9 @@ def test_models_in_memory_that_cannot_be_trained(asked, rows, tiny, tmp_path):
     adapted.merge_adapter()
     tried(r"got one that is merged into it; call unmerge_adapter", adapted)
     tried(r"one adapter, called 'default', got \['x'\]", get_peft_model(loaded(tiny), config, "x"))
+    quantized = get_peft_model(loaded(tiny), config)
+    quantized.get_base_model().hf_quantizer = "of some kind"
+    tried(r"on weights that are not quantized, .* save the adapter, and name its folder", quantized)
     own = loaded(tiny)
     own.add_adapter(config)
     tried(r"must have its adapter by PEFT's", own)
@@ -227,6 +230,7 @@ def test_the_examples_of_the_page(tiny, tmp_path, rows, asked, monkeypatch):
     example, callback = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     names: dict[str, object] = {}
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(result, "write_report", lambda *_: None)  # a second of drawing
     exec(example.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tiny)), names)
     assert (tmp_path / "runs" / "python" / "model" / "adapter_config.json").is_file()
     exec(callback, names)
