@@ -70,7 +70,7 @@ def warn_of_outliers(name: str, argument: str, quantizer: Any) -> None:
     Args:
         quantizer: of the model; None where it has none.
     """
-    config = getattr(quantizer, "quantization_config", None)
+    config: Any = getattr(quantizer, "quantization_config", None)
     if getattr(config, "load_in_8bit", False) and config.llm_int8_threshold > 0:
         logger.warning(
             "`%s`: %s was loaded with llm_int8_threshold %g: a token changes how all others of its "

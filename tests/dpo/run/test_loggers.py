@@ -232,6 +232,7 @@ def test_a_package_that_is_missing_is_noticed_at_once(make_config, monkeypatch, 
 
 
 @pytest.mark.parametrize("names", [["comet"], ["tensorboard", "tensorboard"]])
-def test_names_of_loggers(make_config, names):
+def test_names_of_loggers(make_config, names, monkeypatch):
+    monkeypatch.setattr(loggers, "find_spec", lambda package: package)
     with pytest.raises(ValueError, match=r"`loggers` must name each of \['mlflow', .*at most once"):
         make_config(loggers=names)
