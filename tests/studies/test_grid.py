@@ -62,8 +62,8 @@ def test_every_way_to_name_a_setting_is_known():
 
 def test_names_tell_the_values_and_are_names_of_folders():
     rule = {"name": "fairgrad", "alpha": 2.0}
-    point = {"rule": rule, "weights": {"sure": 0.7, "kind": 0.3}, "seed": 1, "tensorboard": True}
-    name = "rule=fairgrad_alpha_2.0,weights=sure0.7_kind0.3,seed=1,tensorboard=true"
+    point = {"rule": rule, "weights": {"sure": 0.7, "kind": 0.3}, "seed": 1, "report": True}
+    name = "rule=fairgrad_alpha_2.0,weights=sure0.7_kind0.3,seed=1,report=true"
     assert name_of(point) == name
     assert name_of({"max_steps": None, "betas": [0.9, 0.99]}) == "max_steps=null,betas=0.9_0.99"
 
