@@ -290,6 +290,7 @@ def script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.mark.slow
 def test_the_script_goes_on_after_a_part_that_fails(tmp_path: Path, script) -> None:
     out = tmp_path / "new" / "folder"
     done = script(out)

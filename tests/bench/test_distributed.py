@@ -44,6 +44,7 @@ def forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "measured_together", run)
 
 
+@pytest.mark.slow
 def test_every_mode_stands_beside_plain_dpo(tmp_path: Path, forked: None) -> None:
     records = Records(tmp_path, "cpu")
     distributed.measure(records, TINY, [2], 2, perf_counter())

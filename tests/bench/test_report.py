@@ -114,6 +114,7 @@ def test_noise_and_failures_are_shown() -> None:
     assert "- `gram/dot` Llama-50M, 60 M, m = 2: wrong: error 1" in text
 
 
+@pytest.mark.slow
 def test_a_whole_run_of_tiny_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = ["solve", "gram", "step"]
     for file in correctness.files("cpu"):

@@ -188,6 +188,7 @@ def test_data_that_is_not_here_says_so(tmp_path: Path, monkeypatch: pytest.Monke
     assert record["failure"].startswith("not run: there is no hh_rlhf.test.jsonl.gz in ../shared")
 
 
+@pytest.mark.slow
 def test_a_process_prints_one_line_of_json() -> None:
     setting: ModelSetting = tiny("full")
     command = ["--contestant", "raco pairs", *setting.options(2), "--at_once", "40", "--steps", "2"]

@@ -184,6 +184,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_rest_is_the_uninterrupted_run(
     runs.assert_same_run(make_config(**long), make_config(**long, output_dir=whole))
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint_and_a_message(
     runs, make_config, config_file, settings, monkeypatch
 ):
