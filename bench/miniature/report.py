@@ -138,7 +138,7 @@ def part() -> list[str]:
         _cosines(cells),
     ]
     if missing:
-        parts.append(f"Cells of `study.yaml` not run as yet: {', '.join(missing)}.")
+        parts.append(f"Cells of `study.yaml` not run as yet: {'; '.join(missing)}.")
     machine = (RESULTS / "machine.txt").read_text(encoding="utf-8").strip()
     parts.append(
         "One cell again: `python -m bench.miniature.run 'own pairs'` after deleting its file in "
