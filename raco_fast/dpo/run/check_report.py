@@ -80,7 +80,8 @@ def check(config: TrainConfig) -> Checked:
     folder = config.folder / "check"
     picture = folder / "check.png"
     missing = _tried(found, lambda: draw(data, training, config.tokens.max_length, picture))
-    found.paragraphs.append(missing or f"saved {picture}")
+    if missing is not None:  # else it is among the failures
+        found.paragraphs.append(missing or f"saved {picture}")
     return found
 
 

@@ -6,31 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raco_fast.dpo.run.conflict_estimates import Conflict
-from raco_fast.dpo.run.files import atomic_file
-from raco_fast.pages.figures import NO_PICTURE, color_of
+from raco_fast.dpo.run.picture_file import draw_two
+from raco_fast.pages.figures import color_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
 def draw(found: Conflict, destination: Path) -> str:
-    """Write a PNG, replaced as a whole.
+    """As `draw_two`: the cosines, and the descent."""
 
-    Returns:
-        An empty string, or, where matplotlib is not installed, a sentence that says that the
-        picture is left out and how to get it.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return NO_PICTURE
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _draw_cosines(left, found)
-    _draw_descent(right, found)
-    with atomic_file(destination) as partial:
-        figure.savefig(partial, format="png", dpi=150)
-    return ""
+    def both(left: Axes, right: Axes) -> None:
+        _draw_cosines(left, found)
+        _draw_descent(right, found)
+
+    return draw_two(destination, 4.8, both)
 
 
 def _draw_cosines(axes: Axes, found: Conflict) -> None:

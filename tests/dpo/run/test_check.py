@@ -117,6 +117,16 @@ def test_failures_of_a_run_are_failures_here(config_file, make_config, tmp_path,
     assert any("`output_dir` already holds" in failure for failure in check(config).failures)
 
 
+def test_a_picture_that_cannot_be_written_is_not_said_to_be_saved(make_config):
+    config = make_config()
+    config.folder.mkdir(parents=True)
+    (config.folder / "check").write_text("a file where the folder should be")
+    found = check(config)
+    assert not any("saved" in paragraph for paragraph in found.paragraphs)
+    assert len(found.failures) == 1
+    assert "check" in found.failures[0]
+
+
 def test_a_pair_beyond_the_model_s_positions_is_told(save_tiny, make_config, write_pairs):
     short = save_tiny(max_position_embeddings=8)
     config = make_config({"name": str(short)}, tokens={"max_length": 16})
